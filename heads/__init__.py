@@ -1,0 +1,1 @@
+"""Tensors or arrays in, tensors or arrays out: heads, losses, neighbours, votes, metrics."""

@@ -1,0 +1,1 @@
+"""Stage by stage: the only place that knows data sets, files and models together."""
