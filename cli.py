@@ -1,2 +1,285 @@
-"""mmcli on the command line."""
-def main() -> None: ...
+"""The command line: parse, build the configuration, call one stage, print. No logic.
+
+Heavy imports live inside the command bodies, so that ``--help`` loads no torch. Progress goes to stderr; stdout gets
+the result, as text or with ``--json`` as one JSON object. Exit 0 done, 2 the user's input is wrong, 130 interrupted,
+1 anything else.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import InputError, __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .pipeline.config import Config
+    from .pipeline.progress import Progress
+
+app = typer.Typer(
+    name="mmcli", add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)  # fmt: skip
+cache_app = typer.Typer(help="Look at a store and check it.", rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+
+Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the data set.")]
+Store = Annotated[
+    Path | None,
+    typer.Option("--store", metavar="DIR", help="Store to read [default: the newest below data/cache]."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run to read [default: the newest below runs].")
+]
+RunOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Run folder to write [default: runs/TIME-NAME].")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="SigLIP2 checkpoint: a local folder or a hub id."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub checkpoint.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps [default: auto].")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw [default: 42].")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration; options override it.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, as in optimizer.lr_hash=1e-3."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
+Split = Annotated[Literal["train", "val", "test"], typer.Option("--split", help="Whose images are tagged.")]
+PresetName = Annotated[
+    Literal["recommended", "plan"] | None,
+    typer.Option("--preset", help="Set of defaults [default: recommended]."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Tag an image with its caption: frozen SigLIP2, learned hash codes, neighbours that vote and explain."""
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")] = Path("demo"),
+    seed: Seed = None, device: Device = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Every stage, on a generated miniature: about three minutes on two cores."""
+    from .pipeline.demo import run_demo
+
+    config = _config(None, None, {"hardware.seed": seed, "hardware.device": device})
+    result = run_demo(config, out=out, force=force, progress=_progress(quiet))
+    _finish(result.to_json(), json_, *result.summary())
+
+
+@app.command()
+def prepare(
+    data: Data = Path("data/coco"),
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for manifest.parquet [default: the data folder].")] = None,
+    check_images: Annotated[bool, typer.Option("--check-images/--no-check-images", help="Look for every image file.")] = True,
+    json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
+    from .pipeline.prepare import prepare as stage
+    from .pipeline.prepare import statistics_tables
+
+    progress = _progress(quiet)
+    result = stage(data, out, check_images=check_images)
+    for table in statistics_tables(result.statistics):
+        progress.show(table)
+    _finish(result.to_json(), json_, f"wrote {result.path}")
+
+
+@app.command()
+def extract(
+    patches: Annotated[int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")] = None,
+    data: Data = Path("data/coco"),
+    manifest: Annotated[Path | None, typer.Option("--manifest", metavar="FILE", help="Manifest [default: DATA/manifest.parquet].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Store to write [default: data/cache/KEY].")] = None,
+    model: Model = None, revision: Revision = None,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Threads that read images [default: one a core].")] = None,
+    device: Device = None, config: ConfigFile = None, set_: Set = None,
+    json_: Json = False, quiet: Quiet = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Stage 1: run the frozen SigLIP2 once and store its raw embeddings; resumes where it was stopped."""
+    options = {
+        "model.max_num_patches": patches, "model.siglip2_variant": model, "model.revision": revision,
+        "data.num_workers": workers, "hardware.device": device,
+    }  # fmt: skip
+    resolved = _config(config, set_, options)
+    from .pipeline.extract import extract as stage
+
+    result = stage(
+        resolved, data=data, manifest=manifest, out=out, dtype=dtype, batch_size=batch_size, force=force,
+        progress=_progress(quiet),
+    )  # fmt: skip
+    _finish(result.to_json(), json_, *result.summary())
+
+
+@app.command("train-head")
+def train_head(
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits of the code, 0 or a multiple of 8 [default: 64].")] = None,
+    fusion: Annotated[Literal["concat", "hadamard", "hadamard_magnitude"] | None, typer.Option("--fusion", help="Fusion input [default: hadamard_magnitude].")] = None,
+    block_norm: Annotated[Literal["none", "rms"] | None, typer.Option("--block-norm", help="Scale of the fusion's blocks [default: the preset's].")] = None,
+    inputs: Annotated[Literal["both", "image", "text"] | None, typer.Option("--inputs", help="Modalities [default: both].")] = None,
+    adapter: Annotated[Literal["none", "linear"] | None, typer.Option("--adapter", help="Trainable map on the embeddings [default: none].")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Weight of the cosine term.")] = None,
+    gamma: Annotated[float | None, typer.Option("--gamma", help="Weight of the hash term.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs at most [default: 30].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step [default: 64].")] = None,
+    monitor: Annotated[Literal["knn", "classifier"] | None, typer.Option("--monitor", help="What val mAP is computed from [default: knn].")] = None,
+    preset: PresetName = None, store: Store = None, out: RunOut = None, model: Model = None,
+    device: Device = None, seed: Seed = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic/--no-deterministic", help="Same bits twice, at some cost.")] = None,
+    config: ConfigFile = None, set_: Set = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Stage 2: train a head from a store and write the codes of every split."""
+    options = {
+        "preset": preset, "hash.bits": bits, "fusion.type": fusion, "fusion.block_norm": block_norm,
+        "fusion.inputs": inputs, "fusion.adapter": adapter, "loss.cosine_weight": alpha, "loss.hash_weight": gamma,
+        "training.num_epochs": epochs, "training.batch_size": batch_size, "training.monitor": monitor,
+        "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed,
+        "hardware.deterministic": deterministic,
+    }  # fmt: skip
+    resolved = _config(config, set_, options)
+    from .pipeline.train_head import train_head as stage
+
+    result = stage(resolved, store=store, out=out, force=force, progress=_progress(quiet))
+    _finish(result.to_json(), json_, *result.summary())
+
+
+@app.command("knn-eval")
+def knn_eval(
+    run: RunDir = None, split: Split = "test",
+    k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote [default: 20].")] = None,
+    metric: Annotated[Literal["hamming", "cosine", "hybrid"] | None, typer.Option("--metric", help="Distance [default: hamming; cosine without hash].")] = None,
+    vote: Annotated[Literal["softmax", "uniform", "rank", "threshold"] | None, typer.Option("--vote", help="Weights of the votes [default: softmax].")] = None,
+    tau: Annotated[float | None, typer.Option("--tau", help="Temperature of the softmax vote [default: 0.07].")] = None,
+    theta: Annotated[float | None, typer.Option("--theta", help="Least similarity of the threshold vote [default: 0.5].")] = None,
+    config: ConfigFile = None, set_: Set = None, json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Stage 3: neighbours in the codes of a run vote for the tags; every metric goes to metrics.json."""
+    from .pipeline.knn_eval import find_run
+    from .pipeline.knn_eval import knn_eval as stage
+
+    found = find_run(run)
+    options = {
+        "knn.K": k, "knn.distance_metric": metric, "knn.voting_strategy": vote, "knn.tau": tau, "knn.theta": theta,
+    }  # fmt: skip
+    resolved = _config(config or found.folder / "config.yaml", set_, options)
+    result = stage(resolved, run=found, split=split, progress=_progress(quiet))
+    _finish(result.to_json(), json_, *result.summary())
+
+
+@app.command("zero-shot")
+def zero_shot(
+    store: Store = None, split: Split = "test", out: RunOut = None, model: Model = None, revision: Revision = None,
+    device: Device = None, config: ConfigFile = None, set_: Set = None,
+    json_: Json = False, quiet: Quiet = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Baseline without training: cosine with the mean of prompts for each category name."""
+    options = {"model.siglip2_variant": model, "model.revision": revision, "hardware.device": device}
+    resolved = _config(config, set_, options)
+    from .pipeline.zero_shot import zero_shot as stage
+
+    result = stage(resolved, store=store, split=split, out=out, force=force, progress=_progress(quiet))
+    _finish(result.to_json(), json_, *result.summary())
+
+
+@cache_app.command("info")
+def cache_info(store: Store = None, json_: Json = False) -> None:
+    """What a store is: model, patches, sizes, distribution of norms."""
+    from .cache import describe
+    from .pipeline.stores import find_store
+
+    facts = describe(find_store(store))
+    _finish(facts, json_, *[f"{name}: {value}" for name, value in facts.items()])
+
+
+@cache_app.command("verify")
+def cache_verify(store: Store = None, json_: Json = False) -> None:
+    """Check everything in a store: checksums, counts, order, NaN, norms, key."""
+    from .cache import verify
+    from .pipeline.stores import find_store
+
+    folder = find_store(store)
+    report = verify(folder)
+    _finish(
+        {"store": str(folder), "problems": list(report.problems)},
+        json_,
+        *(report.problems or [f"{folder} is whole"]),
+    )
+    if report.problems:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _complain(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain("interrupted; what was finished is kept", 130)
+    except BrokenPipeError:
+        # The reader of a pipe left; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        # Typer keeps its usage errors in a private module; they all have a message and an exit code.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        code = _complain(f"{message()} (see --help)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"mmcli: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _progress(quiet: bool) -> "Progress":
+    from .pipeline.progress import ConsoleProgress, Progress
+
+    return Progress() if quiet else ConsoleProgress()
+
+
+def _config(file: Path | None, settings: list[str] | None, options: Mapping[str, Any]) -> "Config":
+    from .pipeline.config import load_config, parse_settings
+
+    return load_config(
+        file,
+        options={**parse_settings(settings or []), **{k: v for k, v in options.items() if v is not None}},
+    )
+
+
+def _finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -> None:
+    """The result on stdout: one JSON object, or what a person reads."""
+    if as_json:
+        print(json.dumps(result, allow_nan=False, default=str))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))

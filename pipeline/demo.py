@@ -1,0 +1,163 @@
+"""Every stage in turn on the generated miniature; each step names the command that does it alone."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+from rich.text import Text
+
+from .. import InputError, __version__
+from ..heads.config import KnnConfig
+from .codes import Codes, read_codes
+from .config import Config, ModelConfig
+from .device import pick_device
+from .explain import explain
+from .extract import extract
+from .files import write_text
+from .knn_eval import knn_eval
+from .manifest import read_manifest
+from .miniature import draw_legend, make_dataset
+from .miniature_model import make_checkpoint
+from .prepare import prepare, statistics_tables
+from .progress import Progress
+from .runs import Run
+from .tables import COLUMNS, FOOTNOTE, cells, metrics_table
+from .train_head import train_head
+from .zero_shot import zero_shot
+
+PATCHES = 64
+MARK = "miniature.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo made and measured."""
+
+    out: Path
+    rows: tuple[dict[str, Any], ...]
+    files: tuple[tuple[Path, str], ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: the rows of the last table and the wall time."""
+        return {"out": str(self.out), "seconds": self.seconds, "rows": list(self.rows)}
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        width = max(len(str(path)) for path, _ in self.files)
+        lines = [f"  {path!s:<{width}}  {what}" for path, what in self.files]
+        return [
+            metrics_table(self.rows, f"The miniature's test split ({self.rows[0]['n_images']:.0f} images)"),
+            f"\nAll of it in {self.seconds:.0f} s. Open next:", *lines, f"wrote {self.out}",
+        ]  # fmt: skip
+
+
+def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progress | None = None) -> DemoResult:
+    """Generate the miniature and run every stage on it.
+
+    A miniature that is already in ``out``, made by the same version and seed, is used again.
+
+    Args:
+        config: Hardware section (device, seed) is used.
+        out: The folder to write.
+        force: Generate the miniature again in any case.
+        progress: Who to tell.
+
+    Raises:
+        InputError: ``out`` holds files that are not a demo's.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress()
+    data, model, store, runs = out / "data", out / "model", out / "store", out / "runs"
+    fresh = _make_miniature(config, out, force=force, progress=progress)
+    _step(progress, 2, "read COCO's files, check them, write one manifest", f"prepare --data {data}")
+    for table in statistics_tables(prepare(data).statistics)[:1]:
+        progress.show(table)
+    command = f"extract --data {data} --model {model} --patches {PATCHES} --out {store}"
+    _step(progress, 3, "run the frozen towers once, store raw embeddings", command)
+    config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
+    extract(config, data=data, out=store, force=fresh, progress=progress)
+    _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
+    shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
+    _step(progress, 5, "train a 64-bit head from the store", f"train-head --store {store} --bits 64")
+    trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
+    _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
+    voted = knn_eval(config, run=trained.run, progress=progress)
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", None)
+    progress.show(_example(trained.run, data, config.knn))
+    rows = (shot.metrics, trained.metrics, voted.metrics)
+    report = _write_report(out, rows)
+    files = (
+        (report, "this table, for keeping"),
+        (voted.metrics_path, "every metric of the head: neighbours and classifier"),
+        (trained.run.folder / "history.jsonl", "losses and val mAP of every epoch"),
+        (out / "legend.png", "how the 80 categories are drawn"),
+        (data / "val2014", "the pictures"),
+    )
+    return DemoResult(out=out, rows=rows, files=files, seconds=time.perf_counter() - started)
+
+
+def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progress) -> bool:
+    """Data set and checkpoint, unless the same ones are there already; whether they were made."""
+    mark, wanted = out / MARK, {"version": __version__, "seed": config.hardware.seed}
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in (MARK, "data", "legend.png")):
+        raise InputError(
+            "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
+            do="give another --out",
+        )  # fmt: skip
+    _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
+    if not force and mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps(wanted):
+        progress.say(f"  already in {out} (--force makes it again)")
+        return False
+    mark.unlink(missing_ok=True)
+    seed, device = config.hardware.seed, pick_device(config.hardware.device)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_legend(out / "legend.png")
+    with progress.task("pictures", 0) as task:
+        make_dataset(out / "data", seed=seed, progress=lambda done, total: task.advance(1))
+    with progress.task("tower training", 0) as task:
+        make_checkpoint(
+            out / "data", out / "model", seed=seed, device=str(device),
+            progress=lambda done, total, loss: task.advance(1, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    write_text(mark, json.dumps(wanted))
+    return True
+
+
+def _step(progress: Progress, number: int, what: str, command: str | None) -> None:
+    """A heading, and the command that does this step alone."""
+    progress.show(Text.assemble(f"\n{number}. ", (what, "bold")))
+    if command is not None:
+        progress.show(Text(f"   $ mmcli {command}", "cyan"))
+
+
+def _example(run: Run, data: Path, knn: KnnConfig) -> RenderableType:
+    """The test image with two or three tags that the neighbours are surest of."""
+    base, query = read_codes(run.folder, "train"), read_codes(run.folder, "test")
+    listing = read_manifest(data / "manifest.parquet")
+    return explain(base, query, _telling_row(query), listing, knn).show()
+
+
+def _telling_row(query: Codes) -> int:
+    """The image with several tags whose classifier loss is the lowest."""
+    assert query.logits is not None
+    loss = np.logaddexp(0, query.logits).sum(1) - (query.logits * query.labels).sum(1)
+    several = query.labels.sum(1) >= 2
+    return int(np.argmin(np.where(several, loss, np.inf)))
+
+
+def _write_report(out: Path, rows: tuple[dict[str, Any], ...]) -> Path:
+    """The last table as Markdown."""
+    head = "| method | " + " | ".join(name for name, _, _ in COLUMNS) + " |"
+    rule = "|---|" + "---:|" * len(COLUMNS)
+    body = [f"| {row['method']} | " + " | ".join(cells(row)) + " |" for row in rows]
+    note = (
+        "These figures come from a generated miniature and a checkpoint trained for a minute: they prove the pipeline."
+    )
+    path = out / "report.md"
+    write_text(path, "\n".join(["# mmcli demo", "", note, "", head, rule, *body, "", FOOTNOTE, ""]))
+    return path

@@ -1,0 +1,89 @@
+"""Where to compute and in which precision: CPU and GPU alike, the GPU never assumed and never ignored."""
+
+import os
+import random
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from .. import InputError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        InputError: An unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            "unknown device",
+            where="--device",
+            got=name,
+            wanted="auto, cpu, cuda, cuda:N or mps",
+            do="use --device auto",
+        ) from None
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not here.get(device.type, False):
+        raise InputError(
+            "no such device here", where="--device", got=name, wanted=f"one of {', '.join(k for k, v in here.items() if v)}",
+            do="use --device auto",
+        )  # fmt: skip
+    return device
+
+
+@dataclass
+class autocast:  # noqa: N801
+    """Mixed precision where it pays: bfloat16 or float16 on a GPU, float32 on a CPU.
+
+    A context manager; ``name`` says which precision it gives (``float32``, ``bfloat16``, ``float16``).
+    """
+
+    device: torch.device
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.float32
+        if self.enabled and self.device.type == "cuda":
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        self._context = torch.autocast(
+            self.device.type,
+            dtype=self.dtype if self.dtype != torch.float32 else torch.bfloat16,
+            enabled=self.dtype != torch.float32,
+        )
+
+    @property
+    def name(self) -> str:
+        """The precision's name."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._context.__exit__(kind, value, traceback)
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch; with ``deterministic`` also forbid operations whose result may vary."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic

@@ -1,0 +1,58 @@
+"""From an image file to RGB pixels, whatever the file is, or one clear line on why not."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .. import InputError
+
+
+def load_image(path: Path) -> npt.NDArray[np.uint8]:
+    """Decode an image to RGB.
+
+    EXIF orientation is applied; grey, palette and CMYK images are converted; transparency is laid on white;
+    16-bit grey is scaled to 8 bits (a plain conversion would clip it); of an animation the first frame is taken.
+
+    Args:
+        path: The image file.
+
+    Returns:
+        Pixels, ``(height, width, 3)`` uint8.
+
+    Raises:
+        InputError: The file is missing, empty, truncated, not an image, or larger than Pillow's bomb limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Between one and two times the limit Pillow only warns; such an image is still a mistake here.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except FileNotFoundError:
+        raise _refuse(path, "no file", "restore it, or run `mmcli prepare` again") from None
+    except UnidentifiedImageError:
+        got = "an empty file" if path.stat().st_size == 0 else "a file that is not an image"
+        raise _refuse(path, got, "replace the file") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _refuse(path, str(error), "replace the file by a smaller image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise _refuse(path, f"a damaged file ({error})", "replace the file") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode in {"I;16", "I;16B", "I;16L"}:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _refuse(path: Path, got: str, do: str) -> InputError:
+    return InputError("cannot read an image", where=path, got=got, wanted="a whole image file", do=do)

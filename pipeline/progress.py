@@ -1,0 +1,109 @@
+"""What a long stage tells the person who waits: lines and counted tasks, behind one small interface.
+
+Stages take a :class:`Progress`; the command line passes one that draws on stderr, tests pass the silent one.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBar
+
+LINE_EVERY_S = 10.0
+
+
+class Task(Protocol):
+    """One counted piece of work."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count ``count`` more done, with a short note on how it goes."""
+
+
+class Progress:
+    """The silent one, and the interface of the others."""
+
+    def say(self, line: str) -> None:
+        """Tell one line."""
+
+    def show(self, renderable: RenderableType) -> None:
+        """Show a table or a panel."""
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:  # noqa: ARG002
+        """Count to ``total`` under ``title``."""
+        yield _Silent()
+
+
+class _Silent:
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count nothing."""
+
+
+class ConsoleProgress(Progress):
+    """Bars on a terminal, a line every ten seconds elsewhere; always on stderr, so that stdout stays clean."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.console.print(line, markup=False)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or a panel."""
+        self.console.print(renderable, soft_wrap=False)
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """Draw a bar with count, elapsed and remaining time, and leave one line when it is done."""
+        started = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            with RichBar(*columns, console=self.console, transient=True) as bar:
+                counted: _Bar | _Lines = _Bar(bar, title, total)
+                yield counted
+        else:
+            counted = _Lines(self, title, total)
+            yield counted
+        seconds = time.perf_counter() - started
+        note = f", {counted.note}" if counted.note else ""
+        self.say(f"  {title}: {counted.done:,} in {seconds:.1f} s{note}")
+
+
+class _Bar:
+    def __init__(self, bar: RichBar, title: str, total: int) -> None:
+        self._bar, self._id = bar, bar.add_task(title, total=total, note="")
+        self.done, self.note = 0, ""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done, self.note = self.done + count, note or self.note
+        self._bar.update(self._id, advance=count, note=self.note)
+
+
+class _Lines:
+    def __init__(self, owner: ConsoleProgress, title: str, total: int) -> None:
+        self._owner, self._title, self._total = owner, title, total
+        self._last = time.perf_counter()
+        self.done, self.note = 0, ""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done, self.note = self.done + count, note or self.note
+        now = time.perf_counter()
+        if now - self._last >= LINE_EVERY_S and self.done < self._total:
+            self._last = now
+            note = f", {self.note}" if self.note else ""
+            self._owner.say(f"  {self._title}: {self.done:,} of {self._total:,}{note}")

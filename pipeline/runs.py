@@ -1,0 +1,219 @@
+"""Run folders: made, described, finished, found again.
+
+A run folder holds ``run.json`` (what it is and whether it is finished), ``config.yaml``, ``environment.json``,
+``metrics.json`` and what its stage adds: ``history.jsonl``, ``checkpoints/``, ``codes/``, ``scores/``.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import InputError, __version__
+from .config import Config, dump_config
+from .files import write_text
+
+RUN_VERSION = 1
+PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "faiss-gpu", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What ``run.json`` says.
+
+    Attributes:
+        kind: The command that made the run: ``train-head`` or ``zero-shot``.
+        status: ``running`` until everything is written, then ``finished``.
+        created: UTC, ISO 8601.
+        config_digest: Digest of the resolved configuration.
+        preset: Name of the preset.
+        seed: The seed.
+        store: The store that was read.
+        store_digest: Digest of its key.
+        model: Checkpoint the store was made with.
+        patches: Patch budget of the store.
+        manifest_sha256: Content hash of the manifest.
+        category_names: Names of the C classes.
+    """
+
+    kind: str
+    status: str
+    created: str
+    config_digest: str
+    preset: str
+    seed: int
+    store: str
+    store_digest: str
+    model: str
+    patches: int
+    manifest_sha256: str
+    category_names: tuple[str, ...]
+    version: int = RUN_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder and what it says of itself."""
+
+    folder: Path
+    info: RunInfo
+
+
+def start_run(
+    info: RunInfo,
+    config: Config,
+    *,
+    label: str,
+    out: Path | None,
+    runs: Path,
+    device: str,
+    force: bool = False,
+) -> Run:
+    """Make a run folder and write what is known before the work starts.
+
+    Args:
+        info: What the run is.
+        config: The resolved configuration.
+        label: Readable part of the folder's name.
+        out: The folder; ``runs/<time>-<label>`` when not given.
+        runs: The folder of all runs.
+        device: Where it computes.
+        force: Throw an existing run in ``out`` away first.
+
+    Raises:
+        InputError: ``out`` holds something already and ``force`` is not given, or is no run.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = out or _free(runs / f"{stamp}-{label}")
+    if folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise InputError(
+                "the folder is in use", where=folder, got="a folder with files", wanted="a new or empty folder",
+                do="give another --out, or --force to replace the run",
+            )  # fmt: skip
+        if not (folder / "run.json").is_file():
+            raise InputError(
+                "will not replace a folder that is no run", where=folder, got="no run.json", wanted="a run folder",
+                do="give another --out",
+            )  # fmt: skip
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder=folder, info=info)
+    _write_info(run)
+    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))
+    return run
+
+
+def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
+    """Write the metrics, then mark the run as finished: the mark is written last."""
+    write_metrics(run.folder, rows)
+    done = replace(run, info=replace(run.info, status="finished"))
+    _write_info(done)
+    return done
+
+
+def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``metrics.json``: the first row's keys flat, the other methods' rows under ``others``."""
+    path = folder / "metrics.json"
+    write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
+    return path
+
+
+def open_run(folder: Path, *, kind: str = "train-head") -> Run:
+    """Read a finished run.
+
+    Raises:
+        InputError: No such folder, no run, an unfinished run, or a run of another kind.
+    """
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["category_names"] = tuple(record["category_names"])
+        info = RunInfo(**record)
+    except OSError:
+        raise InputError(
+            "no run", where=folder, got="no run.json", wanted="a run folder", do=f"run `mmcli {kind}` first"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError("broken run", where=path, got=error, wanted="what mmcli wrote", do="train again") from None
+    if info.kind != kind or info.status != "finished" or info.version != RUN_VERSION:
+        raise InputError(
+            "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"run `mmcli {kind}`, or name another --run",
+        )  # fmt: skip
+    return Run(folder=folder, info=info)
+
+
+def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
+    """The finished run of one kind that was made last.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = []
+    for path in runs.glob("*/run.json"):
+        try:
+            found.append(open_run(path.parent, kind=kind))
+        except InputError:
+            continue  # another kind, or not finished
+    if not found:
+        raise InputError(
+            "no run",
+            where=runs,
+            got=f"no finished run of {kind}",
+            wanted="at least one",
+            do=f"run `mmcli {kind}` first",
+        )
+    return max(found, key=lambda run: run.info.created)
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def environment(device: str, seed: int) -> dict[str, Any]:
+    """Versions, device, seed and git state, for whoever reads the run later."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "mmcli": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
+        "cpu_count": os.cpu_count(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
+        "command": sys.argv,
+    }  # fmt: skip
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working folder and whether it has changes; nothing outside a repository or without git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)  # noqa: S607
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=5)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": head.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def _write_info(run: Run) -> None:
+    write_text(run.folder / "run.json", json.dumps(asdict(run.info), indent=1))
+
+
+def _free(folder: Path) -> Path:
+    """A name that no run has: two runs may start within one second."""
+    number, free = 2, folder
+    while free.exists():
+        free = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return free

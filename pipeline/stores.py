@@ -1,0 +1,95 @@
+"""A store as the stages after extraction see it: embeddings with labels and splits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import InputError
+from ..cache import Embeddings, Store, StoreMismatch, newest_store
+from .config import Config, ModelConfig
+from .manifest import Manifest
+from .runs import RunInfo, now
+
+DEFAULT_CACHE = Path("data/cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledStore:
+    """A store, its arrays and its listing, all in manifest order."""
+
+    store: Store
+    embeddings: Embeddings
+    listing: Manifest
+
+
+def find_store(folder: Path | None, cache: Path = DEFAULT_CACHE) -> Path:
+    """The store that was named, or the newest finished one.
+
+    Raises:
+        InputError: There is none.
+    """
+    return folder if folder is not None else newest_store(cache)
+
+
+def read_store(folder: Path, config: Config) -> LabelledStore:
+    """Open, check and load a store.
+
+    Args:
+        folder: The store.
+        config: Where its model section was given by the user, the store must be of that model and budget.
+
+    Raises:
+        InputError: The store is damaged, unfinished, or of another model than was asked for.
+    """
+    store = Store.open(folder)
+    _check_model(store, config)
+    listing = Manifest.from_table(store.index.drop_columns(["shard", "row"]), where=str(folder))
+    return LabelledStore(store=store, embeddings=store.load(), listing=listing)
+
+
+def resolve_config(config: Config, labelled: LabelledStore) -> Config:
+    """Put what the store knows into the configuration: model, budget, number of classes.
+
+    Raises:
+        InputError: ``classifier.num_classes`` was given and is not the store's.
+    """
+    key, n_classes = labelled.store.key, len(labelled.listing.category_names)
+    if "num_classes" in config.classifier.model_fields_set and config.classifier.num_classes != n_classes:
+        raise InputError(
+            "wrong number of classes", where="classifier.num_classes", got=config.classifier.num_classes,
+            wanted=f"{n_classes}, as in {labelled.store.folder}", do="leave it out, it is read from the store",
+        )  # fmt: skip
+    model = ModelConfig(
+        siglip2_variant=str(labelled.store.extra.get("model_path", key.model)), revision=config.model.revision,
+        max_num_patches=key.patches, text_max_length=key.text_length,
+    )  # fmt: skip
+    classifier = config.classifier.model_copy(update={"num_classes": n_classes})
+    return config.model_copy(update={"model": model, "classifier": classifier})
+
+
+def describe_run(kind: str, config: Config, labelled: LabelledStore) -> RunInfo:
+    """What ``run.json`` says of a run that reads this store."""
+    key = labelled.store.key
+    return RunInfo(
+        kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
+        seed=config.hardware.seed, store=str(labelled.store.folder), store_digest=key.digest, model=key.model,
+        patches=key.patches, manifest_sha256=key.manifest_sha256, category_names=labelled.listing.category_names,
+    )  # fmt: skip
+
+
+def _check_model(store: Store, config: Config) -> None:
+    asked, given = config.model, config.model.model_fields_set
+    name = asked.siglip2_variant
+    known = {store.key.model, str(store.extra.get("model_path", store.key.model))}
+    wrong = [
+        ("model", name, store.key.model, "siglip2_variant" in given and not {name, Path(name).name} & known),
+        ("patches", asked.max_num_patches, store.key.patches,
+         "max_num_patches" in given and asked.max_num_patches != store.key.patches),
+        ("text length", asked.text_max_length, store.key.text_length,
+         "text_max_length" in given and asked.text_max_length != store.key.text_length),
+    ]  # fmt: skip
+    for what, wanted, got, is_wrong in wrong:
+        if is_wrong:
+            raise StoreMismatch(
+                "a store of another model", where=store.folder, got=f"{what} {got}", wanted=f"{what} {wanted}",
+                do="name another --store, or run `mmcli extract` for this model",
+            )  # fmt: skip

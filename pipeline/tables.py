@@ -1,0 +1,41 @@
+"""Tables of metrics for a person: the same columns for every method."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+# Column title, key in a metrics row, format. F1 is shown at the threshold tuned on val: at 0.5 it measures mostly
+# how a method scales its scores, and cosine scores never reach 0.5.
+COLUMNS = (
+    ("mAP", "mAP", "{:.3f}"),
+    ("F1_micro*", "F1_micro_tuned", "{:.3f}"),
+    ("F1_macro*", "F1_macro_tuned", "{:.3f}"),
+    ("P@5", "P@5", "{:.3f}"),
+    ("R@5", "R@5", "{:.3f}"),
+    ("latency", "query_latency_ms", "{:.2f} ms"),
+)
+FOOTNOTE = (
+    "* at the one threshold that is best on val; at 0.5 see metrics.json. latency: scoring one stored embedding"
+    " (zero-shot, classifier) or one code (knn: search and vote)."
+)
+
+
+def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One line per method, with the ceilings of P@5 and R@5 where they are known."""
+    table = Table(title=title, title_justify="left", caption=FOOTNOTE, caption_justify="left")
+    table.add_column("method", style="bold")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(str(row["method"]), *cells(row))
+    ceilings = {"P@5": rows[0].get("P@5_ceiling"), "R@5": rows[0].get("R@5_ceiling")}
+    if any(value is not None for value in ceilings.values()):
+        table.add_section()
+        table.add_row("ceiling", *["" if ceilings.get(n) is None else f"{ceilings[n]:.3f}" for n, _, _ in COLUMNS])
+    return table
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The formatted figures of a row; a dash where a figure is undefined or was not measured."""
+    return [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in COLUMNS]
