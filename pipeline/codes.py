@@ -35,6 +35,14 @@ class Codes:
     def __len__(self) -> int:
         return len(self.image_id)
 
+    @property
+    def probabilities(self) -> npt.NDArray[np.float32] | None:
+        """The classifier's scores, sigmoid of the logits ``(n, C)`` float32; ``None`` where no logits were kept."""
+        if self.logits is None:
+            return None
+        # The same as 1 / (1 + exp(-x)), without its overflow.
+        return (0.5 * (1.0 + np.tanh(0.5 * self.logits.astype(np.float64)))).astype(np.float32)
+
 
 def codes_path(run: Path, split: str) -> Path:
     """Where a run keeps the codes of a split."""

@@ -37,10 +37,8 @@ def pick_device(name: str = "auto") -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not here.get(device.type, False):
-        raise InputError(
-            "no such device here", where="--device", got=name, wanted=f"one of {', '.join(k for k, v in here.items() if v)}",
-            do="use --device auto",
-        )  # fmt: skip
+        wanted = f"one of {', '.join(kind for kind, present in here.items() if present)}"
+        raise InputError("no such device here", where="--device", got=name, wanted=wanted, do="use --device auto")
     return device
 
 
@@ -70,7 +68,7 @@ class autocast:  # noqa: N801
         return str(self.dtype).removeprefix("torch.")
 
     def __enter__(self) -> None:
-        self._context.__enter__()
+        self._context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None

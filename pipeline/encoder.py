@@ -236,8 +236,8 @@ def _check_patches(name: str, config: Any, patches: int) -> None:  # noqa: ANN40
     only = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if patches != only:
         raise InputError(
-            "this checkpoint has a fixed resolution", where=name, got=f"--patches {patches}", wanted=f"--patches {only}",
-            do=f"use {DEFAULT_MODEL} for other budgets",
+            "this checkpoint has a fixed resolution", where=name, got=f"--patches {patches}",
+            wanted=f"--patches {only}", do=f"use {DEFAULT_MODEL} for other budgets",
         )  # fmt: skip
 
 

@@ -43,7 +43,10 @@ def metrics_row(
 def write_scores(run: Path, method: str, split: str, image_id: npt.NDArray[np.int64], scores: Scores) -> Path:
     """Keep a method's scores in its run, so that two methods can be compared image by image later."""
     path = run / "scores" / f"{method}-{split}.safetensors"
-    arrays = {"image_id": np.ascontiguousarray(image_id), "scores": np.ascontiguousarray(scores)}
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "image_id": np.ascontiguousarray(image_id),
+        "scores": np.ascontiguousarray(scores),
+    }
     write_whole(path, lambda temporary: save_file(arrays, temporary))
     return path
 

@@ -16,7 +16,7 @@ from rich.console import RenderableType
 
 from .. import __version__
 from ..cache import Shard, StoreKey, StoreWriter
-from .config import Config
+from .config import Config, DataConfig
 from .device import pick_device
 from .encoder import Encoder
 from .images import load_image
@@ -175,8 +175,8 @@ class _Job:
         listing: Manifest,
         data: Path,
         batch_size: int,
-        read: Any,
-        pool: Any,
+        read: DataConfig,
+        pool: ThreadPoolExecutor,
         clock: Clock,
     ) -> None:
         self._encoder, self._listing, self._data, self._batch = encoder, listing, data, batch_size

@@ -80,7 +80,7 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     tuned_on = None if split == "val" else (tag(val), val.labels)
     row = metrics_row("knn", split, scores, query.labels, tuned_on=tuned_on)
     row |= _settings(knn, base) | {"index_build_s": build_s, "throughput_qps": len(query) / seconds}
-    row |= _latency(tag, query) | _sizes(index, base, knn)
+    row |= _latency(tag, query) | _sizes(index, base)
     write_scores(run.folder, "knn", split, query.image_id, scores)
     others = tuple(_other_rows(split, query, val))
     path = write_metrics(run.folder, [row, *others])
@@ -168,7 +168,7 @@ def _latency(tag: _Tagger, query: Codes) -> dict[str, float]:
     }
 
 
-def _sizes(index: Index, base: Codes, knn: KnnConfig) -> dict[str, float]:
+def _sizes(index: Index, base: Codes) -> dict[str, float]:
     """Bytes of the index, and of binary and float codes side by side."""
     sizes = {"index_bytes": float(index.n_bytes), "float_code_bytes": float(base.soft.nbytes)}
     if base.packed is not None:
@@ -181,9 +181,7 @@ def _sizes(index: Index, base: Codes, knn: KnnConfig) -> dict[str, float]:
 
 def _other_rows(split: str, query: Codes, val: Codes) -> list[dict[str, Any]]:
     """The classifier's row beside the neighbours', from the logits kept with the codes."""
-    if query.logits is None or val.logits is None:
+    if query.probabilities is None or val.probabilities is None:
         return []
-    probability = [1.0 / (1.0 + np.exp(-codes.logits)) for codes in (query, val) if codes.logits is not None]
-    tuned_on = None if split == "val" else (probability[1], val.labels)
-    row = metrics_row("classifier", split, probability[0], query.labels, tuned_on=tuned_on)
-    return [row]
+    tuned_on = None if split == "val" else (val.probabilities, val.labels)
+    return [metrics_row("classifier", split, query.probabilities, query.labels, tuned_on=tuned_on)]

@@ -190,10 +190,10 @@ def _write_all_codes(
 def _classifier_row(run: Path, head: Head, codes: dict[str, Codes], test: Split) -> dict[str, Any]:
     scores = {}
     for split in ("val", "test"):
-        logits = codes[split].logits
-        assert logits is not None
-        scores[split] = (1.0 / (1.0 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
-        write_scores(run, "classifier", split, codes[split].image_id, scores[split])
+        probabilities = codes[split].probabilities
+        assert probabilities is not None
+        scores[split] = probabilities
+        write_scores(run, "classifier", split, codes[split].image_id, probabilities)
     row = metrics_row(
         "classifier",
         "test",
