@@ -1,0 +1,138 @@
+"""Files that are whole or absent: written under a temporary name, synced, checked, then renamed.
+
+One writer holds a store's lock, so the temporary name needs no random part. A temporary file may be a hard link to a
+shard of another store (text shards are shared), so it is never opened for writing: it is removed and created anew.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import RESUME, StoreBusy, StoreError
+from .layout import LOCK, TEMPORARY_NAME, temporary_name
+
+Check = Callable[[bytes], object]
+
+
+def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
+    """Put ``data`` under ``path``: a kill at any moment leaves the old file or the new one, never a part.
+
+    Args:
+        path: The final name.
+        data: The whole content.
+        check: Called with what is read back from the closed temporary file, before the rename; raises to refuse it.
+
+    Raises:
+        StoreError: The disk is full, or the folder is not writable.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as stream:
+            _fill(stream, data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if check is not None:
+            check(temporary.read_bytes())
+        _rename(temporary, path)
+    except OSError as error:
+        raise StoreError(
+            "cannot write", where=path, got=error.strerror or str(error), do=f"mend it and {RESUME}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def adopt(source: Path, path: Path, check: Check) -> None:
+    """Take a file of another store: a hard link where the file system has them, else a copy.
+
+    Args:
+        source: The file to take; it is only read.
+        path: The final name.
+        check: Called with the bytes that will stand there, before the rename; raises to refuse them.
+
+    Raises:
+        OSError: The file cannot be read, linked or copied.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:
+            with source.open("rb") as old, temporary.open("xb") as new:
+                shutil.copyfileobj(old, new)
+        # The name that is checked is the one that is renamed: the source may be replaced in between.
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        check(temporary.read_bytes())
+        _rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there, and make that last."""
+    if path.is_file() or path.is_symlink():
+        path.unlink()
+        sync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed writer left half-written; the caller holds the lock."""
+    for path in folder.iterdir():
+        if TEMPORARY_NAME.fullmatch(path.name):
+            path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock(folder: Path) -> int:
+    """Take a store's exclusive lock; the kernel frees it when the process ends, however it ends.
+
+    Returns:
+        The lock, for :func:`unlock`.
+
+    Raises:
+        StoreBusy: Another writer holds it.
+        OSError: The file system has no locks.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise StoreBusy(
+            "another process writes this store",
+            where=folder,
+            do="wait until it ends, or stop it; what it wrote is kept",
+        ) from error
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def unlock(handle: int) -> None:
+    """Free a lock, also where a forked child still holds a copy of the handle."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def _fill(stream: BinaryIO, data: bytes) -> None:
+    stream.write(data)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)  # noqa: PTH105 - one place that renames, by its plain name
+    sync_folder(path.parent)

@@ -1,0 +1,77 @@
+"""``index.parquet``: one row per image, in the order of the embeddings."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .errors import StoreError
+from .layout import Layout
+
+ID = "image_id"
+PLACE = ("shard", "row")
+
+
+def check_index(table: pa.Table) -> NDArray[np.int64]:
+    """The image ids of the caller's table, in order.
+
+    Args:
+        table: One row per image, with a column ``image_id`` int64 without nulls, every value once.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Raises:
+        StoreError: The table is empty, or its columns are not as wanted.
+    """
+    if not isinstance(table, pa.Table):
+        raise StoreError("bad index", got=type(table).__name__, wanted="a pyarrow table")
+    names = table.column_names
+    if names.count(ID) != 1 or table.schema.field(ID).type != pa.int64():
+        raise StoreError("bad index", got=f"columns {names}", wanted=f"one column {ID} of int64")
+    if taken := [name for name in PLACE if name in names]:
+        raise StoreError("bad index", got=f"columns {taken}", wanted="a table without them, the store adds them")
+    if not table.num_rows:
+        raise StoreError("nothing to store", got="an index without rows")
+    if table.column(ID).null_count:
+        raise StoreError("bad index", got=f"{table.column(ID).null_count} null image ids", wanted="none")
+    ids = np.asarray(table.column(ID).to_numpy(), dtype=np.int64)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        raise StoreError("bad index", got=f"image id {unique[counts > 1][0]} more than once", wanted="every image once")
+    return ids
+
+
+def place_rows(table: pa.Table, layout: Layout) -> pa.Table:
+    """The table with columns ``shard`` and ``row`` int32: in which shard, and where in it, a row's embeddings are."""
+    rows = np.arange(layout.n_images, dtype=np.int64)
+    for name, values in zip(PLACE, divmod(rows, layout.shard_rows), strict=True):
+        table = table.append_column(pa.field(name, pa.int32(), nullable=False), pa.array(values, pa.int32()))
+    return table
+
+
+def index_bytes(table: pa.Table) -> bytes:
+    """The parquet file of an index; the schema's metadata is kept."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def parse_index(data: bytes, layout: Layout) -> pa.Table:
+    """Read a parquet file and check that it fits the store.
+
+    Raises:
+        ValueError: It is not readable, or is not an index of that layout.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        ids = check_index(table.drop_columns(list(PLACE)))
+    except (pa.ArrowException, StoreError, KeyError, OSError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    if len(ids) != layout.n_images:
+        raise ValueError(f"it has {len(ids)} rows, not {layout.n_images}")
+    placed = place_rows(table.select([ID]), layout)
+    if not all(pc.all(pc.equal(table.column(name), placed.column(name))).as_py() for name in PLACE):
+        raise ValueError("its columns shard and row do not fit the shards")
+    return table

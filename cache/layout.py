@@ -1,0 +1,97 @@
+"""Names, shapes and dtypes of a store's files: what stands where, with no file touched.
+
+Symbols: ``N`` images, ``D`` embedding width, ``n`` rows of one shard.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+FORMAT = "mmcli-store"
+FORMAT_VERSION = 1
+
+MANIFEST, KEY, INDEX, LOCK = "manifest.json", "key.json", "index.parquet", ".lock"
+
+Part = Literal["image", "text"]
+StoredDtype = Literal["float16", "float32"]
+PARTS: tuple[Part, ...] = ("image", "text")
+SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
+TEMPORARY_NAME = re.compile(
+    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)})\.tmp",
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store: the rows ``start`` to ``stop`` (exclusive) of one part, in index order."""
+
+    part: Part
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The file's name, such as ``image-00003.h5``."""
+        return f"{self.part}-{self.number:05d}.h5"
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in the shard."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The shape of a store.
+
+    Attributes:
+        n_images: N.
+        width: D.
+        n_captions_max: Captions kept per image.
+        shard_rows: Rows of every shard but the last, which may have fewer.
+        dtype: How embeddings are stored.
+    """
+
+    n_images: int
+    width: int
+    n_captions_max: int
+    shard_rows: int
+    dtype: StoredDtype
+
+    def __post_init__(self) -> None:
+        for name in ("n_images", "width", "n_captions_max", "shard_rows"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, it must be a whole number above 0")
+        if self.n_captions_max > np.iinfo(np.uint8).max:
+            raise ValueError(f"n_captions_max is {self.n_captions_max}, it must be at most 255")
+
+    def shards(self, part: Part) -> list[Shard]:
+        """Every shard of a part, in order."""
+        starts = range(0, self.n_images, self.shard_rows)
+        return [Shard(part, i, at, min(at + self.shard_rows, self.n_images)) for i, at in enumerate(starts)]
+
+    def all_shards(self) -> list[Shard]:
+        """Every shard of the store: image shards, then text shards."""
+        return [shard for part in PARTS for shard in self.shards(part)]
+
+    def datasets(self, part: Part, n_rows: int) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+        """Dtype (little-endian) and shape of each dataset of a shard with ``n_rows`` rows, in the order of the file."""
+        n, d, c = n_rows, self.width, self.n_captions_max
+        floats = np.dtype("<f2" if self.dtype == "float16" else "<f4")
+        ids: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {"image_id": (np.dtype("<i8"), (n,))}
+        if part == "image":
+            return ids | {"v_img": (floats, (n, d)), "norm_img": (np.dtype("<f4"), (n,))}
+        return ids | {
+            "v_txt": (floats, (n, c, d)),
+            "norm_txt": (np.dtype("<f4"), (n, c)),
+            "n_captions": (np.dtype("u1"), (n,)),
+        }
+
+
+def temporary_name(name: str) -> str:
+    """The name a file has while it is being written."""
+    return f".{name}.tmp"

@@ -1,0 +1,213 @@
+"""The two readable files of a store: ``manifest.json``, written last, and ``key.json``, written first.
+
+Both are sealed: ``checksum`` is the SHA-256 of the canonical JSON of everything else in the file, so a digit that
+changed on the disk, or by hand, is found.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import RESUME, StoreDamaged, StoreError, StoreMismatch
+from .key import StoreKey, digest_of
+from .layout import FORMAT, FORMAT_VERSION, INDEX, KEY, MANIFEST, PARTS, Layout, Part, Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file as the manifest knows it."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry(FileEntry):
+    """A shard as the manifest knows it. ``captions`` counts the real captions of a text shard; 0 in an image shard."""
+
+    part: Part
+    number: int
+    first_row: int
+    captions: int
+
+    @property
+    def shard(self) -> Shard:
+        """Which rows it holds."""
+        return Shard(self.part, self.number, self.first_row, self.first_row + self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreManifest:
+    """What ``manifest.json`` says.
+
+    Attributes:
+        key: The store's key.
+        layout: The store's shape.
+        index: The index file.
+        shards: Every shard: image shards, then text shards, each part in order.
+        created: When the store was finished: UTC, ISO 8601 with microseconds.
+        extra: What the writer was told to keep: library versions, device and the like.
+    """
+
+    key: StoreKey
+    layout: Layout
+    index: FileEntry
+    shards: tuple[ShardEntry, ...]
+    created: str
+    extra: dict[str, Any]
+
+    @property
+    def n_captions(self) -> int:
+        """Real captions in the store."""
+        return sum(entry.captions for entry in self.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document, not yet sealed."""
+        layout = self.layout
+        return _head(self.key) | {
+            "created": self.created,
+            "counts": {
+                "images": layout.n_images, "captions": self.n_captions, "width": layout.width,
+                "captions_per_image_max": layout.n_captions_max, "shard_rows": layout.shard_rows,
+            },
+            "extra": self.extra,
+            "index": asdict(self.index),
+            "shards": [asdict(entry) for entry in self.shards],
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """The manifest that :meth:`to_dict` wrote.
+
+        Raises:
+            StoreError, KeyError, TypeError, ValueError: It is not one.
+        """
+        key, counts = _key(document), document["counts"]
+        layout = _layout(key, counts)
+        manifest = cls(
+            key=key, layout=layout, index=FileEntry(**document["index"]),
+            shards=tuple(ShardEntry(**entry) for entry in document["shards"]),
+            created=datetime.fromisoformat(document["created"]).isoformat(timespec="microseconds"),
+            extra=dict(document["extra"]),
+        )  # fmt: skip
+        # File names are derived, never trusted: a name in the document cannot lead out of the folder.
+        names = [(entry.shard, entry.file) for entry in manifest.shards]
+        if names != [(shard, shard.name) for shard in layout.all_shards()]:
+            raise ValueError("its list of shards does not cover the rows in order")
+        if (manifest.index.file, manifest.index.rows) != (INDEX, layout.n_images):
+            raise ValueError("its index is another file or has other rows")
+        if counts["captions"] != manifest.n_captions:
+            raise ValueError("its count of captions is not the sum over its shards")
+        return manifest
+
+
+def manifest_bytes(manifest: StoreManifest) -> bytes:
+    """What is written to ``manifest.json``."""
+    return _seal(manifest.to_dict())
+
+
+def key_bytes(key: StoreKey, layout: Layout) -> bytes:
+    """What is written to ``key.json``, so that an unfinished folder is recognised."""
+    names = ("n_images", "width", "n_captions_max", "shard_rows")
+    images, width, captions, rows = (getattr(layout, name) for name in names)
+    counts = {"images": images, "width": width, "captions_per_image_max": captions, "shard_rows": rows}
+    return _seal(_head(key) | {"counts": counts})
+
+
+def read_manifest(folder: Path) -> StoreManifest:
+    """Read ``manifest.json``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StoreMismatch: It is of another format version.
+        StoreDamaged: It is not readable.
+    """
+    path = folder / MANIFEST
+    document = _unseal(path)
+    try:
+        return StoreManifest.from_dict(document)
+    except (StoreError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_key(folder: Path) -> tuple[StoreKey, Layout]:
+    """Read ``key.json``.
+
+    Raises:
+        FileNotFoundError, StoreMismatch, StoreDamaged: As for :func:`read_manifest`.
+    """
+    path = folder / KEY
+    document = _unseal(path)
+    try:
+        key = _key(document)
+        return key, _layout(key, document["counts"])
+    except (StoreError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a JSON file was written by this project, sound or not."""
+    try:
+        return f'"format": "{FORMAT}"' in path.read_text(encoding="utf-8", errors="replace")[:200]
+    except OSError:
+        return False
+
+
+def _head(key: StoreKey) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "format_version": FORMAT_VERSION, "digest": key.digest, "text_digest": key.text_digest,
+        "key": key.to_dict(),
+    }  # fmt: skip
+
+
+def _key(document: Mapping[str, Any]) -> StoreKey:
+    key = StoreKey.from_dict(document["key"])
+    if (document["digest"], document["text_digest"]) != (key.digest, key.text_digest):
+        raise ValueError("its digest is not its key's")
+    return key
+
+
+def _layout(key: StoreKey, counts: Mapping[str, Any]) -> Layout:
+    return Layout(
+        n_images=counts["images"], width=counts["width"], n_captions_max=counts["captions_per_image_max"],
+        shard_rows=counts["shard_rows"], dtype=key.dtype,
+    )  # fmt: skip
+
+
+def _seal(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document | {"checksum": digest_of(document)}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _unseal(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+        known = isinstance(document, dict) and document.get("format") == FORMAT
+        version = document.get("format_version") if known else None
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if known and type(version) is int and version != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
+        do = "update mmcli" if newer else "extract into another folder, or replace it with `mmcli extract --force`"
+        raise StoreMismatch(
+            "a store of another format version", where=path.parent, got=version, wanted=FORMAT_VERSION, do=do
+        )
+    if not known:
+        raise _damaged(path, f"it does not say it is a {FORMAT}")
+    checksum = document.pop("checksum", None)
+    if checksum != digest_of(document):
+        raise _damaged(path, "its checksum is wrong")
+    return dict(document)
+
+
+def _damaged(path: Path, why: object) -> StoreDamaged:
+    return StoreDamaged("cannot read", where=path, got=why, do=RESUME)
+
+
+assert PARTS == ("image", "text"), "the order of parts is part of the format"

@@ -1,0 +1,246 @@
+"""Reads a finished store: its key and index at once, its arrays on request."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
+from .index import ID, parse_index
+from .key import StoreKey
+from .layout import MANIFEST
+from .metadata import ShardEntry, StoreManifest, read_manifest
+from .shards import Arrays, ShardBroken, first_bad_row, read_shard_into
+from .sweep import key_digest, looks_like_store, read_checked, unfinished
+
+_log = logging.getLogger(__name__)
+
+EXTRACT = "run `mmcli extract` first"
+REDO = "run `mmcli extract` again, it redoes only that shard"
+_READERS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """Every array of a store, in index order.
+
+    Attributes:
+        v_img: Raw image embeddings, ``(N, D)``, float16 or float32 as stored.
+        v_txt: Raw caption embeddings, ``(N, n_captions_max, D)``, same dtype; rows of missing captions are zero.
+        norm_img: Their L2 norms, taken before the cast, ``(N,)`` float32.
+        norm_txt: ``(N, n_captions_max)`` float32; 0 for missing captions.
+        n_captions: Real captions of each image, ``(N,)`` uint8; they come first.
+    """
+
+    v_img: NDArray[Any]
+    v_txt: NDArray[Any]
+    norm_img: NDArray[np.float32]
+    norm_txt: NDArray[np.float32]
+    n_captions: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A finished store.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What its ``manifest.json`` says.
+        index: One row per image, in order, with ``shard`` and ``row`` of its embeddings.
+    """
+
+    folder: Path
+    manifest: StoreManifest
+    index: pa.Table
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a store: reads manifest and index, looks that every shard is there.
+
+        Args:
+            folder: The store's folder.
+
+        Raises:
+            StoreMissing: There is no folder, or it is not a store.
+            StoreUnfinished: Extraction was stopped.
+            StoreMismatch: It is of another format version.
+            StoreDamaged: The manifest or the index is not readable, a shard is missing or has a wrong size.
+        """
+        folder = Path(folder)
+        manifest = _manifest_of(folder)
+        for entry in manifest.shards:
+            path = folder / entry.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                got = "no file" if size is None else f"{size} bytes"
+                raise StoreDamaged("a damaged shard", where=path, got=got, wanted=f"{entry.bytes} bytes", do=REDO)
+        try:
+            index = parse_index(read_checked(folder, manifest.index), manifest.layout)
+        except (ShardBroken, ValueError) as error:
+            raise StoreDamaged("a damaged index", where=folder / manifest.index.file, got=error, do=RESUME) from error
+        return cls(folder=folder, manifest=manifest, index=index)
+
+    @property
+    def key(self) -> StoreKey:
+        """What its numbers depend on."""
+        return self.manifest.key
+
+    @property
+    def digest(self) -> str:
+        """Digest of its key."""
+        return self.key.digest
+
+    @property
+    def text_digest(self) -> str:
+        """Digest of what its caption embeddings depend on."""
+        return self.key.text_digest
+
+    @property
+    def n_images(self) -> int:
+        """N."""
+        return self.manifest.layout.n_images
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.manifest.layout.width
+
+    @property
+    def n_captions_max(self) -> int:
+        """Captions kept per image."""
+        return self.manifest.layout.n_captions_max
+
+    @property
+    def created(self) -> str:
+        """When it was finished: UTC, ISO 8601 with microseconds."""
+        return self.manifest.created
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the writer was told to keep."""
+        return self.manifest.extra
+
+    def load(self, *, check: bool = True) -> Embeddings:
+        """Every embedding, in index order.
+
+        Args:
+            check: Compare every file with its checksum, and look for NaN and infinities.
+
+        Raises:
+            StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
+        """
+        arrays = self._allocate()
+        ids = np.asarray(self.index.column(ID).to_numpy())
+        stored_ids = {part: np.empty(self.n_images, np.int64) for part in ("image", "text")}
+        for entry, data in _read_ahead(self.folder, self.manifest.shards, check=check):
+            names = self.manifest.layout.datasets(entry.part, 1)
+            out = {name: arrays[name] for name in names if name != ID} | {ID: stored_ids[entry.part]}
+            rows = slice(entry.first_row, entry.first_row + entry.rows)
+            try:
+                digest = key_digest(self.key, entry.shard)
+                read_shard_into(data, entry.shard, self.manifest.layout, digest, out)
+                if not np.array_equal(out[ID][rows], ids[rows]):
+                    raise ShardBroken("its image ids are not those of the index")
+                if check:
+                    _check_finite(entry, {name: out[name][rows] for name in out}, ids)
+            except ShardBroken as error:
+                raise StoreDamaged("a damaged shard", where=self.folder / entry.file, got=error, do=REDO) from error
+        return Embeddings(**arrays)
+
+    def _allocate(self) -> Arrays:
+        arrays: Arrays = {}
+        for part in ("image", "text"):
+            for name, (dtype, shape) in self.manifest.layout.datasets(part, self.n_images).items():
+                if name != ID:
+                    arrays[name] = np.empty(shape, dtype.newbyteorder("="))
+        return arrays
+
+
+def list_stores(root: Path) -> list[Path]:
+    """Finished stores directly below a folder, the oldest first; empty where there is no such folder.
+
+    A store whose manifest cannot be read, or of another format version, is left out with a warning in the log.
+    """
+    dated = []
+    for folder in _folders(root):
+        try:
+            dated.append((read_manifest(folder).created, folder.name, folder))
+        except FileNotFoundError:
+            continue
+        except StoreError as error:
+            _log.warning("left out: %s", error)
+    return [folder for _, _, folder in sorted(dated)]
+
+
+def newest_store(root: Path) -> Path:
+    """The finished store below a folder that was created last.
+
+    Raises:
+        StoreMissing: There is none; says which unfinished ones there are.
+    """
+    stores = list_stores(root)
+    if stores:
+        return stores[-1]
+    rest = [folder for folder in _folders(root) if looks_like_store(folder)]
+    bare = [folder.name for folder in rest if not (folder / MANIFEST).exists()]
+    unreadable = [folder.name for folder in rest if (folder / MANIFEST).exists()]
+    kinds = (("unfinished", bare), ("unreadable", unreadable))
+    got = "; ".join(f"{kind} {', '.join(names)}" for kind, names in kinds if names)
+    raise StoreMissing("no finished store", where=root, got=got or None, do=RESUME if got else EXTRACT)
+
+
+def _manifest_of(folder: Path) -> StoreManifest:
+    if not folder.is_dir():
+        raise StoreMissing("no such store", where=folder, do=EXTRACT)
+    try:
+        return read_manifest(folder)
+    except FileNotFoundError:
+        if looks_like_store(folder):
+            raise unfinished(folder) from None
+        raise StoreMissing("not a store", where=folder, got=f"no {MANIFEST}", do=EXTRACT) from None
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def _read_ahead(folder: Path, entries: Iterable[ShardEntry], *, check: bool) -> Iterator[tuple[ShardEntry, bytes]]:
+    """Files in order, read and hashed by a few threads ahead of the one that copies: hashing is the slow part."""
+
+    def read(entry: ShardEntry) -> bytes:
+        try:
+            if check:
+                return read_checked(folder, entry)
+            return (folder / entry.file).read_bytes()
+        except (ShardBroken, OSError) as error:
+            raise StoreDamaged("a damaged shard", where=folder / entry.file, got=error, do=REDO) from error
+
+    waiting: deque[tuple[ShardEntry, Future[bytes]]] = deque()
+    workers = min(_READERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for entry in entries:
+                waiting.append((entry, pool.submit(read, entry)))
+                if len(waiting) > workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_finite(entry: ShardEntry, arrays: Arrays, ids: NDArray[np.int64]) -> None:
+    for name, values in arrays.items():
+        if values.dtype.kind == "f" and (row := first_bad_row(values)) is not None:
+            row_id = ids[entry.first_row + row]
+            raise ShardBroken(f"NaN or infinity in {name} row {row}, image id {row_id}")

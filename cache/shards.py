@@ -1,0 +1,187 @@
+"""One shard as bytes: arrays to an HDF5 file and back, with every claim of the file checked.
+
+A shard is small (tens of megabytes) and is made and read in memory: a full disk is then an ordinary error of an
+ordinary write, and what was hashed is what is parsed. Datasets are contiguous, not compressed, and carry no times.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import FORMAT, FORMAT_VERSION, Layout, Shard
+
+Arrays = dict[str, NDArray[Any]]
+
+# This range of file versions has checksums on the file's own structures, and every HDF5 since 1.10 reads it.
+_LIBVER = ("v110", "v110")
+# What h5py raises on a file whose structures make no sense.
+_UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError)
+
+_FLOAT_BITS: dict[int, tuple[Any, int, int]] = {
+    2: (np.uint16, 0x7FFF, 0x7C00),
+    4: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+}
+
+
+class ShardBroken(Exception):  # noqa: N818 - a verdict about a file, turned into a StoreError by whoever knows the folder
+    """These bytes are not the shard they should be; the message says why."""
+
+
+class OtherKey(ShardBroken):
+    """A shard of another key or format version."""
+
+
+def content_sha256(name: str, values: NDArray[Any]) -> str:
+    r"""SHA-256, in hex, of a dataset's content.
+
+    Args:
+        name: The dataset's name.
+        values: Any dtype and shape.
+
+    Returns:
+        The hash of the ASCII line ``name dtype shape\n`` (such as ``v_img <f2 (1024, 768)``; a shape of one axis is
+        ``(1024,)``) and then of the values' bytes: little-endian, row-major.
+    """
+    plain = np.ascontiguousarray(values)
+    plain = plain.astype(plain.dtype.newbyteorder("<"), copy=False)
+    digest = hashlib.sha256(f"{name} {plain.dtype.str} {plain.shape}\n".encode())
+    digest.update(plain.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def encode_shard(shard: Shard, layout: Layout, key_digest: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The HDF5 file of a shard.
+
+    Args:
+        shard: Which rows.
+        layout: The store's shape.
+        key_digest: Digest of the key that the shard belongs to.
+        arrays: The datasets, in the dtypes and shapes of ``layout``.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=_LIBVER) as file:
+        for name, value in _attributes(shard, key_digest).items():
+            file.attrs[name] = value
+        for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
+            values = arrays[name]
+            assert (values.dtype.newbyteorder("="), values.shape) == (dtype.newbyteorder("="), shape), name
+            dataset = file.create_dataset(name, data=values, dtype=dtype, track_times=False)
+            dataset.attrs["sha256"] = np.bytes_(content_sha256(name, values))
+    return buffer.getvalue()
+
+
+def decode_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
+    """Every dataset of a shard, as read-only views of ``data``, with the checksums that the file carries checked.
+
+    Args:
+        data: The whole file.
+        shard: Which rows it should hold.
+        layout: The store's shape.
+        key_digest: Digest of the key that it should belong to.
+
+    Raises:
+        OtherKey: It is a shard of another key or format version.
+        ShardBroken: It is anything else than that shard.
+    """
+    with _opened(data) as file:
+        _check_attributes(file, shard, key_digest)
+        arrays = {}
+        for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
+            dataset = _dataset(file, name, dtype, shape)
+            arrays[name] = _values(data, dataset)
+            if dataset.attrs["sha256"] != np.bytes_(content_sha256(name, arrays[name])):
+                raise ShardBroken(f"the content of {name} is not what its checksum says")
+        return arrays
+
+
+def read_shard_into(
+    data: bytes, shard: Shard, layout: Layout, key_digest: str, out: Mapping[str, NDArray[Any]]
+) -> None:
+    """Copy datasets of a shard into rows of preallocated arrays; checksums are the caller's to check.
+
+    Args:
+        data: The whole file.
+        shard: Which rows it should hold.
+        layout: The store's shape.
+        key_digest: Digest of the key that it should belong to.
+        out: Name of a dataset to an array ``(N, ...)`` of the whole store.
+
+    Raises:
+        ShardBroken: It is not that shard.
+    """
+    with _opened(data) as file:
+        _check_attributes(file, shard, key_digest)
+        expected = layout.datasets(shard.part, shard.n_rows)
+        for name, whole in out.items():
+            whole[shard.start : shard.stop] = _values(data, _dataset(file, name, *expected[name]))
+
+
+def first_bad_row(values: NDArray[Any]) -> int | None:
+    """The first row with a NaN or an infinity.
+
+    Args:
+        values: ``(n, ...)`` float16 or float32.
+
+    Returns:
+        The row, or None when all is finite.
+    """
+    # All ones in the exponent: several times quicker than isfinite on float16, which goes through float32.
+    unsigned, mask, exponent = _FLOAT_BITS[values.itemsize]
+    magnitude = values.view(unsigned) & unsigned(mask)
+    if magnitude.size == 0 or magnitude.max() < exponent:
+        return None
+    return int(np.argmax((magnitude >= exponent).reshape(len(values), -1).any(axis=1)))
+
+
+def _attributes(shard: Shard, key_digest: str) -> dict[str, Any]:
+    # Fixed-length strings lie in the checksummed header; variable ones would lie in a heap that has no checksum.
+    return {
+        "format": np.bytes_(FORMAT), "format_version": np.int64(FORMAT_VERSION), "part": np.bytes_(shard.part),
+        "key_digest": np.bytes_(key_digest), "shard": np.int64(shard.number), "first_row": np.int64(shard.start),
+        "rows": np.int64(shard.n_rows),
+    }  # fmt: skip
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            yield file
+    except _UNREADABLE as error:
+        why = str(error).strip("'\"").splitlines() or [type(error).__name__]
+        raise ShardBroken(f"not readable as HDF5: {why[0]}") from error
+
+
+def _check_attributes(file: Any, shard: Shard, key_digest: str) -> None:  # noqa: ANN401 - h5py has no types
+    for name, wanted in _attributes(shard, key_digest).items():
+        got = file.attrs.get(name)
+        if got is None or np.ndim(got) or got != wanted:
+            # Whose it is comes before which rows it holds: a foreign shard is never to be taken for a damaged one.
+            kind = OtherKey if name in {"format_version", "key_digest"} and got is not None else ShardBroken
+            raise kind(f"its attribute {name} is {got!r}, not {wanted!r}")
+
+
+def _dataset(file: Any, name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+    """A dataset that is plain numbers in this very file: no object dtypes, links, external or virtual storage."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise ShardBroken(f"{name} is absent or is no dataset of this file")
+    dataset = file[name]
+    if dataset.external is not None or dataset.is_virtual:
+        raise ShardBroken(f"{name} lies outside the file")
+    if dataset.dtype != dtype or dataset.shape != shape:
+        raise ShardBroken(f"{name} is {dataset.dtype} {dataset.shape}, not {dtype} {shape}")
+    return dataset
+
+
+def _values(data: bytes, dataset: Any) -> NDArray[Any]:  # noqa: ANN401
+    """The content as a view of the file's bytes: HDF5 says where it is; its own copy is several times slower."""
+    at, size = dataset.id.get_offset(), dataset.size * dataset.dtype.itemsize
+    if dataset.chunks is not None or at is None or at + size > len(data):
+        raise ShardBroken(f"{dataset.name} is not one contiguous run of the file")
+    return np.frombuffer(data, dataset.dtype, count=dataset.size, offset=at).reshape(dataset.shape)

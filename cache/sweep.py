@@ -1,0 +1,194 @@
+"""What a writer finds in a folder: whose it is, which shards are whole, and what has to be redone."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
+from .key import StoreKey
+from .layout import INDEX, KEY, MANIFEST, SHARD_NAME, Layout, Shard
+from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
+from .shards import Arrays, OtherKey, ShardBroken, decode_shard
+
+REPLACE = "name another folder with --out, or replace this store with --force"
+
+
+@dataclass(frozen=True)
+class DamagedShard:
+    """A file of the store that is not what it should be, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a folder says of itself.
+
+    Attributes:
+        manifest: Its manifest, where it is sound.
+        known: Key and layout, from the manifest or from ``key.json``; None where neither is sound.
+        damaged: Documents that are there and are not sound.
+    """
+
+    manifest: StoreManifest | None
+    known: tuple[StoreKey, Layout] | None
+    damaged: tuple[DamagedShard, ...]
+
+
+def key_digest(key: StoreKey, shard: Shard) -> str:
+    """The digest that a shard carries: image shards the store's, text shards the one that siblings share."""
+    return key.digest if shard.part == "image" else key.text_digest
+
+
+def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> ShardEntry:
+    """Read a shard, check its own checksums and its image ids.
+
+    Args:
+        data: The whole file.
+        shard: Which rows it should hold.
+        layout: The store's shape.
+        key: The store's key.
+        ids: Image ids of the whole store, ``(N,)`` int64.
+
+    Returns:
+        Its line in the manifest.
+
+    Raises:
+        ShardBroken: It is not that shard.
+    """
+    arrays = decode_shard(data, shard, layout, key_digest(key, shard))
+    if not np.array_equal(arrays["image_id"], ids[shard.start : shard.stop]):
+        raise ShardBroken("its image ids are not those of the index")
+    return make_entry(data, shard, arrays)
+
+
+def make_entry(data: bytes, shard: Shard, arrays: Arrays) -> ShardEntry:
+    """A shard's line in the manifest."""
+    captions = int(arrays["n_captions"].sum(dtype=np.int64)) if shard.part == "text" else 0
+    return ShardEntry(
+        file=shard.name, rows=shard.n_rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
+        part=shard.part, number=shard.number, first_row=shard.start, captions=captions,
+    )  # fmt: skip
+
+
+def read_checked(folder: Path, entry: FileEntry) -> bytes:
+    """A file that the manifest lists.
+
+    Raises:
+        ShardBroken: It is absent, or is not what its checksum says.
+    """
+    try:
+        data = (folder / entry.file).read_bytes()
+    except OSError as error:
+        raise ShardBroken(error.strerror or str(error)) from error
+    if len(data) != entry.bytes:
+        raise ShardBroken(f"it has {len(data)} bytes, not {entry.bytes}")
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise ShardBroken("the file is not what its checksum says")
+    return data
+
+
+def identify(folder: Path, key: StoreKey) -> Found:
+    """Whose folder is it? Refuses one that is another store's, or nobody's.
+
+    Args:
+        folder: An existing folder.
+        key: The key that is to be written.
+
+    Raises:
+        StoreMismatch: It holds another key, another format version, or files of something else.
+    """
+    manifest, known, damaged = None, None, []
+    try:
+        manifest = read_manifest(folder)
+        known = (manifest.key, manifest.layout)
+    except FileNotFoundError:
+        pass
+    except StoreDamaged as error:
+        damaged.append(DamagedShard(MANIFEST, str(error.got)))
+    try:
+        known = known or read_key(folder)
+    except FileNotFoundError:
+        pass
+    except StoreDamaged as error:
+        damaged.append(DamagedShard(KEY, str(error.got)))
+    if known is None:
+        _refuse_foreign(folder)
+    elif known[0] != key:
+        lines = known[0].diff(key)
+        raise StoreMismatch("the folder holds a store of another key", where=folder, got="; ".join(lines), do=REPLACE)
+    return Found(manifest=manifest, known=known, damaged=tuple(damaged))
+
+
+def looks_like_store(folder: Path) -> bool:
+    """Whether a folder has files of a store, finished or not, sound or not."""
+    return (
+        any(is_ours(folder / name) for name in (KEY, MANIFEST))
+        or any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
+    )  # fmt: skip
+
+
+def sweep(
+    folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], found: Found
+) -> tuple[dict[Shard, ShardEntry], list[DamagedShard]]:
+    """Sort a folder's shards into whole and damaged ones; absent ones are in neither.
+
+    Raises:
+        StoreMismatch: Nothing says whose the folder is but its shards, and they are of another key.
+    """
+    listed: Mapping[Shard, ShardEntry] = {e.shard: e for e in found.manifest.shards} if found.manifest else {}
+    whole: dict[Shard, ShardEntry] = {}
+    damaged: list[DamagedShard] = []
+    for shard in layout.all_shards():
+        path = folder / shard.name
+        if not path.exists() and not path.is_symlink():
+            continue
+        try:
+            # The manifest's checksum comes first: it spares HDF5 a file that is known to be bad.
+            data = read_checked(folder, listed[shard]) if shard in listed else path.read_bytes()
+            whole[shard] = check_shard(data, shard, layout, key, ids)
+        except OtherKey as error:
+            if found.known is None:
+                raise StoreMismatch(
+                    "the folder holds shards of another key", where=path, got=error, do=REPLACE
+                ) from error
+            damaged.append(DamagedShard(shard.name, str(error)))
+        except (ShardBroken, OSError) as error:
+            damaged.append(DamagedShard(shard.name, str(error)))
+    return whole, damaged
+
+
+def check_layout(folder: Path, known: Layout, wanted: Layout) -> None:
+    """Refuse a folder whose store has the same key and another shape.
+
+    Raises:
+        StoreMismatch: The shapes differ, other than in rows per shard.
+    """
+    for name, said in (("n_images", "images"), ("width", "width"), ("n_captions_max", "captions per image")):
+        got, want = getattr(known, name), getattr(wanted, name)
+        if got != want:
+            raise StoreMismatch(
+                "the folder holds a store of another shape", where=folder, got=f"{said} {got}", wanted=want, do=REPLACE
+            )
+
+
+def unfinished(folder: Path) -> StoreUnfinished:
+    """The error for a folder without a manifest."""
+    return StoreUnfinished(
+        "an unfinished store", where=folder, got=f"no {MANIFEST}", do="run `mmcli extract` again, it resumes"
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A manifest.json or index.parquet of something else must not be overwritten."""
+    theirs = [name for name in (MANIFEST, INDEX, KEY) if (folder / name).exists()]
+    if theirs and not looks_like_store(folder):
+        raise StoreMismatch(
+            "the folder holds files that are not of a store", where=folder, got=", ".join(theirs),
+            do="name another folder with --out",
+        )  # fmt: skip

@@ -1,0 +1,214 @@
+"""Checks everything in a store and goes on after a problem; describes a store."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .encode import l2_norm
+from .errors import StoreError, StoreMissing
+from .index import ID, parse_index
+from .key import StoreKey
+from .layout import INDEX, KEY, LOCK, MANIFEST, Layout, Shard
+from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
+from .reader import EXTRACT, Store
+from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
+from .sweep import key_digest, looks_like_store, make_entry, read_checked
+
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What :func:`verify` found.
+
+    Attributes:
+        folder: The store.
+        n_shards: Shards that were looked at.
+        problems: One line each; empty for a store that is whole.
+    """
+
+    folder: Path
+    n_shards: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(folder: Path) -> VerifyReport:
+    """Check a store: checksums, counts, order of ids, NaN, zero norms, norms against vectors, key, stray files.
+
+    Args:
+        folder: A store, finished or not.
+
+    Returns:
+        Every problem found. An unfinished store is a problem; its shards are checked by what they say themselves.
+
+    Raises:
+        StoreMissing: The folder is no store at all.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or not looks_like_store(folder):
+        raise StoreMissing("not a store", where=folder, do=EXTRACT)
+    problems: list[str] = []
+    manifest = _try_manifest(folder, problems)
+    known = _try_key(folder, manifest, problems)
+    n_shards = 0
+    if known is not None:
+        key, layout = known
+        ids = _check_index(folder, manifest, layout, problems)
+        listed = {entry.shard: entry for entry in manifest.shards} if manifest else {}
+        for shard in layout.all_shards():
+            n_shards += 1
+            found = _check_shard(folder, shard, listed.get(shard), layout, key, ids)
+            problems += [f"{shard.name}: {line}" for line in found]
+    problems += _stray_files(folder, known[1] if known else None)
+    return VerifyReport(folder=folder, n_shards=n_shards, problems=tuple(problems))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a store is, for a person or as JSON.
+
+    Returns:
+        Model, revision, patches, dtypes, counts, bytes, creation time, and min, mean, max and standard deviation of
+        the norms of images and of real captions (None where there are none).
+
+    Raises:
+        StoreError: As for :meth:`Store.open` and :meth:`Store.load`.
+    """
+    store = Store.open(folder)
+    key, manifest = store.key, store.manifest
+    arrays = store.load()
+    real = np.arange(store.n_captions_max) < arrays.n_captions[:, None]
+    return {
+        "folder": str(store.folder), "model": key.model, "revision": key.revision, "patches": key.patches,
+        "text_length": key.text_length, "dtype": key.dtype, "compute_dtype": key.compute_dtype,
+        "images": store.n_images, "captions": manifest.n_captions, "width": store.width,
+        "shards": len(manifest.shards), "bytes": manifest.index.bytes + sum(e.bytes for e in manifest.shards),
+        "created": store.created, "digest": store.digest, "manifest_sha256": key.manifest_sha256,
+        "norm_img": _spread(arrays.norm_img), "norm_txt": _spread(arrays.norm_txt[real]), "extra": store.extra,
+    }  # fmt: skip
+
+
+def norm_tolerance(norms: NDArray[np.float32], layout: Layout) -> NDArray[np.float64]:
+    """How far the norm of a stored vector may be from the norm taken before the cast.
+
+    Rounding to float16 moves a value by at most 2^-11 of itself, or by 2^-25 where it is subnormal; the norm moves by
+    no more than the norm of these changes. Each norm is rounded to float32 once.
+
+    Args:
+        norms: Norms before the cast, any shape.
+        layout: The store's shape.
+
+    Returns:
+        Absolute tolerances, the shape of ``norms``.
+    """
+    relative, absolute = (2.0**-11, 2.0**-25) if layout.dtype == "float16" else (0.0, 0.0)
+    return np.asarray(norms.astype(np.float64) * (relative + 2.0**-22) + np.sqrt(layout.width) * absolute + 2.0**-140)
+
+
+def _try_manifest(folder: Path, problems: list[str]) -> StoreManifest | None:
+    try:
+        return read_manifest(folder)
+    except FileNotFoundError:
+        problems.append(f"{MANIFEST}: absent, the store is unfinished")
+    except StoreError as error:
+        problems.append(f"{MANIFEST}: {error.what}: {error.got}")
+    return None
+
+
+def _try_key(folder: Path, manifest: StoreManifest | None, problems: list[str]) -> tuple[StoreKey, Layout] | None:
+    known = (manifest.key, manifest.layout) if manifest else None
+    try:
+        written = read_key(folder)
+    except FileNotFoundError:
+        problems.append(f"{KEY}: absent")
+    except StoreError as error:
+        problems.append(f"{KEY}: {error.what}: {error.got}")
+    else:
+        if known is not None and written != known:
+            problems.append(f"{KEY}: it does not agree with {MANIFEST}: {'; '.join(written[0].diff(known[0]))}")
+        known = known or written
+    return known
+
+
+def _check_index(
+    folder: Path, manifest: StoreManifest | None, layout: Layout, problems: list[str]
+) -> NDArray[np.int64] | None:
+    try:
+        data = read_checked(folder, manifest.index) if manifest else (folder / INDEX).read_bytes()
+        return np.asarray(parse_index(data, layout).column(ID).to_numpy())
+    except (ShardBroken, ValueError) as error:
+        problems.append(f"{INDEX}: {error}")
+    except OSError as error:
+        problems.append(f"{INDEX}: {error.strerror}")
+    return None
+
+
+def _check_shard(
+    folder: Path, shard: Shard, entry: ShardEntry | None, layout: Layout, key: StoreKey, ids: NDArray[np.int64] | None
+) -> list[str]:
+    problems: list[str] = []
+    try:
+        data = (folder / shard.name).read_bytes()
+        if entry is not None:
+            data = read_checked(folder, entry)
+        arrays = decode_shard(data, shard, layout, key_digest(key, shard))
+    except ShardBroken as error:
+        return [str(error)]
+    except OSError as error:
+        return [error.strerror or str(error)]
+    if entry is not None and make_entry(data, shard, arrays) != entry:
+        problems.append(f"{MANIFEST} has another count of captions")
+    rows = slice(shard.start, shard.stop)
+    if ids is not None and not np.array_equal(arrays["image_id"], ids[rows]):
+        problems.append("its image ids are not those of the index")
+    return problems + _check_values(shard, layout, arrays)
+
+
+def _check_values(shard: Shard, layout: Layout, arrays: Arrays) -> list[str]:
+    v, norm = ("v_img", "norm_img") if shard.part == "image" else ("v_txt", "norm_txt")
+    vectors, norms = arrays[v], arrays[norm]
+    for name in (v, norm):
+        if (row := first_bad_row(arrays[name])) is not None:
+            return [f"NaN or infinity in {name} row {row}, image id {arrays['image_id'][row]}"]
+    real = np.ones(norms.shape, bool)
+    problems = []
+    if shard.part == "text":
+        counts = arrays["n_captions"]
+        if counts.max() > layout.n_captions_max:
+            problems.append(f"n_captions goes to {counts.max()}, beyond {layout.n_captions_max}")
+        real = np.arange(layout.n_captions_max) < counts[:, None]
+        filled = ~real & ((vectors != 0).any(axis=-1) | (norms != 0))
+        problems += _rows("a missing caption that is not zero", filled, arrays)
+    problems += _rows(f"{norm} is 0", real & (norms == 0), arrays)
+    off = np.abs(l2_norm(vectors).astype(np.float64) - norms) > norm_tolerance(norms, layout)
+    return problems + _rows(f"{norm} is not the norm of {v}", off, arrays)
+
+
+def _rows(what: str, wrong: NDArray[np.bool_], arrays: Arrays) -> list[str]:
+    rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))
+    if not len(rows):
+        return []
+    named = ", ".join(f"{row} (image id {arrays['image_id'][row]})" for row in rows[:_MOST_NAMED])
+    more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
+    return [f"{what}: rows {named}{more}"]
+
+
+def _stray_files(folder: Path, layout: Layout | None) -> list[str]:
+    if layout is None:
+        return []
+    known = {MANIFEST, KEY, INDEX, LOCK, *(shard.name for shard in layout.all_shards())}
+    return [f"{path.name}: not a file of this store" for path in sorted(folder.iterdir()) if path.name not in known]
+
+
+def _spread(norms: NDArray[np.float32]) -> dict[str, float] | None:
+    if not norms.size:
+        return None
+    wide = norms.astype(np.float64)
+    return {"min": float(wide.min()), "mean": float(wide.mean()), "max": float(wide.max()), "std": float(wide.std())}

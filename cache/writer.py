@@ -1,0 +1,282 @@
+"""Writes a store, or what is missing of one: killed at any moment, it goes on where it was."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .encode import image_arrays, text_arrays
+from .errors import StoreError, StoreMismatch, StoreUnfinished
+from .files import adopt, lock, remove, remove_temporaries, sync_folder, unlock, write_whole
+from .index import check_index, index_bytes, parse_index, place_rows
+from .key import StoreKey
+from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, SHARD_NAME, Layout, Part, Shard
+from .metadata import FileEntry, ShardEntry, StoreManifest, key_bytes, manifest_bytes
+from .shards import Arrays, ShardBroken, content_sha256, decode_shard, encode_shard
+from .sweep import (
+    DamagedShard,
+    Found,
+    check_layout,
+    check_shard,
+    identify,
+    key_digest,
+    looks_like_store,
+    make_entry,
+    read_checked,
+    sweep,
+)  # fmt: skip
+
+_log = logging.getLogger(__name__)
+
+
+class StoreWriter:
+    """Fills one store; a context manager that holds the store's lock while it is open.
+
+    Entering it makes the folder, refuses one that is not this key's, removes half-written files, and keeps every
+    shard that is whole. Then write what :meth:`missing` lists and call :meth:`finish`.
+
+    Args:
+        folder: The store's folder; made when absent.
+        key: What the numbers depend on.
+        index: One row per image, in order, with a column ``image_id`` int64, every value once.
+        width: Embedding width D.
+        n_captions_max: Captions kept per image.
+        shard_rows: Rows per shard of a new store; a store that is resumed keeps its own.
+        extra: Anything JSON to keep in the manifest: library versions, device and the like.
+        overwrite: Throw the store in ``folder`` away first, whatever its key.
+
+    Attributes:
+        folder: The store's folder.
+        layout: The store's shape; with the rows per shard of the store that is resumed.
+        damaged: Files that were there and were not whole; their shards are among the missing.
+
+    Raises:
+        StoreError: The index, the sizes or ``extra`` are not as wanted (when made); the folder cannot be used (when
+            entered, as for all below).
+        StoreBusy: Another writer holds the folder.
+        StoreMismatch: The folder holds another store or something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: StoreKey,
+        index: pa.Table,
+        *,
+        width: int,
+        n_captions_max: int = 5,
+        shard_rows: int = 1024,
+        extra: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self.key, self._table = Path(folder), key, index
+        if key.format_version != FORMAT_VERSION:
+            raise StoreMismatch("a key of another format", got=key.format_version, wanted=FORMAT_VERSION)
+        self._ids = check_index(index)
+        try:
+            self.layout = Layout(
+                n_images=len(self._ids), width=width, n_captions_max=n_captions_max, shard_rows=shard_rows,
+                dtype=key.dtype,
+            )  # fmt: skip
+            # Through JSON and back, so that what is kept is what will be read.
+            self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise StoreError("bad store", where=folder, got=error) from error
+        self._overwrite = overwrite
+        self.damaged: list[DamagedShard] = []
+        self._whole: dict[Shard, ShardEntry] = {}
+        self._finished = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.folder.parent)
+            self._lock = lock(self.folder)
+            self._open()
+        except OSError as error:
+            self.close()
+            raise StoreError("cannot use the folder", where=self.folder, got=error.strerror or error) from error
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the folder for other writers. What was written stays."""
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+
+    def missing(self, part: Part) -> list[Shard]:
+        """Shards of a part that are still to be written, in order."""
+        return [shard for shard in self.layout.shards(part) if shard not in self._whole]
+
+    def write_image(self, shard: Shard, *, v_img: NDArray[np.float32]) -> None:
+        """Write one missing image shard; norms are taken here, before the cast.
+
+        Args:
+            shard: One of :meth:`missing`.
+            v_img: Raw embeddings, ``(n, D)`` float32.
+
+        Raises:
+            StoreError: A wrong shape or dtype, a value that is not finite or too large for the stored dtype, or a
+                disk that does not take it.
+        """
+        self._put(shard, "image", image_arrays(shard, self.layout, self._ids, v_img))
+
+    def write_text(self, shard: Shard, *, v_txt: NDArray[np.float32], n_captions: NDArray[np.integer[Any]]) -> None:
+        """Write one missing text shard; norms are taken here, before the cast.
+
+        Args:
+            shard: One of :meth:`missing`.
+            v_txt: Raw embeddings, ``(n, n_captions_max, D)`` float32; rows of missing captions are zero.
+            n_captions: Real captions of each image, ``(n,)`` integers; they come first.
+
+        Raises:
+            StoreError: As for :meth:`write_image`.
+        """
+        self._put(shard, "text", text_arrays(shard, self.layout, self._ids, v_txt, n_captions))
+
+    def reuse_text(self, other: Path) -> int:
+        """Take missing text shards from a store whose captions were embedded in the same way.
+
+        Args:
+            other: Any folder; one that has nothing to give is no error.
+
+        Returns:
+            How many shards were taken. A shard that is damaged, or of other rows, is not.
+        """
+        self._check_open()
+        taken = 0
+        for shard in self.missing("text"):
+            entries: list[ShardEntry] = []
+
+            def check(data: bytes, shard: Shard = shard, entries: list[ShardEntry] = entries) -> None:
+                entries.append(check_shard(data, shard, self.layout, self.key, self._ids))
+
+            try:
+                adopt(Path(other) / shard.name, self.folder / shard.name, check)
+            except ShardBroken as error:
+                _log.debug("not taken: %s: %s", Path(other) / shard.name, error)
+            except OSError as error:
+                _log.debug("not taken: %s", error)
+            else:
+                self._whole[shard] = entries[0]
+                taken += 1
+        return taken
+
+    def finish(self) -> Path:
+        """Write the index, then the manifest, which makes the store readable; nothing to do for a finished one.
+
+        Returns:
+            The store's folder.
+
+        Raises:
+            StoreUnfinished: Shards are missing.
+            StoreError: The disk does not take it.
+        """
+        self._check_open()
+        missing = [shard.name for shard in self.layout.all_shards() if shard not in self._whole]
+        if missing:
+            raise StoreUnfinished(
+                "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
+            )
+        if self._finished:
+            return self.folder
+        data = index_bytes(place_rows(self._table, self.layout))
+        write_whole(self.folder / INDEX, data)
+        manifest = StoreManifest(
+            key=self.key, layout=self.layout, extra=self._extra,
+            index=FileEntry(
+                file=INDEX, rows=self.layout.n_images, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+            ),
+            shards=tuple(self._whole[shard] for shard in self.layout.all_shards()),
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
+        )  # fmt: skip
+        write_whole(self.folder / MANIFEST, manifest_bytes(manifest))
+        self._finished = True
+        return self.folder
+
+    def _open(self) -> None:
+        remove_temporaries(self.folder)
+        if self._overwrite:
+            self._discard()
+        found = identify(self.folder, self.key)
+        if found.known is not None:
+            check_layout(self.folder, found.known[1], self.layout)
+            self.layout = found.known[1]
+        self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found)
+        self.damaged = [*found.damaged, *damaged]
+        index_ok = self._check_index(found)
+        self._finished = bool(found.manifest) and index_ok and len(self._whole) == len(self.layout.all_shards())
+        if not self._finished:
+            remove(self.folder / MANIFEST)
+        text = key_bytes(self.key, self.layout)
+        path = self.folder / KEY
+        if not path.is_file() or path.read_bytes() != text:
+            write_whole(path, text)
+
+    def _check_index(self, found: Found) -> bool:
+        """Whether the finished store's index is sound and says what this one would."""
+        if found.manifest is None:
+            return False
+        try:
+            table = parse_index(read_checked(self.folder, found.manifest.index), self.layout)
+        except (ShardBroken, ValueError) as error:
+            self.damaged.append(DamagedShard(INDEX, str(error)))
+            return False
+        return bool(table.equals(place_rows(self._table, self.layout), check_metadata=True))
+
+    def _discard(self) -> None:
+        """Remove a store's own files and nothing else: a folder named by mistake loses nothing."""
+        if not looks_like_store(self.folder):
+            return
+        # The manifest first: a store that is half removed must not be readable.
+        remove(self.folder / MANIFEST)
+        for path in sorted(self.folder.iterdir()):
+            if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
+                path.unlink()
+        sync_folder(self.folder)
+
+    def _put(self, shard: Shard, part: Part, arrays: Arrays) -> None:
+        self._check_open()
+        if shard.part != part or shard not in self.missing(part):
+            raise StoreError(
+                "not a missing shard", where=self.folder, got=shard.name, wanted=f"one of missing({part!r})"
+            )
+        digest = key_digest(self.key, shard)
+        data = encode_shard(shard, self.layout, digest, arrays)
+        path = self.folder / shard.name
+
+        def check(written: bytes) -> None:
+            try:
+                again = decode_shard(written, shard, self.layout, digest)
+                wrong = [
+                    name for name in arrays if content_sha256(name, again[name]) != content_sha256(name, arrays[name])
+                ]
+            except ShardBroken as error:
+                wrong = [str(error)]
+            if wrong:
+                raise StoreError("the disk gave back something else", where=path, got=wrong[0], do="check the disk")
+
+        write_whole(path, data, check)
+        self._whole[shard] = make_entry(data, shard, arrays)
+
+    def _check_open(self) -> None:
+        if self._lock is None:
+            raise StoreMismatch("the writer is not open", where=self.folder, do="use it in a with block")
