@@ -34,6 +34,9 @@ Store = Annotated[
     Path | None,
     typer.Option("--store", metavar="DIR", help="Store to read [default: the newest below data/cache]."),
 ]
+GuardStore = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Refuse a run that is not of this store's data set.")
+]
 RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Run to read [default: the newest below runs].")
 ]
@@ -169,7 +172,7 @@ def train_head(
 
 @app.command("knn-eval")
 def knn_eval(
-    run: RunDir = None, split: Split = "test",
+    run: RunDir = None, store: GuardStore = None, split: Split = "test",
     k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote [default: 20].")] = None,
     metric: Annotated[Literal["hamming", "cosine", "hybrid"] | None, typer.Option("--metric", help="Distance [default: hamming; cosine without hash].")] = None,
     vote: Annotated[Literal["softmax", "uniform", "rank", "threshold"] | None, typer.Option("--vote", help="Weights of the votes [default: softmax].")] = None,
@@ -181,7 +184,7 @@ def knn_eval(
     from .pipeline.knn_eval import find_run
     from .pipeline.knn_eval import knn_eval as stage
 
-    found = find_run(run)
+    found = find_run(run, store=store)
     options = {
         "knn.K": k, "knn.distance_metric": metric, "knn.voting_strategy": vote, "knn.tau": tau, "knn.theta": theta,
     }  # fmt: skip

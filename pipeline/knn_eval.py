@@ -11,6 +11,7 @@ import numpy.typing as npt
 from rich.console import RenderableType
 
 from .. import InputError
+from ..cache import Store
 from ..heads.config import KnnConfig, Metric
 from ..heads.knn import Index, build_index
 from ..heads.voting import vote
@@ -45,13 +46,26 @@ class KnnResult:
         return [metrics_table([self.metrics, *self.others], settings), f"wrote {self.metrics_path}"]
 
 
-def find_run(run: Path | None, runs: Path = Path("runs")) -> Run:
+def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None = None) -> Run:
     """The run that was named, or the newest finished one of ``train-head``.
 
+    Args:
+        run: The run; the newest below ``runs`` when not given.
+        runs: The folder of all runs.
+        store: Where given, the run must come from the data set of this store.
+
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it comes from another data set.
     """
-    return open_run(run) if run is not None else newest_run(runs)
+    found = open_run(run) if run is not None else newest_run(runs)
+    if store is not None:
+        wanted = Store.open(store).key.manifest_sha256
+        if found.info.manifest_sha256 != wanted:
+            raise InputError(
+                "a run of another data set", where=found.folder, got=f"manifest {found.info.manifest_sha256[:12]}",
+                wanted=f"manifest {wanted[:12]}, as in {store}", do="name another --run, or train from this store",
+            )  # fmt: skip
+    return found
 
 
 def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progress | None = None) -> KnnResult:

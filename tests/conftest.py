@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,24 @@ def realdata() -> Path:
     if not (folder / "coco_slice" / "dataset_coco.json").is_file():
         pytest.skip(f"real COCO data not found at {folder} (set MMCLI_REALDATA to its folder)")
     return folder
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A very small generated data set with its manifest, and a checkpoint whose towers were hardly trained."""
+
+    data: Path
+    model: Path
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    """Forty-odd pictures in COCO's form, prepared, and a SigLIP2 of two training steps."""
+    from mmcli.pipeline.miniature import make_dataset
+    from mmcli.pipeline.miniature_model import make_checkpoint
+    from mmcli.pipeline.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("miniature")
+    data = make_dataset(folder / "data", n_train=40, n_val=10, n_test=10)
+    prepare(data)
+    return Miniature(data=data, model=make_checkpoint(data, folder / "model", steps=2))

@@ -1,0 +1,144 @@
+"""Configurations: precedence, presets, round trips, and what a wrong key is told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmcli import InputError
+from mmcli.pipeline.config import PRESETS, Config, dump_config, load_config, parse_settings
+
+PLAN_FILE = """
+model: {siglip2_variant: google/siglip2-base-patch16-naflex, max_num_patches: 512, text_max_length: 64, freeze_towers: true}
+fusion: {type: hadamard, mlp_dims: [1024, 512], dropout: 0.1, activation: relu}
+hash: {bits: 32, activation: tanh, use_hash_reg: true}
+classifier: {num_classes: 80, use_bias: true}
+loss:
+  bce_weight: 1.0
+  cosine_weight: 1.0
+  hash_weight: 0.1
+  hash_reg: {lambda_balance: 0.1, lambda_decorr: 0.01}
+  focal_loss: false
+  focal_alpha: 0.25
+  focal_gamma: 2.0
+optimizer: {type: adamw, lr_fusion: 3e-4, lr_hash: 3e-4, lr_classifier: 3e-4, lr_towers: 1e-5, weight_decay: 0.01, betas: [0.9, 0.999]}
+scheduler: {type: cosine, warmup_epochs: 2, total_epochs: 30, min_lr: 1e-6}
+training: {batch_size: 64, num_epochs: 30, gradient_clip_norm: 1.0, mixed_precision: true, accumulation_steps: 1,
+           early_stopping_patience: 5, save_top_k: 3}
+knn: {K: 20, distance_metric: hamming, voting_strategy: softmax, tau: 0.07, top_n_tags: 5}
+data: {dataset: coco, split_type: karpathy, num_workers: 4, prefetch_factor: 2, pin_memory: true}
+hardware: {device: cuda, seed: 42, deterministic: false}
+grid_search:
+  hash_bits: [32, 64, 128]
+  K_neighbors: [10, 20, 50]
+  cosine_weight: [0.5, 1, 2]
+  hash_weight: [0.05, 0.1, 0.2]
+  tau: [0.03, 0.07, 0.15]
+  max_num_patches: [256, 512]
+  freeze_towers: [true, last-2]
+"""
+
+
+def test_the_plans_file_loads(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(PLAN_FILE)
+    config = load_config(file)
+    assert config.hash.bits == 32
+    # YAML 1.1 reads 3e-4 as a string; it is a number all the same.
+    assert config.optimizer.lr_fusion == 3e-4
+    assert config.scheduler.min_lr == 1e-6
+    assert config.grid_search.freeze_towers == (True, "last-2")
+
+
+def test_options_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("preset: plan\nhash: {bits: 32}\nknn: {K: 7}\n")
+    config = load_config(file, options={"knn.K": 9, "knn.tau": None})
+    assert (config.preset, config.hash.bits, config.knn.K, config.knn.tau) == ("plan", 32, 9, 0.07)
+    assert config.fusion.block_norm == "none"
+    assert load_config(file, options={"preset": "recommended"}).fusion.block_norm == "rms"
+
+
+def test_plan_preset_is_the_plan_to_the_letter() -> None:
+    plan = load_config(options={"preset": "plan"})
+    assert (plan.fusion.block_norm, plan.hash.activation, plan.hash.batch_norm) == ("none", "tanh", False)
+    rates = plan.optimizer
+    assert (rates.lr_fusion, rates.lr_hash, rates.lr_classifier, rates.weight_decay) == (3e-4, 3e-4, 3e-4, 0.01)
+    assert (plan.loss.cosine_weight, plan.loss.hash_weight) == (1.0, 0.1)
+    assert (plan.training.batch_size, plan.training.num_epochs, plan.hardware.seed) == (64, 30, 42)
+
+
+def test_presets_differ_in_stated_settings_only(repo: Path) -> None:
+    plan, recommended = (load_config(options={"preset": name}).model_dump() for name in ("plan", "recommended"))
+    differing = {
+        f"{s}.{k}" for s in plan if isinstance(plan[s], dict) for k in plan[s] if plan[s][k] != recommended[s][k]
+    }
+    stated = {f"{s}.{k}" for preset in PRESETS.values() for s in preset for k in preset[s]}
+    assert differing == stated
+    text = (repo / "docs" / "method.md").read_text()
+    assert all(key in text for key in stated)
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(options={"hash.bits": 128, "preset": "plan", "hardware.seed": 7})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert load_config(file).digest == config.digest != Config().digest
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("hash: {bitz: 64}", ("unknown key", "hash.bitz", "did you mean bits?")),
+        ("hashing: {bits: 64}", ("unknown key", "hashing", "did you mean hash?")),
+        ("loss: {hash_reg: {lambda_balans: 1}}", ("loss.hash_reg.lambda_balans", "did you mean lambda_balance?")),
+        ("hash: {bits: 12}", ("hash.bits", "got 12", "multiple of 8")),
+        ("hash: {bits: many}", ("hash.bits", "'many'", "integer")),
+        ("fusion: {dropout: 1.0}", ("fusion.dropout", "less than 1")),
+        ("fusion: {mlp_dims: []}", ("fusion.mlp_dims",)),
+        ("hash: 3", ("hash", "got 3")),
+        ("preset: best", ("preset", "'best'", "plan or recommended")),
+        ("- a\n- b", ("got list", "sections")),
+        ("hash: {bits: 64", ("line 1", "YAML")),
+        ("model: {freeze_towers: false}", ("model.freeze_towers",)),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(file)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert ("wrong.yaml" in line) or "preset" in line
+    for part in parts:
+        assert part in line
+
+
+def test_not_text_and_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    for path in (file, tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(InputError, match="configuration"):
+            load_config(path)
+
+
+def test_settings_are_yaml_values() -> None:
+    assert parse_settings(["hash.bits=32", "fusion.mlp_dims=[64, 32]", "fusion.type=concat"]) == {
+        "hash.bits": 32,
+        "fusion.mlp_dims": [64, 32],
+        "fusion.type": "concat",
+    }
+    assert load_config(options=parse_settings(["optimizer.lr_hash=1e-3"])).optimizer.lr_hash == 1e-3
+    for word in ("hash.bits", "=3", "a=[", "a="):
+        with pytest.raises(InputError, match="--set"):
+            parse_settings([word])
+
+
+def test_no_object_of_python_comes_out_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    file.write_text("hash: !!python/object/apply:os.system ['true']")
+    with pytest.raises(InputError, match="broken configuration"):
+        load_config(file)
+    assert yaml.safe_load(dump_config(Config()))

@@ -1,0 +1,312 @@
+"""Extraction against a straightforward transformers loop; raw norms, no mask, resume after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from mmcli import InputError
+from mmcli.cache import Store
+from mmcli.pipeline.config import load_config
+from mmcli.pipeline.device import pick_device
+from mmcli.pipeline.encoder import Encoder
+from mmcli.pipeline.extract import extract
+from mmcli.pipeline.manifest import read_manifest
+
+PATCHES = 64
+
+
+def config_of(model: Path, patches: int = PATCHES):
+    return load_config(
+        options={"model.siglip2_variant": str(model), "model.max_num_patches": patches, "hardware.device": "cpu"}
+    )
+
+
+def run(miniature, out: Path, **options):
+    return extract(config_of(miniature.model, options.pop("patches", PATCHES)), data=miniature.data, out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def store(miniature, tmp_path_factory) -> Store:
+    out = tmp_path_factory.mktemp("stores") / "whole"
+    run(miniature, out, dtype="float32", shard_rows=16, batch_size=8)
+    return Store.open(out)
+
+
+@pytest.fixture(scope="module")
+def reference(miniature):
+    """The plain way: one image and one caption at a time through the Auto classes."""
+    model = AutoModel.from_pretrained(miniature.model).eval()
+    processor = AutoImageProcessor.from_pretrained(miniature.model)
+    tokenizer = AutoTokenizer.from_pretrained(miniature.model)
+    listing = read_manifest(miniature.data / "manifest.parquet")
+    v_img, v_txt = [], []
+    with torch.inference_mode():
+        for path, captions in zip(listing.paths, listing.captions, strict=True):
+            image = Image.open(miniature.data / path).convert("RGB")
+            inputs = processor(images=[image], max_num_patches=PATCHES, return_tensors="pt")
+            v_img.append(model.get_image_features(**inputs).pooler_output[0].numpy())
+            rows = []
+            for caption in captions[:5]:
+                ids = tokenizer(caption.lower(), padding="max_length", padding_side="right", max_length=64, truncation=True,
+                                return_tensors="pt").input_ids  # fmt: skip
+                rows.append(model.get_text_features(input_ids=ids).pooler_output[0].numpy())
+            v_txt.append(rows)
+    return np.array(v_img), np.array(v_txt)
+
+
+def test_equal_to_a_plain_transformers_loop(store: Store, reference) -> None:
+    arrays = store.load()
+    for ours, plain in zip((arrays.v_img, arrays.v_txt), reference, strict=True):
+        error = np.linalg.norm(ours - plain, axis=-1) / np.linalg.norm(plain, axis=-1)
+        assert error.max() < 1e-5
+
+
+def test_spec10_02_raw_outputs_are_stored_not_normalised_ones(store: Store, reference) -> None:
+    """With the model's image_embeds every norm would be one and the magnitude a constant."""
+    arrays = store.load()
+    for norms, plain in ((arrays.norm_img, reference[0]), (arrays.norm_txt, reference[1])):
+        assert norms.std() > 1e-4 * norms.mean()
+        assert abs(norms.mean() - 1) > 1e-2
+        np.testing.assert_allclose(norms, np.linalg.norm(plain, axis=-1), rtol=1e-5)
+
+
+def test_no_attention_mask_reaches_the_text_tower(miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder.load(str(miniature.model), patches=PATCHES, device=pick_device("cpu"))
+    seen: list[set[str]] = []
+    original = encoder._model.text_model.forward
+
+    def spy(*words, **named):
+        assert len(words) <= 1
+        seen.append({name for name, value in named.items() if value is not None})
+        return original(*words, **named)
+
+    monkeypatch.setattr(encoder._model.text_model, "forward", spy)
+    ours = encoder.encode_texts(["a dog", "a dog and a very long train of words"])
+    assert seen
+    assert all(not {name for name in names if "mask" in name} for names in seen)
+    ids = encoder.tokenize(["a dog"])
+    with torch.inference_mode():
+        masked = encoder._model.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
+    assert np.abs(ours[0] - masked[0].numpy()).max() > 1e-4
+
+
+def test_tokens_are_lower_case_without_bos_right_padded(miniature) -> None:
+    encoder = Encoder.load(str(miniature.model), patches=PATCHES, device=pick_device("cpu"))
+    upper, lower, long = encoder.tokenize(["A DOG", "a dog", "dog " * 100]).tolist()
+    assert upper == lower
+    tokenizer = encoder._tokenizer
+    assert lower[0] not in (tokenizer.bos_token_id, tokenizer.pad_token_id)
+    real = [token for token in lower if token != tokenizer.pad_token_id]
+    assert lower == real + [tokenizer.pad_token_id] * (64 - len(real))
+    assert len(long) == 64
+    assert tokenizer.pad_token_id not in long
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "part"), [("padding_side", "left", None), ("add_bos_token", True, None)]
+)
+def test_defaults_of_a_tokenizer_class_do_not_leak(miniature, attribute: str, value: object, part: None) -> None:
+    encoder = Encoder.load(str(miniature.model), patches=PATCHES, device=pick_device("cpu"))
+    before = encoder.tokenize(["a dog"]).tolist()
+    setattr(encoder._tokenizer, attribute, value)
+    try:
+        encoder._check_tokenizer()
+        assert encoder.tokenize(["a dog"]).tolist() == before
+    except InputError as error:
+        assert "tokenizer" in str(error)
+
+
+def test_a_tokenizer_that_pads_left_is_refused(miniature) -> None:
+    encoder = Encoder.load(str(miniature.model), patches=PATCHES, device=pick_device("cpu"))
+    inner = encoder._tokenizer
+
+    class Left:
+        pad_token_id, bos_token_id = inner.pad_token_id, inner.bos_token_id
+
+        def __call__(self, texts, **options):
+            return inner(texts, **{**options, "padding_side": "left"})
+
+    encoder._tokenizer = Left()
+    with pytest.raises(InputError, match="no padding on the right"):
+        encoder._check_tokenizer()
+
+
+def test_order_of_batches_and_shards_changes_nothing(miniature, store: Store, tmp_path: Path) -> None:
+    run(miniature, tmp_path / "other", dtype="float32", shard_rows=7, batch_size=3)
+    a, b = store.load(), Store.open(tmp_path / "other").load()
+    np.testing.assert_allclose(a.v_img, b.v_img, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a.v_txt, b.v_txt, rtol=1e-4, atol=1e-5)
+
+
+def test_float16_is_the_rounded_float32_with_the_same_norms(miniature, store: Store, tmp_path: Path) -> None:
+    run(miniature, tmp_path / "half", shard_rows=16, batch_size=8)
+    half, whole = Store.open(tmp_path / "half").load(), store.load()
+    assert half.v_img.dtype == np.float16
+    np.testing.assert_array_equal(half.v_img, whole.v_img.astype(np.float16))
+    np.testing.assert_array_equal(half.norm_img, whole.norm_img)
+    np.testing.assert_array_equal(half.norm_txt, whole.norm_txt)
+
+
+def test_another_budget_reuses_the_captions(miniature, tmp_path: Path) -> None:
+    first = run(miniature, tmp_path / "p64", shard_rows=16)
+    second = run(miniature, tmp_path / "p16", shard_rows=16, patches=16)
+    assert (first.reused_text_shards, second.reused_text_shards) == (0, 4)
+    a, b = Store.open(first.store).load(), Store.open(second.store).load()
+    np.testing.assert_array_equal(a.v_txt, b.v_txt)
+    assert np.abs(a.v_img.astype(np.float32) - b.v_img.astype(np.float32)).max() > 1e-3
+
+
+def test_a_second_call_does_nothing(miniature, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "encode_pixels", None)
+    result = run(miniature, store.folder, dtype="float32", shard_rows=16, batch_size=8)
+    assert (result.n_encoded, result.damaged) == (0, ())
+
+
+def test_killed_at_random_points_and_resumed_the_store_is_the_same(miniature, store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    code = (
+        "import sys\nfrom pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n"
+        "from mmcli.pipeline.config import load_config\nfrom mmcli.pipeline.extract import extract\n"
+        "config = load_config(options={'model.siglip2_variant': sys.argv[1], 'model.max_num_patches': 64, 'hardware.device': 'cpu'})\n"
+        "print('ready', flush=True)\n"
+        "extract(config, data=Path(sys.argv[2]), out=Path(sys.argv[3]), dtype='float32', shard_rows=16, batch_size=8)\n"
+    )
+    command = [sys.executable, "-c", code, str(miniature.model), str(miniature.data), str(out)]
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(float(rng.uniform(0.0, 0.8)))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert kills
+    assert not (out / "manifest.json").is_file() or Store.open(out).load() is not None
+    run(miniature, out, dtype="float32", shard_rows=16, batch_size=8)
+    again, whole = Store.open(out).load(), store.load()
+    for name in ("v_img", "v_txt", "norm_img", "norm_txt", "n_captions"):
+        np.testing.assert_allclose(getattr(again, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_flipped_byte_is_found_named_and_only_that_shard_redone(miniature, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    run(miniature, out, shard_rows=16, batch_size=8)
+    before = Store.open(out).load()
+    shard = out / "image-00001.h5"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 0x10
+    shard.write_bytes(raw)
+    with pytest.raises(InputError, match=r"image-00001\.h5"):
+        Store.open(out).load()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
+    result = run(miniature, out, shard_rows=16, batch_size=8)
+    assert [line.split(":")[0] for line in result.damaged] == ["image-00001.h5"]
+    assert result.n_encoded == 16
+    changed = {path.name for path in out.glob("*.h5") if path.stat().st_mtime_ns != times[path.name]}
+    assert changed == {"image-00001.h5"}
+    after = Store.open(out).load()
+    np.testing.assert_array_equal(before.v_img, after.v_img)
+
+
+def test_a_store_of_another_key_is_refused_and_kept(miniature, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    run(miniature, out)
+    with pytest.raises(InputError, match="patches"):
+        run(miniature, out, patches=16)
+    assert Store.open(out).load().v_img.shape[0] == 60
+    run(miniature, out, patches=16, force=True)
+    assert Store.open(out).key.patches == 16
+
+
+def test_force_never_removes_a_folder_that_is_no_store(miniature, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        run(miniature, tmp_path, force=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text"])
+def test_a_bad_image_is_one_line_and_what_was_done_is_kept(miniature, tmp_path: Path, kind: str) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(miniature.data, data)
+    bad = data / read_manifest(data / "manifest.parquet").paths[40]
+    raw = bad.read_bytes()
+    bad.unlink()
+    if kind != "missing":
+        bad.write_bytes(raw[:400] if kind == "truncated" else b"no image at all")
+    with pytest.raises(InputError, match=bad.name):
+        extract(config_of(miniature.model), data=data, out=tmp_path / "store", shard_rows=16, batch_size=8)
+    assert len(list((tmp_path / "store").glob("image-*.h5"))) == 2
+    bad.write_bytes(raw)
+    result = extract(config_of(miniature.model), data=data, out=tmp_path / "store", shard_rows=16, batch_size=8)
+    assert result.n_encoded == 60 - 32
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("./nowhere", "no such folder"), ("nowhere", "no such folder"), ("/nowhere/at/all", "no such folder")],
+)
+def test_no_checkpoint_is_one_line(name: str, part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        Encoder.load(name, device=pick_device("cpu"))
+
+
+def test_a_checkpoint_that_is_not_siglip_or_has_pickled_weights_is_refused(miniature, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(miniature.model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(InputError, match="model type bert"):
+        Encoder.load(str(other), device=pick_device("cpu"))
+    shutil.rmtree(other)
+    shutil.copytree(miniature.model, other)
+    (other / "model.safetensors").unlink()
+    torch.save({}, other / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot load the weights"):
+        Encoder.load(str(other), device=pick_device("cpu"))
+
+
+def test_a_fixed_resolution_checkpoint_admits_only_its_own_budget(miniature, tmp_path: Path) -> None:
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    text = {
+        "vocab_size": 5000,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    folder = tmp_path / "fixed"
+    SiglipModel(SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(miniature.model).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"--patches 16.*naflex"):
+        Encoder.load(str(folder), patches=256, device=pick_device("cpu"))
+    encoder = Encoder.load(str(folder), patches=16, device=pick_device("cpu"))
+    images = [np.zeros((30, 50, 3), np.uint8), np.full((70, 20, 3), 200, np.uint8)]
+    assert encoder.encode_images(images).shape == (2, 16)
+    assert encoder.encode_texts(["a dog"]).shape == (1, 16)

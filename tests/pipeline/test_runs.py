@@ -1,0 +1,130 @@
+"""Run folders: found again, refused when they are not what is needed, never half-finished as whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmcli import InputError
+from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
+from mmcli.pipeline.config import Config, load_config
+from mmcli.pipeline.files import write_text, write_whole
+from mmcli.pipeline.runs import RunInfo, finish_run, newest_run, now, open_run, start_run
+
+
+def make_info(kind: str = "train-head") -> RunInfo:
+    return RunInfo(
+        kind=kind, status="running", created=now(), config_digest="0" * 8, preset="plan", seed=1, store="s", store_digest="d",
+        model="m", patches=64, manifest_sha256="f", category_names=("a", "b"),
+    )  # fmt: skip
+
+
+def start(runs: Path, kind: str = "train-head", **options):
+    return start_run(make_info(kind), Config(), label="x", out=None, runs=runs, device="cpu", **options)
+
+
+def test_newest_finished_run_of_the_kind(tmp_path: Path) -> None:
+    first, second = start(tmp_path), start(tmp_path)
+    other, unfinished = start(tmp_path, kind="zero-shot"), start(tmp_path)
+    assert len({run.folder for run in (first, second, other, unfinished)}) == 4
+    for run in (second, first, other):
+        finish_run(run, [{"method": "m", "mAP": 0.5}])
+    assert newest_run(tmp_path).folder == second.folder
+    assert newest_run(tmp_path, kind="zero-shot").folder == other.folder
+    with pytest.raises(InputError, match="running"):
+        open_run(unfinished.folder)
+    with pytest.raises(InputError, match="zero-shot"):
+        open_run(other.folder)
+
+
+def test_a_run_describes_itself(tmp_path: Path) -> None:
+    run = finish_run(start(tmp_path), [{"method": "knn", "mAP": 0.5}, {"method": "classifier", "mAP": 0.4}])
+    assert open_run(run.folder).info == replace(run.info, status="finished")
+    assert load_config(run.folder / "config.yaml") == Config()
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["method"] == "knn"
+    assert metrics["others"] == [{"method": "classifier", "mAP": 0.4}]
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert {"mmcli", "python", "device", "seed", "packages", "git"} <= environment.keys()
+
+
+def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    for force in (False, True):
+        with pytest.raises(InputError, match=str(out)):
+            start_run(make_info(), Config(), out=out, force=force, **options)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    mine = tmp_path / "run"
+    start_run(make_info(), Config(), out=mine, **options)
+    with pytest.raises(InputError, match="--force"):
+        start_run(make_info(), Config(), out=mine, **options)
+    start_run(make_info(), Config(), out=mine, force=True, **options)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": 3}', ""])
+def test_a_broken_run_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json"):
+        open_run(tmp_path)
+
+
+def make_codes(n: int = 6, bits: int = 16) -> Codes:
+    rng = np.random.default_rng(0)
+    return Codes(
+        image_id=np.arange(n), soft=rng.normal(size=(n, bits)).astype(np.float32), packed=rng.integers(0, 256, (n, bits // 8)).astype(np.uint8),
+        labels=rng.integers(0, 2, (n, 3)).astype(np.uint8), logits=rng.normal(size=(n, 3)).astype(np.float32) * 100,
+    )  # fmt: skip
+
+
+def test_codes_read_back_equal_with_and_without_hash(tmp_path: Path) -> None:
+    for codes in (make_codes(), replace(make_codes(), packed=None, logits=None)):
+        write_codes(tmp_path, "test", codes)
+        again = read_codes(tmp_path, "test")
+        for name, value in vars(codes).items():
+            if value is None:
+                assert getattr(again, name) is None
+            else:
+                np.testing.assert_array_equal(getattr(again, name), value)
+
+
+def test_probabilities_are_the_sigmoid_without_a_warning() -> None:
+    codes = make_codes()
+    slow = [[1 / (1 + np.exp(-np.longdouble(x))) for x in row] for row in codes.logits]
+    np.testing.assert_allclose(codes.probabilities, np.array(slow, np.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_damaged_codes_are_one_line(tmp_path: Path) -> None:
+    codes = make_codes()
+    with pytest.raises(InputError, match="no codes"):
+        read_codes(tmp_path, "test")
+    soft = codes.soft.copy()
+    soft[4, 2] = np.nan
+    write_codes(tmp_path, "test", replace(codes, soft=soft))
+    with pytest.raises(InputError, match="row 4.*NaN"):
+        read_codes(tmp_path, "test")
+    write_codes(tmp_path, "test", replace(codes, labels=codes.labels[:-1]))
+    with pytest.raises(InputError, match="lengths"):
+        read_codes(tmp_path, "test")
+    path = codes_path(tmp_path, "test")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="damaged codes"):
+        read_codes(tmp_path, "test")
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,295 @@
+"""The stages in a row through the command line, on the miniature and on real COCO images; and what they refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from sklearn.metrics import average_precision_score
+
+from mmcli import cli
+from mmcli.heads.metrics import mean_average_precision
+from mmcli.pipeline.codes import read_codes
+
+TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
+
+
+@pytest.fixture
+def mmcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the command line in this process, in an empty folder; exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mmcli", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(miniature, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder with a store and a trained run of the miniature, in the default places."""
+    from mmcli.pipeline.config import load_config
+    from mmcli.pipeline.extract import extract
+    from mmcli.pipeline.train_head import train_head
+
+    folder = tmp_path_factory.mktemp("made")
+    options = {
+        "model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "hardware.device": "cpu",
+        "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5,
+    }  # fmt: skip
+    config = load_config(options=options)
+    extract(config, data=miniature.data, cache=folder / "data" / "cache", shard_rows=16)
+    train_head(load_config(options={k: v for k, v in options.items() if "model" not in k}),
+               store=next((folder / "data" / "cache").iterdir()), runs=folder / "runs")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path) -> Path:
+    """A copy of that folder that a test may spoil; the working folder of ``mmcli``."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def store_of(folder: Path) -> Path:
+    return next(path for path in (folder / "data" / "cache").iterdir() if path.is_dir())
+
+
+def run_of(folder: Path) -> Path:
+    return next((folder / "runs").iterdir())
+
+
+def test_every_stage_finds_what_the_last_one_wrote(mmcli, miniature) -> None:
+    code, out, err = mmcli("prepare", "--data", miniature.data, "--out", "m", "--json")
+    assert code == 0, err
+    assert json.loads(out)
+    manifest = ("--manifest", "m/manifest.parquet")
+    code, out, err = mmcli(
+        "extract", "--data", miniature.data, *manifest, "--model", miniature.model, "--patches", 64, "--json"
+    )
+    assert code == 0, err
+    store = json.loads(out)["store"]
+    assert Path(store).parent == Path("data/cache")
+    code, out, err = mmcli("train-head", "--bits", 32, *TINY, "--set", "knn.K=5", "--json")
+    assert code == 0, err
+    assert json.loads(out)["store"] == store
+    assert store in err
+    run = Path(json.loads(out)["run"])
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.json",
+        "history.jsonl",
+        "checkpoints",
+        "codes",
+        "environment.json",
+        "run.json",
+    }
+    code, out, err = mmcli("knn-eval", "--json")
+    assert code == 0, err
+    row = json.loads(out)
+    assert row["run"] == str(run)
+    assert str(run) in err
+    saved = json.loads((run / "metrics.json").read_text())
+    wanted = {
+        "mAP", "mAP_sample", "F1_micro", "F1_macro", "P@5", "R@5", "hamming_loss", "query_latency_ms", "query_latency_ms_p50",
+        "query_latency_ms_p95", "throughput_qps", "index_build_s", "index_bytes", "float_over_binary_bytes", "split", "method",
+        "tau_bits",
+    }  # fmt: skip
+    assert wanted <= saved.keys()
+    assert (saved["method"], saved["split"], saved["bits"], saved["K"]) == ("knn", "test", 32, 5)
+    assert [other["method"] for other in saved["others"]] == ["classifier"]
+    code, out, err = mmcli("zero-shot", "--json")
+    assert code == 0, err
+    assert json.loads(out)["method"] == "zero-shot"
+    code, out, err = mmcli("knn-eval", "--quiet")  # the newest run is not the zero-shot one
+    assert (code, err) == (0, "")
+    assert "mAP" in out
+    assert str(run) in out
+    for words in (("cache", "info"), ("cache", "verify")):
+        assert mmcli(*words)[0] == 0
+
+
+def test_figures_are_those_of_the_saved_codes_and_scores(mmcli, here: Path) -> None:
+    """The metrics again, from the files alone, by NumPy loops and scikit-learn."""
+    code, out, err = mmcli("knn-eval", "--k", 5, "--tau", 0.1, "--json")
+    assert code == 0, err
+    row, run = json.loads(out), run_of(here)
+    base, query = read_codes(run, "train"), read_codes(run, "test")
+    bits = 8 * base.packed.shape[1]
+    scores = np.zeros((len(query), base.labels.shape[1]))
+    for q in range(len(query)):
+        distance = [int(np.unpackbits(query.packed[q] ^ code).sum()) for code in base.packed]
+        nearest = sorted(range(len(base)), key=lambda i: (distance[i], i))[:5]
+        weight = np.exp([(1 - distance[i] / bits) / 0.1 for i in nearest])
+        for i, w in zip(nearest, weight / weight.sum(), strict=True):
+            scores[q] += w * base.labels[i]
+    kept = load_file(run / "scores" / "knn-test.safetensors")
+    np.testing.assert_allclose(kept["scores"], scores, atol=1e-5)
+    present = query.labels.any(0)
+    macro = average_precision_score(query.labels[:, present], kept["scores"][:, present], average="macro")
+    assert row["mAP"] == pytest.approx(macro, abs=1e-9)
+    assert ((base.soft >= 0) == (np.unpackbits(base.packed, axis=1) == 1)).all()
+
+
+def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Path) -> None:
+    import torch
+
+    from mmcli.cache import Store
+    from mmcli.pipeline.checkpoint import best_checkpoint, load_head
+
+    store, run = Store.open(store_of(here)), run_of(here)
+    arrays, head = store.load(), load_head(best_checkpoint(run_of(here)), torch.device("cpu"))
+    splits, ids = np.array(store.index["split"].to_pylist()), store.index["image_id"].to_numpy()
+    for split in ("train", "val", "test"):
+        rows, codes = np.flatnonzero(splits == split), read_codes(run, split)
+        np.testing.assert_array_equal(codes.image_id, ids[rows])
+        with torch.inference_mode():
+            for position, row in enumerate(rows[:5]):
+                one = (
+                    torch.from_numpy(arrays.v_img[row : row + 1]).float(),
+                    torch.from_numpy(arrays.v_txt[row : row + 1, 0]).float(),
+                )
+                np.testing.assert_allclose(head(*one).h[0].numpy(), codes.soft[position], rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_never_votes_for_itself(mmcli, here: Path) -> None:
+    """With K 1 on the train split every image would tag itself without a fault."""
+    code, out, err = mmcli("knn-eval", "--split", "train", "--k", 1, "--json")
+    assert code == 0, err
+    base = read_codes(run_of(here), "train")
+    scores = load_file(run_of(here) / "scores" / "knn-train.safetensors")["scores"]
+    assert mean_average_precision(scores, base.labels) < 0.99
+    assert (scores != base.labels).any()
+
+
+def test_without_hash_neighbours_are_found_by_cosine(mmcli, here: Path) -> None:
+    code, _, err = mmcli("train-head", "--bits", 0, *TINY, "--set", "knn.K=5")
+    assert code == 0, err
+    code, out, err = mmcli("knn-eval", "--json")
+    assert code == 0, err
+    assert json.loads(out)["distance_metric"] == "cosine"
+    code, _, err = mmcli("knn-eval", "--metric", "hamming")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no hash layer" in err
+
+
+@pytest.mark.parametrize("fusion", ["concat", "hadamard", "hadamard_magnitude"])
+@pytest.mark.parametrize("preset", ["plan", "recommended"])
+def test_all_fusions_and_presets_train(mmcli, here: Path, fusion: str, preset: str) -> None:
+    code, out, err = mmcli("train-head", "--fusion", fusion, "--preset", preset, *TINY, "--set", "knn.K=5", "--json")
+    assert code == 0, err
+    assert json.loads(out)["preset"] == preset
+
+
+def test_spec10_09_a_dead_cosine_term_is_said_once_and_logged(mmcli, here: Path) -> None:
+    code, _, err = mmcli("train-head", *TINY, "--set", "knn.K=5", "--out", "runs/dead")
+    assert code == 0
+    assert err.count("no trainable input") == 1
+    history = [json.loads(line) for line in (here / "runs" / "dead" / "history.jsonl").read_text().splitlines()]
+    assert all(row["cosine"] > 0 for row in history)
+    code, _, err = mmcli("train-head", *TINY, "--set", "knn.K=5", "--adapter", "linear")
+    assert code == 0
+    assert "no trainable input" not in err
+
+
+def test_same_seed_same_run(mmcli, here: Path) -> None:
+    for name in ("a", "b"):
+        assert mmcli("train-head", *TINY, "--set", "knn.K=5", "--deterministic", "--out", f"runs/{name}")[0] == 0
+    a, b = (read_codes(here / "runs" / name, "test") for name in "ab")
+    np.testing.assert_array_equal(a.soft, b.soft)
+
+
+def mistakes(here: Path) -> dict[str, tuple[tuple[object, ...], tuple[str, ...]]]:
+    store, run = store_of(here), run_of(here)
+    return {
+        "a store of another model": (("train-head", "--model", "google/siglip2-large"), ("another model", store.name)),
+        "K too large": (("knn-eval", "--k", 500), ("--k 500", "at most 40")),
+        "a class count that is not the store's": (
+            ("train-head", "--set", "classifier.num_classes=7"),
+            ("num_classes", "80"),
+        ),
+        "an out folder in use": (("train-head", "--out", run), (str(run), "--force")),
+        "a run that is a store": (("knn-eval", "--run", store), ("run.json",)),
+        "a store that is a run": (("train-head", "--store", run), (str(run),)),
+    }
+
+
+@pytest.mark.parametrize("name", ["a store of another model", "K too large", "a class count that is not the store's",
+                                  "an out folder in use", "a run that is a store", "a store that is a run"])  # fmt: skip
+def test_a_mistake_is_one_line_and_nothing_is_lost(mmcli, here: Path, name: str) -> None:
+    words, parts = mistakes(here)[name]
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, out, err = mmcli(*words, "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for part in parts:
+        assert part in err
+    assert {
+        path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before
+
+
+def test_a_store_with_changed_weights_is_refused_by_zero_shot(mmcli, here: Path, miniature) -> None:
+    other = here / "model"
+    shutil.copytree(miniature.model, other)
+    raw = bytearray((other / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (other / "model.safetensors").write_bytes(raw)
+    code, _, err = mmcli("zero-shot", "--model", other, "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "another model" in err
+
+
+def test_a_run_of_another_data_set_is_refused(mmcli, here: Path) -> None:
+    """Evaluated against a store of another manifest, the run's neighbours would be other images."""
+    record = json.loads((run_of(here) / "run.json").read_text())
+    (run_of(here) / "run.json").write_text(json.dumps({**record, "manifest_sha256": "0" * 64}))
+    code, _, err = mmcli("knn-eval", "--store", store_of(here), "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "another data set" in err
+
+
+def test_a_nan_in_a_store_is_named(mmcli, here: Path) -> None:
+    """Also where the checksums agree with it: such a store came from elsewhere."""
+    store = store_of(here)
+    with h5py.File(store / "image-00001.h5", "r+") as file:
+        file["v_img"][3, 5] = np.nan
+    code, _, err = mmcli("train-head", "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "image-00001.h5" in err
+
+
+def test_spec10_07_scores_stay_in_class_order(mmcli, here: Path) -> None:
+    assert mmcli("knn-eval", "--quiet")[0] == 0
+    scores = load_file(run_of(here) / "scores" / "knn-test.safetensors")["scores"]
+    assert (np.diff(scores, axis=1) > 0).any()
+    assert (np.diff(scores, axis=1) < 0).any()
+
+
+@pytest.mark.realdata
+def test_the_main_job_on_real_coco(mmcli, realdata: Path, miniature) -> None:
+    """428 real images with their captions, labels and splits, through every stage."""
+    data = realdata / "coco_slice"
+    code, out, err = mmcli("prepare", "--data", data, "--out", "coco", "--json")
+    assert code == 0, err
+    code, out, err = mmcli("extract", "--data", data, "--manifest", "coco/manifest.parquet", "--model", miniature.model,
+                           "--patches", 64, "--json")  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["n_images"] == 428
+    assert result["n_captions"] == 428 * 5
+    code, out, err = mmcli("train-head", "--bits", 64, "--epochs", 3, "--json")
+    assert code == 0, err
+    code, out, err = mmcli("knn-eval", "--json")
+    assert code == 0, err
+    row = json.loads(out)
+    assert (row["n_images"], row["n_index"]) == (48, 337)
+    assert 0 < row["mAP"] < 1
+    assert mmcli("zero-shot")[0] == 0

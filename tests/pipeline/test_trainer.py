@@ -1,0 +1,214 @@
+"""The training loop against slow references: the schedule, accumulation, early stopping, reproducibility."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcli import InputError
+from mmcli.heads.model import Head
+from mmcli.pipeline.checkpoint import CheckpointKeeper, best_checkpoint, load_head
+from mmcli.pipeline.config import Config, SchedulerConfig, load_config
+from mmcli.pipeline.progress import Progress
+from mmcli.pipeline.trainer import Split, encode_split, fit, learning_rate
+
+CPU = torch.device("cpu")
+D, C = 12, 5
+SMALL = {"fusion.mlp_dims": [16, 8], "hash.bits": 8, "classifier.num_classes": C, "training.num_epochs": 3}
+
+
+def make_split(n: int = 40, seed: int = 0) -> Split:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, (n, C)).astype(np.uint8)
+    v_img = (labels @ rng.normal(size=(C, D)) + 0.1 * rng.normal(size=(n, D))).astype(np.float32)
+    v_txt = np.repeat(v_img[:, None], 5, axis=1) + rng.normal(size=(n, 5, D)).astype(np.float32)
+    n_captions = rng.integers(1, 6, n)
+    v_txt[np.arange(5) >= n_captions[:, None]] = np.nan  # a missing caption must never be drawn
+    return Split.place(v_img, v_txt.astype(np.float32), n_captions, labels, CPU)
+
+
+def make_head(config: Config, split: Split, seed: int = 0) -> Head:
+    torch.manual_seed(seed)
+    head = Head(config.fusion, config.hash, config.classifier, width=D)
+    head.fit_statistics(split.v_img, split.v_txt[:, 0])
+    return head
+
+
+def run(config: Config, *, monitor=lambda head: 0.5, on_epoch=lambda head, row: None, split: Split | None = None):
+    split = split or make_split()
+    head = make_head(config, split)
+    with Progress().task("", 1) as task:
+        return head, fit(head, split, config, monitor=monitor, on_epoch=on_epoch, task=task, device=CPU)
+
+
+@given(
+    steps=st.integers(1, 50), epochs=st.integers(1, 40), warmup=st.floats(0, 5), peak=st.floats(1e-5, 1.0),
+)  # fmt: skip
+def test_schedule_rises_to_the_peak_then_falls_to_the_floor(
+    steps: int, epochs: int, warmup: float, peak: float
+) -> None:
+    schedule = SchedulerConfig(warmup_epochs=warmup, min_lr=1e-6)
+    rates = [
+        learning_rate(s, steps_per_epoch=steps, epochs=epochs, peak=peak, schedule=schedule)
+        for s in range(steps * epochs)
+    ]
+    rise = min(round(warmup * steps), len(rates))
+    assert all(a <= b for a, b in zip(rates[:rise], rates[1:rise], strict=False))
+    assert all(a >= b - 1e-15 for a, b in zip(rates[rise:], rates[rise + 1 :], strict=False))
+    assert max(rates) <= peak * (1 + 1e-12)
+    assert min(rates) > 0
+    if 0 < rise < len(rates):
+        assert rates[rise - 1] == pytest.approx(peak)
+    after = learning_rate(steps * epochs, steps_per_epoch=steps, epochs=epochs, peak=peak, schedule=schedule)
+    if rise <= steps * epochs:
+        assert after == pytest.approx(1e-6)
+
+
+def test_spec10_10_and_12_warmup_is_per_step_and_reaches_the_peak() -> None:
+    """Stepped per epoch with per-step counts, the rate would stay below 1% of its peak."""
+    schedule = SchedulerConfig(warmup_epochs=2.0)
+    rates = [learning_rate(s, steps_per_epoch=100, epochs=30, peak=3e-4, schedule=schedule) for s in range(3000)]
+    assert rates[0] == pytest.approx(3e-4 / 200)
+    assert rates[199] == pytest.approx(3e-4)
+    assert len(set(rates[:200])) == 200
+    middle = 1e-6 + 0.5 * (3e-4 - 1e-6) * (1 + math.cos(math.pi * 0.5))
+    assert rates[200 + 1400] == pytest.approx(middle)
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    """Two batches of 20, accumulated, make the step of one batch of 40 when no batch statistic is involved."""
+    plain = {
+        **SMALL,
+        "hash.batch_norm": False,
+        "loss.hash_weight": 0.0,
+        "fusion.dropout": 0.0,
+        "training.num_epochs": 1,
+    }
+    large = load_config(options={**plain, "training.batch_size": 40})
+    small = load_config(options={**plain, "training.batch_size": 20, "training.accumulation_steps": 2})
+    heads = [run(config)[0] for config in (large, small)]
+    for a, b in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_odd_last_group_counts_in_full() -> None:
+    """Three batches, two a step: the last one alone makes a whole step."""
+    config = load_config(options={**SMALL, "training.batch_size": 14, "training.accumulation_steps": 2})
+    _, result = run(config)
+    assert len(result.history) == 3
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+
+
+def test_every_image_is_seen_once_an_epoch_and_only_real_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    original = Split.batch
+
+    def spy(self, rows, caption):
+        if isinstance(caption, torch.Tensor):
+            seen.extend(zip(rows.tolist(), caption.tolist(), strict=True))
+        return original(self, rows, caption)
+
+    monkeypatch.setattr(Split, "batch", spy)
+    split = make_split(33)
+    config = load_config(options={**SMALL, "training.batch_size": 16})
+    run(config, split=split)
+    assert sorted(row for row, _ in seen) == sorted(list(range(33)) * 3)
+    assert all(caption < split.n_captions[row] for row, caption in seen)
+    assert len({caption for _, caption in seen}) == 5
+
+
+def test_a_batch_of_one_never_reaches_the_batch_statistics() -> None:
+    config = load_config(options={**SMALL, "training.batch_size": 4})
+    _, result = run(config, split=make_split(33))
+    assert math.isfinite(result.history[-1]["loss"])
+
+
+def test_loss_falls_and_the_record_is_whole() -> None:
+    config = load_config(
+        options={**SMALL, "training.num_epochs": 20, "training.early_stopping_patience": 0, "loss.hash_weight": 0.1}
+    )
+    _, result = run(config)
+    first, last = result.history[0], result.history[-1]
+    assert last["bce"] < 0.8 * first["bce"]
+    wanted = {
+        "epoch",
+        "loss",
+        "bce",
+        "cosine",
+        "hash",
+        "quant",
+        "balance",
+        "decorr",
+        "lr",
+        "grad_norm",
+        "val_mAP",
+        "train_s",
+        "epoch_s",
+    }
+    assert wanted <= set(first)
+    total = first["bce"] + config.loss.cosine_weight * first["cosine"] + 0.1 * first["hash"]
+    assert first["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
+    values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2, 0.9])
+    config = load_config(
+        options={**SMALL, "training.num_epochs": 7, "training.early_stopping_patience": 3, "training.save_top_k": 2}
+    )
+    keeper = CheckpointKeeper(tmp_path, config, width=D)
+    _, result = run(
+        config, monitor=lambda head: next(values),
+        on_epoch=lambda head, row: keeper.offer(head, epoch=int(row["epoch"]), val_mAP=row["val_mAP"]),
+    )  # fmt: skip
+    assert (len(result.history), result.best_epoch, result.best_value, result.stopped_early) == (5, 2, 0.5, True)
+    assert keeper.best.name == "epoch-002.safetensors"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "epoch-002.safetensors",
+        "epoch-004.safetensors",
+        "checkpoints.json",
+    }
+
+
+def test_same_seed_same_weights() -> None:
+    config = load_config(options=SMALL)
+    heads = [run(config)[0] for _ in range(2)]
+    other, _ = run(load_config(options={**SMALL, "hardware.seed": 43}))
+    pairs = zip(heads[0].state_dict().values(), heads[1].state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not all(torch.equal(a, b) for a, b in zip(heads[0].parameters(), other.parameters(), strict=True))
+
+
+def test_a_checkpoint_reads_back_the_same_head(tmp_path: Path) -> None:
+    config = load_config(options=SMALL)
+    split = make_split()
+    head, _ = run(config, split=split)
+    (tmp_path / "checkpoints").mkdir()
+    keeper = CheckpointKeeper(tmp_path / "checkpoints", config, width=D)
+    keeper.offer(head, epoch=1, val_mAP=0.5)
+    again = load_head(best_checkpoint(tmp_path), CPU)
+    for a, b in zip(encode_split(head, split), encode_split(again, split, batch_size=7), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    config = load_config(options=SMALL)
+    keeper = CheckpointKeeper(tmp_path / "checkpoints", config, width=D)
+    with pytest.raises(InputError, match="no list of checkpoints"):
+        best_checkpoint(tmp_path)
+    keeper.offer(make_head(config, make_split()), epoch=1, val_mAP=0.5)
+    path = best_checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    for bad in (path, tmp_path / "absent.safetensors"):
+        with pytest.raises(InputError, match=r"checkpoint.*mmcli train-head"):
+            load_head(bad, CPU)
+
+
+def test_a_loss_that_diverges_is_said() -> None:
+    split = make_split()
+    split.v_img[3] = math.nan
+    with pytest.raises(InputError, match=r"no longer finite.*epoch 1"):
+        run(load_config(options={**SMALL, "hash.batch_norm": False}), split=split)

@@ -1,0 +1,112 @@
+"""The contract of the command line: help without torch, one line of error, exit codes, JSON alone on stdout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = (
+    (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("cache",),
+    ("cache", "info"), ("cache", "verify"),
+)  # fmt: skip
+
+
+def mmcli(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmcli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words) or "mmcli")
+def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nsys.argv = ['mmcli', *sys.argv[1:]]\nfrom mmcli.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mmcli" in done.stdout
+
+
+def test_every_command_of_the_readme_exists(repo: Path) -> None:
+    """Commands in fenced blocks of README and docs, up to their first option, answer to --help."""
+    lines = (repo / "README.md").read_text().splitlines()
+    named = {line.split()[1] for line in lines if line.startswith("mmcli ")}
+    assert named >= {"prepare", "extract", "train-head", "knn-eval"}
+    assert named <= {words[0] for words in COMMANDS if words}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("train-head", "--bits", "33"), ("--bits", "33", "multiple of 8")),
+        (("train-head", "--bits", "x"), ("--bits", "'x'")),
+        (("train-head", "--fusion", "sum"), ("--fusion", "hadamard_magnitude")),
+        (("train-head",), ("no store", "data/cache", "mmcli extract")),
+        (("train-head", "--store", "nowhere"), ("nowhere", "mmcli extract")),
+        (("train-head", "--set", "hash.bit=8"), ("hash.bit", "did you mean bits")),
+        (("train-head", "--set", "hash.bits"), ("--set", "KEY=VALUE")),
+        (("train-head", "--config", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("knn-eval",), ("no run", "mmcli train-head")),
+        (("knn-eval", "--run", "nowhere"), ("nowhere", "mmcli train-head")),
+        (("zero-shot",), ("no store", "mmcli extract")),
+        (("prepare",), ("data/coco",)),
+        (("prepare", "--data", "nowhere"), ("nowhere",)),
+        (("extract",), ("manifest.parquet", "mmcli prepare")),
+        (("extract", "--device", "abacus"), ("manifest.parquet",)),
+        (("cache", "info"), ("no store", "mmcli extract")),
+        (("no-such-command",), ("no-such-command",)),
+        (("prepare", "--no-such-option"), ("--no-such-option",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    done = mmcli(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("mmcli: ")
+    for part in parts:
+        assert part in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_not_dressed_as_a_mistake(tmp_path: Path) -> None:
+    code = (
+        "import mmcli.cli, mmcli.pipeline.prepare\n"
+        "def broken(*a, **k): raise RuntimeError('a bug')\n"
+        "mmcli.pipeline.prepare.prepare = broken\n"
+        "import sys; sys.argv = ['mmcli', 'prepare']\nmmcli.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: a bug" in done.stderr
+
+
+def test_interrupted_is_130(tmp_path: Path) -> None:
+    code = (
+        "import mmcli.cli, mmcli.pipeline.prepare\n"
+        "def stopped(*a, **k): raise KeyboardInterrupt\n"
+        "mmcli.pipeline.prepare.prepare = stopped\n"
+        "import sys; sys.argv = ['mmcli', 'prepare']\nmmcli.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip().startswith("mmcli: interrupted")
+
+
+def test_version() -> None:
+    done = mmcli("--version")
+    assert done.returncode == 0
+    assert done.stdout.strip().count(".") == 2
+
+
+def test_input_error_is_always_one_line() -> None:
+    from mmcli import InputError
+
+    error = InputError("what\nis wrong", where="a\nb", got="c\n\nd", wanted="e", do="mend  it")
+    assert str(error) == "what is wrong: a b: got c d, wanted e; mend it"
+    assert json.loads(json.dumps(str(error))) == str(error)

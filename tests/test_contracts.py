@@ -1,0 +1,57 @@
+"""Each import contract holds, and fails on a seeded violation."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VIOLATIONS = {
+    "cache/key.py": ("import torch\n", "cache knows arrays"),
+    "heads/voting.py": ("import h5py\n", "heads take tensors"),
+    "heads/fusion.py": ("from ..cache import key\n", "imports run one way"),
+    "cache/reader.py": ("from ..pipeline import runs\n", "imports run one way"),
+    "pipeline/knn_eval.py": ("from .train_head import train_head\n", "a stage does not import a stage"),
+}
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on a copy of the package that is importable as ``mmcli``."""
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command; lint_imports_command()",
+        "--no-cache",
+    ]
+    environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def copy(repo: Path, tmp_path: Path) -> Path:
+    package = tmp_path / "mmcli"
+    for room in ("pipeline", "cache", "heads"):
+        shutil.copytree(repo / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "__main__.py", "cli.py"):
+        shutil.copy(repo / name, package / name)
+    shutil.copy(repo / "pyproject.toml", tmp_path / "pyproject.toml")
+    return tmp_path
+
+
+def test_contracts_hold(copy: Path) -> None:
+    result = lint(copy)
+    assert result.returncode == 0, result.stdout
+    assert "4 kept, 0 broken" in result.stdout
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_seeded_violation_is_found(copy: Path, name: str) -> None:
+    line, contract = VIOLATIONS[name]
+    file = copy / "mmcli" / name
+    file.write_text(file.read_text() + line)
+    result = lint(copy)
+    assert result.returncode == 1
+    broken = [row for row in result.stdout.splitlines() if "BROKEN" in row]
+    assert broken, result.stdout
+    assert contract in broken[0]
