@@ -67,6 +67,18 @@ PresetName = Annotated[
 ]
 
 
+# Which option sets which key, so that a refused value is named as it was given.
+FLAGS = {
+    "preset": "--preset", "model.siglip2_variant": "--model", "model.revision": "--revision",
+    "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.block_norm": "--block-norm",
+    "fusion.inputs": "--inputs", "fusion.adapter": "--adapter", "hash.bits": "--bits", "loss.cosine_weight": "--alpha",
+    "loss.hash_weight": "--gamma", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
+    "training.monitor": "--monitor", "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote",
+    "knn.tau": "--tau", "knn.theta": "--theta", "data.num_workers": "--workers", "hardware.device": "--device",
+    "hardware.seed": "--seed", "hardware.deterministic": "--deterministic",
+}  # fmt: skip
+
+
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
@@ -270,10 +282,10 @@ def _progress(quiet: bool) -> "Progress":
 def _config(file: Path | None, settings: list[str] | None, options: Mapping[str, Any]) -> "Config":
     from .pipeline.config import load_config, parse_settings
 
-    return load_config(
-        file,
-        options={**parse_settings(settings or []), **{k: v for k, v in options.items() if v is not None}},
-    )
+    given = {key: value for key, value in options.items() if value is not None}
+    parsed = parse_settings(settings or [])
+    flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
+    return load_config(file, options={**given, **parsed}, flags=flags)
 
 
 def _finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -> None:

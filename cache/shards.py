@@ -122,6 +122,14 @@ def read_shard_into(
             whole[shard.start : shard.stop] = _values(data, _dataset(file, name, *expected[name]))
 
 
+def same_content(one: Arrays, other: Arrays) -> bool:
+    """Whether two shards hold the same bytes under the same names (a NaN equals itself, -0 is not 0)."""
+    return one.keys() == other.keys() and all(
+        (a.dtype, a.shape) == (other[name].dtype, other[name].shape) and a.tobytes() == other[name].tobytes()
+        for name, a in one.items()
+    )
+
+
 def first_bad_row(values: NDArray[Any]) -> int | None:
     """The first row with a NaN or an infinity.
 

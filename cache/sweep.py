@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
+from .files import remove, sync_folder
+from .index import parse_index
 from .key import StoreKey
 from .layout import INDEX, KEY, MANIFEST, SHARD_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
@@ -161,6 +164,33 @@ def sweep(
         except (ShardBroken, OSError) as error:
             damaged.append(DamagedShard(shard.name, str(error)))
     return whole, damaged
+
+
+def index_is(folder: Path, manifest: StoreManifest | None, table: pa.Table) -> bool:
+    """Whether a finished store's index says what ``table`` says.
+
+    Raises:
+        ShardBroken: It is not sound.
+    """
+    if manifest is None:
+        return False
+    try:
+        written = parse_index(read_checked(folder, manifest.index), manifest.layout)
+    except ValueError as error:
+        raise ShardBroken(str(error)) from error
+    return bool(written.equals(table, check_metadata=True))
+
+
+def discard(folder: Path) -> None:
+    """Remove a store's own files and nothing else: a folder that was named by mistake loses nothing."""
+    if not looks_like_store(folder):
+        return
+    # The manifest first: a store that is half removed must not be readable.
+    remove(folder / MANIFEST)
+    for path in sorted(folder.iterdir()):
+        if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
+            path.unlink()
+    sync_folder(folder)
 
 
 def check_layout(folder: Path, known: Layout, wanted: Layout) -> None:

@@ -16,23 +16,12 @@ from numpy.typing import NDArray
 from .encode import image_arrays, text_arrays
 from .errors import StoreError, StoreMismatch, StoreUnfinished
 from .files import adopt, lock, remove, remove_temporaries, sync_folder, unlock, write_whole
-from .index import check_index, index_bytes, parse_index, place_rows
+from .index import check_index, index_bytes, place_rows
 from .key import StoreKey
-from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, SHARD_NAME, Layout, Part, Shard
+from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, key_bytes, manifest_bytes
-from .shards import Arrays, ShardBroken, content_sha256, decode_shard, encode_shard
-from .sweep import (
-    DamagedShard,
-    Found,
-    check_layout,
-    check_shard,
-    identify,
-    key_digest,
-    looks_like_store,
-    make_entry,
-    read_checked,
-    sweep,
-)  # fmt: skip
+from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
+from .sweep import DamagedShard, check_layout, check_shard, discard, identify, index_is, key_digest, make_entry, sweep
 
 _log = logging.getLogger(__name__)
 
@@ -215,14 +204,18 @@ class StoreWriter:
     def _open(self) -> None:
         remove_temporaries(self.folder)
         if self._overwrite:
-            self._discard()
+            discard(self.folder)
         found = identify(self.folder, self.key)
         if found.known is not None:
             check_layout(self.folder, found.known[1], self.layout)
             self.layout = found.known[1]
         self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found)
         self.damaged = [*found.damaged, *damaged]
-        index_ok = self._check_index(found)
+        try:
+            index_ok = index_is(self.folder, found.manifest, place_rows(self._table, self.layout))
+        except ShardBroken as error:
+            self.damaged.append(DamagedShard(INDEX, str(error)))
+            index_ok = False
         self._finished = bool(found.manifest) and index_ok and len(self._whole) == len(self.layout.all_shards())
         if not self._finished:
             remove(self.folder / MANIFEST)
@@ -230,28 +223,6 @@ class StoreWriter:
         path = self.folder / KEY
         if not path.is_file() or path.read_bytes() != text:
             write_whole(path, text)
-
-    def _check_index(self, found: Found) -> bool:
-        """Whether the finished store's index is sound and says what this one would."""
-        if found.manifest is None:
-            return False
-        try:
-            table = parse_index(read_checked(self.folder, found.manifest.index), self.layout)
-        except (ShardBroken, ValueError) as error:
-            self.damaged.append(DamagedShard(INDEX, str(error)))
-            return False
-        return bool(table.equals(place_rows(self._table, self.layout), check_metadata=True))
-
-    def _discard(self) -> None:
-        """Remove a store's own files and nothing else: a folder named by mistake loses nothing."""
-        if not looks_like_store(self.folder):
-            return
-        # The manifest first: a store that is half removed must not be readable.
-        remove(self.folder / MANIFEST)
-        for path in sorted(self.folder.iterdir()):
-            if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
-                path.unlink()
-        sync_folder(self.folder)
 
     def _put(self, shard: Shard, part: Part, arrays: Arrays) -> None:
         self._check_open()
@@ -265,14 +236,11 @@ class StoreWriter:
 
         def check(written: bytes) -> None:
             try:
-                again = decode_shard(written, shard, self.layout, digest)
-                wrong = [
-                    name for name in arrays if content_sha256(name, again[name]) != content_sha256(name, arrays[name])
-                ]
+                same = same_content(arrays, decode_shard(written, shard, self.layout, digest))
             except ShardBroken as error:
-                wrong = [str(error)]
-            if wrong:
-                raise StoreError("the disk gave back something else", where=path, got=wrong[0], do="check the disk")
+                raise StoreError("cannot read what was written", where=path, got=error, do="check the disk") from error
+            if not same:
+                raise StoreError("the disk gave back something else", where=path, do="check the disk")
 
         write_whole(path, data, check)
         self._whole[shard] = make_entry(data, shard, arrays)
