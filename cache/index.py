@@ -54,7 +54,8 @@ def place_rows(table: pa.Table, layout: Layout) -> pa.Table:
 def index_bytes(table: pa.Table) -> bytes:
     """The parquet file of an index; the schema's metadata is kept."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    # Parquet's own names for the items of lists would change the table's types.
+    pq.write_table(table, sink, compression="zstd", use_compliant_nested_type=False)
     return bytes(sink.getvalue())
 
 
