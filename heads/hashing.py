@@ -1,0 +1,140 @@
+"""Soft codes, hard codes, packed codes.
+
+Symbols: N images, B bits, z fused embedding, h soft code in [-1, 1]^B, b hard code in {-1, +1}^B.
+"""
+
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from .. import InputError
+from .config import HashConfig
+
+
+class HashLayer(nn.Module):
+    """``h = tanh(W z + c)``, with batch normalisation before the tanh where asked for (SPEC section 5).
+
+    The soft code is the output in training and in evaluation alike, whatever the activation. With activation ``ste``
+    the classifier reads :meth:`read`, hard codes whose gradient is that of the soft ones (straight-through estimator:
+    Bengio, Leonard, Courville 2013; for hashing: Su et al. 2018), in training and in evaluation, so that it is
+    trained and used on the same kind of input. Losses, cosine neighbours and :func:`binarise` take the soft code.
+
+    Args:
+        config: The hash section; ``bits`` must not be 0.
+        in_features: Width of z.
+    """
+
+    def __init__(self, config: HashConfig, in_features: int) -> None:
+        super().__init__()
+        assert config.bits > 0, "a head without bits has no hash layer"
+        self.config = config
+        self.linear = nn.Linear(in_features, config.bits)
+        self.norm = nn.BatchNorm1d(config.bits) if config.batch_norm else nn.Identity()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Soft codes ``(N, B)`` float32 of fused embeddings ``(N, in_features)``."""
+        # Codes are cut at zero, so what comes after the matrix product stays float32 under autocast too.
+        u = self.linear(z).float()
+        with torch.autocast(u.device.type, enabled=False):
+            return torch.tanh(self.norm(u))
+
+    def read(self, h: Tensor) -> Tensor:
+        """What the classifier reads ``(N, B)``: h, or its hard code with h's gradient (``ste``)."""
+        if self.config.activation == "tanh":
+            return h
+        # b + (h - h) is exactly b; h + (b - h) would not be, in floating point.
+        return _sign(h) + (h - h.detach())
+
+
+def _sign(h: Tensor) -> Tensor:
+    """+1 where h >= 0, else -1, in h's dtype; ``torch.sign`` would give 0 at 0."""
+    return torch.where(h.detach() >= 0, 1.0, -1.0).to(h.dtype)
+
+
+@overload
+def binarise(h: Tensor) -> Tensor: ...
+@overload
+def binarise(h: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int8]: ...
+def binarise(h: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor | npt.NDArray[np.int8]:
+    """Hard codes: +1 where ``h >= 0`` (also at -0.0), else -1; never 0.
+
+    Args:
+        h: Soft codes of any shape, a tensor or an array.
+
+    Returns:
+        int8 of the same shape, kind and device.
+
+    Raises:
+        InputError: NaN, which is on neither side of zero.
+    """
+    if isinstance(h, Tensor):
+        _refuse_nan(int(h.isnan().sum()), h.numel())
+        return _sign(h).to(torch.int8)
+    _refuse_nan(int(np.isnan(h).sum()), h.size)
+    return np.where(h >= 0, np.int8(1), np.int8(-1))
+
+
+def _refuse_nan(found: int, size: int) -> None:
+    if found:
+        raise InputError(
+            "soft codes that are no numbers", got=f"NaN in {found} of {size} values", wanted="numbers",
+            do="check the embeddings and the training loss for NaN",
+        )  # fmt: skip
+
+
+def pack_codes(b: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """Pack hard codes, eight bits a byte, as FAISS binary indexes take them.
+
+    Bit i is bit ``7 - i % 8`` of byte ``i // 8`` (``np.packbits``), 1 for +1. Distances do not depend on the order.
+
+    Args:
+        b: ``(N, B)`` of -1 and +1, B a multiple of 8.
+
+    Returns:
+        ``(N, B // 8)`` uint8.
+
+    Raises:
+        ValueError: B is not a multiple of 8, or a value is neither -1 nor +1.
+    """
+    if b.shape[-1] % 8:
+        raise ValueError(f"codes of {b.shape[-1]} bits do not fill whole bytes: bits must be a multiple of 8")
+    if not (np.abs(b) == 1).all():
+        raise ValueError("codes to pack must be -1 or +1: call binarise first")
+    return np.packbits(b > 0, axis=-1)
+
+
+def unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
+    """The inverse of :func:`pack_codes`.
+
+    Args:
+        packed: ``(N, B // 8)`` uint8.
+        bits: B.
+
+    Returns:
+        ``(N, B)`` int8 of -1 and +1.
+
+    Raises:
+        ValueError: The bytes do not hold B bits.
+    """
+    if packed.shape[-1] * 8 != bits:
+        raise ValueError(f"{packed.shape[-1]} bytes a code hold {packed.shape[-1] * 8} bits, not {bits}")
+    return (2 * np.unpackbits(packed, axis=-1).astype(np.int8) - 1).astype(np.int8)
+
+
+def hamming_distance(b1: npt.NDArray[np.int8], b2: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
+    """Number of differing bits between every two codes: ``(B - b1 . b2) / 2`` (SPEC section 8).
+
+    Args:
+        b1: ``(Q, B)`` of -1 and +1.
+        b2: ``(N, B)`` of -1 and +1.
+
+    Returns:
+        ``(Q, N)`` int32.
+    """
+    # Dot products of +-1 are exact in float32 up to 2**24 bits; int8 would overflow at 128.
+    dot = b1.astype(np.float32) @ b2.astype(np.float32).T
+    distance: npt.NDArray[np.int32] = ((b1.shape[-1] - dot) / 2).astype(np.int32)
+    return distance

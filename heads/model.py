@@ -1,0 +1,122 @@
+"""The head: fusion, hash layer, classifier; and the MLP it is compared with.
+
+Symbols: N images, D embedding width, C classes, B bits, z fused embedding, h soft code.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import ClassifierConfig, FusionConfig, HashConfig
+from .fusion import Fusion, make_mlp
+from .hashing import HashLayer
+
+
+class HeadOutput(NamedTuple):
+    """What a head gives for a batch.
+
+    Attributes:
+        z: Fused embedding ``(N, mlp_dims[-1])``.
+        h: Soft codes ``(N, B)`` float32, or ``None`` without hash layer.
+        logits: ``(N, C)``.
+        d_img: Image directions ``(N, D)``; ``None`` for the MLP baseline, which does not decompose.
+        d_txt: Caption directions ``(N, D)``, likewise.
+        hash_reg: Whether the hash terms of the loss apply (``hash.use_hash_reg``).
+    """
+
+    z: Tensor
+    h: Tensor | None
+    logits: Tensor
+    d_img: Tensor | None
+    d_txt: Tensor | None
+    hash_reg: bool = True
+
+    @property
+    def features(self) -> Tensor:
+        """What neighbours are searched with: h, or z without hash layer."""
+        return self.z if self.h is None else self.h
+
+
+class Head(nn.Module):
+    """Raw embeddings to codes and logits (SPEC section 5).
+
+    In ``eval()`` mode the output of an image depends on that image alone: dropout is off and batch normalisation uses
+    the running statistics.
+
+    Args:
+        fusion: The fusion section.
+        hash: The hash section; with ``bits`` 0 there is no hash layer and the classifier reads z.
+        classifier: The classifier section.
+        width: Embedding width D.
+    """
+
+    def __init__(
+        self,
+        fusion: FusionConfig,
+        hash: HashConfig,  # noqa: A002
+        classifier: ClassifierConfig,
+        *,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.fusion = Fusion(fusion, width)
+        self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
+        self._hash_reg = hash.use_hash_reg
+        n_features = hash.bits or fusion.mlp_dims[-1]
+        self.classifier = nn.Linear(n_features, classifier.num_classes, bias=classifier.use_bias)
+
+    def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
+        """Codes and logits of raw embeddings ``(N, D)`` and ``(N, D)``.
+
+        Raises:
+            InputError: Widths that do not fit, or statistics that were never fitted.
+        """
+        fused = self.fusion(v_img, v_txt)
+        h, read = None, fused.z
+        if self.hash is not None:
+            h = self.hash(fused.z)
+            read = self.hash.read(h)
+        return HeadOutput(fused.z, h, self.classifier(read), fused.d_img, fused.d_txt, self._hash_reg)
+
+    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
+        """Take what block normalisation needs from the train split: ``(N, D)`` each, one caption an image."""
+        self.fusion.fit(v_img, v_txt)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the learning rate they take: fusion (with adapters), hash, classifier."""
+        hash_parameters = [] if self.hash is None else list(self.hash.parameters())
+        return {
+            "fusion": list(self.fusion.parameters()),
+            "hash": hash_parameters,
+            "classifier": list(self.classifier.parameters()),
+        }
+
+
+class MlpBaseline(nn.Module):
+    """Baseline: ``[v_img; v_txt]`` raw through the same MLP and a classifier; no decomposition, hash or neighbours.
+
+    Args:
+        fusion: ``mlp_dims``, ``dropout``, ``activation`` and ``inputs`` are used.
+        classifier: The classifier section.
+        width: Embedding width D.
+    """
+
+    def __init__(self, fusion: FusionConfig, classifier: ClassifierConfig, *, width: int) -> None:
+        super().__init__()
+        self._inputs = fusion.inputs
+        self.mlp = make_mlp(fusion, width * (2 if fusion.inputs == "both" else 1))
+        self.classifier = nn.Linear(fusion.mlp_dims[-1], classifier.num_classes, bias=classifier.use_bias)
+
+    def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
+        """Logits of raw embeddings ``(N, D)`` and ``(N, D)``."""
+        used = {"both": (v_img, v_txt), "image": (v_img,), "text": (v_txt,)}[self._inputs]
+        z = self.mlp(torch.cat(used, dim=-1).float())
+        return HeadOutput(z, None, self.classifier(z), None, None)
+
+    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
+        """Nothing to take; the trainer treats baseline and head alike."""
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the learning rate they take."""
+        return {"fusion": list(self.mlp.parameters()), "hash": [], "classifier": list(self.classifier.parameters())}

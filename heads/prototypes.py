@@ -1,0 +1,79 @@
+"""Zero-shot scores: how near an image embedding is to the mean of prompts for each category name.
+
+Symbols: N images, C classes, P prompts a class, D embedding width.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def class_prototypes(prompt_embeddings: Floats) -> npt.NDArray[np.float32]:
+    """One unit vector a class: the mean of its normalised prompt embeddings, normalised again.
+
+    ``t_c = u / ||u||``, ``u = mean_p(e_cp / ||e_cp||)``: the ensemble in embedding space of Radford et al. 2021,
+    section 3.1.4. Without the inner normalisation long embeddings would outvote short ones.
+
+    Args:
+        prompt_embeddings: Raw text embeddings ``(C, P, D)``.
+
+    Returns:
+        ``(C, D)`` float32.
+
+    Raises:
+        ValueError: Another shape, or an embedding that is zero or not finite.
+    """
+    if prompt_embeddings.ndim != 3 or 0 in prompt_embeddings.shape:
+        raise ValueError(f"prompt embeddings must be (C, P, D), got shape {prompt_embeddings.shape}")
+    return _unit(_unit(prompt_embeddings, "prompt embedding").mean(axis=1), "prototype").astype(np.float32)
+
+
+def zero_shot_scores(v_img: Floats, prototypes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Cosine of every image with every class.
+
+    Args:
+        v_img: Raw image embeddings ``(N, D)``.
+        prototypes: Unit vectors ``(C, D)``, of :func:`class_prototypes`.
+
+    Returns:
+        ``(N, C)`` float32 in [-1, 1], in class order.
+
+    Raises:
+        ValueError: Widths that differ, or an embedding that is zero or not finite.
+    """
+    if v_img.ndim != 2 or v_img.shape[1] != prototypes.shape[1]:
+        raise ValueError(f"image embeddings {v_img.shape} do not fit prototypes {prototypes.shape}")
+    cosine = _unit(v_img, "image embedding").astype(np.float32) @ prototypes.T
+    return cosine.clip(-1.0, 1.0).astype(np.float32)
+
+
+def to_probability(cosine: npt.NDArray[np.float32], logit_scale: float, logit_bias: float) -> npt.NDArray[np.float32]:
+    """SigLIP's probability that image and text belong together: ``sigmoid(scale * cosine + bias)``.
+
+    Zhai et al. 2023, section 3.2. It keeps the order of the cosines, so mAP is that of the cosines.
+
+    Args:
+        cosine: ``(N, C)``.
+        logit_scale: The learned scale, already exponentiated (checkpoints keep its logarithm).
+        logit_bias: The learned bias.
+
+    Returns:
+        ``(N, C)`` float32 in [0, 1].
+    """
+    x = logit_scale * cosine.astype(np.float64) + logit_bias
+    # The same as 1 / (1 + exp(-x)), which would overflow; exp of a negative number keeps small probabilities apart.
+    small = np.exp(-np.abs(x))
+    return (np.where(x >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
+
+
+def _unit(v: Floats, name: str) -> npt.NDArray[np.float64]:
+    v = np.asarray(v, dtype=np.float64)
+    n = np.linalg.norm(v, axis=-1, keepdims=True)
+    if not (np.isfinite(n).all() and (n > 0).all()):
+        row = int(np.flatnonzero(~(np.isfinite(n) & (n > 0)))[0])
+        raise ValueError(f"{name} {row} is zero or not finite, so it has no direction")
+    unit: npt.NDArray[np.float64] = v / n
+    return unit
