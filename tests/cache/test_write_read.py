@@ -88,7 +88,9 @@ def test_float16_overflow_suggests_float32(kit, tmp_path):
     data.v_img[0, 0] = 65520  # rounds to infinity; 65519 rounds to the largest float16
     with (
         data.writer(tmp_path / "s", kit.key()) as writer,
-        pytest.raises(StoreError, match=r"image id \d+: got 65520, wanted at most 65504; extract with `--dtype float32`"),
+        pytest.raises(
+            StoreError, match=r"image id \d+: got 65520, wanted at most 65504; extract with `--dtype float32`"
+        ),
     ):
         data.fill(writer)
     data.v_img[0, 0] = 65519
@@ -106,7 +108,7 @@ def test_wrong_arrays_are_refused(kit, tmp_path):
             with pytest.raises(StoreError, match="bad n_captions"):
                 writer.write_text(text, v_txt=data.v_txt[:4], n_captions=counts)
         counts = np.array([5, 2, 5, 5])
-        with pytest.raises(StoreError, match="a missing caption has an embedding: text-00000.h5, v_txt row 1"):
+        with pytest.raises(StoreError, match=r"a missing caption has an embedding: text-00000.h5, v_txt row 1"):
             writer.write_text(text, v_txt=np.ones((4, 5, 6), np.float32), n_captions=counts)
         for wrong in (text, Shard("image", 9, 36, 40), Shard("image", 0, 0, 3)):
             with pytest.raises(StoreError, match="not a missing shard"):
@@ -141,7 +143,10 @@ def test_wrong_index_and_sizes_are_refused(kit, tmp_path):
 def test_two_writers_at_once(kit, tmp_path):
     data = kit.Data()
     with data.writer(tmp_path / "s", kit.key()) as writer:
-        with pytest.raises(StoreBusy, match="another process writes this store"), data.writer(tmp_path / "s", kit.key()):
+        with (
+            pytest.raises(StoreBusy, match="another process writes this store"),
+            data.writer(tmp_path / "s", kit.key()),
+        ):
             pass
         data.fill(writer)
         writer.finish()
@@ -161,7 +166,7 @@ def test_finish_refuses_what_is_not_whole(kit, tmp_path):
     with data.writer(tmp_path / "s", kit.key()) as writer:
         shard = writer.missing("image")[1]
         writer.write_image(shard, v_img=data.v_img[shard.start : shard.stop])
-        with pytest.raises(StoreUnfinished, match="image-00000.h5 and 4 more"):
+        with pytest.raises(StoreUnfinished, match=r"image-00000.h5 and 4 more"):
             writer.finish()
     with pytest.raises(StoreMismatch, match="not open"):
         writer.finish()

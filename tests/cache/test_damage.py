@@ -1,0 +1,272 @@
+"""A byte that changed is found and named, and only what it spoilt is made again."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from mmcli.cache import Store, StoreDamaged, StoreMismatch, StoreMissing, StoreUnfinished, verify
+
+
+@pytest.fixture
+def folder(kit, tmp_path):
+    return kit.Data().write(tmp_path / "s", kit.key())
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def redo(kit, folder):
+    """Open a writer, mend, finish; what it found."""
+    data = kit.Data()
+    with data.writer(folder, kit.key()) as writer:
+        found = (
+            [shard.name for part in ("image", "text") for shard in writer.missing(part)],
+            [(damaged.name, damaged.reason) for damaged in writer.damaged],
+        )
+        data.fill(writer)
+        writer.finish()
+    return found
+
+
+def spread(size, n):
+    """Offsets all over a file: its ends, and ``n`` places in between."""
+    return sorted({0, 9, size - 1, *np.linspace(0, size - 1, n).astype(int).tolist()})
+
+
+@pytest.mark.parametrize("name", ["image-00001.h5", "text-00002.h5"])
+def test_any_flipped_byte_is_found_and_redone(kit, folder, name):
+    wanted, path = kit.content(folder), folder / name
+    for at in spread(path.stat().st_size, 15):
+        flip(path, at)
+        with pytest.raises(
+            StoreDamaged, match=f"a damaged shard: .*{name}: got the file is not what its checksum says;"
+        ):
+            Store.open(folder).load()
+        (problem,) = verify(folder).problems
+        assert problem.startswith(f"{name}: ")
+        assert redo(kit, folder) == ([name], [(name, "the file is not what its checksum says")])
+        assert kit.content(folder) == wanted
+
+
+def test_flipped_bytes_in_an_unfinished_store(kit, folder):
+    """Without the manifest a shard's own checksums have to do: what they miss must be bytes that hold nothing."""
+    wanted, path = kit.content(folder), folder / "image-00001.h5"
+    whole, found = path.read_bytes(), 0
+    for at in range(0, len(whole), 37):
+        (folder / "manifest.json").unlink()
+        flip(path, at)
+        missing, damaged = redo(kit, folder)
+        assert missing == [name for name, _ in damaged]
+        assert missing in ([], [path.name])
+        found += bool(missing)
+        assert kit.content(folder)["image-00001.h5/v_img"] == wanted["image-00001.h5/v_img"]
+        assert kit.content(folder)["image-00001.h5/norm_img"] == wanted["image-00001.h5/norm_img"]
+        Store.open(folder).load()
+        path.write_bytes(whole)
+    assert found > 10
+
+
+def test_every_byte_of_the_data_counts_without_a_manifest(kit, folder):
+    path = folder / "image-00000.h5"
+    with h5py.File(path) as file:
+        places = [(file[name].id.get_offset(), file[name].nbytes) for name in file]
+    for start, size in places:
+        for at in (start, start + size // 2, start + size - 1):
+            (folder / "manifest.json").unlink()
+            flip(path, at)
+            missing, damaged = redo(kit, folder)
+            assert missing == [path.name]
+            assert "the content of" in damaged[0][1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+@pytest.mark.parametrize("finished", [True, False])
+def test_truncated_shard(kit, folder, size, finished):
+    wanted, path = kit.content(folder), folder / "text-00000.h5"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(
+        StoreDamaged, match=r"text-00000.h5: got \d+ bytes, wanted \d+ bytes; run `mmcli extract` again"
+    ):
+        Store.open(folder)
+    if not finished:
+        (folder / "manifest.json").unlink()
+    missing, damaged = redo(kit, folder)
+    assert (missing, [name for name, _ in damaged]) == ([path.name], [path.name])
+    assert kit.content(folder) == wanted
+
+
+def test_shard_that_is_gone(kit, folder):
+    wanted = kit.content(folder)
+    (folder / "image-00002.h5").unlink()
+    with pytest.raises(StoreDamaged, match=r"image-00002.h5: got no file, wanted \d+ bytes"):
+        Store.open(folder)
+    assert verify(folder).problems == ("image-00002.h5: No such file or directory",)
+    assert redo(kit, folder) == (["image-00002.h5"], [])
+    assert kit.content(folder) == wanted
+
+
+def test_while_a_shard_is_redone_the_store_is_unfinished(kit, folder):
+    flip(folder / "image-00000.h5", 700)
+    with (
+        kit.Data().writer(folder, kit.key()),
+        pytest.raises(StoreUnfinished, match="run `mmcli extract` again, it resumes"),
+    ):
+        Store.open(folder)
+
+
+def test_swapped_shards_are_found(kit, folder):
+    wanted = kit.content(folder)
+    (folder / "manifest.json").unlink()
+    shutil.copy(folder / "image-00000.h5", folder / "image-00001.h5")
+    missing, damaged = redo(kit, folder)
+    assert missing == ["image-00001.h5"]
+    assert "attribute shard" in damaged[0][1]
+    assert kit.content(folder) == wanted
+
+
+def test_a_shard_of_another_key_is_not_taken(kit, folder, tmp_path):
+    other = kit.Data(seed=5).write(tmp_path / "other", kit.key(revision="other"))
+    wanted = kit.content(folder)
+    for name in ("image-00000.h5", "text-00000.h5"):
+        shutil.copy(other / name, folder / name)
+    missing, _ = redo(kit, folder)
+    assert missing == ["image-00000.h5", "text-00000.h5"]
+    assert kit.content(folder) == wanted
+
+
+def test_a_shard_of_other_images_is_not_taken(kit, folder, tmp_path):
+    data = kit.Data()
+    data.index = data.index.set_column(0, "image_id", [list(range(10))])
+    other = data.write(tmp_path / "other", kit.key())
+    shutil.copy(other / "image-00000.h5", folder / "image-00000.h5")
+    kit.reseal(folder, lambda _: None)
+    with pytest.raises(StoreDamaged, match=r"image-00000.h5: got its image ids are not those of the index"):
+        Store.open(folder).load()
+    assert verify(folder).problems == ("image-00000.h5: its image ids are not those of the index",)
+    assert redo(kit, folder)[0] == ["image-00000.h5"]
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "manifest.json", "key.json"])
+def test_damaged_document(kit, folder, name):
+    wanted, path = kit.content(folder), folder / name
+    for at in spread(path.stat().st_size - 1, 12):
+        flip(path, at)
+        (problem, *_) = verify(folder).problems
+        assert name in problem
+        if name != "key.json":
+            with pytest.raises(StoreDamaged, match=name):
+                Store.open(folder).load()
+        missing, damaged = redo(kit, folder)
+        assert (missing, [found for found, _ in damaged]) in (([], [name]), ([], []))
+        assert verify(folder).problems == ()
+        assert kit.content(folder) == wanted
+    path.unlink()
+    assert any(name in problem for problem in verify(folder).problems)
+    redo(kit, folder)
+    assert kit.content(folder) == wanted
+
+
+def test_nan_is_named(kit, folder):
+    ids = kit.Data().ids
+    for name, dataset, row in (("image-00001.h5", "v_img", 2), ("text-00001.h5", "norm_txt", 3)):
+        whole = (folder / name).read_bytes()
+        with h5py.File(folder / name, "r+") as file:
+            file[dataset][row, -1] = np.nan
+        kit.reseal(folder, lambda _: None)
+        with pytest.raises(
+            StoreDamaged, match=f"{name}: got NaN or infinity in {dataset} row {row}, image id {ids[4 + row]};"
+        ):
+            Store.open(folder).load()
+        assert np.isnan(getattr(Store.open(folder).load(check=False), dataset)[4 + row]).any()
+        (folder / name).write_bytes(whole)
+
+
+def test_newer_format_is_refused(kit, folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2', 1))
+    with pytest.raises(StoreMismatch, match=r"another format version: .*: got 2, wanted 1; update mmcli"):
+        Store.open(folder)
+    with pytest.raises(StoreMismatch, match="update mmcli"), kit.Data().writer(folder, kit.key()):
+        pass
+    assert "another format version" in verify(folder).problems[0]
+
+
+def test_names_never_lead_out_of_the_folder(kit, folder, tmp_path):
+    shutil.copy(folder / "image-00000.h5", tmp_path / "image-00000.h5")
+    for name in ("../image-00000.h5", str(tmp_path / "image-00000.h5"), "image-00001.h5"):
+        for document in (
+            lambda d, name=name: d["shards"][0].update(file=name),
+            lambda d, name=name: d["index"].update(file=name),
+        ):
+            before = (folder / "manifest.json").read_bytes()
+            kit.reseal(folder, document)
+            with pytest.raises(StoreDamaged, match=r"cannot read: .*manifest.json"):
+                Store.open(folder)
+            (folder / "manifest.json").write_bytes(before)
+
+
+@pytest.mark.parametrize("edit", ["pickle", "external", "link", "chunks", "dtype", "shape", "gone", "group"])
+def test_only_plain_numbers_in_the_file_are_read(kit, folder, edit, tmp_path):
+    path = folder / "image-00000.h5"
+    with h5py.File(path, "r+") as file:
+        values = file["v_img"][()]
+        del file["v_img"]
+        if edit == "pickle":
+            file.create_dataset("v_img", data=[b"cos\nsystem"] * 4, dtype=h5py.string_dtype())
+        elif edit == "external":
+            (tmp_path / "raw").write_bytes(values.tobytes())
+            file.create_dataset(
+                "v_img", values.shape, values.dtype, external=[(str(tmp_path / "raw"), 0, values.nbytes)]
+            )
+        elif edit == "link":
+            shutil.copy(folder / "image-00001.h5", tmp_path / "away.h5")
+            file["v_img"] = h5py.ExternalLink(tmp_path / "away.h5", "/v_img")
+        elif edit == "group":
+            file.create_group("v_img")
+        elif edit != "gone":
+            values = {"dtype": values.astype("f4"), "shape": values[:, :5]}.get(edit, values)
+            file.create_dataset("v_img", data=values, chunks=(2, 2) if edit == "chunks" else None)
+    kit.reseal(folder, lambda _: None)
+    with pytest.raises(StoreDamaged, match=r"image-00000.h5: got .*v_img"):
+        Store.open(folder).load()
+    assert len(verify(folder).problems) == 1
+    assert redo(kit, folder)[0] == [path.name]
+
+
+def test_manifest_that_does_not_add_up(kit, folder):
+    before = (folder / "manifest.json").read_bytes()
+    edits = {
+        "digest": lambda d: d.update(digest="0" * 64),
+        "cover the rows": lambda d: d["shards"].pop(),
+        "cover the rows in order": lambda d: d["shards"].reverse(),
+        "captions": lambda d: d["counts"].update(captions=1),
+        "created": lambda d: d.pop("created"),
+        "width": lambda d: d["counts"].update(width=-1),
+        "patches": lambda d: d["key"].update(patches="many"),
+    }
+    for message, edit in edits.items():
+        kit.reseal(folder, edit)
+        with pytest.raises(StoreDamaged, match=rf"cannot read: .*manifest.json: got .*{message}"):
+            Store.open(folder)
+        (folder / "manifest.json").write_bytes(before)
+    Store.open(folder)
+    text = json.loads(before)
+    text["extra"]["bias"] = -16.4
+    (folder / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(StoreDamaged, match="its checksum is wrong"):
+        Store.open(folder)
+
+
+def test_missing_store(tmp_path):
+    with pytest.raises(StoreMissing, match=r"no such store: .*none; run `mmcli extract` first"):
+        Store.open(tmp_path / "none")
+    with pytest.raises(StoreMissing, match="not a store"):
+        Store.open(tmp_path)
+    with pytest.raises(StoreMissing, match="not a store"):
+        verify(tmp_path)
