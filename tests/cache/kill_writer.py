@@ -25,7 +25,7 @@ def die() -> None:
 
 
 def die_at(point: int) -> None:
-    """Arm the process: the ``point``-th moment is its last. Moments are before and after a call, and within a write."""
+    """Arm the process: the ``point``-th moment is its last. Moments are before a call, and within a write."""
     left = [point]
 
     def tick() -> None:
@@ -36,9 +36,7 @@ def die_at(point: int) -> None:
     def around(call):
         def armed(*args, **kwargs):
             tick()
-            result = call(*args, **kwargs)
-            tick()
-            return result
+            return call(*args, **kwargs)
 
         return armed
 

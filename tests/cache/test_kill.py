@@ -50,12 +50,12 @@ def resume_and_compare(kit, root: Path, scenario: str, wanted: dict) -> dict[str
     return seen
 
 
-# Everything happens in "new"; the others add a few steps of their own, so every third or so of theirs has to do.
+# Everything happens in "new"; the others add a few steps of their own, so every third or fifth of theirs has to do.
 @pytest.mark.parametrize(("scenario", "stride"), [("new", 1), ("mend", 2), ("reuse", 3), ("replace", 3)])
 def test_killed_at_every_step(kit, tmp_path, scenario, stride):
     wanted = kit.content(kit.Data().write(tmp_path / "whole", kit.key(), shard_rows=ROWS))
     n_points = killed("points", scenario, tmp_path / "kills", stride)
-    assert n_points * stride > {"new": 50, "mend": 15, "reuse": 40, "replace": 60}[scenario]
+    assert n_points * stride > {"new": 30, "mend": 8, "reuse": 25, "replace": 35}[scenario]
     seen = resume_and_compare(kit, tmp_path / "kills", scenario, wanted)
     assert 0 < seen["readable"] < n_points / 3, seen
     if scenario in {"new", "reuse"}:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmcli.cache import Shard, Store, StoreBusy, StoreError, StoreMismatch, StoreUnfinished, StoreWriter, verify
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 23),
     d=st.integers(1, 9),

@@ -1,0 +1,84 @@
+"""Order of writes: synced before renamed, the manifest last; a failure in between leaves nothing to read as whole."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mmcli.cache import Store, StoreError, StoreMissing, StoreUnfinished, verify
+from mmcli.cache import files as cache_files
+
+
+def test_synced_checked_then_renamed_and_the_manifest_last(kit, tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(handle):
+        events.append(("fsync", Path(f"/proc/self/fd/{handle}").readlink().name))
+        fsync(handle)
+
+    def logged_replace(source, target):
+        events.append(("rename", Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    kit.Data().write(tmp_path / "store", kit.key())
+    renames = [at for at, event in enumerate(events) if event[0] == "rename"]
+    for at in renames:
+        _, source, target = events[at]
+        assert source == f".{target}.tmp"
+        assert events[at - 1] == ("fsync", source)
+        assert events[at + 1] == ("fsync", "store")
+    order = [events[at][2] for at in renames]
+    assert (order[0], order[-2:]) == ("key.json", ["index.parquet", "manifest.json"])
+    assert len(order) == 9
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_anywhere_leaves_nothing_that_reads_as_whole(kit, tmp_path, monkeypatch, call):
+    real, data = getattr(os, call), kit.Data()
+    for fail_at in range(1, 40):
+        folder, left = tmp_path / str(fail_at), [fail_at]
+
+        def failing(*args, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        message = ""
+        monkeypatch.setattr(os, call, failing)
+        try:
+            data.write(folder, kit.key())
+        except StoreError as error:
+            message = str(error)
+        finally:
+            monkeypatch.setattr(os, call, real)
+        if not message:
+            break
+        assert "No space left on device" in message
+        assert "\n" not in message
+        if (folder / "manifest.json").exists():
+            assert call == "fsync"  # of the folder, after the rename
+            assert verify(folder).ok
+        else:
+            with pytest.raises((StoreUnfinished, StoreMissing)):
+                Store.open(folder)
+        data.write(folder, kit.key())
+        assert verify(folder).ok
+    assert fail_at > {"fsync": 18, "replace": 9}[call]
+
+
+def test_what_the_disk_gives_back_is_compared(kit, tmp_path, monkeypatch):
+    data = kit.Data()
+
+    def spoil(stream, content):
+        stream.write(content.replace(data.v_img[:4].astype("f2").tobytes(), data.v_img[4:8].astype("f2").tobytes()))
+
+    with data.writer(tmp_path / "s", kit.key()) as writer:
+        monkeypatch.setattr(cache_files, "_fill", spoil)
+        with pytest.raises(StoreError, match=r"cannot read what was written: .*v_img.*; check the disk"):
+            data.fill(writer)
+        assert len(writer.missing("image")) == 3
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [".lock", "key.json"]
