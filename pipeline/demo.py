@@ -118,11 +118,11 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     out.mkdir(parents=True, exist_ok=True)
     draw_legend(out / "legend.png")
     with progress.task("pictures", 0) as task:
-        make_dataset(out / "data", seed=seed, progress=lambda done, total: task.advance(1))
+        make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
     with progress.task("tower training", 0) as task:
         make_checkpoint(
             out / "data", out / "model", seed=seed, device=str(device),
-            progress=lambda done, total, loss: task.advance(1, f"loss {loss:.3f}"),
+            progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
         )  # fmt: skip
     write_text(mark, json.dumps(wanted))
     return True

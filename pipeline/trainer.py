@@ -176,7 +176,7 @@ class _Loop:
             terms = self._forward(rows, caption[rows])
             first = number - number % self._every
             group = min(self._every, self._batches - first)
-            self._scaler.scale(terms["loss"] / group).backward()
+            self._scaler.scale(terms["loss"] / group).backward()  # type: ignore[no-untyped-call]
             if number + 1 == first + group:
                 terms["grad_norm"] = self._update() * group
             for name, value in terms.items():
@@ -220,11 +220,10 @@ class _Loop:
 def _optimizer(head: Head, config: OptimizerConfig) -> tuple[torch.optim.Optimizer, list[float]]:
     """AdamW with one group per part of the head; the peak rates in the groups' order."""
     rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
-    groups = [
-        {"params": parameters, "lr": rates[name]} for name, parameters in head.parameter_groups().items() if parameters
-    ]
+    parts = {name: parameters for name, parameters in head.parameter_groups().items() if parameters}
+    groups = [{"params": parameters, "lr": rates[name]} for name, parameters in parts.items()]
     optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-    return optimizer, [float(group["lr"]) for group in groups]
+    return optimizer, [rates[name] for name in parts]
 
 
 @torch.inference_mode()
@@ -236,7 +235,7 @@ def encode_split(head: Head, split: Split, *, batch_size: int = 4096) -> tuple[T
     """
     head.eval()
     features, logits = [], []
-    for rows in torch.arange(len(split), device=split.v_img.device).split(batch_size):
+    for rows in torch.split(torch.arange(len(split), device=split.v_img.device), batch_size):
         v_img, v_txt, _ = split.batch(rows, 0)
         output = head(v_img, v_txt)
         features.append((output.z if output.h is None else output.h).float())

@@ -105,7 +105,7 @@ def test_damaged_codes_are_one_line(tmp_path: Path) -> None:
     soft = codes.soft.copy()
     soft[4, 2] = np.nan
     write_codes(tmp_path, "test", replace(codes, soft=soft))
-    with pytest.raises(InputError, match="row 4.*NaN"):
+    with pytest.raises(InputError, match=r"row 4.*NaN"):
         read_codes(tmp_path, "test")
     write_codes(tmp_path, "test", replace(codes, labels=codes.labels[:-1]))
     with pytest.raises(InputError, match="lengths"):

@@ -1,6 +1,7 @@
 """The training loop against slow references: the schedule, accumulation, early stopping, reproducibility."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,8 @@ def test_schedule_rises_to_the_peak_then_falls_to_the_floor(
         for s in range(steps * epochs)
     ]
     rise = min(round(warmup * steps), len(rates))
-    assert all(a <= b for a, b in zip(rates[:rise], rates[1:rise], strict=False))
-    assert all(a >= b - 1e-15 for a, b in zip(rates[rise:], rates[rise + 1 :], strict=False))
+    assert all(a <= b for a, b in pairwise(rates[:rise]))
+    assert all(a >= b - 1e-15 for a, b in pairwise(rates[rise:]))
     assert max(rates) <= peak * (1 + 1e-12)
     assert min(rates) > 0
     if 0 < rise < len(rates):
