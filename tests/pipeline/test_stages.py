@@ -162,7 +162,7 @@ def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Pat
 
 def test_an_image_never_votes_for_itself(mmcli, here: Path) -> None:
     """With K 1 on the train split every image would tag itself without a fault."""
-    code, out, err = mmcli("knn-eval", "--split", "train", "--k", 1, "--json")
+    code, _, err = mmcli("knn-eval", "--split", "train", "--k", 1)
     assert code == 0, err
     base = read_codes(run_of(here), "train")
     scores = load_file(run_of(here) / "scores" / "knn-train.safetensors")["scores"]
