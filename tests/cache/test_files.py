@@ -82,3 +82,21 @@ def test_what_the_disk_gives_back_is_compared(kit, tmp_path, monkeypatch):
             data.fill(writer)
         assert len(writer.missing("image")) == 3
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [".lock", "key.json"]
+
+
+def test_a_sound_shard_with_other_numbers_is_not_taken_for_what_was_written(kit, tmp_path, monkeypatch):
+    other = (kit.Data(seed=1).write(tmp_path / "other", kit.key()) / "image-00000.h5").read_bytes()
+    with kit.Data().writer(tmp_path / "s", kit.key()) as writer:
+        monkeypatch.setattr(cache_files, "_fill", lambda stream, _: stream.write(other))
+        with pytest.raises(StoreError, match="the disk gave back something else"):
+            kit.Data().fill(writer)
+        assert len(writer.missing("image")) == 3
+
+
+def test_a_temporary_name_that_is_a_link_is_never_written_to(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"theirs")
+    os.link(theirs, tmp_path / ".text-00000.h5.tmp")
+    cache_files.write_whole(tmp_path / "text-00000.h5", b"ours")
+    assert theirs.read_bytes() == b"theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text-00000.h5", "theirs"]
