@@ -8,10 +8,8 @@ import numpy.typing as npt
 
 from .neighbours import Neighbours, Packed, Rows, Soft, check_search, fitting_queries, load_faiss, without
 
-# Candidates beyond K that FAISS is asked for, so that ties at the end are nearly always settled among them.
-MARGIN = 32
-# A float32 inner product of unit vectors of some thousand features is off by less than this.
-SLACK = 1e-5
+# Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
+MARGINS = (32, 1024)
 CHUNK_BYTES = 1 << 26
 
 
@@ -45,19 +43,34 @@ class CosineIndex:
         exclude: Rows | None = None,
     ) -> Neighbours:
         """See :class:`~mmcli.heads.neighbours.Index`; ``packed`` is not read."""
-        queries = normalise(fitting_queries(soft, self._unit, "soft"))
+        queries = normalise(fitting_queries(soft, self._unit.shape[1], "soft"))
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = K if exclude is None else K + 1
-        rough, candidates = self._index.search(queries, min(len(self), wide + MARGIN))
-        found = rerank(queries, self._unit, candidates, wide)
-        if candidates.shape[1] < len(self):
-            unsettled = np.flatnonzero(rough[:, -1] >= found.similarity[:, -1] - SLACK)
-            step = max(1, CHUNK_BYTES // (4 * len(self)))
-            for start in range(0, len(unsettled), step):
-                rows = unsettled[start : start + step]
-                for part, settled in zip(found, exhaustive(queries[rows], self._unit, wide), strict=True):
-                    part[rows] = settled
+        found = self._nearest(queries, wide)
         return found if exclude is None else without(found, exclude, K)
+
+    def _nearest(self, queries: Soft, K: int) -> Neighbours:
+        found = Neighbours(
+            np.empty((len(queries), K), np.int64), *(np.empty((len(queries), K), np.float32) for _ in range(2))
+        )
+        # A float32 inner product of unit vectors is off by less than this, in whatever order it is summed.
+        slack = queries.shape[1] * 2.0**-23
+        pending = np.arange(len(queries))
+        for margin in MARGINS:
+            M = min(len(self), K + margin)
+            rough, candidates = self._index.search(queries[pending], M)
+            best = rerank(queries[pending], self._unit, candidates, K)
+            _put(found, pending, best)
+            # No row that FAISS left out comes before the last neighbour, unless it is as near as the worst candidate.
+            settled = (rough[:, -1] < best.similarity[:, -1] - slack) | (len(self) == M)
+            pending = pending[~settled]
+            if not len(pending):
+                return found
+        step = max(1, CHUNK_BYTES // (4 * len(self)))
+        for start in range(0, len(pending), step):
+            rows = pending[start : start + step]
+            _put(found, rows, exhaustive(queries[rows], self._unit, K))
+        return found
 
 
 def normalise(soft: Soft) -> Soft:
@@ -66,11 +79,16 @@ def normalise(soft: Soft) -> Soft:
     Raises:
         ValueError: A value is not finite.
     """
-    soft = np.ascontiguousarray(soft, dtype=np.float32)
-    n = np.sqrt(np.einsum("nf,nf->n", soft, soft, dtype=np.float64))[:, None]
-    if not np.isfinite(n).all():
-        raise ValueError(f"soft code {int(np.flatnonzero(~np.isfinite(n))[0])} is not finite")
-    return (soft / np.where(n > 0, n, 1.0)).astype(np.float32)
+    if not np.isfinite(soft).all():
+        raise ValueError(f"soft code {int(np.argwhere(~np.isfinite(soft))[0, 0])} is not finite")
+    unit = np.empty(soft.shape, np.float32)
+    step = max(1, CHUNK_BYTES // (8 * soft.shape[1]))
+    for start in range(0, len(soft), step):
+        rows = slice(start, start + step)
+        wide = soft[rows].astype(np.float64)
+        n = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
+        unit[rows] = wide / np.where(n > 0, n, 1.0)
+    return unit
 
 
 def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Neighbours:
@@ -87,9 +105,9 @@ def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Neighbours:
     step = max(1, CHUNK_BYTES // (8 * M * unit.shape[1]))
     for start in range(0, Q, step):
         rows = slice(start, start + step)
-        # einsum goes over the features of each pair alone, in one order; a matrix product does not promise that.
-        pairs = np.einsum("qmf,qf->qm", unit[candidates[rows]], queries[rows], dtype=np.float64)
-        similarity[rows] = pairs.clip(-1.0, 1.0)
+        # einsum sums the features of each pair alone, in one order; a matrix product does not promise that.
+        near, query = unit[candidates[rows]].astype(np.float64), queries[rows].astype(np.float64)
+        similarity[rows] = np.einsum("qmf,qf->qm", near, query).clip(-1.0, 1.0)
     order = np.lexsort((candidates, -similarity), axis=-1)[:, :K]
     return _neighbours(np.take_along_axis(candidates, order, axis=1), np.take_along_axis(similarity, order, axis=1))
 
@@ -113,3 +131,8 @@ def exhaustive(queries: Soft, unit: Soft, K: int) -> Neighbours:
 
 def _neighbours(index: Rows, similarity: npt.NDArray[np.float32]) -> Neighbours:
     return Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
+
+
+def _put(found: Neighbours, rows: Rows, part: Neighbours) -> None:
+    for whole, piece in zip(found, part, strict=True):
+        whole[rows] = piece

@@ -60,18 +60,17 @@ class HammingIndex:
     """
 
     def __init__(self, packed: Packed) -> None:
-        self._codes = np.ascontiguousarray(packed, dtype=np.uint8)
-        self.bits = 8 * self._codes.shape[1]
+        self.bits = 8 * packed.shape[1]
         self._index = load_faiss().IndexBinaryFlat(self.bits)
-        self._index.add(self._codes)
+        self._index.add(np.ascontiguousarray(packed))
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return int(self._index.ntotal)
 
     @property
     def n_bytes(self) -> int:
         """N * B / 8."""
-        return self._codes.nbytes
+        return len(self) * self.bits // 8
 
     def search(
         self,
@@ -82,7 +81,7 @@ class HammingIndex:
         exclude: Rows | None = None,
     ) -> Neighbours:
         """See :class:`Index`; ``soft`` is not read."""
-        queries = fitting_queries(packed, self._codes, "packed")
+        queries = fitting_queries(packed, self.bits // 8, "packed")
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = K if exclude is None else K + 1
         # Counting is a third faster than the heap where it does not take too much memory.
@@ -112,7 +111,7 @@ class HybridIndex:
         self, *, K: int, packed: Packed | None = None, soft: Soft | None = None, exclude: Rows | None = None
     ) -> Neighbours:
         """See :class:`Index`; both codes are read."""
-        queries = normalise(fitting_queries(soft, self._unit, "soft"))
+        queries = normalise(fitting_queries(soft, self._unit.shape[1], "soft"))
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = max(K, min(HYBRID_CANDIDATES, len(self) - (exclude is not None)))
         candidates = self._hamming.search(K=wide, packed=packed, exclude=exclude).index

@@ -57,15 +57,15 @@ class Index(Protocol):
         ...
 
 
-def fitting_queries(given: npt.NDArray[Any] | None, codes: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-    """Queries of the width of the codes.
+def fitting_queries(given: npt.NDArray[Any] | None, width: int, name: str) -> npt.NDArray[Any]:
+    """Queries ``(Q, width)``.
 
     Raises:
         ValueError: None were given, or of another width.
     """
-    if given is None or given.ndim != 2 or given.shape[1] != codes.shape[1]:
+    if given is None or given.ndim != 2 or given.shape[1] != width:
         got = None if given is None else given.shape
-        raise ValueError(f"{name} queries of shape {got} do not fit an index of width {codes.shape[1]}")
+        raise ValueError(f"{name} queries of shape {got} do not fit an index of width {width}")
     return given
 
 

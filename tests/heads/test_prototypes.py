@@ -1,0 +1,57 @@
+"""Zero-shot scores against plain loops."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcli.heads.prototypes import class_prototypes, to_probability, zero_shot_scores
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_prototypes_and_scores_equal_the_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompts = rng.normal(size=(4, 3, 6)) * rng.uniform(0.1, 50, (4, 3, 1))
+    v_img = rng.normal(size=(5, 6)).astype(np.float32) * 9
+    prototypes = class_prototypes(prompts)
+    assert prototypes.dtype == np.float32
+    for c in range(4):
+        u = sum(e / np.sqrt((e**2).sum()) for e in prompts[c]) / 3
+        np.testing.assert_allclose(prototypes[c], u / np.sqrt((u**2).sum()), atol=1e-6)
+    scores = zero_shot_scores(v_img, prototypes)
+    for n in range(5):
+        for c in range(4):
+            assert scores[n, c] == pytest.approx((v_img[n] @ prototypes[c]) / np.linalg.norm(v_img[n]), abs=1e-5)
+    np.testing.assert_allclose(zero_shot_scores(v_img * 7, prototypes), scores, atol=1e-6)
+
+
+def test_long_prompts_do_not_outvote_short_ones() -> None:
+    prototypes = class_prototypes(np.array([[[100.0, 0.0], [0.0, 1.0]]]))
+    np.testing.assert_allclose(prototypes, [[2**-0.5, 2**-0.5]], rtol=1e-6)
+
+
+def test_probability_is_the_sigmoid_and_keeps_the_order() -> None:
+    cosine = np.array([[-1.0, -0.5, 0.0, 0.05, 0.1, 0.2, 1.0]], np.float32)
+    scale, bias = 112.0, -16.0
+    p = to_probability(cosine, scale, bias)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(
+            p, 1 / (1 + np.exp(-(scale * cosine.astype(np.float64) + bias))), rtol=1e-5, atol=1e-44
+        )
+    assert p.dtype == np.float32
+    assert (np.diff(p[0]) >= 0).all()
+    assert (np.diff(p[0, 1:6]) > 0).all()
+    assert np.isfinite(to_probability(cosine, 1e4, 0.0)).all()  # no overflow, no warning
+
+
+def test_what_has_no_direction_is_refused() -> None:
+    with pytest.raises(ValueError, match="prompt embedding 1 is zero"):
+        class_prototypes(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
+    with pytest.raises(ValueError, match="prototype 0"):
+        class_prototypes(np.array([[[1.0, 0.0], [-1.0, 0.0]]]))
+    with pytest.raises(ValueError, match="image embedding 2"):
+        zero_shot_scores(np.array([[1.0], [2.0], [np.nan]]), np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match=r"\(C, P, D\)"):
+        class_prototypes(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="do not fit"):
+        zero_shot_scores(np.ones((2, 3)), np.ones((1, 4), np.float32))

@@ -1,0 +1,117 @@
+"""Votes against plain loops, and that weights are made after the cut to K."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcli import InputError
+from mmcli.heads.config import KnnConfig
+from mmcli.heads.knn import Neighbours
+from mmcli.heads.voting import vote, weights
+
+STRATEGIES = ("softmax", "uniform", "rank", "threshold")
+
+
+def make_case(seed: int, Q: int = 5, K: int = 6, N: int = 30, C: int = 7) -> tuple[Neighbours, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    distance = np.sort(rng.integers(0, 17, (Q, K)), axis=1).astype(np.int32)
+    index = rng.integers(0, N, (Q, K))
+    labels = rng.integers(0, 2, (N, C)).astype(np.uint8)
+    return Neighbours(index, (1 - distance / 16).astype(np.float32), distance), labels
+
+
+def slow_weights(s: list[float], strategy: str, tau: float, theta: float) -> list[float]:
+    if strategy == "softmax":
+        raw = [math.exp(x / tau) for x in s]
+    elif strategy == "uniform":
+        raw = [1.0] * len(s)
+    elif strategy == "rank":
+        raw = [1 / (i + 1) for i in range(len(s))]
+    else:
+        raw = [float(x >= theta) for x in s]
+        raw = raw if any(raw) else [1.0] + [0.0] * (len(s) - 1)
+    return [x / sum(raw) for x in raw]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(seed=st.integers(0, 2**32 - 1), K=st.integers(1, 6), tau=st.floats(0.03, 2), theta=st.floats(-1, 1))
+def test_votes_equal_the_loop(strategy: str, seed: int, K: int, tau: float, theta: float) -> None:
+    found, labels = make_case(seed)
+    config = KnnConfig(K=K, voting_strategy=strategy, tau=tau, theta=theta)
+    scores = vote(found, labels, config)
+    for q in range(5):
+        w = slow_weights(found.similarity[q, :K].tolist(), strategy, tau, theta)
+        wanted = [sum(w[i] * labels[found.index[q, i], c] for i in range(K)) for c in range(7)]
+        np.testing.assert_allclose(scores[q], wanted, rtol=1e-5, atol=1e-6)
+    assert scores.dtype == np.float32
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(seed=st.integers(0, 2**32 - 1), tau=st.floats(1e-6, 1e3), theta=st.floats(-1, 1))
+def test_weights_sum_to_one_and_fall(strategy: str, seed: int, tau: float, theta: float) -> None:
+    found, _ = make_case(seed)
+    w = weights(found.similarity, strategy, tau=tau, theta=theta)
+    np.testing.assert_allclose(w.sum(axis=1), 1, rtol=1e-12)
+    assert (w >= 0).all()
+    assert (np.diff(w, axis=1) <= 1e-15).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_smaller_k_is_cut_before_the_weights(strategy: str) -> None:
+    """One search at the largest K serves every smaller one, with weights that sum to 1 again."""
+    found, labels = make_case(0, K=6)
+    labels[:] = 1
+    short = Neighbours(*(part[:, :3] for part in found))
+    config = KnnConfig(K=6, voting_strategy=strategy, theta=0.2)
+    np.testing.assert_array_equal(vote(found, labels, config, K=3), vote(short, labels, config, K=3))
+    np.testing.assert_allclose(vote(found, labels, config, K=3), 1, rtol=1e-6)
+    np.testing.assert_array_equal(
+        vote(found, labels, config, K=3), vote(found, labels, config.model_copy(update={"K": 3}))
+    )
+
+
+def test_softmax_is_stable_and_threshold_falls_back_to_the_nearest() -> None:
+    s = np.array([[0.9, 0.9, -1.0]])
+    np.testing.assert_allclose(weights(s, "softmax", tau=1e-5, theta=0), [[0.5, 0.5, 0]])
+    np.testing.assert_allclose(weights(s, "threshold", tau=1, theta=0.95), [[1, 0, 0]])
+    np.testing.assert_allclose(weights(s, "threshold", tau=1, theta=0.9), [[0.5, 0.5, 0]])
+
+
+def test_spec10_7_scores_stay_in_class_order() -> None:
+    found = Neighbours(np.array([[0, 1]]), np.ones((1, 2), np.float32), np.zeros((1, 2), np.int32))
+    labels = np.array([[0, 1, 0], [0, 1, 1]], np.uint8)
+    assert vote(found, labels, KnnConfig(K=2)).tolist() == [[0.0, 1.0, 0.5]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scores_do_not_depend_on_the_batch(strategy: str) -> None:
+    found, labels = make_case(1, Q=40, K=20)
+    config = KnnConfig(voting_strategy=strategy)
+    whole = vote(found, labels, config)
+    for q in range(40):
+        np.testing.assert_array_equal(
+            vote(Neighbours(*(part[q : q + 1] for part in found)), labels, config)[0], whole[q]
+        )
+
+
+def test_what_cannot_vote_is_refused() -> None:
+    found, labels = make_case(0)
+    with pytest.raises(InputError, match=r"K 7, wanted 1 to 6"):
+        vote(found, labels, KnnConfig(K=7))
+    with pytest.raises(InputError, match="K 0"):
+        vote(found, labels, KnnConfig(), K=0)
+    for bad in (np.full((1, 3), np.nan), np.zeros(3), np.zeros((3, 0))):
+        with pytest.raises(ValueError, match="finite"):
+            weights(bad, "softmax", tau=1, theta=0)
+
+
+def test_fast_enough() -> None:
+    found, labels = make_case(0, Q=5000, K=20, N=5000, C=80)
+    started = time.perf_counter()
+    vote(found, labels, KnnConfig())
+    assert time.perf_counter() - started < 1.0  # about 0.015 s; the limit leaves room for a busy machine
