@@ -1,6 +1,7 @@
 """Every stage in turn on the generated miniature; each step names the command that does it alone."""
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +74,14 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     started = time.perf_counter()
     progress = progress or Progress()
     data, model, store, runs = out / "data", out / "model", out / "store", out / "runs"
-    fresh = _make_miniature(config, out, force=force, progress=progress)
+    _make_miniature(config, out, force=force, progress=progress)
     _step(progress, 2, "read COCO's files, check them, write one manifest", f"prepare --data {data}")
     for table in statistics_tables(prepare(data).statistics)[:1]:
         progress.show(table)
     command = f"extract --data {data} --model {model} --patches {PATCHES} --out {store}"
     _step(progress, 3, "run the frozen towers once, store raw embeddings", command)
     config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
-    extract(config, data=data, out=store, force=fresh, progress=progress)
+    extract(config, data=data, out=store, progress=progress)
     _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
     _step(progress, 5, "train a 64-bit head from the store", f"train-head --store {store} --bits 64")
@@ -101,21 +102,24 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     return DemoResult(out=out, rows=rows, files=files, seconds=time.perf_counter() - started)
 
 
-def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progress) -> bool:
-    """Data set and checkpoint, unless the same ones are there already; whether they were made."""
-    mark, wanted = out / MARK, {"version": __version__, "seed": config.hardware.seed}
-    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in (MARK, "data", "legend.png")):
+def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progress) -> None:
+    """Data set and checkpoint, unless the same ones are there already."""
+    mark = out / MARK
+    making = {"version": __version__, "seed": config.hardware.seed, "whole": False}
+    if out.exists() and any(out.iterdir()) and not mark.is_file():
         raise InputError(
             "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
             do="give another --out",
         )  # fmt: skip
     _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
-    if not force and mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps(wanted):
+    if not force and mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps({**making, "whole": True}):
         progress.say(f"  already in {out} (--force makes it again)")
-        return False
-    mark.unlink(missing_ok=True)
+        return
+    # The mark comes first: from here on what lies in the folder is the demo's, and may be thrown away by the next one.
+    write_text(mark, json.dumps(making))
+    for name in ("data", "model", "store", "runs"):
+        shutil.rmtree(out / name, ignore_errors=True)
     seed, device = config.hardware.seed, pick_device(config.hardware.device)
-    out.mkdir(parents=True, exist_ok=True)
     draw_legend(out / "legend.png")
     with progress.task("pictures", 0) as task:
         make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
@@ -124,8 +128,7 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
             out / "data", out / "model", seed=seed, device=str(device),
             progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
         )  # fmt: skip
-    write_text(mark, json.dumps(wanted))
-    return True
+    write_text(mark, json.dumps({**making, "whole": True}))
 
 
 def _step(progress: Progress, number: int, what: str, command: str | None) -> None:

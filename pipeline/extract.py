@@ -143,7 +143,7 @@ def extract(
     extra = {
         "mmcli": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "device": str(encoder.device), "logit_scale": encoder.logit_scale, "logit_bias": encoder.logit_bias,
-        "category_names": list(listing.category_names), "data": listing.name,
+        "data": listing.name, "model_path": _model_path(config.model.siglip2_variant),
     }  # fmt: skip
     with StoreWriter(
         folder, key, listing.table, width=encoder.width, n_captions_max=CAPTIONS, shard_rows=shard_rows, extra=extra,
@@ -245,6 +245,11 @@ class _Job:
 
 def _counts(captions: Sequence[Sequence[str]]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.array([min(len(texts), CAPTIONS) for texts in captions], np.uint8)
+
+
+def _model_path(name: str) -> str:
+    """What finds the checkpoint again: a hub id as it is, a folder from wherever the next command runs."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _reuse_text(writer: StoreWriter, siblings: Path) -> int:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 # Column title, key in a metrics row, format. F1 is shown at the threshold tuned on val: at 0.5 it measures mostly
 # how a method scales its scores, and cosine scores never reach 0.5.
@@ -21,9 +23,9 @@ FOOTNOTE = (
 )
 
 
-def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """One line per method, with the ceilings of P@5 and R@5 where they are known."""
-    table = Table(title=title, title_justify="left", caption=FOOTNOTE, caption_justify="left")
+def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
+    """One line per method under a title, with the ceilings of P@5 and R@5 where they are known."""
+    table = Table()
     table.add_column("method", style="bold")
     for name, _, _ in COLUMNS:
         table.add_column(name, justify="right")
@@ -33,7 +35,7 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     if any(value is not None for value in ceilings.values()):
         table.add_section()
         table.add_row("ceiling", *["" if ceilings.get(n) is None else f"{ceilings[n]:.3f}" for n, _, _ in COLUMNS])
-    return table
+    return Group(Text(title, "bold"), table, Text(FOOTNOTE, "dim"))
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:

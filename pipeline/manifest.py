@@ -1,0 +1,205 @@
+"""The manifest: one row per image, and the one thing that everything after ``prepare`` reads.
+
+Columns ``image_id int64, path string, split string, captions list<string>, labels list<int32>``; the schema's metadata
+holds the category names as a JSON list whose index is the label. Any multi-label image-text set enters by bringing one.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .. import InputError
+from .files import write_whole
+from .manifest_checks import (
+    DATA_KEY,
+    NAMES_KEY,
+    SCHEMA,
+    SPLITS,
+    VERSION,
+    VERSION_KEY,
+    check_table,
+)
+from .safe_paths import is_inside, resolve_image
+
+Array = TypeVar("Array", bound=npt.NDArray[Any])
+
+__all__ = ["SPLITS", "Manifest", "is_inside", "read_manifest", "resolve_image", "write_manifest"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Manifest:
+    """A checked manifest of N images and C categories.
+
+    Made by :func:`read_manifest`, :meth:`from_table` or :meth:`from_columns`, which check everything; the
+    constructor checks nothing.
+
+    Attributes:
+        table: The canonical columns, N rows.
+        category_names: C names; the index is the label.
+        sha256: Hash of the content (columns and category names), the same whatever wrote the file.
+    """
+
+    table: pa.Table
+    category_names: tuple[str, ...]
+    sha256: str
+
+    @classmethod
+    def from_table(cls, table: pa.Table, *, where: object = "manifest") -> Self:
+        """Check any arrow table with a manifest's columns and metadata; other columns are left out.
+
+        Args:
+            table: The table.
+            where: The file it comes from, for the error.
+
+        Raises:
+            InputError: Something is wrong with it; the row is named.
+        """
+        checked, names = check_table(table, where)
+        name = (table.schema.metadata or {}).get(DATA_KEY, b"unnamed").decode(errors="replace")
+        metadata = {VERSION_KEY: str(VERSION), DATA_KEY: name, NAMES_KEY: json.dumps(names, ensure_ascii=False)}
+        return cls(
+            table=checked.replace_schema_metadata(metadata), category_names=names, sha256=_sha256(checked, names)
+        )
+
+    @classmethod
+    def from_columns(
+        cls,
+        *,
+        image_ids: Sequence[int] | npt.NDArray[np.int64],
+        paths: Sequence[str],
+        splits: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[int]] | pa.Array,
+        category_names: Sequence[str],
+        name: str = "unnamed",
+        where: object = "manifest",
+    ) -> Self:
+        """Make a manifest from its columns, of N entries each.
+
+        Raises:
+            InputError: Something is wrong with them; the row is named.
+        """
+        columns = [
+            values if isinstance(values, pa.Array) else pa.array(values, SCHEMA.field(column).type)
+            for column, values in zip(SCHEMA.names, (image_ids, paths, splits, captions, labels), strict=True)
+        ]
+        metadata = {NAMES_KEY: json.dumps(list(category_names)), DATA_KEY: name}
+        return cls.from_table(pa.table(columns, schema=SCHEMA.with_metadata(metadata)), where=where)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return bytes(self.table.schema.metadata[DATA_KEY]).decode()
+
+    @cached_property
+    def image_ids(self) -> npt.NDArray[np.int64]:
+        """``(N,)`` int64, every value once, read-only."""
+        return _frozen(np.array(self.table.column("image_id"), np.int64))
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """N paths relative to the data folder, with forward slashes."""
+        return tuple(self.table.column("path").to_pylist())
+
+    @cached_property
+    def splits(self) -> npt.NDArray[np.str_]:
+        """``(N,)`` of train, val or test, read-only."""
+        return _frozen(np.array(self.table.column("split").to_pylist(), np.str_))
+
+    @cached_property
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """The captions of N images, at least one each."""
+        return tuple(tuple(texts) for texts in self.table.column("captions").to_pylist())
+
+    def labels_matrix(self) -> npt.NDArray[np.uint8]:
+        """Multi-hot labels ``(N, C)`` uint8; images without a label are rows of zeros."""
+        labels = self.table.column("labels").combine_chunks()
+        matrix = np.zeros((len(self), len(self.category_names)), np.uint8)
+        matrix[np.asarray(pc.list_parent_indices(labels)), np.asarray(labels.flatten())] = 1
+        return matrix
+
+    def rows(self, split: str) -> npt.NDArray[np.int64]:
+        """Rows of a split ``(n,)`` int64, ascending.
+
+        Raises:
+            InputError: There is no such split, or no image in it.
+        """
+        if split not in SPLITS:
+            raise InputError("no such split", got=split, wanted=", ".join(SPLITS))
+        found = np.flatnonzero(self.splits == split).astype(np.int64)
+        if not len(found):
+            raise InputError(
+                f"no {split} image in the manifest", where=self.name, wanted=f"at least one row with split {split}"
+            )
+        return found
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: The parquet file.
+
+    Raises:
+        InputError: It is missing, not a parquet file, or something in it is wrong; the row is named.
+    """
+    if not path.is_file():
+        raise InputError(
+            "no manifest", where=path, got="a folder" if path.is_dir() else "no such file",
+            wanted="a parquet file", do="run `mmcli prepare` first, or name the manifest",
+        )  # fmt: skip
+    try:
+        # Not read_table: that would take `name=value` folders of the path for further columns.
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            "cannot read the manifest", where=path, got=str(error).splitlines()[0][:200], wanted="a whole parquet file",
+            do="run `mmcli prepare` again",
+        ) from None  # fmt: skip
+    return Manifest.from_table(table, where=path)
+
+
+def write_manifest(path: Path, listing: Manifest) -> None:
+    """Write a manifest, whole or not at all: under a temporary name, synced, renamed.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_whole(path, lambda part: pq.write_table(listing.table, part, compression="zstd", write_page_checksum=True))
+
+
+def _frozen(array: Array) -> Array:
+    array.setflags(write=False)
+    return array
+
+
+def _sha256(table: pa.Table, names: tuple[str, ...]) -> str:
+    """Hash of a canonical table: every column as lengths and values, little-endian, free of arrow's layout."""
+    digest = hashlib.sha256(json.dumps({"mmcli_manifest": VERSION, "category_names": names}).encode())
+    digest.update(np.asarray(table.column("image_id")).astype("<i8").tobytes())
+    for name in ("path", "split", "captions", "labels"):
+        values = table.column(name).combine_chunks()
+        if pa.types.is_list(values.type):
+            digest.update(np.asarray(pc.list_value_length(values)).astype("<i8").tobytes())
+            values = values.flatten()
+        if pa.types.is_string(values.type):
+            digest.update(np.asarray(pc.binary_length(values)).astype("<i8").tobytes())
+            digest.update(b"".join(values.cast(pa.binary()).to_pylist()))
+        else:
+            digest.update(np.asarray(values).astype("<i8").tobytes())
+    return digest.hexdigest()
