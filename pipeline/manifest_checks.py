@@ -72,7 +72,7 @@ def _category_names(metadata: dict[bytes, bytes], where: object) -> tuple[str, .
     if not ok or len(set(names)) != len(names):
         raise InputError(
             "no category names", where=where, got="nothing" if names is None else repr(names)[:80],
-            wanted=f"a JSON list of different names, in label order, in the schema's metadata under {NAMES_KEY.decode()}",
+            wanted=f"a JSON list of different names, in label order, under {NAMES_KEY.decode()} in the schema metadata",
         )  # fmt: skip
     return tuple(names)
 

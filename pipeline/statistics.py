@@ -113,10 +113,10 @@ def _split_table(found: Statistics) -> Table:
 
 
 def _class_table(found: Statistics) -> Table:
-    table = Table(title="Categories", title_justify="left")
+    table = Table(title="Categories: images of each split, and annotations", title_justify="left")
     table.add_column("label", justify="right")
     table.add_column("category", style="bold", no_wrap=True)
-    for name in (*(f"images {split}" for split in SPLITS), "annotations"):
+    for name in (*SPLITS, "annotations"):
         table.add_column(name, justify="right")
     for label, row in enumerate(found.classes):
         table.add_row(str(label), row.name, *(f"{row.images[split]:,}" for split in SPLITS), f"{row.annotations:,}")
