@@ -60,7 +60,7 @@ class HammingIndex:
     """
 
     def __init__(self, packed: Packed) -> None:
-        self.bits = 8 * packed.shape[1]
+        self.bits: int = 8 * packed.shape[1]
         self._index = load_faiss().IndexBinaryFlat(self.bits)
         self._index.add(np.ascontiguousarray(packed))
 
@@ -70,7 +70,7 @@ class HammingIndex:
     @property
     def n_bytes(self) -> int:
         """N * B / 8."""
-        return len(self) * self.bits // 8
+        return len(self) * (self.bits // 8)
 
     def search(
         self,

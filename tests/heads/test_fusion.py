@@ -160,7 +160,7 @@ def test_mlp_is_linear_activation_dropout_for_each_width() -> None:
     kinds = [type(layer).__name__ for layer in fusion.mlp]
     assert kinds == ["Linear", "GELU", "Dropout"] * 3
     assert {layer.p for layer in fusion.mlp if isinstance(layer, torch.nn.Dropout)} == {0.25}
-    assert make_fusion()(*make_pair(3)).z.shape == (3, 8) if not make_fusion().needs_statistics else True
+    assert make_fusion(type="hadamard", mlp_dims=(32, 16, 8))(*make_pair(3)).z.shape == (3, 8)
 
 
 def test_another_width_is_named() -> None:

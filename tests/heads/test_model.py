@@ -72,12 +72,7 @@ def test_the_classifier_reads_soft_or_hard_codes_the_same_way_in_both_modes(acti
 def test_spec10_9_the_cosine_term_reaches_no_parameter_without_an_adapter(inputs: str) -> None:
     head = make_head(inputs=inputs).train()
     output = head(*make_pair())
-    loss = 100 * cosine_loss(output.d_img, output.d_txt)
-    assert not loss.requires_grad
-    (output.logits.sum() + loss).backward()
-    with_term = [p.grad.clone() for p in head.parameters()]
-    head.zero_grad()
-    torch.manual_seed(3)
+    assert not cosine_loss(output.d_img, output.d_txt).requires_grad
     gradients = []
     for weight in (0.0, 5.0):
         torch.manual_seed(3)
@@ -85,7 +80,7 @@ def test_spec10_9_the_cosine_term_reaches_no_parameter_without_an_adapter(inputs
         output = head(*make_pair())
         (output.logits.sum() + weight * cosine_loss(output.d_img, output.d_txt)).backward()
         gradients.append([p.grad.clone() for p in head.parameters()])
-    assert len(with_term) == len(gradients[0])
+    assert all(g.abs().sum() > 0 for g in gradients[0][-2:])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
