@@ -78,22 +78,12 @@ def read_instances(path: Path) -> Instances:
     Raises:
         InputError: The file is missing, not JSON, or something in it is wrong.
     """
-    data = {key: records_of(read_json(path, _slim), key, path) for key in ("images", "annotations", "categories")}
+    found = read_json(path, _slim)
+    data = {key: records_of(found, key, path) for key in ("images", "annotations", "categories")}
     image_id = unique(ints(data["images"], "images", "id", path), "image", path)
     category_id = unique(ints(data["categories"], "categories", "id", path), "category", path)
-    names = texts_of(data["categories"], "categories", "name", path)
-    unique(np.array(names), "category name", path)
-    if not len(category_id) or not len(image_id):
-        raise InputError("no images or no categories", where=path, wanted="COCO's instances", do=AGAIN)
-    ints(data["annotations"], "annotations", "id", path)
-    for key, known in (("image_id", image_id), ("category_id", category_id)):
-        values = ints(data["annotations"], "annotations", key, path)
-        if len(unknown := np.flatnonzero(~np.isin(values, known))):
-            row = int(unknown[0])
-            raise InputError(
-                f"an annotation of an unknown {key.removesuffix('_id')}", where=f"{path}, annotations[{row}]",
-                got=f"{key} {values[row]}", wanted="one that the same file lists", do=AGAIN,
-            )  # fmt: skip
+    names = _category_names(data["categories"], path)
+    _check_annotations(data["annotations"], {"image_id": image_id, "category_id": category_id}, path)
     order = np.argsort(category_id)
     images_of = _images_of_categories(data)
     of_class = [np.array(images_of.get(int(category), ()), np.int64) for category in category_id[order]]
@@ -105,6 +95,26 @@ def read_instances(path: Path) -> Instances:
         annotation_image=np.concatenate(of_class),
         annotation_label=np.repeat(np.arange(len(order)), [len(images) for images in of_class]),
     )
+
+
+def _category_names(categories: list[Any], path: Path) -> list[str]:
+    names = texts_of(categories, "categories", "name", path)
+    unique(np.array(names), "category name", path)
+    if not names or not all(name.strip() for name in names):
+        raise InputError("no categories, or one without a name", where=path, wanted="COCO's categories", do=AGAIN)
+    return names
+
+
+def _check_annotations(annotations: list[Any], known: dict[str, Ints], path: Path) -> None:
+    ints(annotations, "annotations", "id", path)
+    for key, ids in known.items():
+        values = ints(annotations, "annotations", key, path)
+        if len(unknown := np.flatnonzero(~np.isin(values, ids))):
+            row = int(unknown[0])
+            raise InputError(
+                f"an annotation of an unknown {key.removesuffix('_id')}", where=f"{path}, annotations[{row}]",
+                got=f"{key} {values[row]}", wanted="one that the same file lists", do=AGAIN,
+            )  # fmt: skip
 
 
 def _images_of_categories(data: dict[str, list[dict[str, Any]]]) -> dict[int, list[int]]:

@@ -26,9 +26,7 @@ def place_images(data: Path, folders: Sequence[str], filenames: Sequence[str]) -
     """
     first = dict(zip(reversed(folders), reversed(filenames), strict=True))
     where = {folder: _place(data, folder, name) for folder, name in first.items()}
-    return [
-        (where[folder] / name).as_posix() if folder else name for folder, name in zip(folders, filenames, strict=True)
-    ]
+    return [(where[folder] / name).as_posix() for folder, name in zip(folders, filenames, strict=True)]
 
 
 def _place(data: Path, folder: str, name: str) -> PurePosixPath:
@@ -55,14 +53,14 @@ def check_files(data: Path, paths: Sequence[str]) -> None:
     for path in paths:
         folder, _, name = path.rpartition("/")
         if folder not in present:
+            # A folder that is itself a link out of the data folder shows in any of its images.
+            resolve_image(data, path)
             present[folder] = _list_files(data / folder)
         is_link = present[folder].get(name)
         if is_link is None:
             missing.append(path)
         elif is_link:
             resolve_image(data, path)
-    for folder in present:
-        resolve_image(data, f"{folder}/image")
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise InputError(

@@ -89,10 +89,10 @@ class Manifest:
         Raises:
             InputError: Something is wrong with them; the row is named.
         """
-        columns = [
-            values if isinstance(values, pa.Array) else pa.array(values, SCHEMA.field(column).type)
-            for column, values in zip(SCHEMA.names, (image_ids, paths, splits, captions, labels), strict=True)
-        ]
+        given = zip(SCHEMA.names, (image_ids, paths, splits, captions, labels), strict=True)
+        columns = [_column(column, values, where) for column, values in given]
+        if len({len(column) for column in columns}) != 1:
+            raise InputError("columns of different lengths", where=where, got=", ".join(str(len(c)) for c in columns))
         metadata = {NAMES_KEY: json.dumps(list(category_names)), DATA_KEY: name}
         return cls.from_table(pa.table(columns, schema=SCHEMA.with_metadata(metadata)), where=where)
 
@@ -181,6 +181,15 @@ def write_manifest(path: Path, listing: Manifest) -> None:
         OSError: The file cannot be written.
     """
     write_whole(path, lambda part: pq.write_table(listing.table, part, compression="zstd", write_page_checksum=True))
+
+
+def _column(name: str, values: object, where: object) -> pa.Array:
+    kind = SCHEMA.field(name).type
+    try:
+        return values if isinstance(values, pa.Array) else pa.array(values, kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        got = str(error).splitlines()[0]
+        raise InputError(f"bad {name} in a manifest", where=where, got=got, wanted=kind) from None
 
 
 def _frozen(array: Array) -> Array:

@@ -101,10 +101,10 @@ def _join(parts: list[Instances]) -> Instances:
     names = [dict(zip(part.category_id.tolist(), part.category_names, strict=True)) for part in parts]
     if names[0] != names[1]:
         different = min(category for category, _ in names[0].items() ^ names[1].items())
+        said = [repr(found[different]) if different in found else "not listed" for found in names]
         raise InputError(
             "the instances files have different categories", where=second.path,
-            got=f"category {different} {names[1].get(different, 'missing')!r}",
-            wanted=f"{names[0].get(different, 'none')!r} as in {first.path}",
+            got=f"category {different} {said[1]}", wanted=f"{said[0]}, as in {first.path}",
         )  # fmt: skip
     if len(both := np.intersect1d(first.image_id, second.image_id)):
         raise InputError(
