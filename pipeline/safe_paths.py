@@ -50,7 +50,6 @@ def resolve_image(root: Path, relative: str) -> Path:
 
 
 def _bases(root: Path, parts: tuple[str, ...]) -> list[Path]:
-    """The folders an image may lie below: the data folder, and its image folder where that is a link."""
+    """The folders an image may lie below: the data folder and its image folder, which may be a link."""
     depth = 2 if parts[0] == "images" and len(parts) > 2 else 1
-    folders = [root.joinpath(*parts[: at + 1]) for at in range(min(depth, len(parts) - 1))]
-    return [root, *(folder for folder in folders if folder.is_symlink())]
+    return [root, *(root.joinpath(*parts[: at + 1]) for at in range(min(depth, len(parts) - 1)))]
