@@ -1,0 +1,180 @@
+"""A small SigLIP2 NaFlex checkpoint of the miniature's own, in ``save_pretrained`` form, trained from scratch.
+
+Everything downstream loads it as it loads a checkpoint of the hub: config, safetensors, image processor, tokenizer.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional as F
+
+from .device import seed_everything
+from .images import load_image
+
+WIDTH = 96
+PATCH, PATCHES = 16, 64
+TEXT_LENGTH = 64
+VOCABULARY = 1024
+BATCH = 128
+STEPS = 360
+LEARNING_RATE = 2e-3
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+
+Progress = Callable[[int, int, float], None]
+
+
+def make_checkpoint(
+    data: Path, out: Path, *, seed: int = 42, steps: int = STEPS, device: str = "cpu", progress: Progress | None = None
+) -> Path:
+    """Train a small SigLIP2 on the train and restval images of a data set in COCO's form.
+
+    The loss is SigLIP's: every image with every caption of the batch, a sigmoid each, with a learned scale and bias
+    (Zhai et al. 2023, eq. 1). The number of steps is fixed, so a seed gives one checkpoint on one machine.
+
+    Args:
+        data: The data folder, with ``dataset_coco.json``.
+        out: The folder to write.
+        seed: Seed of initial weights, batches and captions.
+        steps: Optimiser steps.
+        device: Where to train.
+        progress: Called with steps done, steps in all and the loss.
+
+    Returns:
+        ``out``.
+    """
+    seed_everything(seed)
+    images = json.loads((data / "dataset_coco.json").read_text(encoding="utf-8"))["images"]
+    known = [image for image in images if image["split"] in {"train", "restval"}]
+    captions = [[sentence["raw"] for sentence in image["sentences"]][:5] for image in known]
+    tokenizer = make_tokenizer([text for texts in captions for text in texts])
+    processor = transformers.Siglip2ImageProcessorPil()
+    model = transformers.Siglip2Model(_config(len(tokenizer)))
+    with torch.no_grad():
+        # SigLIP starts with all pairs thought unlike: with one positive in a batch of N the bias is near -log N.
+        model.logit_scale.fill_(np.log(10.0))
+        model.logit_bias.fill_(-np.log(BATCH))
+    pixels = _pixels(processor, [data / image["filepath"] / image["filename"] for image in known])
+    tokens = torch.stack([_tokenize(tokenizer, texts) for texts in captions])
+    _centre(model, pixels, tokens)
+    _train(model.to(device), pixels, tokens, steps, seed, progress)
+    _save(model, processor, tokenizer, out)
+    return out
+
+
+def make_tokenizer(captions: list[str]) -> Any:  # noqa: ANN401
+    """A byte-pair tokenizer in Gemma's form: lower case, no bos, eos kept, right-padded, bytes for what is unknown."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
+    lower, mark = normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([lower, mark])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    letters = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *letters], show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    eos = SPECIAL.index("<eos>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+    return transformers.Siglip2Tokenizer(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",  # noqa: S106
+        mask_token="<mask>", padding_side="right", model_max_length=TEXT_LENGTH, add_bos_token=False, add_eos_token=True,  # noqa: S106
+    )  # fmt: skip
+
+
+def _config(vocabulary: int) -> Any:  # noqa: ANN401
+    tower = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "attention_dropout": 0.0,
+    }  # fmt: skip
+    text = {
+        "vocab_size": vocabulary, "max_position_embeddings": TEXT_LENGTH, "projection_size": WIDTH, "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    vision = {"patch_size": PATCH, "num_patches": PATCHES, "num_channels": 3}
+    return transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, **vision})
+
+
+def _pixels(processor: Any, paths: list[Path]) -> dict[str, Tensor]:  # noqa: ANN401
+    parts = [
+        processor(images=[load_image(path)], max_num_patches=PATCHES, return_tensors="pt", input_data_format="channels_last")
+        for path in paths
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:  # noqa: ANN401
+    """Five captions' ids ``(5, 64)``; the first ones again where there are fewer."""
+    five = [texts[k % len(texts)].lower() for k in range(5)]
+    ids: Tensor = tokenizer(
+        five, padding="max_length", padding_side="right", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+@torch.no_grad()
+def _centre(model: Any, pixels: dict[str, Tensor], tokens: Tensor) -> None:  # noqa: ANN401
+    """Take the mean out of both towers' outputs through their last biases.
+
+    Fresh towers give nearly one vector for everything; the loss would spend most of a minute on leaving it.
+    """
+    rows = slice(0, BATCH)
+    model.eval()
+    image = model.get_image_features(**{name: value[rows] for name, value in pixels.items()}).pooler_output
+    model.vision_model.head.mlp.fc2.bias -= image.mean(0)
+    text = model.get_text_features(input_ids=tokens[rows, 0]).pooler_output
+    model.text_model.head.bias -= text.mean(0)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """``-sum_ij log sigmoid(z_ij (s x_i . y_j + b)) / N`` with z +1 on the diagonal, else -1 (Zhai et al. 2023, eq. 1).
+
+    Args:
+        image: Unit vectors x ``(N, D)``.
+        text: Unit vectors y ``(N, D)``.
+        scale: Log of s.
+        bias: b.
+    """
+    logits = image @ text.T * scale.exp() + bias
+    sign = 2 * torch.eye(len(image), device=image.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(image)
+
+
+def _train(model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, seed: int, progress: Progress | None) -> None:  # noqa: ANN401
+    generator = torch.Generator().manual_seed(seed)
+    device = model.logit_scale.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    warmup = max(1, steps // 15)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))) + 1e-3
+    )
+    model.train()
+    batch = min(BATCH, len(tokens))
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(tokens), generator=generator)
+        rows, order = order[:batch], order[batch:]
+        caption = torch.randint(tokens.shape[1], (batch,), generator=generator)
+        image = model.get_image_features(**{name: value[rows].to(device) for name, value in pixels.items()}).pooler_output
+        text = model.get_text_features(input_ids=tokens[rows, caption].to(device)).pooler_output
+        loss = siglip_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), model.logit_scale, model.logit_bias)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, steps, float(loss.detach()))
+
+
+def _save(model: Any, processor: Any, tokenizer: Any, out: Path) -> None:  # noqa: ANN401
+    """All four parts in ``save_pretrained`` form; no progress bars of the library's own on stderr."""
+    transformers.logging.disable_progress_bar()
+    out.mkdir(parents=True, exist_ok=True)
+    for part in (model.cpu().eval(), processor, tokenizer):
+        part.save_pretrained(out)
