@@ -73,7 +73,7 @@ FLAGS = {
     "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.block_norm": "--block-norm",
     "fusion.inputs": "--inputs", "fusion.adapter": "--adapter", "hash.bits": "--bits", "loss.cosine_weight": "--alpha",
     "loss.hash_weight": "--gamma", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
-    "training.monitor": "--monitor", "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote",
+    "training.monitor": "--monitor", "training.early_stopping_patience": "--patience", "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote",
     "knn.tau": "--tau", "knn.theta": "--theta", "data.num_workers": "--workers", "hardware.device": "--device",
     "hardware.seed": "--seed", "hardware.deterministic": "--deterministic",
 }  # fmt: skip
@@ -161,6 +161,7 @@ def train_head(
     gamma: Annotated[float | None, typer.Option("--gamma", help="Weight of the hash term.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs at most [default: 30].")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step [default: 64].")] = None,
+    patience: Annotated[int | None, typer.Option("--patience", help="Epochs without a better val mAP before it stops; 0 never stops [default: 5].")] = None,
     monitor: Annotated[Literal["knn", "classifier"] | None, typer.Option("--monitor", help="What val mAP is computed from [default: knn].")] = None,
     preset: PresetName = None, store: Store = None, out: RunOut = None, model: Model = None,
     device: Device = None, seed: Seed = None,
@@ -171,7 +172,7 @@ def train_head(
     options = {
         "preset": preset, "hash.bits": bits, "fusion.type": fusion, "fusion.block_norm": block_norm,
         "fusion.inputs": inputs, "fusion.adapter": adapter, "loss.cosine_weight": alpha, "loss.hash_weight": gamma,
-        "training.num_epochs": epochs, "training.batch_size": batch_size, "training.monitor": monitor,
+        "training.num_epochs": epochs, "training.batch_size": batch_size, "training.monitor": monitor, "training.early_stopping_patience": patience,
         "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed,
         "hardware.deterministic": deterministic,
     }  # fmt: skip

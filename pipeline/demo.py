@@ -21,8 +21,8 @@ from .extract import extract
 from .files import write_text
 from .knn_eval import knn_eval
 from .manifest import read_manifest
-from .miniature import draw_legend, make_dataset
-from .miniature_model import make_checkpoint
+from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
+from .miniature_model import STEPS, make_checkpoint
 from .prepare import prepare, statistics_tables
 from .progress import Progress
 from .runs import Run
@@ -31,6 +31,7 @@ from .train_head import train_head
 from .zero_shot import zero_shot
 
 PATCHES = 64
+EPOCHS = 100  # the miniature has 21 steps an epoch where COCO has 1,771
 MARK = "miniature.json"
 
 
@@ -84,7 +85,14 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     extract(config, data=data, out=store, progress=progress)
     _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
-    _step(progress, 5, "train a 64-bit head from the store", f"train-head --store {store} --bits 64")
+    _step(
+        progress,
+        5,
+        "train a 64-bit head from the store",
+        f"train-head --store {store} --bits 64 --epochs {EPOCHS} --patience 0",
+    )
+    training = config.training.model_copy(update={"num_epochs": EPOCHS, "early_stopping_patience": 0})
+    config = config.model_copy(update={"training": training})
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
     _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
     voted = knn_eval(config, run=trained.run, progress=progress)
@@ -121,9 +129,9 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
         shutil.rmtree(out / name, ignore_errors=True)
     seed, device = config.hardware.seed, pick_device(config.hardware.device)
     draw_legend(out / "legend.png")
-    with progress.task("pictures", 0) as task:
+    with progress.task("pictures", N_TRAIN + N_VAL + N_TEST) as task:
         make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
-    with progress.task("tower training", 0) as task:
+    with progress.task("tower training", STEPS) as task:
         make_checkpoint(
             out / "data", out / "model", seed=seed, device=str(device),
             progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),

@@ -108,11 +108,10 @@ class _Painter:
     def paint(self, scene: Scene, rng: np.random.Generator) -> _Picture:
         width, height = SIZES[int(rng.integers(len(SIZES)))]
         image = _background(scene.theme, width, height, rng)
-        boxes = []
         # Pale things first, so that a clear one may stand in front of a pale one and not the other way.
-        for thing in sorted(scene.things, key=lambda one: not one.faint):
-            boxes.append((thing.name, self._place(image, thing, len(scene.things), rng)))
-        return _Picture(image=image.convert("L") if rng.random() < GREY else image, boxes=tuple(boxes))
+        things = sorted(scene.things, key=lambda one: not one.faint)
+        boxes = tuple((thing.name, self._place(image, thing, len(things), rng)) for thing in things)
+        return _Picture(image=image.convert("L") if rng.random() < GREY else image, boxes=boxes)
 
     def _place(self, image: Image.Image, thing: Thing, crowd: int, rng: np.random.Generator) -> Box:
         small = min(image.size)
@@ -172,12 +171,12 @@ def _entry(
     first = before[-1]["sentids"][-1] + 1 if before else 0
     sentences = [
         {
-            "tokens": caption.lower().rstrip(".").replace(",", "").split(),
-            "raw": caption,
+            "tokens": text.lower().replace(".", "").replace(",", "").split(),
+            "raw": text,
             "imgid": imgid,
             "sentid": first + k,
         }
-        for k, caption in enumerate(captions)
+        for k, text in enumerate(captions)
     ]
     return {
         "filepath": folder, "sentids": [sentence["sentid"] for sentence in sentences], "filename": name, "imgid": imgid,

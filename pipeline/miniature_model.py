@@ -12,19 +12,18 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from .device import seed_everything
 from .images import load_image
 
-WIDTH = 96
+WIDTH = 64
 PATCH, PATCHES = 16, 64
 TEXT_LENGTH = 64
 VOCABULARY = 1024
-BATCH = 128
-STEPS = 360
-LEARNING_RATE = 2e-3
+BATCH = 64
+STEPS = 550
+LEARNING_RATE = 3e-3
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
 Progress = Callable[[int, int, float], None]
@@ -49,6 +48,8 @@ def make_checkpoint(
     Returns:
         ``out``.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     seed_everything(seed)
     images = json.loads((data / "dataset_coco.json").read_text(encoding="utf-8"))["images"]
     known = [image for image in images if image["split"] in {"train", "restval"}]
@@ -101,7 +102,9 @@ def _config(vocabulary: int) -> Any:  # noqa: ANN401
 
 def _pixels(processor: Any, paths: list[Path]) -> dict[str, Tensor]:  # noqa: ANN401
     parts = [
-        processor(images=[load_image(path)], max_num_patches=PATCHES, return_tensors="pt", input_data_format="channels_last")
+        processor(
+            images=[load_image(path)], max_num_patches=PATCHES, return_tensors="pt", input_data_format="channels_last"
+        )
         for path in paths
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -141,10 +144,12 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
     """
     logits = image @ text.T * scale.exp() + bias
     sign = 2 * torch.eye(len(image), device=image.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+    return -nn.functional.logsigmoid(sign * logits).sum() / len(image)
 
 
-def _train(model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, seed: int, progress: Progress | None) -> None:  # noqa: ANN401
+def _train(
+    model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, seed: int, progress: Progress | None
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     device = model.logit_scale.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
@@ -160,12 +165,19 @@ def _train(model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, se
             order = torch.randperm(len(tokens), generator=generator)
         rows, order = order[:batch], order[batch:]
         caption = torch.randint(tokens.shape[1], (batch,), generator=generator)
-        image = model.get_image_features(**{name: value[rows].to(device) for name, value in pixels.items()}).pooler_output
+        image = model.get_image_features(
+            **{name: value[rows].to(device) for name, value in pixels.items()}
+        ).pooler_output
         text = model.get_text_features(input_ids=tokens[rows, caption].to(device)).pooler_output
-        loss = siglip_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), model.logit_scale, model.logit_bias)
+        loss = siglip_loss(
+            nn.functional.normalize(image, dim=-1),
+            nn.functional.normalize(text, dim=-1),
+            model.logit_scale,
+            model.logit_bias,
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if progress is not None:
@@ -173,8 +185,7 @@ def _train(model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, se
 
 
 def _save(model: Any, processor: Any, tokenizer: Any, out: Path) -> None:  # noqa: ANN401
-    """All four parts in ``save_pretrained`` form; no progress bars of the library's own on stderr."""
-    transformers.logging.disable_progress_bar()
+    """All four parts in ``save_pretrained`` form."""
     out.mkdir(parents=True, exist_ok=True)
     for part in (model.cpu().eval(), processor, tokenizer):
         part.save_pretrained(out)
