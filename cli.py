@@ -67,6 +67,7 @@ PresetName = Annotated[
 ]
 
 
+INTERRUPTED = 130
 # Which option sets which key, so that a refused value is named as it was given.
 FLAGS = {
     "preset": "--preset", "model.siglip2_variant": "--model", "model.revision": "--revision",
@@ -252,10 +253,12 @@ def main() -> None:
     """Run the command line and exit with its code."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this code, and says nothing
+            _complain("interrupted; what was finished is kept", INTERRUPTED)
     except InputError as error:
         code = _complain(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted; what was finished is kept", 130)
+        code = _complain("interrupted; what was finished is kept", INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe left; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -159,8 +159,8 @@ def _annotate(content: dict[str, Any], image_id: int, name: str, picture: _Pictu
     for category, (x, y, w, h) in picture.boxes:
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         content["annotations"].append(
-            {"id": next(numbers), "image_id": image_id, "category_id": ids[category], "bbox": [x, y, w, h], "area": w * h,
-             "segmentation": [outline], "iscrowd": 0}
+            {"id": next(numbers), "image_id": image_id, "category_id": ids[category], "bbox": [x, y, w, h],
+             "area": w * h, "segmentation": [outline], "iscrowd": 0}
         )  # fmt: skip
 
 

@@ -4,11 +4,10 @@ Everything downstream loads it as it loads a checkpoint of the hub: config, safe
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,6 +26,7 @@ LEARNING_RATE = 3e-3
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
 Progress = Callable[[int, int, float], None]
+Pixels = dict[str, Tensor]
 
 
 def make_checkpoint(
@@ -59,8 +59,8 @@ def make_checkpoint(
     model = transformers.Siglip2Model(_config(len(tokenizer)))
     with torch.no_grad():
         # SigLIP starts with all pairs thought unlike: with one positive in a batch of N the bias is near -log N.
-        model.logit_scale.fill_(np.log(10.0))
-        model.logit_bias.fill_(-np.log(BATCH))
+        model.logit_scale.fill_(math.log(10.0))
+        model.logit_bias.fill_(-math.log(BATCH))
     pixels = _pixels(processor, [data / image["filepath"] / image["filename"] for image in known])
     tokens = torch.stack([_tokenize(tokenizer, texts) for texts in captions])
     _centre(model, pixels, tokens)
@@ -69,7 +69,7 @@ def make_checkpoint(
     return out
 
 
-def make_tokenizer(captions: list[str]) -> Any:  # noqa: ANN401
+def make_tokenizer(captions: list[str]) -> transformers.Siglip2Tokenizer:
     """A byte-pair tokenizer in Gemma's form: lower case, no bos, eos kept, right-padded, bytes for what is unknown."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
     lower, mark = normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")
@@ -83,11 +83,12 @@ def make_tokenizer(captions: list[str]) -> Any:  # noqa: ANN401
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
     return transformers.Siglip2Tokenizer(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",  # noqa: S106
-        mask_token="<mask>", padding_side="right", model_max_length=TEXT_LENGTH, add_bos_token=False, add_eos_token=True,  # noqa: S106
+        mask_token="<mask>", padding_side="right", model_max_length=TEXT_LENGTH,  # noqa: S106
+        add_bos_token=False, add_eos_token=True,
     )  # fmt: skip
 
 
-def _config(vocabulary: int) -> Any:  # noqa: ANN401
+def _config(vocabulary: int) -> transformers.Siglip2Config:
     tower = {
         "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
         "attention_dropout": 0.0,
@@ -100,7 +101,7 @@ def _config(vocabulary: int) -> Any:  # noqa: ANN401
     return transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, **vision})
 
 
-def _pixels(processor: Any, paths: list[Path]) -> dict[str, Tensor]:  # noqa: ANN401
+def _pixels(processor: transformers.Siglip2ImageProcessorPil, paths: list[Path]) -> Pixels:
     parts = [
         processor(
             images=[load_image(path)], max_num_patches=PATCHES, return_tensors="pt", input_data_format="channels_last"
@@ -110,7 +111,7 @@ def _pixels(processor: Any, paths: list[Path]) -> dict[str, Tensor]:  # noqa: AN
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:  # noqa: ANN401
+def _tokenize(tokenizer: transformers.Siglip2Tokenizer, texts: list[str]) -> Tensor:
     """Five captions' ids ``(5, 64)``; the first ones again where there are fewer."""
     five = [texts[k % len(texts)].lower() for k in range(5)]
     ids: Tensor = tokenizer(
@@ -120,7 +121,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:  # noqa: ANN401
 
 
 @torch.no_grad()
-def _centre(model: Any, pixels: dict[str, Tensor], tokens: Tensor) -> None:  # noqa: ANN401
+def _centre(model: transformers.Siglip2Model, pixels: Pixels, tokens: Tensor) -> None:
     """Take the mean out of both towers' outputs through their last biases.
 
     Fresh towers give nearly one vector for everything; the loss would spend most of a minute on leaving it.
@@ -148,43 +149,48 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 def _train(
-    model: Any, pixels: dict[str, Tensor], tokens: Tensor, steps: int, seed: int, progress: Progress | None
+    model: transformers.Siglip2Model, pixels: Pixels, tokens: Tensor, steps: int, seed: int, progress: Progress | None
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    device = model.logit_scale.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = max(1, steps // 15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))) + 1e-3
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    device = model.logit_scale.device
     model.train()
-    batch = min(BATCH, len(tokens))
-    order = torch.empty(0, dtype=torch.long)
-    for step in range(steps):
-        if len(order) < batch:
-            order = torch.randperm(len(tokens), generator=generator)
-        rows, order = order[:batch], order[batch:]
-        caption = torch.randint(tokens.shape[1], (batch,), generator=generator)
-        image = model.get_image_features(
-            **{name: value[rows].to(device) for name, value in pixels.items()}
-        ).pooler_output
-        text = model.get_text_features(input_ids=tokens[rows, caption].to(device)).pooler_output
-        loss = siglip_loss(
-            nn.functional.normalize(image, dim=-1),
-            nn.functional.normalize(text, dim=-1),
-            model.logit_scale,
-            model.logit_bias,
-        )
+    for step, (rows, caption) in enumerate(_batches(len(tokens), tokens.shape[1], steps, seed), start=1):
+        image = model.get_image_features(**{name: value[rows].to(device) for name, value in pixels.items()})
+        text = model.get_text_features(input_ids=tokens[rows, caption].to(device))
+        x, y = (nn.functional.normalize(output.pooler_output, dim=-1) for output in (image, text))
+        loss = siglip_loss(x, y, model.logit_scale, model.logit_bias)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if progress is not None:
-            progress(step + 1, steps, float(loss.detach()))
+            progress(step, steps, float(loss.detach()))
 
 
-def _save(model: Any, processor: Any, tokenizer: Any, out: Path) -> None:  # noqa: ANN401
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up over a fifteenth of the steps, then cosine, as a share of the peak."""
+    rise = (step + 1) / max(1, steps // 15)
+    return min(rise, 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))) + 1e-3
+
+
+def _batches(n: int, n_captions: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a batch and which caption of each, epoch after epoch without the odd rest."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(BATCH, n)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < size:
+            order = torch.randperm(n, generator=generator)
+        rows, order = order[:size], order[size:]
+        yield rows, torch.randint(n_captions, (size,), generator=generator)
+
+
+def _save(
+    model: transformers.Siglip2Model, processor: transformers.Siglip2ImageProcessorPil,
+    tokenizer: transformers.Siglip2Tokenizer, out: Path,
+) -> None:  # fmt: skip
     """All four parts in ``save_pretrained`` form."""
     out.mkdir(parents=True, exist_ok=True)
     for part in (model.cpu().eval(), processor, tokenizer):

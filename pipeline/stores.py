@@ -58,8 +58,10 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
             "wrong number of classes", where="classifier.num_classes", got=config.classifier.num_classes,
             wanted=f"{n_classes}, as in {labelled.store.folder}", do="leave it out, it is read from the store",
         )  # fmt: skip
+    given = "siglip2_variant" in config.model.model_fields_set
+    known = str(labelled.store.extra.get("model_path", key.model))
     model = ModelConfig(
-        siglip2_variant=str(labelled.store.extra.get("model_path", key.model)), revision=config.model.revision,
+        siglip2_variant=config.model.siglip2_variant if given else known, revision=config.model.revision,
         max_num_patches=key.patches, text_max_length=key.text_length,
     )  # fmt: skip
     classifier = config.classifier.model_copy(update={"num_classes": n_classes})
