@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichBar
+from rich.text import Text
 
 LINE_EVERY_S = 10.0
 
@@ -62,7 +63,8 @@ class ConsoleProgress(Progress):
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or a panel."""
-        self.console.print(renderable, soft_wrap=False)
+        # A command is copied whole from a terminal; a table has to fit it.
+        self.console.print(renderable, soft_wrap=isinstance(renderable, Text))
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
