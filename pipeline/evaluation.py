@@ -37,7 +37,7 @@ def metrics_row(
         row["threshold_tuned"] = threshold
         for key in ("F1_micro", "F1_macro", "CF1", "OF1", "hamming_loss"):
             row[f"{key}_tuned"] = tuned[key]
-    return {key: _plain(value) for key, value in row.items()}
+    return {key: int(value) if key.startswith("n_") else _plain(value) for key, value in row.items()}
 
 
 def write_scores(run: Path, method: str, split: str, image_id: npt.NDArray[np.int64], scores: Scores) -> Path:
