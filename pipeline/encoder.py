@@ -7,6 +7,7 @@ attention mask and pools the last position (Tschannen et al. 2025, arXiv 2502.14
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ class Encoder:
         """
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        # The hub's client writes a line a retry; the error at the end says it all.
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         config = _load("the configuration", transformers.AutoConfig, name, revision)
         if config.model_type not in MODEL_TYPES:
             raise InputError(

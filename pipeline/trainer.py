@@ -127,7 +127,6 @@ def fit(
         started = time.perf_counter()
         record = {"epoch": float(epoch), **loop.run(epoch)}
         record["train_s"] = time.perf_counter() - started
-        head.eval()
         record["val_mAP"] = monitor(head)
         record["epoch_s"] = time.perf_counter() - started
         history.append(record)

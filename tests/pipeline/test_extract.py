@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmcli import InputError
@@ -19,7 +20,7 @@ from mmcli.pipeline.config import load_config
 from mmcli.pipeline.device import pick_device
 from mmcli.pipeline.encoder import Encoder
 from mmcli.pipeline.extract import extract
-from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
 
 PATCHES = 64
 
@@ -118,6 +119,32 @@ def test_defaults_of_the_tokenizer_class_do_not_leak(miniature) -> None:
     encoder._tokenizer.padding_side = "left"
     encoder._tokenizer.model_input_names = ["input_ids", "attention_mask"]
     assert encoder.tokenize(["A dog"]).tolist() == before
+
+
+def test_a_tokenizer_that_keeps_case_gets_lower_case(miniature) -> None:
+    """Gemma's own class forgets it; the tower never saw an upper-case letter."""
+    encoder = Encoder.load(str(miniature.model), patches=PATCHES, device=pick_device("cpu"))
+    encoder._tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    assert encoder._tokenizer("A Dog").input_ids != encoder._tokenizer("a dog").input_ids
+    assert encoder.tokenize(["A Dog"]).tolist() == encoder.tokenize(["a dog"]).tolist()
+
+
+def test_of_more_than_five_captions_the_first_five_are_encoded(miniature, store: Store, tmp_path: Path) -> None:
+    """And of fewer none is repeated: missing rows are zero, and counted."""
+    listing = read_manifest(miniature.data / "manifest.parquet")
+    many = (*listing.captions[0], "a zebra", "a toaster on a boat")
+    other = Manifest.from_columns(
+        image_ids=listing.image_ids[:3], paths=listing.paths[:3], splits=["train", "val", "test"],
+        captions=[many, listing.captions[1][:2], listing.captions[2][:1]], labels=[[0], [1], [2]], category_names=["a", "b", "c"],
+    )  # fmt: skip
+    write_manifest(tmp_path / "manifest.parquet", other)
+    run(miniature, tmp_path / "store", manifest=tmp_path / "manifest.parquet", dtype="float32")
+    ours, whole = Store.open(tmp_path / "store").load(), store.load()
+    assert ours.n_captions.tolist() == [5, 2, 1]
+    for row, count in enumerate((5, 2, 1)):
+        np.testing.assert_allclose(ours.v_txt[row, :count], whole.v_txt[row, :count], rtol=1e-4, atol=1e-5)
+        assert not ours.v_txt[row, count:].any()
+        assert not ours.norm_txt[row, count:].any()
 
 
 def test_a_tokenizer_that_pads_left_is_refused(miniature) -> None:

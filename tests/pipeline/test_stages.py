@@ -8,11 +8,12 @@ import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, f1_score
 
 from mmcli import cli
-from mmcli.heads.metrics import mean_average_precision
+from mmcli.heads.metrics import best_threshold
 from mmcli.pipeline.codes import read_codes
+from mmcli.pipeline.evaluation import metrics_row
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
 
@@ -117,26 +118,48 @@ def test_every_stage_finds_what_the_last_one_wrote(mmcli, miniature) -> None:
         assert mmcli(*words)[0] == 0
 
 
+def votes_by_hand(base, query, K: int, tau: float, *, own: bool = False) -> np.ndarray:
+    """Neighbours by (distance, index) and softmax votes, one query at a time; ``own`` leaves out the query's image."""
+    bits = 8 * base.packed.shape[1]
+    scores = np.zeros((len(query), base.labels.shape[1]))
+    for q in range(len(query)):
+        distance = [int(np.unpackbits(query.packed[q] ^ code).sum()) for code in base.packed]
+        rows = [i for i in range(len(base)) if not (own and base.image_id[i] == query.image_id[q])]
+        nearest = sorted(rows, key=lambda i: (distance[i], i))[:K]
+        weight = np.exp([(1 - distance[i] / bits) / tau for i in nearest])
+        for i, w in zip(nearest, weight / weight.sum(), strict=True):
+            scores[q] += w * base.labels[i]
+    return scores
+
+
 def test_figures_are_those_of_the_saved_codes_and_scores(mmcli, here: Path) -> None:
     """The metrics again, from the files alone, by NumPy loops and scikit-learn."""
     code, out, err = mmcli("knn-eval", "--k", 5, "--tau", 0.1, "--json")
     assert code == 0, err
     row, run = json.loads(out), run_of(here)
-    base, query = read_codes(run, "train"), read_codes(run, "test")
-    bits = 8 * base.packed.shape[1]
-    scores = np.zeros((len(query), base.labels.shape[1]))
-    for q in range(len(query)):
-        distance = [int(np.unpackbits(query.packed[q] ^ code).sum()) for code in base.packed]
-        nearest = sorted(range(len(base)), key=lambda i: (distance[i], i))[:5]
-        weight = np.exp([(1 - distance[i] / bits) / 0.1 for i in nearest])
-        for i, w in zip(nearest, weight / weight.sum(), strict=True):
-            scores[q] += w * base.labels[i]
-    kept = load_file(run / "scores" / "knn-test.safetensors")
-    np.testing.assert_allclose(kept["scores"], scores, atol=1e-5)
+    base, val, query = (read_codes(run, split) for split in ("train", "val", "test"))
+    kept = load_file(run / "scores" / "knn-test.safetensors")["scores"]
+    np.testing.assert_allclose(kept, votes_by_hand(base, query, 5, 0.1), atol=1e-5)
     present = query.labels.any(0)
-    macro = average_precision_score(query.labels[:, present], kept["scores"][:, present], average="macro")
+    macro = average_precision_score(query.labels[:, present], kept[:, present], average="macro")
     assert row["mAP"] == pytest.approx(macro, abs=1e-9)
     assert ((base.soft >= 0) == (np.unpackbits(base.packed, axis=1) == 1)).all()
+    # The threshold is the best of val, where test would have chosen another one.
+    on_val = best_threshold(votes_by_hand(base, val, 5, 0.1).astype(np.float32), val.labels)
+    assert row["threshold_tuned"] == pytest.approx(on_val, abs=1e-5)
+    f1 = f1_score(query.labels, kept >= row["threshold_tuned"], average="micro")
+    assert row["F1_micro_tuned"] == pytest.approx(f1, abs=1e-9)
+
+
+def test_thresholds_are_tuned_on_val_alone() -> None:
+    """Where val and test want different thresholds, val's is taken, whatever it costs on test."""
+    scores, labels = np.array([[0.2], [0.4], [0.6], [0.8]], np.float32), np.array([[0], [0], [1], [1]], np.uint8)
+    val = (np.array([[0.1], [0.2]], np.float32), np.array([[1], [1]], np.uint8))
+    row = metrics_row("m", "test", scores, labels, tuned_on=val)
+    assert row["threshold_tuned"] == pytest.approx(0.1)
+    assert row["F1_micro"] == 1.0
+    assert row["F1_micro_tuned"] == pytest.approx(2 * 2 / (2 * 2 + 2))
+    assert "threshold_tuned" not in metrics_row("m", "val", *val, tuned_on=None)
 
 
 def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Path) -> None:
@@ -161,13 +184,13 @@ def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Pat
 
 
 def test_an_image_never_votes_for_itself(mmcli, here: Path) -> None:
-    """With K 1 on the train split every image would tag itself without a fault."""
-    code, _, err = mmcli("knn-eval", "--split", "train", "--k", 1)
+    """Its own code is at distance 0, and would be first."""
+    code, _, err = mmcli("knn-eval", "--split", "train", "--k", 3)
     assert code == 0, err
     base = read_codes(run_of(here), "train")
     scores = load_file(run_of(here) / "scores" / "knn-train.safetensors")["scores"]
-    assert mean_average_precision(scores, base.labels) < 0.99
-    assert (scores != base.labels).any()
+    np.testing.assert_allclose(scores, votes_by_hand(base, base, 3, 0.07, own=True), atol=1e-5)
+    assert np.abs(scores - votes_by_hand(base, base, 3, 0.07)).max() > 0.01
 
 
 def test_without_hash_neighbours_are_found_by_cosine(mmcli, here: Path) -> None:

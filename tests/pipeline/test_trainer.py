@@ -219,3 +219,92 @@ def test_a_loss_that_diverges_is_said() -> None:
     split.v_img[3] = math.nan
     with pytest.raises(InputError, match=r"no longer finite.*epoch 1"):
         run(load_config(options={**SMALL, "hash.batch_norm": False}), split=split)
+
+
+def test_gradients_are_clipped_at_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        limits.append(limit)
+        return original(parameters, limit)
+
+    monkeypatch.setattr("mmcli.pipeline.trainer.nn.utils.clip_grad_norm_", spy)
+    for limit in (1.0, 0.25, None):
+        run(load_config(options={**SMALL, "training.num_epochs": 1, "training.gradient_clip_norm": limit or 1.0}).model_copy(
+            update={"training": load_config(options=SMALL).training.model_copy(update={"gradient_clip_norm": limit, "num_epochs": 1})}
+        ))  # fmt: skip
+    assert set(limits) == {1.0, 0.25, math.inf}
+
+
+def test_codes_and_val_figures_come_from_eval_mode() -> None:
+    """With dropout on, or batch statistics of the batch, a code would depend on chance and on its neighbours."""
+    config = load_config(options={**SMALL, "fusion.dropout": 0.5})
+    split = make_split()
+    head, _ = run(config, split=split)
+    head.train()
+    first = encode_split(head, split)
+    head.train()
+    second = encode_split(head, split, batch_size=7)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    v_img, v_txt, _ = split.batch(torch.arange(len(split)), 0)
+    torch.testing.assert_close(first[0], head(v_img, v_txt).h, rtol=1e-5, atol=1e-6)
+
+
+def test_every_part_of_the_head_takes_its_own_learning_rate() -> None:
+    """With a rate of next to nothing a part stays where it was."""
+    frozen = {"fusion": "optimizer.lr_fusion", "hash": "optimizer.lr_hash", "classifier": "optimizer.lr_classifier"}
+    for part, key in frozen.items():
+        config = load_config(options={**SMALL, key: 1e-12, "optimizer.weight_decay": 0.0, "scheduler.min_lr": 0.0})
+        split = make_split()
+        before = {name: value.clone() for name, value in make_head(config, split).named_parameters()}
+        head, _ = run(config, split=split)
+        for name, value in head.named_parameters():
+            moved = float((value - before[name]).detach().abs().max())
+            assert (moved < 1e-8) == name.startswith(f"{part}."), (part, name, moved)
+
+
+def test_optimiser_settings_reach_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    original = torch.optim.AdamW
+
+    def spy(groups, **options):
+        seen.update(options)
+        return original(groups, **options)
+
+    monkeypatch.setattr("mmcli.pipeline.trainer.torch.optim.AdamW", spy)
+    run(
+        load_config(
+            options={**SMALL, "training.num_epochs": 1, "optimizer.weight_decay": 0.3, "optimizer.betas": [0.8, 0.9]}
+        )
+    )
+    assert seen == {"betas": (0.8, 0.9), "weight_decay": 0.3}
+
+
+def test_class_balanced_weights_come_from_train_counts() -> None:
+    """Rare classes weigh more, so the loss of the same head is another one."""
+    split = make_split()
+    split.labels[:, 0] = 0
+    split.labels[0, 0] = 1
+    plain, balanced = (
+        run(load_config(options={**SMALL, "training.num_epochs": 1, "loss.class_weights": name}), split=split)[
+            1
+        ].history[0]["bce"]
+        for name in ("none", "balanced")
+    )
+    assert abs(plain - balanced) > 1e-3
+
+
+def test_the_draws_of_epochs_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[int]] = []
+    original = Split.batch
+
+    def spy(self, rows, caption):
+        orders.append(rows.tolist())
+        return original(self, rows, caption)
+
+    monkeypatch.setattr(Split, "batch", spy)
+    run(load_config(options={**SMALL, "training.batch_size": 40}))
+    assert len(orders) == 3
+    assert orders[0] != orders[1] != orders[2]
