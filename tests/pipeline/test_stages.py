@@ -7,13 +7,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score, f1_score
+from transformers import AutoModel, AutoTokenizer
 
 from mmcli import cli
+from mmcli.cache import Store
 from mmcli.heads.metrics import best_threshold
+from mmcli.pipeline.checkpoint import best_checkpoint, load_head
 from mmcli.pipeline.codes import read_codes
 from mmcli.pipeline.evaluation import metrics_row
+from mmcli.pipeline.zero_shot import TEMPLATES
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
 
@@ -163,11 +168,6 @@ def test_thresholds_are_tuned_on_val_alone() -> None:
 
 
 def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Path) -> None:
-    import torch
-
-    from mmcli.cache import Store
-    from mmcli.pipeline.checkpoint import best_checkpoint, load_head
-
     store, run = Store.open(store_of(here)), run_of(here)
     arrays, head = store.load(), load_head(best_checkpoint(run_of(here)), torch.device("cpu"))
     splits, ids = np.array(store.index["split"].to_pylist()), store.index["image_id"].to_numpy()
@@ -181,6 +181,43 @@ def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Pat
                     torch.from_numpy(arrays.v_txt[row : row + 1, 0]).float(),
                 )
                 np.testing.assert_allclose(head(*one).h[0].numpy(), codes.soft[position], rtol=1e-4, atol=1e-5)
+
+
+def test_codes_are_those_of_the_best_epoch_not_of_the_last(mmcli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr("mmcli.pipeline.train_head._monitor", lambda *_: lambda _head: next(values))
+    code, out, err = mmcli("train-head", *TINY, "--json", "--out", "runs/best")
+    assert code == 0, err
+    assert json.loads(out)["best_epoch"] == 1
+    run, store = here / "runs" / "best", Store.open(store_of(here))
+    assert best_checkpoint(run).name == "epoch-001.safetensors"
+    rows = np.flatnonzero(np.array(store.index["split"].to_pylist()) == "test")
+    arrays, codes = store.load(), read_codes(run, "test")
+    pair = (torch.from_numpy(arrays.v_img[rows]).float(), torch.from_numpy(arrays.v_txt[rows, 0]).float())
+    for name, same in (("epoch-001", True), ("epoch-003", False)):
+        head = load_head(run / "checkpoints" / f"{name}.safetensors", torch.device("cpu"))
+        with torch.inference_mode():
+            assert np.allclose(head(*pair).h.numpy(), codes.soft, atol=1e-5) == same
+
+
+def test_zero_shot_scores_are_siglips_probabilities(mmcli, here: Path, miniature) -> None:
+    """Mean of normalised prompts, cosine, learned scale and bias: by a plain loop over the checkpoint."""
+    assert mmcli("zero-shot", "--out", "runs/zs")[0] == 0
+    kept = load_file(here / "runs" / "zs" / "scores" / "zero-shot-test.safetensors")
+    model, tokenizer = AutoModel.from_pretrained(miniature.model).eval(), AutoTokenizer.from_pretrained(miniature.model)
+    store = Store.open(store_of(here))
+    ids = store.index["image_id"].to_numpy()
+    v_img = store.load().v_img.astype(np.float32)[[int(np.flatnonzero(ids == i)[0]) for i in kept["image_id"]]]
+    d_img = v_img / np.linalg.norm(v_img, axis=1, keepdims=True)
+    names = json.loads(store.index.schema.metadata[b"category_names"])
+    for c in (0, 7, 79):
+        prompts = [template.format(names[c]) for template in TEMPLATES]
+        tokens = tokenizer(prompts, padding="max_length", padding_side="right", max_length=64, return_tensors="pt")
+        with torch.inference_mode():
+            v = model.get_text_features(input_ids=tokens.input_ids).pooler_output.numpy()
+        t = (v / np.linalg.norm(v, axis=1, keepdims=True)).mean(0)
+        x = float(model.logit_scale.detach().exp()) * d_img @ (t / np.linalg.norm(t)) + float(model.logit_bias.detach())
+        np.testing.assert_allclose(kept["scores"][:, c], 1 / (1 + np.exp(-x)), rtol=1e-3, atol=1e-6)
 
 
 def test_an_image_never_votes_for_itself(mmcli, here: Path) -> None:
@@ -234,6 +271,10 @@ def mistakes(here: Path) -> dict[str, tuple[tuple[object, ...], tuple[str, ...]]
     store, run = store_of(here), run_of(here)
     return {
         "a store of another model": (("train-head", "--model", "google/siglip2-large"), ("another model", store.name)),
+        "a store of another budget": (
+            ("train-head", "--set", "model.max_num_patches=512"),
+            ("patches 64", "patches 512"),
+        ),
         "K too large": (("knn-eval", "--k", 500), ("--k 500", "at most 40")),
         "a class count that is not the store's": (
             ("train-head", "--set", "classifier.num_classes=7"),
@@ -245,7 +286,7 @@ def mistakes(here: Path) -> dict[str, tuple[tuple[object, ...], tuple[str, ...]]
     }
 
 
-@pytest.mark.parametrize("name", ["a store of another model", "K too large", "a class count that is not the store's",
+@pytest.mark.parametrize("name", ["a store of another model", "a store of another budget", "K too large", "a class count that is not the store's",
                                   "an out folder in use", "a run that is a store", "a store that is a run"])  # fmt: skip
 def test_a_mistake_is_one_line_and_nothing_is_lost(mmcli, here: Path, name: str) -> None:
     words, parts = mistakes(here)[name]
