@@ -123,9 +123,10 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     if not force and mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps({**making, "whole": True}):
         progress.say(f"  already in {out} (--force makes it again)")
         return
-    # The mark comes first: from here on what lies in the folder is the demo's, and may be thrown away by the next one.
+    # The mark comes first: from here on these three are the demo's, and may be thrown away by the next one. Runs stay:
+    # the demo replaces its own two, and others may be somebody's.
     write_text(mark, json.dumps(making))
-    for name in ("data", "model", "store", "runs"):
+    for name in ("data", "model", "store"):
         shutil.rmtree(out / name, ignore_errors=True)
     seed, device = config.hardware.seed, pick_device(config.hardware.device)
     draw_legend(out / "legend.png")

@@ -332,3 +332,19 @@ def test_a_fixed_resolution_checkpoint_admits_only_its_own_budget(miniature, tmp
     images = [np.zeros((30, 50, 3), np.uint8), np.full((70, 20, 3), 200, np.uint8)]
     assert encoder.encode_images(images).shape == (2, 16)
     assert encoder.encode_texts(["a dog"]).shape == (1, 16)
+
+
+def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    seen: list[object] = []
+
+    def offline(name, *, revision, **_):
+        seen.append((name, revision))
+        raise OSError("no network\nand more lines")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(InputError, match=r"owner/name: got no network, wanted") as caught:
+        Encoder.load("owner/name", revision="v2", device=pick_device("cpu"))
+    assert "\n" not in str(caught.value)
+    assert seen == [("owner/name", "v2")]

@@ -357,3 +357,28 @@ def test_the_main_job_on_real_coco(mmcli, realdata: Path, miniature) -> None:
     assert (row["n_images"], row["n_index"]) == (48, 337)
     assert 0 < row["mAP"] < 1
     assert mmcli("zero-shot")[0] == 0
+
+
+def test_the_monitor_is_what_was_asked_for(mmcli, here: Path) -> None:
+    """Val mAP of the classifier is that of its logits, of the neighbours that of their votes."""
+    for monitor in ("classifier", "knn"):
+        run = here / "runs" / monitor
+        code, out, err = mmcli("train-head", *TINY, "--set", "knn.K=5", "--monitor", monitor, "--out", run, "--json")
+        assert code == 0, err
+        base, val = read_codes(run, "train"), read_codes(run, "val")
+        scores = val.logits if monitor == "classifier" else votes_by_hand(base, val, 5, 0.07)
+        present = val.labels.any(0)
+        wanted = average_precision_score(val.labels[:, present], scores[:, present].astype(np.float32), average="macro")
+        assert json.loads(out)["best_val_mAP"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_speeds_are_of_the_size_that_a_clock_says(mmcli, here: Path) -> None:
+    """Loose on purpose: units, not speeds."""
+    code, out, err = mmcli("knn-eval", "--json")
+    assert code == 0, err
+    row = json.loads(out)
+    assert 1e-3 < row["query_latency_ms_p50"] <= row["query_latency_ms_p95"] < 1e3
+    assert row["query_latency_ms_p50"] <= 10 * row["query_latency_ms"]
+    assert row["throughput_qps"] * 1e-3 > 10 / 60
+    assert row["binary_code_bytes"] == row["index_bytes"] == 40 * 8
+    assert row["float_over_binary_bytes"] == 32
