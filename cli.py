@@ -5,6 +5,7 @@ the result, as text or with ``--json`` as one JSON object. Exit 0 done, 2 the us
 1 anything else.
 """
 
+import errno
 import json
 import os
 import sys
@@ -68,6 +69,8 @@ PresetName = Annotated[
 
 
 INTERRUPTED = 130
+# What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
+NO_FAULT_OF_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 # Which option sets which key, so that a refused value is named as it was given.
 FLAGS = {
     "preset": "--preset", "model.siglip2_variant": "--model", "model.revision": "--revision",
@@ -263,12 +266,16 @@ def main() -> None:
         # The reader of a pipe left; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno not in NO_FAULT_OF_OURS:
+            raise
+        code = _complain(f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept", 1)
     except Exception as error:
         # Typer keeps its usage errors in a private module; they all have a message and an exit code.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        code = _complain(f"{message()} (see --help)", 2)
+        code = _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

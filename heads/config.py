@@ -4,9 +4,10 @@ These sections are the ones of the configuration file that belong to this packag
 configuration is read and refused before anything heavy is loaded.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 FusionType = Literal["concat", "hadamard", "hadamard_magnitude"]
 BlockNorm = Literal["none", "rms"]
@@ -20,9 +21,27 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
-    """One section of a configuration: frozen, every key checked, unknown keys refused."""
+    """One section of a configuration: frozen, every key checked, unknown keys refused.
+
+    A choice may be written in any case, and the choice ``none`` as YAML's null.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelling(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields
+        return {key: _spelt(fields[key].annotation, value) if key in fields else value for key, value in values.items()}
+
+
+def _spelt(annotation: object, value: object) -> object:
+    """The choice that is meant, or the value as it is."""
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    meant = "none" if value is None else value.lower() if isinstance(value, str) else value
+    return meant if meant in choices else value
 
 
 class FusionConfig(Section):

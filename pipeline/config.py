@@ -27,6 +27,9 @@ from ..heads.config import (
     Section,
 )
 
+# What the keys are called in formulas.
+SYMBOLS = {"alpha": "cosine_weight", "gamma": "hash_weight", "B": "bits", "C": "num_classes"}
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Preset = Literal["recommended", "plan"]
 DEFAULT_MODEL = "google/siglip2-base-patch16-naflex"
 
@@ -50,7 +53,7 @@ class OptimizerConfig(Section):
     lr_classifier: Positive = 3e-4
     lr_towers: Positive = 1e-5
     weight_decay: NonNegative = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
 
 
 class SchedulerConfig(Section):
@@ -166,6 +169,7 @@ def load_config(
     given = _read_yaml(file) if file is not None else {}
     chosen = {key: value for key, value in (options or {}).items() if value is not None}
     preset = chosen.get("preset", given.get("preset", Config.model_fields["preset"].default))
+    preset = preset.lower() if isinstance(preset, str) else preset
     if preset not in PRESETS:
         raise InputError(
             "unknown preset",
@@ -259,7 +263,8 @@ def _readable(error: ValidationError, file: Path | None, chosen: set[str], flags
     where = option or (f"{file}, key {key}" if file else key)
     if first["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        symbol = SYMBOLS.get(path[-1])
+        near = [symbol] if symbol in known else difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
         return InputError(
             "unknown key",
             where=where,

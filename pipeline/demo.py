@@ -18,7 +18,7 @@ from .config import Config, ModelConfig
 from .device import pick_device
 from .explain import explain
 from .extract import extract
-from .files import write_text
+from .files import make_folder, write_text
 from .knn_eval import knn_eval
 from .manifest import read_manifest
 from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
@@ -114,7 +114,8 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     """Data set and checkpoint, unless the same ones are there already."""
     mark = out / MARK
     making = {"version": __version__, "seed": config.hardware.seed, "whole": False}
-    if out.exists() and any(out.iterdir()) and not mark.is_file():
+    make_folder(out)
+    if any(out.iterdir()) and not mark.is_file():
         raise InputError(
             "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
             do="give another --out",

@@ -5,6 +5,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .. import InputError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into, with its parents.
+
+    Raises:
+        InputError: A file stands there, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it into place.
@@ -14,24 +30,37 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The final name; its folder is made when absent.
         write: Writes the content to the path that it is given.
+
+    Raises:
+        InputError: No folder can be made there, no room is left, or writing is not allowed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    make_folder(path.parent)
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _unwritable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        "cannot write", where=path, got=getattr(error, "strerror", None) or error, wanted="room, and leave to write",
+        do="free some room, or name another --out",
+    )  # fmt: skip
 
 
 def _umask() -> int:

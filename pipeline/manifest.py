@@ -178,7 +178,7 @@ def write_manifest(path: Path, listing: Manifest) -> None:
     """Write a manifest, whole or not at all: under a temporary name, synced, renamed.
 
     Raises:
-        OSError: The file cannot be written.
+        InputError: The file cannot be written.
     """
     write_whole(path, lambda part: pq.write_table(listing.table, part, compression="zstd", write_page_checksum=True))
 

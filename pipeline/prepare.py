@@ -69,12 +69,7 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
         check_files(data, paths)
     listing, statistics = _merge(split, instances, paths)
     path = (out or data) / MANIFEST_FILE
-    try:
-        write_manifest(path, listing)
-    except OSError as error:
-        raise InputError(
-            "cannot write the manifest", where=path, got=error.strerror or error, do="name a folder with --out",
-        ) from None  # fmt: skip
+    write_manifest(path, listing)
     return PrepareResult(path=path, sha256=listing.sha256, statistics=statistics)
 
 

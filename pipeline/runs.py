@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import InputError, __version__
 from .config import Config, dump_config
-from .files import write_text
+from .files import make_folder, write_text
 
 RUN_VERSION = 1
 PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "faiss-gpu", "scikit-learn")
@@ -93,7 +93,8 @@ def start_run(
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = out or _free(runs / f"{stamp}-{label}")
-    if folder.exists() and any(folder.iterdir()):
+    make_folder(folder)
+    if any(folder.iterdir()):
         if not force:
             raise InputError(
                 "the folder is in use", where=folder, got="a folder with files", wanted="a new or empty folder",
@@ -105,7 +106,7 @@ def start_run(
                 do="give another --out",
             )  # fmt: skip
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     run = Run(folder=folder, info=info)
     _write_info(run)
     write_text(folder / "config.yaml", dump_config(config))

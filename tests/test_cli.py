@@ -1,6 +1,7 @@
 """The contract of the command line: help without torch, one line of error, exit codes, JSON alone on stdout."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,28 +76,25 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, words: tuple[str, ...]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bug_is_not_dressed_as_a_mistake(tmp_path: Path) -> None:
-    code = (
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("RuntimeError('a bug')", 1, r"(?s)Traceback.*RuntimeError: a bug"),
+        ("FileNotFoundError(2, 'No such file', 'a bug')", 1, r"(?s)Traceback.*'a bug'"),
+        ("OSError(28, 'No space left on device', 'runs/x')", 1, r"mmcli: No space left on device: runs/x; .*"),
+        ("KeyboardInterrupt", 130, r"mmcli: interrupted.*"),
+    ],
+)
+def test_a_bug_a_full_disk_and_ctrl_c_are_told_apart(tmp_path: Path, error: str, code: int, said: str) -> None:
+    script = (
         "import mmcli.cli, mmcli.pipeline.prepare\n"
-        "def broken(*a, **k): raise RuntimeError('a bug')\n"
+        f"def broken(*a, **k): raise {error}\n"
         "mmcli.pipeline.prepare.prepare = broken\n"
         "import sys; sys.argv = ['mmcli', 'prepare']\nmmcli.cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "RuntimeError: a bug" in done.stderr
-
-
-def test_interrupted_is_130(tmp_path: Path) -> None:
-    code = (
-        "import mmcli.cli, mmcli.pipeline.prepare\n"
-        "def stopped(*a, **k): raise KeyboardInterrupt\n"
-        "mmcli.pipeline.prepare.prepare = stopped\n"
-        "import sys; sys.argv = ['mmcli', 'prepare']\nmmcli.cli.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr.strip().startswith("mmcli: interrupted")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert re.fullmatch(said, done.stderr.strip())
 
 
 def test_version() -> None:

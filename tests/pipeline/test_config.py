@@ -50,6 +50,19 @@ def test_the_plans_file_loads(tmp_path: Path) -> None:
     assert config.grid_search.freeze_towers == (True, "last-2")
 
 
+def test_choices_in_any_case_and_none_as_null(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "preset: Plan\noptimizer: {type: AdamW}\nfusion: {activation: ReLU, adapter: null}\nloss: {class_weights: null}\n"
+    )
+    config = load_config(file)
+    assert (config.preset, config.optimizer.type, config.fusion.activation) == ("plan", "adamw", "relu")
+    assert (config.loss.class_weights, config.fusion.adapter) == ("none", "none")
+    for setting in ("optimizer.type=SGD", "optimizer.type=null", "data.dataset=null"):
+        with pytest.raises(InputError):
+            load_config(options=parse_settings([setting]))
+
+
 def test_options_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("preset: plan\nhash: {bits: 32}\nknn: {K: 7}\n")
@@ -93,6 +106,8 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("hash: {bitz: 64}", ("unknown key", "hash.bitz", "did you mean bits?")),
         ("hashing: {bits: 64}", ("unknown key", "hashing", "did you mean hash?")),
         ("loss: {hash_reg: {lambda_balans: 1}}", ("loss.hash_reg.lambda_balans", "did you mean lambda_balance?")),
+        ("loss: {gamma: 1}", ("loss.gamma", "did you mean hash_weight?")),
+        ("optimizer: {betas: [0.9, 1.0]}", ("optimizer.betas", "less than 1")),
         ("hash: {bits: 12}", ("hash.bits", "got 12", "multiple of 8")),
         ("hash: {bits: many}", ("hash.bits", "'many'", "integer")),
         ("fusion: {dropout: 1.0}", ("fusion.dropout", "less than 1")),

@@ -1,11 +1,13 @@
 """Run folders: found again, refused when they are not what is needed, never half-finished as whole."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from mmcli import InputError
 from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
@@ -59,6 +61,8 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path
         with pytest.raises(InputError, match=str(out)):
             start_run(make_info(), Config(), out=out, force=force, **options)
     assert (out / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match=r"cannot write: .*thesis\.tex.*--out"):
+        start_run(make_info(), Config(), out=out / "thesis.tex", **options)
     mine = tmp_path / "run"
     start_run(make_info(), Config(), out=mine, **options)
     with pytest.raises(InputError, match="--force"):
@@ -126,5 +130,22 @@ def test_a_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: full")]
+)
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def full(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise error
+
+    with pytest.raises(InputError, match=r"cannot write: .*a\.json: got (No space|I/O error)"):
+        write_whole(path, full)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
