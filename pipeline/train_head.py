@@ -1,6 +1,7 @@
 """Stage 2: train a head from a store, keep the best checkpoints, and write the codes of every split."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def train_head(
         progress: Who to tell.
 
     Raises:
-        InputError: A bad store, an empty split, fewer train images than neighbours, or a loss that diverges.
+        InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, fewer train images
+            than neighbours, or a loss that diverges.
     """
     started = time.perf_counter()
     progress = progress or Progress()
@@ -86,6 +88,7 @@ def train_head(
     config = _settle_metric(resolve_config(config, labelled))
     seed_everything(config.hardware.seed, deterministic=config.hardware.deterministic)
     splits = place_splits(labelled, device)
+    _check_splits(splits, config, folder)
     head = Head(config.fusion, config.hash, config.classifier, width=labelled.store.width).to(device)
     head.fit_statistics(splits["train"].v_img, splits["train"].v_txt[:, 0])
     for line in _notices(config):
@@ -130,6 +133,22 @@ def place_splits(labelled: LabelledStore, device: torch.device) -> dict[str, Spl
     return placed
 
 
+def _check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None:
+    """Refuse what would only show after the first epoch."""
+    for name in ("train", "val"):
+        if not splits[name].labels.any():
+            raise InputError(
+                f"no {name} image has a label", where=folder, got="all-zero labels", wanted="at least one",
+                do="give the manifest labels, or another split",
+            )  # fmt: skip
+    least = max(2, config.knn.K if config.training.monitor == "knn" else 0)
+    if len(splits["train"]) < least:
+        raise InputError(
+            "too few train images", where=folder, got=len(splits["train"]), wanted=f"at least {least}",
+            do="lower it with --set knn.K=N, or give --monitor classifier" if least > 2 else "add images to the manifest",
+        )  # fmt: skip
+
+
 def _notices(config: Config) -> list[str]:
     lines = []
     if config.loss.cosine_weight > 0 and config.fusion.adapter == "none":
@@ -164,7 +183,9 @@ def _recorder(folder: Path, keeper: CheckpointKeeper) -> Any:  # noqa: ANN401
 
     def record(head: Head, row: dict[str, float]) -> None:
         with history.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            # A step that the loss scaler of float16 skips has an infinite gradient norm, which JSON has no word for.
+            known = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            stream.write(json.dumps(known, allow_nan=False) + "\n")
         keeper.offer(head, epoch=int(row["epoch"]), val_mAP=row["val_mAP"])
 
     return record

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -12,12 +13,15 @@ from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score, f1_score
 from transformers import AutoModel, AutoTokenizer
 
-from mmcli import cli
+from mmcli import InputError, cli
 from mmcli.cache import Store
 from mmcli.heads.metrics import best_threshold
 from mmcli.pipeline.checkpoint import best_checkpoint, load_head
 from mmcli.pipeline.codes import read_codes
+from mmcli.pipeline.config import load_config
 from mmcli.pipeline.evaluation import metrics_row
+from mmcli.pipeline.train_head import _check_splits
+from mmcli.pipeline.trainer import Split
 from mmcli.pipeline.zero_shot import TEMPLATES
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
@@ -41,7 +45,6 @@ def mmcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 @pytest.fixture(scope="module")
 def made(miniature, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder with a store and a trained run of the miniature, in the default places."""
-    from mmcli.pipeline.config import load_config
     from mmcli.pipeline.extract import extract
     from mmcli.pipeline.train_head import train_head
 
@@ -382,3 +385,24 @@ def test_speeds_are_of_the_size_that_a_clock_says(mmcli, here: Path) -> None:
     assert row["throughput_qps"] * 1e-3 > 10 / 60
     assert row["binary_code_bytes"] == row["index_bytes"] == 40 * 8
     assert row["float_over_binary_bytes"] == 32
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "options", "said"),
+    [
+        ([[0]] * 30, [[1]], {}, "no train image has a label"),
+        ([[1]] * 30, [[0]], {}, "no val image has a label"),
+        ([[1]] * 19, [[1]], {}, "too few train images.*got 19, wanted at least 20.*--monitor classifier"),
+        ([[1]], [[1]], {"training.monitor": "classifier"}, "too few train images.*got 1, wanted at least 2"),
+        ([[1]] * 20, [[1]], {}, None),
+        ([[1]] * 2, [[1]], {"training.monitor": "classifier"}, None),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_the_first_epoch(train, val, options, said: str | None) -> None:
+    def split(rows) -> Split:
+        v, n = torch.zeros(len(rows), 4), torch.ones(len(rows))
+        return Split(v_img=v, v_txt=v[:, None], n_captions=n, labels=torch.tensor(rows))
+
+    splits = {"train": split(train), "val": split(val)}
+    with nullcontext() if said is None else pytest.raises(InputError, match=said):
+        _check_splits(splits, load_config(options=options), Path("store"))
