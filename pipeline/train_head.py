@@ -145,7 +145,7 @@ def _check_splits(splits: dict[str, Split], config: Config, folder: Path) -> Non
     if len(splits["train"]) < least:
         raise InputError(
             "too few train images", where=folder, got=len(splits["train"]), wanted=f"at least {least}",
-            do="lower it with --set knn.K=N, or give --monitor classifier" if least > 2 else "add images to the manifest",
+            do="lower it (--set knn.K=N) or give --monitor classifier" if least > 2 else "add images to the manifest",
         )  # fmt: skip
 
 
