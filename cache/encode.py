@@ -1,5 +1,6 @@
 """From raw embeddings to the arrays of a shard: checked, with norms taken before the cast."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ def l2_norm(values: NDArray[Any]) -> NDArray[np.float32]:
         return np.asarray(np.sqrt(np.einsum("...d,...d->...", wide, wide))).astype(np.float32)
 
 
-def image_arrays(shard: Shard, layout: Layout, ids: NDArray[np.int64], v_img: Floats) -> Arrays:
+def image_arrays(
+    shard: Shard, layout: Layout, ids: NDArray[np.int64], v_img: Floats, skipped: Collection[int] = ()
+) -> Arrays:
     """The datasets of an image shard.
 
     Args:
@@ -34,6 +37,7 @@ def image_arrays(shard: Shard, layout: Layout, ids: NDArray[np.int64], v_img: Fl
         layout: The store's shape.
         ids: Image ids of the whole store, ``(N,)`` int64.
         v_img: Raw embeddings, ``(n, D)`` float32.
+        skipped: Rows of the shard that have no embedding; they are zero, and no other row is.
 
     Raises:
         StoreError: A wrong shape or dtype, or values that cannot be stored.
@@ -41,6 +45,13 @@ def image_arrays(shard: Shard, layout: Layout, ids: NDArray[np.int64], v_img: Fl
     _check_floats("v_img", v_img, shard, (shard.n_rows, layout.width))
     own = ids[shard.start : shard.stop]
     stored, norms = _cast("v_img", v_img, shard, layout, own)
+    wrong = (norms == 0) != np.isin(np.arange(shard.n_rows), list(skipped))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise StoreError(
+            "an embedding is zero" if norms[row] == 0 else "a skipped image has an embedding",
+            where=_row_name("v_img", shard, row, own), wanted="zeros for skipped images, and for no other",
+        )  # fmt: skip
     return {"image_id": own, "v_img": stored, "norm_img": norms}
 
 

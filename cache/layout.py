@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 FORMAT = "mmcli-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST, KEY, INDEX, LOCK = "manifest.json", "key.json", "index.parquet", ".lock"
 
@@ -53,6 +53,8 @@ class Layout:
         n_captions_max: Captions kept per image.
         shard_rows: Rows of every shard but the last, which may have fewer.
         dtype: How embeddings are stored.
+        batch_tokens: Tokens that went through a tower at once, 0 where nobody says. The last bit of a number may
+            depend on it, so a store that is resumed keeps its own.
     """
 
     n_images: int
@@ -60,12 +62,15 @@ class Layout:
     n_captions_max: int
     shard_rows: int
     dtype: StoredDtype
+    batch_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_images", "width", "n_captions_max", "shard_rows"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}, it must be a whole number above 0")
+        if type(self.batch_tokens) is not int or self.batch_tokens < 0:
+            raise ValueError(f"batch_tokens is {self.batch_tokens!r}, it must be a whole number")
         if self.n_captions_max > np.iinfo(np.uint8).max:
             raise ValueError(f"n_captions_max is {self.n_captions_max}, it must be at most 255")
 

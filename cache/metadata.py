@@ -6,7 +6,7 @@ changed on the disk, or by hand, is found.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -52,6 +52,7 @@ class StoreManifest:
         shards: Every shard: image shards, then text shards, each part in order.
         created: When the store was finished: UTC, ISO 8601 with microseconds.
         extra: What the writer was told to keep: library versions, device and the like.
+        skipped: Rows without an image embedding, rising, and why.
     """
 
     key: StoreKey
@@ -60,6 +61,7 @@ class StoreManifest:
     shards: tuple[ShardEntry, ...]
     created: str
     extra: dict[str, Any]
+    skipped: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def n_captions(self) -> int:
@@ -68,17 +70,14 @@ class StoreManifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The document, not yet sealed."""
-        layout = self.layout
         return _head(self.key) | {
             "created": self.created,
-            "counts": {
-                "images": layout.n_images, "captions": self.n_captions, "width": layout.width,
-                "captions_per_image_max": layout.n_captions_max, "shard_rows": layout.shard_rows,
-            },
+            "counts": {"captions": self.n_captions} | _counts(self.layout),
             "extra": self.extra,
             "index": asdict(self.index),
             "shards": [asdict(entry) for entry in self.shards],
-        }  # fmt: skip
+            "skipped": [{"row": row, "reason": reason} for row, reason in self.skipped.items()],
+        }
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
@@ -94,6 +93,7 @@ class StoreManifest:
             shards=tuple(ShardEntry(**entry) for entry in document["shards"]),
             created=datetime.fromisoformat(document["created"]).isoformat(timespec="microseconds"),
             extra=dict(document["extra"]),
+            skipped={int(one["row"]): str(one["reason"]) for one in document["skipped"]},
         )  # fmt: skip
         # File names are derived, never trusted: a name in the document cannot lead out of the folder.
         names = [(entry.shard, entry.file) for entry in manifest.shards]
@@ -101,6 +101,9 @@ class StoreManifest:
             raise ValueError("its list of shards does not cover the rows in order")
         if (manifest.index.file, manifest.index.rows) != (INDEX, layout.n_images):
             raise ValueError("its index is another file or has other rows")
+        rows = [one["row"] for one in document["skipped"]]
+        if rows != sorted(set(rows)) or not all(0 <= row < layout.n_images for row in rows):
+            raise ValueError("its list of skipped rows is not in order")
         if counts["captions"] != manifest.n_captions:
             raise ValueError("its count of captions is not the sum over its shards")
         return manifest
@@ -113,10 +116,7 @@ def manifest_bytes(manifest: StoreManifest) -> bytes:
 
 def key_bytes(key: StoreKey, layout: Layout) -> bytes:
     """What is written to ``key.json``, so that an unfinished folder is recognised."""
-    names = ("n_images", "width", "n_captions_max", "shard_rows")
-    images, width, captions, rows = (getattr(layout, name) for name in names)
-    counts = {"images": images, "width": width, "captions_per_image_max": captions, "shard_rows": rows}
-    return _seal(_head(key) | {"counts": counts})
+    return _seal(_head(key) | {"counts": _counts(layout)})
 
 
 def read_manifest(folder: Path) -> StoreManifest:
@@ -172,10 +172,17 @@ def _key(document: Mapping[str, Any]) -> StoreKey:
     return key
 
 
+def _counts(layout: Layout) -> dict[str, int]:
+    return {
+        "images": layout.n_images, "width": layout.width, "captions_per_image_max": layout.n_captions_max,
+        "shard_rows": layout.shard_rows, "batch_tokens": layout.batch_tokens,
+    }  # fmt: skip
+
+
 def _layout(key: StoreKey, counts: Mapping[str, Any]) -> Layout:
     return Layout(
         n_images=counts["images"], width=counts["width"], n_captions_max=counts["captions_per_image_max"],
-        shard_rows=counts["shard_rows"], dtype=key.dtype,
+        shard_rows=counts["shard_rows"], batch_tokens=counts["batch_tokens"], dtype=key.dtype,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,11 @@ class Store:
         return self.manifest.created
 
     @property
+    def skipped(self) -> Mapping[int, str]:
+        """Rows without an image embedding (theirs is zero), and why."""
+        return self.manifest.skipped
+
+    @property
     def extra(self) -> dict[str, Any]:
         """What the writer was told to keep."""
         return self.manifest.extra
@@ -165,14 +170,17 @@ class Store:
 
 
 def list_stores(root: Path) -> list[Path]:
-    """Finished stores directly below a folder, the oldest first; empty where there is no such folder.
+    """Finished stores directly below a folder, the one that was extracted last at the end; empty without that folder.
+
+    An extraction that finds its store finished counts: what was asked for last is what the next command reads.
 
     A store whose manifest cannot be read, or of another format version, is left out with a warning in the log.
     """
     dated = []
     for folder in _folders(root):
         try:
-            dated.append((read_manifest(folder).created, folder.name, folder))
+            read_manifest(folder)
+            dated.append(((folder / MANIFEST).stat().st_mtime_ns, folder.name, folder))
         except FileNotFoundError:
             continue
         except StoreError as error:
@@ -181,7 +189,7 @@ def list_stores(root: Path) -> list[Path]:
 
 
 def newest_store(root: Path) -> Path:
-    """The finished store below a folder that was created last.
+    """The finished store below a folder that was extracted last.
 
     Raises:
         StoreMissing: There is none; says which unfinished ones there are.

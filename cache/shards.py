@@ -8,6 +8,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -120,6 +121,15 @@ def read_shard_into(
         expected = layout.datasets(shard.part, shard.n_rows)
         for name, whole in out.items():
             whole[shard.start : shard.stop] = _values(data, _dataset(file, name, *expected[name]))
+
+
+def is_our_shard(path: Path) -> bool:
+    """Whether a file is a shard of some store of this project, as far as its header can be read."""
+    try:
+        with h5py.File(path, "r") as file:
+            return bool(file.attrs.get("format") == np.bytes_(FORMAT))
+    except _UNREADABLE:
+        return False
 
 
 def same_content(one: Arrays, other: Arrays) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,9 @@ from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
 from .files import remove, sync_folder
 from .index import index_bytes, parse_index
 from .key import StoreKey
-from .layout import INDEX, KEY, MANIFEST, SHARD_NAME, Layout, Shard
+from .layout import INDEX, KEY, LOCK, MANIFEST, SHARD_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
-from .shards import Arrays, OtherKey, ShardBroken, decode_shard
+from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
 
 REPLACE = "name another folder with --out, or replace this store with --force"
 
@@ -26,6 +27,13 @@ class DamagedShard:
 
     name: str
     reason: str
+
+
+class Whole(NamedTuple):
+    """A shard that is as it should be: its line in the manifest, and the rows of the store that were skipped."""
+
+    entry: ShardEntry
+    skipped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +51,19 @@ class Found:
     damaged: tuple[DamagedShard, ...]
 
 
+def zero_rows(shard: Shard, arrays: Arrays) -> tuple[int, ...]:
+    """Rows of the store that an image shard has no embedding for: they were skipped."""
+    if shard.part != "image":
+        return ()
+    return tuple(int(row) + shard.start for row in np.flatnonzero(arrays["norm_img"] == 0))
+
+
 def key_digest(key: StoreKey, shard: Shard) -> str:
     """The digest that a shard carries: image shards the store's, text shards the one that siblings share."""
     return key.digest if shard.part == "image" else key.text_digest
 
 
-def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> ShardEntry:
+def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> Whole:
     """Read a shard, check its own checksums and its image ids.
 
     Args:
@@ -59,7 +74,7 @@ def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: N
         ids: Image ids of the whole store, ``(N,)`` int64.
 
     Returns:
-        Its line in the manifest.
+        Its line in the manifest, and the rows of the store that were skipped.
 
     Raises:
         ShardBroken: It is not that shard.
@@ -67,7 +82,7 @@ def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: N
     arrays = decode_shard(data, shard, layout, key_digest(key, shard))
     if not np.array_equal(arrays["image_id"], ids[shard.start : shard.stop]):
         raise ShardBroken("its image ids are not those of the index")
-    return make_entry(data, shard, arrays)
+    return Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
 
 
 def make_entry(data: bytes, shard: Shard, arrays: Arrays) -> ShardEntry:
@@ -96,12 +111,13 @@ def read_checked(folder: Path, entry: FileEntry) -> bytes:
     return data
 
 
-def identify(folder: Path, key: StoreKey) -> Found:
+def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> Found:
     """Whose folder is it? Refuses one that is another store's, or nobody's.
 
     Args:
         folder: An existing folder.
         key: The key that is to be written.
+        cleared: Whether a store was just removed from it; files beside it are then known and stay.
 
     Raises:
         StoreMismatch: It holds another key, another format version, or files of something else.
@@ -120,9 +136,9 @@ def identify(folder: Path, key: StoreKey) -> Found:
         pass
     except StoreDamaged as error:
         damaged.append(DamagedShard(KEY, str(error.got)))
-    if known is None:
+    if known is None and not cleared:
         _refuse_foreign(folder)
-    elif known[0] != key:
+    elif known is not None and known[0] != key:
         lines = known[0].diff(key)
         raise StoreMismatch("the folder holds a store of another key", where=folder, got="; ".join(lines), do=REPLACE)
     return Found(manifest=manifest, known=known, damaged=tuple(damaged))
@@ -136,16 +152,23 @@ def looks_like_store(folder: Path) -> bool:
     )  # fmt: skip
 
 
+def is_store_of_ours(folder: Path) -> bool:
+    """Whether a file in a folder says that it is of a store; a name alone is no proof."""
+    if any(is_ours(folder / name) for name in (KEY, MANIFEST)):
+        return True
+    return any(is_our_shard(path) for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+
+
 def sweep(
     folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], found: Found
-) -> tuple[dict[Shard, ShardEntry], list[DamagedShard]]:
+) -> tuple[dict[Shard, Whole], list[DamagedShard]]:
     """Sort a folder's shards into whole and damaged ones; absent ones are in neither.
 
     Raises:
         StoreMismatch: Nothing says whose the folder is but its shards, and they are of another key.
     """
     listed: Mapping[Shard, ShardEntry] = {e.shard: e for e in found.manifest.shards} if found.manifest else {}
-    whole: dict[Shard, ShardEntry] = {}
+    whole: dict[Shard, Whole] = {}
     damaged: list[DamagedShard] = []
     for shard in layout.all_shards():
         path = folder / shard.name
@@ -183,16 +206,21 @@ def index_is(folder: Path, manifest: StoreManifest | None, table: pa.Table) -> b
     return bool(written.equals(wanted, check_metadata=True))
 
 
-def discard(folder: Path) -> None:
-    """Remove a store's own files and nothing else: a folder that was named by mistake loses nothing."""
-    if not looks_like_store(folder):
-        return
+def discard(folder: Path) -> bool:
+    """Remove a store's own files and nothing else: a folder that was named by mistake loses nothing.
+
+    Returns:
+        Whether there was a store.
+    """
+    if not is_store_of_ours(folder):
+        return False
     # The manifest first: a store that is half removed must not be readable.
     remove(folder / MANIFEST)
     for path in sorted(folder.iterdir()):
         if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
             path.unlink()
     sync_folder(folder)
+    return True
 
 
 def check_layout(folder: Path, known: Layout, wanted: Layout) -> None:
@@ -217,10 +245,11 @@ def unfinished(folder: Path) -> StoreUnfinished:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A manifest.json or index.parquet of something else must not be overwritten."""
-    theirs = [name for name in (MANIFEST, INDEX, KEY) if (folder / name).exists()]
-    if theirs and not looks_like_store(folder):
+    """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
+    there = sorted(path for path in folder.iterdir() if path.name != LOCK)
+    if there and not is_store_of_ours(folder):
         raise StoreMismatch(
-            "the folder holds files that are not of a store", where=folder, got=", ".join(theirs),
+            "the folder holds files that are not of a store", where=folder,
+            got=", ".join(path.name for path in there[:3]), wanted="a new or empty folder, or a store",
             do="name another folder with --out",
         )  # fmt: skip

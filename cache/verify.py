@@ -15,7 +15,7 @@ from .layout import INDEX, KEY, LOCK, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
 from .reader import EXTRACT, Store
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
-from .sweep import key_digest, looks_like_store, make_entry, read_checked
+from .sweep import key_digest, looks_like_store, make_entry, read_checked, zero_rows
 
 _MOST_NAMED = 3
 
@@ -65,7 +65,7 @@ def verify(folder: Path) -> VerifyReport:
         listed = {entry.shard: entry for entry in manifest.shards} if manifest else {}
         for shard in layout.all_shards():
             n_shards += 1
-            found = _check_shard(folder, shard, listed.get(shard), layout, key, ids)
+            found = _check_shard(folder, shard, listed.get(shard), layout, key, ids, manifest)
             problems += [f"{shard.name}: {line}" for line in found]
     problems += _stray_files(folder, known[1] if known else None)
     return VerifyReport(folder=folder, n_shards=n_shards, problems=tuple(problems))
@@ -89,9 +89,9 @@ def describe(folder: Path) -> dict[str, Any]:
         "folder": str(store.folder), "model": key.model, "revision": key.revision, "patches": key.patches,
         "text_length": key.text_length, "dtype": key.dtype, "compute_dtype": key.compute_dtype,
         "images": store.n_images, "captions": manifest.n_captions, "width": store.width,
-        "shards": len(manifest.shards), "bytes": manifest.index.bytes + sum(e.bytes for e in manifest.shards),
+        "skipped": len(store.skipped), "shards": len(manifest.shards), "bytes": manifest.index.bytes + sum(e.bytes for e in manifest.shards),
         "created": store.created, "digest": store.digest, "manifest_sha256": key.manifest_sha256,
-        "norm_img": _spread(arrays.norm_img), "norm_txt": _spread(arrays.norm_txt[real]), "extra": store.extra,
+        "norm_img": _spread(arrays.norm_img[arrays.norm_img > 0]), "norm_txt": _spread(arrays.norm_txt[real]), "extra": store.extra,
     }  # fmt: skip
 
 
@@ -151,7 +151,13 @@ def _check_index(
 
 
 def _check_shard(
-    folder: Path, shard: Shard, entry: ShardEntry | None, layout: Layout, key: StoreKey, ids: NDArray[np.int64] | None
+    folder: Path,
+    shard: Shard,
+    entry: ShardEntry | None,
+    layout: Layout,
+    key: StoreKey,
+    ids: NDArray[np.int64] | None,
+    manifest: StoreManifest | None,
 ) -> list[str]:
     problems: list[str] = []
     try:
@@ -168,10 +174,12 @@ def _check_shard(
     rows = slice(shard.start, shard.stop)
     if ids is not None and not np.array_equal(arrays["image_id"], ids[rows]):
         problems.append("its image ids are not those of the index")
-    return problems + _check_values(shard, layout, arrays)
+    # Without a manifest nothing says which rows were skipped on purpose; the store is unfinished anyway.
+    skipped = zero_rows(shard, arrays) if manifest is None else tuple(manifest.skipped)
+    return problems + _check_values(shard, layout, arrays, skipped)
 
 
-def _check_values(shard: Shard, layout: Layout, arrays: Arrays) -> list[str]:
+def _check_values(shard: Shard, layout: Layout, arrays: Arrays, skipped: tuple[int, ...]) -> list[str]:
     v, norm = ("v_img", "norm_img") if shard.part == "image" else ("v_txt", "norm_txt")
     vectors, norms = arrays[v], arrays[norm]
     for name in (v, norm):
@@ -179,6 +187,9 @@ def _check_values(shard: Shard, layout: Layout, arrays: Arrays) -> list[str]:
             return [f"NaN or infinity in {name} row {row}, image id {arrays['image_id'][row]}"]
     real = np.ones(norms.shape, bool)
     problems = []
+    if shard.part == "image":
+        real = ~np.isin(np.arange(shard.start, shard.stop), skipped)
+        problems += _rows("a skipped image has an embedding", ~real & (norms != 0), arrays)
     if shard.part == "text":
         counts = arrays["n_captions"]
         if counts.max() > layout.n_captions_max:

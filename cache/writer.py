@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +19,21 @@ from .files import adopt, lock, remove, remove_temporaries, sync_folder, unlock,
 from .index import check_index, index_bytes, place_rows
 from .key import StoreKey
 from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
-from .metadata import FileEntry, ShardEntry, StoreManifest, key_bytes, manifest_bytes
+from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes
 from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
-from .sweep import DamagedShard, check_layout, check_shard, discard, identify, index_is, key_digest, make_entry, sweep
+from .sweep import (
+    DamagedShard,
+    Whole,
+    check_layout,
+    check_shard,
+    discard,
+    identify,
+    index_is,
+    key_digest,
+    make_entry,
+    sweep,
+    zero_rows,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -39,12 +51,13 @@ class StoreWriter:
         width: Embedding width D.
         n_captions_max: Captions kept per image.
         shard_rows: Rows per shard of a new store; a store that is resumed keeps its own.
+        batch_tokens: Tokens in one forward pass of a new store; likewise.
         extra: Anything JSON to keep in the manifest: library versions, device and the like.
         overwrite: Throw the store in ``folder`` away first, whatever its key.
 
     Attributes:
         folder: The store's folder.
-        layout: The store's shape; with the rows per shard of the store that is resumed.
+        layout: The store's shape; with the rows per shard and tokens per pass of the store that is resumed.
         damaged: Files that were there and were not whole; their shards are among the missing.
 
     Raises:
@@ -63,6 +76,7 @@ class StoreWriter:
         width: int,
         n_captions_max: int = 5,
         shard_rows: int = 1024,
+        batch_tokens: int = 0,
         extra: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -73,7 +87,7 @@ class StoreWriter:
         try:
             self.layout = Layout(
                 n_images=len(self._ids), width=width, n_captions_max=n_captions_max, shard_rows=shard_rows,
-                dtype=key.dtype,
+                batch_tokens=batch_tokens, dtype=key.dtype,
             )  # fmt: skip
             # Through JSON and back, so that what is kept is what will be read.
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
@@ -81,7 +95,7 @@ class StoreWriter:
             raise StoreError("bad store", where=folder, got=error) from error
         self._overwrite = overwrite
         self.damaged: list[DamagedShard] = []
-        self._whole: dict[Shard, ShardEntry] = {}
+        self._whole: dict[Shard, Whole] = {}
         self._finished = False
         self._lock: int | None = None
 
@@ -115,18 +129,19 @@ class StoreWriter:
         """Shards of a part that are still to be written, in order."""
         return [shard for shard in self.layout.shards(part) if shard not in self._whole]
 
-    def write_image(self, shard: Shard, *, v_img: NDArray[np.float32]) -> None:
+    def write_image(self, shard: Shard, *, v_img: NDArray[np.float32], skipped: Collection[int] = ()) -> None:
         """Write one missing image shard; norms are taken here, before the cast.
 
         Args:
             shard: One of :meth:`missing`.
-            v_img: Raw embeddings, ``(n, D)`` float32.
+            v_img: Raw embeddings, ``(n, D)`` float32; rows of skipped images are zero.
+            skipped: Rows of the shard whose images could not be read; :meth:`finish` asks why.
 
         Raises:
             StoreError: A wrong shape or dtype, a value that is not finite or too large for the stored dtype, or a
                 disk that does not take it.
         """
-        self._put(shard, "image", image_arrays(shard, self.layout, self._ids, v_img))
+        self._put(shard, "image", image_arrays(shard, self.layout, self._ids, v_img, skipped))
 
     def write_text(self, shard: Shard, *, v_txt: NDArray[np.float32], n_captions: NDArray[np.integer[Any]]) -> None:
         """Write one missing text shard; norms are taken here, before the cast.
@@ -153,9 +168,9 @@ class StoreWriter:
         self._check_open()
         taken = 0
         for shard in self.missing("text"):
-            entries: list[ShardEntry] = []
+            entries: list[Whole] = []
 
-            def check(data: bytes, shard: Shard = shard, entries: list[ShardEntry] = entries) -> None:
+            def check(data: bytes, shard: Shard = shard, entries: list[Whole] = entries) -> None:
                 entries.append(check_shard(data, shard, self.layout, self.key, self._ids))
 
             try:
@@ -169,8 +184,23 @@ class StoreWriter:
                 taken += 1
         return taken
 
-    def finish(self) -> Path:
+    @property
+    def skipped(self) -> dict[Shard, tuple[int, ...]]:
+        """Whole image shards with skipped rows, and these rows of the store."""
+        return {shard: one.skipped for shard, one in self._whole.items() if one.skipped}
+
+    def redo(self, shard: Shard) -> None:
+        """Take a whole shard back among the missing; the store is unfinished from here on."""
+        self._check_open()
+        if self._whole.pop(shard, None) is not None:
+            remove(self.folder / MANIFEST)
+            self._finished = False
+
+    def finish(self, skipped: Mapping[int, str] | None = None) -> Path:
         """Write the index, then the manifest, which makes the store readable; nothing to do for a finished one.
+
+        Args:
+            skipped: Why each skipped row of the store was skipped.
 
         Returns:
             The store's folder.
@@ -186,7 +216,11 @@ class StoreWriter:
                 "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
             )
         if self._finished:
+            (self.folder / MANIFEST).touch()  # the newest store is the one that was asked for last
             return self.folder
+        rows = sorted(row for one in self.skipped.values() for row in one)
+        if rows != sorted(skipped or {}):
+            raise StoreError("skipped rows without a reason", where=self.folder, got=sorted(skipped or {}), wanted=rows)
         data = index_bytes(place_rows(self._table, self.layout))
         write_whole(self.folder / INDEX, data)
         manifest = StoreManifest(
@@ -194,7 +228,8 @@ class StoreWriter:
             index=FileEntry(
                 file=INDEX, rows=self.layout.n_images, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
             ),
-            shards=tuple(self._whole[shard] for shard in self.layout.all_shards()),
+            shards=tuple(self._whole[shard].entry for shard in self.layout.all_shards()),
+            skipped={row: (skipped or {})[row] for row in rows},
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
         )  # fmt: skip
         write_whole(self.folder / MANIFEST, manifest_bytes(manifest))
@@ -203,9 +238,7 @@ class StoreWriter:
 
     def _open(self) -> None:
         remove_temporaries(self.folder)
-        if self._overwrite:
-            discard(self.folder)
-        found = identify(self.folder, self.key)
+        found = identify(self.folder, self.key, cleared=self._overwrite and discard(self.folder))
         if found.known is not None:
             check_layout(self.folder, found.known[1], self.layout)
             self.layout = found.known[1]
@@ -243,7 +276,7 @@ class StoreWriter:
                 raise StoreError("the disk gave back something else", where=path, do="check the disk")
 
         write_whole(path, data, check)
-        self._whole[shard] = make_entry(data, shard, arrays)
+        self._whole[shard] = Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
 
     def _check_open(self) -> None:
         if self._lock is None:

@@ -187,10 +187,23 @@ def test_nan_is_named(kit, folder):
         (folder / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+def test_a_file_of_something_else_with_a_shards_name_is_left_alone(kit, tmp_path, options):
+    path = tmp_path / "image-00000.h5"
+    path.write_text("precious")
+    with (
+        pytest.raises(StoreMismatch, match=r"not of a store: .*got image-00000\.h5"),
+        kit.Data().writer(tmp_path, kit.key(), **options),
+    ):
+        pass
+    assert path.read_text() == "precious"
+    assert [found.name for found in tmp_path.iterdir() if found.name != ".lock"] == ["image-00000.h5"]
+
+
 def test_newer_format_is_refused(kit, folder):
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2', 1))
-    with pytest.raises(StoreMismatch, match=r"another format version: .*: got 2, wanted 1; update mmcli"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3', 1))
+    with pytest.raises(StoreMismatch, match=r"another format version: .*: got 3, wanted 2; update mmcli"):
         Store.open(folder)
     with pytest.raises(StoreMismatch, match="update mmcli"), kit.Data().writer(folder, kit.key()):
         pass

@@ -17,7 +17,7 @@ OTHER = {
     "dtype": "float32",
     "manifest_sha256": "cd" * 32,
     "compute_dtype": "bfloat16",
-    "format_version": 2,
+    "format_version": 3,
 }
 TEXT_FREE = {"patches", "processor"}
 

@@ -63,13 +63,14 @@ def test_every_problem_is_listed(kit, tmp_path):
     assert len(problems) == len(expected) - 1
 
 
-def test_zero_norms_are_legal_and_reported(kit, tmp_path):
+def test_zero_norms_of_captions_are_legal_and_reported(kit, tmp_path):
     data = kit.Data()
-    data.v_img[[0, 3]] = 0
+    data.counts[[0, 3]] = 1
+    data.v_txt[[0, 3]] = 0
     folder = data.write(tmp_path / "s", kit.key())
     Store.open(folder).load()
     assert verify(folder).problems == (
-        f"image-00000.h5: norm_img is 0: rows 0 (image id {data.ids[0]}), 3 (image id {data.ids[3]})",
+        f"text-00000.h5: norm_txt is 0: rows 0 (image id {data.ids[0]}), 3 (image id {data.ids[3]})",
     )
 
 

@@ -135,8 +135,8 @@ def test_wrong_index_and_sizes_are_refused(kit, tmp_path):
     for options in ({"width": 0}, {"shard_rows": 0}, {"n_captions_max": 256}, {"extra": {"a": float("nan")}}):
         with pytest.raises(StoreError, match="bad store"):
             kit.Data().writer(tmp_path / "s", kit.key(), **options)
-    with pytest.raises(StoreMismatch, match="another format: got 2, wanted 1"):
-        kit.Data().writer(tmp_path / "s", kit.key(format_version=2))
+    with pytest.raises(StoreMismatch, match="another format: got 3, wanted 2"):
+        kit.Data().writer(tmp_path / "s", kit.key(format_version=3))
     assert not (tmp_path / "s").exists()
 
 
@@ -250,7 +250,11 @@ def test_a_finished_store_is_left_alone(kit, tmp_path):
     data.write(folder, kit.key())
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     data.write(folder, kit.key(), extra={"torch": "3"})
-    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    # Only the manifest's date is new: this store is the one that was asked for last.
+    assert after.pop("manifest.json")[1] > before["manifest.json"][1]
+    assert before.pop("manifest.json")[0] == (folder / "manifest.json").read_bytes()
+    assert before == after
 
 
 def test_a_changed_index_is_written_anew(kit, tmp_path):
