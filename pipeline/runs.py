@@ -7,7 +7,6 @@ A run folder holds ``run.json`` (what it is and whether it is finished), ``confi
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 
 from .. import InputError, __version__
 from .config import Config, dump_config
-from .files import make_folder, write_text
+from .files import write_text
+from .run_folders import MARK, claim_named, claim_new
 
 RUN_VERSION = 1
 PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "faiss-gpu", "scikit-learn")
@@ -89,24 +89,11 @@ def start_run(
         force: Throw an existing run in ``out`` away first.
 
     Raises:
-        InputError: ``out`` holds something already and ``force`` is not given, or is no run.
+        InputError: ``out`` holds something already and ``force`` is not given, is no run, or was taken by another
+            process at the same moment.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = out or _free(runs / f"{stamp}-{label}")
-    make_folder(folder)
-    if any(folder.iterdir()):
-        if not force:
-            raise InputError(
-                "the folder is in use", where=folder, got="a folder with files", wanted="a new or empty folder",
-                do="give another --out, or --force to replace the run",
-            )  # fmt: skip
-        if not (folder / "run.json").is_file():
-            raise InputError(
-                "will not replace a folder that is no run", where=folder, got="no run.json", wanted="a run folder",
-                do="give another --out",
-            )  # fmt: skip
-        shutil.rmtree(folder)
-        make_folder(folder)
+    folder = claim_new(runs / f"{stamp}-{label}") if out is None else claim_named(out, force=force)
     run = Run(folder=folder, info=info)
     _write_info(run)
     write_text(folder / "config.yaml", dump_config(config))
@@ -135,7 +122,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
     Raises:
         InputError: No such folder, no run, an unfinished run, or a run of another kind.
     """
-    path = folder / "run.json"
+    path = folder / MARK
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["category_names"] = tuple(record["category_names"])
@@ -161,7 +148,7 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
         InputError: There is none.
     """
     found = []
-    for path in runs.glob("*/run.json"):
+    for path in runs.glob(f"*/{MARK}"):
         try:
             found.append(open_run(path.parent, kind=kind))
         except InputError:
@@ -208,13 +195,4 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def _write_info(run: Run) -> None:
-    write_text(run.folder / "run.json", json.dumps(asdict(run.info), indent=1))
-
-
-def _free(folder: Path) -> Path:
-    """A name that no run has: two runs may start within one second."""
-    number, free = 2, folder
-    while free.exists():
-        free = folder.with_name(f"{folder.name}-{number}")
-        number += 1
-    return free
+    write_text(run.folder / MARK, json.dumps(asdict(run.info), indent=1))

@@ -2,14 +2,18 @@
 
 import errno
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
 from safetensors import SafetensorError
 
 from mmcli import InputError
+from mmcli.pipeline import run_folders
 from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.files import write_text, write_whole
@@ -68,6 +72,117 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path
     with pytest.raises(InputError, match="--force"):
         start_run(make_info(), Config(), out=mine, **options)
     start_run(make_info(), Config(), out=mine, force=True, **options)
+
+
+def started_together(start: Callable[[], object], n: int = 8) -> list[object]:
+    """What n calls that begin at one moment return; an ``InputError`` for those that were refused."""
+    barrier = Barrier(n)
+
+    def one(_: int) -> object:
+        barrier.wait()
+        try:
+            return start()
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(one, range(n)))
+
+
+def test_runs_started_together_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcli.pipeline.runs.environment", lambda device, seed: {})
+    for number in range(10):
+        runs = started_together(lambda number=number: start(tmp_path / str(number)))
+        assert len({run.folder for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("there", ["absent", "empty"])
+def test_a_folder_that_many_ask_for_goes_to_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setattr("mmcli.pipeline.runs.environment", lambda device, seed: {})
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    for number in range(10):
+        out = tmp_path / str(number)
+        if there == "empty":
+            out.mkdir()
+        results = started_together(lambda out=out: start_run(make_info(), Config(), out=out, **options))
+        refused = [result for result in results if isinstance(result, InputError)]
+        assert len(refused) == len(results) - 1
+        assert all("the folder is in use" in str(error) and "\n" not in str(error) for error in refused)
+
+
+def test_another_process_may_take_the_folder_while_it_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original = tmp_path / "run", run_folders._empty
+
+    def slow(folder: Path) -> None:
+        original(folder)
+        (folder / "run.json").write_text("of another process")
+
+    options = {"label": "x", "runs": tmp_path, "device": "cpu", "out": out}
+    start_run(make_info(), Config(), **options)
+    monkeypatch.setattr(run_folders, "_empty", slow)
+    with pytest.raises(InputError, match=r"in use.*another process"):
+        start_run(make_info(), Config(), force=True, **options)
+    assert (out / "run.json").read_text() == "of another process"
+
+
+def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, link, store = tmp_path / "real", tmp_path / "link", tmp_path / "store"
+    options = {"label": "x", "runs": tmp_path, "device": "cpu", "force": True}
+    store.mkdir()
+    (store / "precious.h5").write_text("days of work")
+    link.symlink_to(real, target_is_directory=True)
+    real.mkdir()
+    monkeypatch.chdir(real)
+    for out in (real, link, Path(), Path("../link/.")):
+        old = start_run(make_info(), Config(), out=real, **options)
+        (old.folder / "codes").mkdir()
+        (old.folder / "codes" / "test.safetensors").write_text("old")
+        (old.folder / "store").symlink_to(store, target_is_directory=True)
+        finish_run(start_run(make_info(), Config(), out=out, **options), [{"mAP": 0.5}])
+        assert {path.name for path in real.iterdir()} == {"run.json", "config.yaml", "environment.json", "metrics.json"}
+        assert open_run(out).info.status == "finished"
+    assert link.is_symlink()
+    assert (store / "precious.h5").read_text() == "days of work"
+
+
+def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path)
+    (run.folder / "codes").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("mmcli.pipeline.run_folders.shutil.rmtree", refuse)
+    with pytest.raises(InputError, match=r"cannot write: .*codes: got Permission denied.*--out"):
+        start_run(make_info(), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True)
+    assert (run.folder / "run.json").is_file()
+
+
+def test_the_mark_of_a_finished_run_is_written_after_its_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, the run must not pass for a finished one."""
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    run, original = start(tmp_path), write_text
+    monkeypatch.setattr(
+        "mmcli.pipeline.runs.write_text",
+        lambda path, text: killed(path, text) if path.name == "metrics.json" else original(path, text),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        finish_run(run, [{"mAP": 0.5}])
+    with pytest.raises(InputError, match="running"):
+        open_run(run.folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": 3}', ""])

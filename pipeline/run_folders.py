@@ -1,0 +1,86 @@
+"""Run folders taken so that no two processes hold the same one, and emptied so that nothing else is lost.
+
+A folder belongs to the process that made it, or its ``run.json``: both are single steps of the file system when what is
+made must not be there yet, so only one process can be the first.
+"""
+
+import shutil
+from pathlib import Path
+
+from .. import InputError
+from .files import make_folder, unwritable
+
+MARK = "run.json"
+
+
+def claim_new(folder: Path) -> Path:
+    """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    make_folder(folder.parent)
+    number, free = 1, folder
+    while True:
+        try:
+            free.mkdir()
+        except FileExistsError:
+            number += 1
+            free = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise unwritable(free, error) from None
+        else:
+            return free
+
+
+def claim_named(folder: Path, *, force: bool) -> Path:
+    """Take a folder that was asked for; it is made when absent.
+
+    Args:
+        folder: The folder; a link to one, or the working folder, stays what it is.
+        force: Throw an existing run away first. Its files go, the folder itself stays.
+
+    Returns:
+        The folder, with an empty ``run.json`` that marks it as taken.
+
+    Raises:
+        InputError: It holds something and ``force`` is not given, is no run, cannot be emptied or written, or was
+            taken by another process at the same moment.
+    """
+    make_folder(folder)
+    try:
+        if any(folder.iterdir()):
+            _check_replaceable(folder, force=force)
+            _empty(folder)
+        (folder / MARK).touch(exist_ok=False)
+    except (FileExistsError, FileNotFoundError):
+        raise _in_use(folder, "a run that another process has just started") from None
+    except OSError as error:
+        raise unwritable(Path(error.filename or folder), error) from None
+    return folder
+
+
+def _check_replaceable(folder: Path, *, force: bool) -> None:
+    if not force:
+        raise _in_use(folder, "a folder with files")
+    if not (folder / MARK).is_file():
+        raise InputError(
+            "will not replace a folder that is no run", where=folder, got=f"no {MARK}", wanted="a run folder",
+            do="give another --out",
+        )  # fmt: skip
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a run folder, its mark last: until then it is still a run that may be replaced."""
+    for child in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _in_use(folder: Path, got: str) -> InputError:
+    return InputError(
+        "the folder is in use", where=folder, got=got, wanted="a new or empty folder",
+        do="give another --out, or --force to replace the run",
+    )  # fmt: skip
