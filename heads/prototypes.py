@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .sigmoid import sigmoid
+
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -63,10 +65,7 @@ def to_probability(cosine: npt.NDArray[np.float32], logit_scale: float, logit_bi
     Returns:
         ``(N, C)`` float32 in [0, 1].
     """
-    x = logit_scale * cosine.astype(np.float64) + logit_bias
-    # The same as 1 / (1 + exp(-x)), which would overflow; exp of a negative number keeps small probabilities apart.
-    small = np.exp(-np.abs(x))
-    return (np.where(x >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
+    return sigmoid(logit_scale * cosine.astype(np.float64) + logit_bias).astype(np.float32)
 
 
 def _unit(v: Floats, name: str) -> npt.NDArray[np.float64]:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .. import InputError
+from ..heads.sigmoid import sigmoid
 from .files import write_whole
 
 SPLITS = ("train", "val", "test")
@@ -36,12 +37,12 @@ class Codes:
         return len(self.image_id)
 
     @property
-    def probabilities(self) -> npt.NDArray[np.float32] | None:
-        """The classifier's scores, sigmoid of the logits ``(n, C)`` float32; ``None`` where no logits were kept."""
-        if self.logits is None:
-            return None
-        # The same as 1 / (1 + exp(-x)), without its overflow.
-        return (0.5 * (1.0 + np.tanh(0.5 * self.logits.astype(np.float64)))).astype(np.float32)
+    def probabilities(self) -> npt.NDArray[np.float64] | None:
+        """The classifier's scores, sigmoid of the logits ``(n, C)`` float64; ``None`` where no logits were kept.
+
+        In float32 all logits above 17 would be 1, and what the classifier ranks would be tied.
+        """
+        return None if self.logits is None else sigmoid(self.logits)
 
 
 def codes_path(run: Path, split: str) -> Path:
