@@ -17,9 +17,10 @@ from ..heads.knn import Index, build_index
 from ..heads.voting import vote
 from .codes import Codes, read_codes
 from .config import Config
-from .evaluation import metrics_row, write_scores
+from .evaluation import classifier_row, metrics_row, write_scores
+from .metrics_file import merge_rows, read_metrics, write_metrics
 from .progress import Progress
-from .runs import Run, newest_run, open_run, write_metrics
+from .runs import Run, newest_run, open_run
 from .tables import metrics_table
 
 SINGLE_QUERIES = 200
@@ -78,9 +79,11 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
         progress: Who to tell.
 
     Raises:
-        InputError: Damaged codes, Hamming distance asked of a run without hash layer, or K larger than the index.
+        InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, or K larger than the
+            index.
     """
     progress = progress or Progress()
+    known = read_metrics(run.folder)
     base, val = read_codes(run.folder, "train"), read_codes(run.folder, "val")
     query = {"train": base, "val": val}.get(split) or read_codes(run.folder, split)
     knn = config.knn.model_copy(update={"distance_metric": _metric(config.knn, base, run)})
@@ -96,8 +99,9 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     row |= _settings(knn, base) | {"index_build_s": build_s, "throughput_qps": len(query) / seconds}
     row |= _latency(tag, query) | _sizes(index, base)
     write_scores(run.folder, "knn", split, query.image_id, scores)
-    others = tuple(_other_rows(split, query, val))
-    path = write_metrics(run.folder, [row, *others])
+    rows = merge_rows(known, [row, *_other_rows(split, query, val)])
+    path = write_metrics(run.folder, rows)
+    others = tuple(other for other in rows[1:] if other["split"] == split)
     return KnnResult(run=run, metrics_path=path, metrics=row, others=others)
 
 
@@ -194,8 +198,7 @@ def _sizes(index: Index, base: Codes) -> dict[str, float]:
 
 
 def _other_rows(split: str, query: Codes, val: Codes) -> list[dict[str, Any]]:
-    """The classifier's row beside the neighbours', from the logits kept with the codes."""
-    if query.probabilities is None or val.probabilities is None:
+    """The classifier's row beside the neighbours', where logits were kept with the codes."""
+    if query.logits is None or val.logits is None:
         return []
-    tuned_on = None if split == "val" else (val.probabilities, val.labels)
-    return [metrics_row("classifier", split, query.probabilities, query.labels, tuned_on=tuned_on)]
+    return [classifier_row(split, query, val=val)]

@@ -19,6 +19,7 @@ from typing import Any
 from .. import InputError, __version__
 from .config import Config, dump_config
 from .files import write_text
+from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new
 
 RUN_VERSION = 1
@@ -107,13 +108,6 @@ def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
     done = replace(run, info=replace(run.info, status="finished"))
     _write_info(done)
     return done
-
-
-def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``metrics.json``: the first row's keys flat, the other methods' rows under ``others``."""
-    path = folder / "metrics.json"
-    write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
-    return path
 
 
 def open_run(folder: Path, *, kind: str = "train-head") -> Run:

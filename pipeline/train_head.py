@@ -21,7 +21,7 @@ from .checkpoint import CheckpointKeeper, load_head
 from .codes import SPLITS, Codes, write_codes
 from .config import Config
 from .device import pick_device, seed_everything
-from .evaluation import metrics_row, write_scores
+from .evaluation import classifier_row, write_scores
 from .progress import Progress
 from .runs import Run, finish_run, start_run
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
@@ -209,19 +209,11 @@ def _write_all_codes(
 
 
 def _classifier_row(run: Path, head: Head, codes: dict[str, Codes], test: Split) -> dict[str, Any]:
-    scores = {}
     for split in ("val", "test"):
         probabilities = codes[split].probabilities
         assert probabilities is not None
-        scores[split] = probabilities
         write_scores(run, "classifier", split, codes[split].image_id, probabilities)
-    row = metrics_row(
-        "classifier",
-        "test",
-        scores["test"],
-        codes["test"].labels,
-        tuned_on=(scores["val"], codes["val"].labels),
-    )
+    row = classifier_row("test", codes["test"], val=codes["val"])
     return {**row, "query_latency_ms": _latency_ms(head, test)}
 
 

@@ -15,7 +15,7 @@ from ..heads.prototypes import class_prototypes, to_probability, zero_shot_score
 from .config import Config
 from .device import pick_device
 from .encoder import Encoder
-from .evaluation import metrics_row, write_scores
+from .evaluation import Labels, Scores, metrics_row, write_scores
 from .progress import Progress
 from .runs import Run, finish_run, start_run
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
@@ -73,13 +73,14 @@ def zero_shot(
         progress: Who to tell.
 
     Raises:
-        InputError: A bad store, or a checkpoint other than the one the store was made with.
+        InputError: A bad store, a split without images, or a checkpoint other than the one the store was made with.
     """
     progress = progress or Progress()
     labelled = read_store(find_store(store), config)
-    config = resolve_config(config, labelled)
+    config, listing = resolve_config(config, labelled), labelled.listing
+    rows = {name: listing.rows(name) for name in (split, "val") if name == split or (listing.splits == name).any()}
     encoder = _matching_encoder(config, labelled)
-    names = labelled.listing.category_names
+    names = listing.category_names
     progress.say(f"zero-shot on {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts")
     prompts = [template.replace("{}", name) for name in names for template in templates]
     embedded = encoder.encode_texts(prompts).reshape(len(names), len(templates), -1)
@@ -88,16 +89,21 @@ def zero_shot(
         describe_run("zero-shot", config, labelled), config, label="zero-shot", out=out, runs=runs,
         device=str(encoder.device), force=force,
     )  # fmt: skip
-    labels = labelled.listing.labels_matrix()
-    scores = {}
-    for name in dict.fromkeys([split, "val"]):
-        rows = labelled.listing.rows(name)
-        scores[name] = _probability(encoder, labelled.embeddings.v_img[rows], prototypes)
-        write_scores(run.folder, "zero-shot", name, labelled.listing.image_ids[rows], scores[name])
-    tuned_on = None if split == "val" else (scores["val"], labels[labelled.listing.rows("val")])
-    row = metrics_row("zero-shot", split, scores[split], labels[labelled.listing.rows(split)], tuned_on=tuned_on)
+    scores = {name: _probability(encoder, labelled.embeddings.v_img[at], prototypes) for name, at in rows.items()}
+    for name, at in rows.items():
+        write_scores(run.folder, "zero-shot", name, listing.image_ids[at], scores[name])
+    row = _row(split, scores, {name: listing.labels_matrix()[at] for name, at in rows.items()})
+    if "note" in row:
+        progress.say(f"note: {row['note']}")
     row["query_latency_ms"] = _latency_ms(encoder, labelled.embeddings.v_img, prototypes)
     return ZeroShotResult(run=finish_run(run, [row]), metrics=row)
+
+
+def _row(split: str, scores: dict[str, Scores], labels: dict[str, Labels]) -> dict[str, Any]:
+    """The metrics of a split, its threshold tuned on val; a data set without val has no figures that are tuned."""
+    none = (scores[split][:0], labels[split][:0])
+    val = (scores["val"], labels["val"]) if "val" in scores else none
+    return metrics_row("zero-shot", split, scores[split], labels[split], tuned_on=None if split == "val" else val)
 
 
 def _matching_encoder(config: Config, labelled: LabelledStore) -> Encoder:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score, f1_score
 from transformers import AutoModel, AutoTokenizer
 
-from mmcli import InputError, cli
+from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.metrics import best_threshold
 from mmcli.pipeline.checkpoint import best_checkpoint, load_head
@@ -25,46 +25,6 @@ from mmcli.pipeline.trainer import Split
 from mmcli.pipeline.zero_shot import TEMPLATES
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
-
-
-@pytest.fixture
-def mmcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the command line in this process, in an empty folder; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["mmcli", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def made(miniature, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A folder with a store and a trained run of the miniature, in the default places."""
-    from mmcli.pipeline.extract import extract
-    from mmcli.pipeline.train_head import train_head
-
-    folder = tmp_path_factory.mktemp("made")
-    options = {
-        "model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "hardware.device": "cpu",
-        "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5,
-    }  # fmt: skip
-    config = load_config(options=options)
-    extract(config, data=miniature.data, cache=folder / "data" / "cache", shard_rows=16)
-    train_head(load_config(options={k: v for k, v in options.items() if "model" not in k}),
-               store=next((folder / "data" / "cache").iterdir()), runs=folder / "runs")  # fmt: skip
-    return folder
-
-
-@pytest.fixture
-def here(made: Path, tmp_path: Path) -> Path:
-    """A copy of that folder that a test may spoil; the working folder of ``mmcli``."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
 
 
 def store_of(folder: Path) -> Path:

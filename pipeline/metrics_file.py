@@ -1,0 +1,67 @@
+"""``metrics.json``: the rows of a run, one for each method and split.
+
+The keys of the row that was computed last stand flat, where scripts look for them; the other rows stand under
+``others``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from .files import write_text
+
+METRICS = "metrics.json"
+
+
+def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the rows of a run, the headline first."""
+    path = folder / METRICS
+    write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
+    return path
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows that a run has, the headline first; none where nothing was measured.
+
+    Raises:
+        InputError: The file is not what :func:`write_metrics` writes.
+    """
+    path = folder / METRICS
+    try:
+        first = json.loads(path.read_text(encoding="utf-8"))
+        rows = [first, *first.pop("others")]
+        for row in rows:
+            _key(row)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise InputError(
+            "damaged metrics", where=path, got=f"{type(error).__name__}: {error}", wanted="what mmcli wrote",
+            do="remove the file, and `mmcli knn-eval` writes it again",
+        ) from None  # fmt: skip
+    return rows
+
+
+def merge_rows(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a run after some were computed again.
+
+    Args:
+        known: Rows that the run has.
+        new: Rows just computed, the headline first. The headline replaces the known row of its method and split: its
+            settings may be others. The rest may know less than the known ones (a latency is measured once), and adds
+            to them.
+
+    Returns:
+        The headline, then every other row, those that were known in their order.
+    """
+    headline, *rest = new
+    rows = {_key(row): dict(row) for row in known if _key(row) != _key(headline)}
+    for row in rest:
+        rows[_key(row)] = {**rows.get(_key(row), {}), **row}
+    return [dict(headline), *rows.values()]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["method"], row["split"]
