@@ -1,10 +1,7 @@
 """Reads a finished store: its key and index at once, its arrays on request."""
 
 import logging
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,16 +13,15 @@ from numpy.typing import NDArray
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
 from .index import ID, parse_index
 from .key import StoreKey
-from .layout import MANIFEST
-from .metadata import ShardEntry, StoreManifest, read_manifest
-from .shards import Arrays, ShardBroken, first_bad_row, read_shard_into
+from .layout import MANIFEST, Part, Shard
+from .metadata import StoreManifest, read_manifest
+from .shards import Arrays, ShardBroken, read_shard_into
+from .stream import REDO, check_finite, damaged, read_ahead, stream
 from .sweep import key_digest, looks_like_store, read_checked, unfinished
 
 _log = logging.getLogger(__name__)
 
 EXTRACT = "run `mmcli extract` first"
-REDO = "run `mmcli extract` again, it redoes only that shard"
-_READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +141,7 @@ class Store:
         arrays = self._allocate()
         ids = np.asarray(self.index.column(ID).to_numpy())
         stored_ids = {part: np.empty(self.n_images, np.int64) for part in ("image", "text")}
-        for entry, data in _read_ahead(self.folder, self.manifest.shards, check=check):
+        for entry, data in read_ahead(self.folder, self.manifest.shards, check=check):
             names = self.manifest.layout.datasets(entry.part, 1)
             out = {name: arrays[name] for name in names if name != ID} | {ID: stored_ids[entry.part]}
             rows = slice(entry.first_row, entry.first_row + entry.rows)
@@ -155,10 +151,27 @@ class Store:
                 if not np.array_equal(out[ID][rows], ids[rows]):
                     raise ShardBroken("its image ids are not those of the index")
                 if check:
-                    _check_finite(entry, {name: out[name][rows] for name in out}, ids)
+                    check_finite(entry.shard, {name: out[name][rows] for name in out}, ids)
             except ShardBroken as error:
-                raise StoreDamaged("a damaged shard", where=self.folder / entry.file, got=error, do=REDO) from error
+                raise damaged(self.folder, entry, error) from error
         return Embeddings(**arrays)
+
+    def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
+        """The shards of a part one after another, so that a store of any size is read in the memory of a few.
+
+        Image and text shards are of the same rows: ``zip`` of both gives all arrays of a range of rows.
+
+        Args:
+            part: ``image`` or ``text``.
+            check: Compare every file with its checksum, and look for NaN and infinities.
+
+        Yields:
+            Which rows, and the datasets of the shard by name, ``(n, ...)``, read-only.
+
+        Raises:
+            StoreDamaged: As for :meth:`load`.
+        """
+        return stream(self.folder, self.manifest, np.asarray(self.index.column(ID).to_numpy()), part, check=check)
 
     def _allocate(self) -> Arrays:
         arrays: Arrays = {}
@@ -218,37 +231,3 @@ def _manifest_of(folder: Path) -> StoreManifest:
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-
-
-def _read_ahead(folder: Path, entries: Iterable[ShardEntry], *, check: bool) -> Iterator[tuple[ShardEntry, bytes]]:
-    """Files in order, read and hashed by a few threads ahead of the one that copies: hashing is the slow part."""
-
-    def read(entry: ShardEntry) -> bytes:
-        try:
-            if check:
-                return read_checked(folder, entry)
-            return (folder / entry.file).read_bytes()
-        except (ShardBroken, OSError) as error:
-            raise StoreDamaged("a damaged shard", where=folder / entry.file, got=error, do=REDO) from error
-
-    waiting: deque[tuple[ShardEntry, Future[bytes]]] = deque()
-    workers = min(_READERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for entry in entries:
-                waiting.append((entry, pool.submit(read, entry)))
-                if len(waiting) > workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _check_finite(entry: ShardEntry, arrays: Arrays, ids: NDArray[np.int64]) -> None:
-    for name, values in arrays.items():
-        if values.dtype.kind == "f" and (row := first_bad_row(values)) is not None:
-            row_id = ids[entry.first_row + row]
-            raise ShardBroken(f"NaN or infinity in {name} row {row}, image id {row_id}")

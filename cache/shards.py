@@ -101,6 +101,24 @@ def decode_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> 
         return arrays
 
 
+def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
+    """Every dataset of a shard, as read-only views of ``data``; checksums are the caller's to check.
+
+    Args:
+        data: The whole file.
+        shard: Which rows it should hold.
+        layout: The store's shape.
+        key_digest: Digest of the key that it should belong to.
+
+    Raises:
+        ShardBroken: It is not that shard.
+    """
+    with _opened(data) as file:
+        _check_attributes(file, shard, key_digest)
+        expected = layout.datasets(shard.part, shard.n_rows)
+        return {name: _values(data, _dataset(file, name, *what)) for name, what in expected.items()}
+
+
 def read_shard_into(
     data: bytes, shard: Shard, layout: Layout, key_digest: str, out: Mapping[str, NDArray[Any]]
 ) -> None:
