@@ -134,8 +134,11 @@ def extract(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Store to write [default: data/cache/KEY].")] = None,
     model: Model = None, revision: Revision = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Threads that read images [default: one a core].")] = None,
+    on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass [default: 1024 on a CPU, 32768 on a GPU].")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
+    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Fill one of N stripes; run the others elsewhere.")] = None,
     device: Device = None, config: ConfigFile = None, set_: Set = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
@@ -145,12 +148,14 @@ def extract(
         "data.num_workers": workers, "hardware.device": device,
     }  # fmt: skip
     resolved = _config(config, set_, options)
-    from .pipeline.extract import extract as stage
+    from .pipeline.extract import ExtractPlan, parse_stripe
+    from .pipeline.fleet import extract_here
 
-    result = stage(
-        resolved, data=data, manifest=manifest, out=out, dtype=dtype, batch_size=batch_size, force=force,
-        progress=_progress(quiet),
+    plan = ExtractPlan(
+        data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, batch_tokens=batch_tokens, force=force,
+        stripe=None if shard is None else parse_stripe(shard),
     )  # fmt: skip
+    result = extract_here(resolved, plan, processes=processes, progress=_progress(quiet))
     _finish(result.to_json(), json_, *result.summary())
 
 

@@ -6,7 +6,7 @@ from .layout import FORMAT_VERSION, Layout, Part, Shard
 from .reader import Embeddings, Store, list_stores, newest_store
 from .sweep import DamagedShard
 from .verify import VerifyReport, describe, verify
-from .writer import StoreWriter
+from .writer import StoreWriter, Stripe
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,6 +24,7 @@ __all__ = [
     "StoreMissing",
     "StoreUnfinished",
     "StoreWriter",
+    "Stripe",
     "VerifyReport",
     "describe",
     "list_stores",

@@ -1,7 +1,8 @@
 """Files that are whole or absent: written under a temporary name, synced, checked, then renamed.
 
-One writer holds a store's lock, so the temporary name needs no random part. A temporary file may be a hard link to a
-shard of another store (text shards are shared), so it is never opened for writing: it is removed and created anew.
+Several writers may fill one store, each with its own stripe, so a temporary name has the process in it. A temporary
+file may be a hard link to a shard of another store (text shards are shared), so it is never opened for writing: it is
+removed and created anew.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import RESUME, StoreBusy, StoreError
-from .layout import LOCK, TEMPORARY_NAME, temporary_name
+from .layout import LOCK, TEMPORARY_NAME, temporary_name, this_host
 
 Check = Callable[[bytes], object]
 
@@ -81,11 +82,29 @@ def remove(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed writer left half-written; the caller holds the lock."""
+def remove_temporaries(folder: Path, *, alone: bool) -> None:
+    """Delete what a killed writer left half-written.
+
+    Args:
+        folder: The store's folder.
+        alone: Whether no other writer can be there; otherwise only files of dead processes of this machine go.
+    """
     for path in folder.iterdir():
-        if TEMPORARY_NAME.fullmatch(path.name):
-            path.unlink()
+        found = TEMPORARY_NAME.fullmatch(path.name)
+        if found is not None and (alone or _is_dead(found["host"], int(found["pid"]))):
+            path.unlink(missing_ok=True)
+
+
+def _is_dead(host: str, pid: int) -> bool:
+    if host != this_host():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,8 +116,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def lock(folder: Path) -> int:
-    """Take a store's exclusive lock; the kernel frees it when the process ends, however it ends.
+def lock(folder: Path, name: str = LOCK, *, shared: bool = False, wait: bool = False) -> int:
+    """Take a lock of a store; the kernel frees it when the process ends, however it ends.
+
+    Args:
+        folder: The store's folder.
+        name: The lock's file.
+        shared: Let others share it.
+        wait: Wait for it rather than give up.
 
     Returns:
         The lock, for :func:`unlock`.
@@ -107,9 +132,9 @@ def lock(folder: Path) -> int:
         StoreBusy: Another writer holds it.
         OSError: The file system has no locks.
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         os.close(handle)
         raise StoreBusy(

@@ -3,6 +3,8 @@
 Symbols: ``N`` images, ``D`` embedding width, ``n`` rows of one shard.
 """
 
+import os
+import platform
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -12,14 +14,17 @@ import numpy as np
 FORMAT = "mmcli-store"
 FORMAT_VERSION = 2
 
-MANIFEST, KEY, INDEX, LOCK = "manifest.json", "key.json", "index.parquet", ".lock"
+MANIFEST, KEY, INDEX = "manifest.json", "key.json", "index.parquet"
+# Held by whoever writes: exclusively, or shared by stripes, each of which holds one of its own as well.
+LOCK = ".lock"
+LOCK_NAME = re.compile(r"\.lock(-[0-9]+-of-[0-9]+|-ends)?")
 
 Part = Literal["image", "text"]
 StoredDtype = Literal["float16", "float32"]
 PARTS: tuple[Part, ...] = ("image", "text")
 SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
 TEMPORARY_NAME = re.compile(
-    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)})\.tmp",
+    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",
 )
 
 
@@ -98,5 +103,10 @@ class Layout:
 
 
 def temporary_name(name: str) -> str:
-    """The name a file has while it is being written."""
-    return f".{name}.tmp"
+    """The name a file has while this process writes it."""
+    return f".{name}.{this_host()}-{os.getpid()}.tmp"
+
+
+def this_host() -> str:
+    """This machine's name, as it stands in file names."""
+    return re.sub("[^0-9a-z.-]", "-", platform.node().lower())[:40] or "host"

@@ -1,7 +1,7 @@
 """What a writer finds in a folder: whose it is, which shards are whole, and what has to be redone."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
 from .files import remove, sync_folder
 from .index import index_bytes, parse_index
 from .key import StoreKey
-from .layout import INDEX, KEY, LOCK, MANIFEST, SHARD_NAME, Layout, Shard
+from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
 from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
 
@@ -160,9 +160,9 @@ def is_store_of_ours(folder: Path) -> bool:
 
 
 def sweep(
-    folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], found: Found
+    folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], found: Found, shards: Sequence[Shard]
 ) -> tuple[dict[Shard, Whole], list[DamagedShard]]:
-    """Sort a folder's shards into whole and damaged ones; absent ones are in neither.
+    """Sort some shards of a folder into whole and damaged ones; absent ones are in neither.
 
     Raises:
         StoreMismatch: Nothing says whose the folder is but its shards, and they are of another key.
@@ -170,7 +170,7 @@ def sweep(
     listed: Mapping[Shard, ShardEntry] = {e.shard: e for e in found.manifest.shards} if found.manifest else {}
     whole: dict[Shard, Whole] = {}
     damaged: list[DamagedShard] = []
-    for shard in layout.all_shards():
+    for shard in shards:
         path = folder / shard.name
         if not path.exists() and not path.is_symlink():
             continue
@@ -246,7 +246,8 @@ def unfinished(folder: Path) -> StoreUnfinished:
 
 def _refuse_foreign(folder: Path) -> None:
     """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
-    there = sorted(path for path in folder.iterdir() if path.name != LOCK)
+    passing = (LOCK_NAME, TEMPORARY_NAME)
+    there = sorted(path for path in folder.iterdir() if not any(name.fullmatch(path.name) for name in passing))
     if there and not is_store_of_ours(folder):
         raise StoreMismatch(
             "the folder holds files that are not of a store", where=folder,

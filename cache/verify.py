@@ -11,7 +11,7 @@ from .encode import l2_norm
 from .errors import StoreError, StoreMissing
 from .index import ID, parse_index
 from .key import StoreKey
-from .layout import INDEX, KEY, LOCK, MANIFEST, Layout, Shard
+from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
 from .reader import EXTRACT, Store
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
@@ -214,8 +214,11 @@ def _rows(what: str, wrong: NDArray[np.bool_], arrays: Arrays) -> list[str]:
 def _stray_files(folder: Path, layout: Layout | None) -> list[str]:
     if layout is None:
         return []
-    known = {MANIFEST, KEY, INDEX, LOCK, *(shard.name for shard in layout.all_shards())}
-    return [f"{path.name}: not a file of this store" for path in sorted(folder.iterdir()) if path.name not in known]
+    known = {MANIFEST, KEY, INDEX, *(shard.name for shard in layout.all_shards())}
+    names = sorted(path.name for path in folder.iterdir())
+    return [
+        f"{name}: not a file of this store" for name in names if name not in known and not LOCK_NAME.fullmatch(name)
+    ]
 
 
 def _spread(norms: NDArray[np.float32]) -> dict[str, float] | None:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,12 @@ from .errors import StoreError, StoreMismatch, StoreUnfinished
 from .files import adopt, lock, remove, remove_temporaries, sync_folder, unlock, write_whole
 from .index import check_index, index_bytes, place_rows
 from .key import StoreKey
-from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
+from .layout import FORMAT_VERSION, INDEX, KEY, LOCK, MANIFEST, Layout, Part, Shard
 from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes
 from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
 from .sweep import (
     DamagedShard,
+    Found,
     Whole,
     check_layout,
     check_shard,
@@ -38,8 +40,15 @@ from .sweep import (
 _log = logging.getLogger(__name__)
 
 
+class Stripe(NamedTuple):
+    """Every ``n``-th shard, from shard ``at`` (0 to n - 1) on: the part of a store that one of n writers fills."""
+
+    at: int
+    n: int
+
+
 class StoreWriter:
-    """Fills one store; a context manager that holds the store's lock while it is open.
+    """Fills one store, or a stripe of it; a context manager that holds the store's lock while it is open.
 
     Entering it makes the folder, refuses one that is not this key's, removes half-written files, and keeps every
     shard that is whole. Then write what :meth:`missing` lists and call :meth:`finish`.
@@ -54,6 +63,7 @@ class StoreWriter:
         batch_tokens: Tokens in one forward pass of a new store; likewise.
         extra: Anything JSON to keep in the manifest: library versions, device and the like.
         overwrite: Throw the store in ``folder`` away first, whatever its key.
+        stripe: Fill these shards alone, beside the writers of other stripes; whoever ends last finishes the store.
 
     Attributes:
         folder: The store's folder.
@@ -79,6 +89,7 @@ class StoreWriter:
         batch_tokens: int = 0,
         extra: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        stripe: Stripe | None = None,
     ) -> None:
         self.folder, self.key, self._table = Path(folder), key, index
         if key.format_version != FORMAT_VERSION:
@@ -93,19 +104,29 @@ class StoreWriter:
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise StoreError("bad store", where=folder, got=error) from error
-        self._overwrite = overwrite
+        if stripe is not None and overwrite:
+            raise StoreError("a stripe cannot replace a store", where=folder, do="remove the store first")
+        self._overwrite, self._stripe = overwrite, stripe
         self.damaged: list[DamagedShard] = []
         self._whole: dict[Shard, Whole] = {}
         self._finished = False
-        self._lock: int | None = None
+        self._locks: list[int] = []
 
     def __enter__(self) -> Self:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(self.folder.parent)
-            self._lock = lock(self.folder)
-            self._open()
+            if self._stripe is None:
+                self._locks = [lock(self.folder)]
+                remove_temporaries(self.folder, alone=True)
+                self._open()
+            else:
+                self._locks = [lock(self.folder, shared=True)]
+                self._locks.append(lock(self.folder, f"{LOCK}-{self._stripe.at}-of-{self._stripe.n}"))
+                with self._alone():
+                    remove_temporaries(self.folder, alone=False)
+                    self._open()
         except OSError as error:
             self.close()
             raise StoreError("cannot use the folder", where=self.folder, got=error.strerror or error) from error
@@ -121,13 +142,17 @@ class StoreWriter:
 
     def close(self) -> None:
         """Free the folder for other writers. What was written stays."""
-        if self._lock is not None:
-            unlock(self._lock)
-            self._lock = None
+        while self._locks:
+            unlock(self._locks.pop())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the store has its manifest."""
+        return self._finished
 
     def missing(self, part: Part) -> list[Shard]:
-        """Shards of a part that are still to be written, in order."""
-        return [shard for shard in self.layout.shards(part) if shard not in self._whole]
+        """Shards of a part that this writer has still to write, in order."""
+        return [shard for shard in self._own(self.layout.shards(part)) if shard not in self._whole]
 
     def write_image(self, shard: Shard, *, v_img: NDArray[np.float32], skipped: Collection[int] = ()) -> None:
         """Write one missing image shard; norms are taken here, before the cast.
@@ -192,35 +217,55 @@ class StoreWriter:
     def redo(self, shard: Shard) -> None:
         """Take a whole shard back among the missing; the store is unfinished from here on."""
         self._check_open()
-        if self._whole.pop(shard, None) is not None:
+        if self._whole.pop(shard, None) is None:
+            return
+        with self._alone():
+            # The shard too: a writer of another stripe must not take it for the last word and finish the store.
             remove(self.folder / MANIFEST)
-            self._finished = False
+            remove(self.folder / shard.name)
+        self._finished = False
 
-    def finish(self, skipped: Mapping[int, str] | None = None) -> Path:
+    def finish(self, why: Callable[[int], str | None] = lambda _row: None) -> Path:
         """Write the index, then the manifest, which makes the store readable; nothing to do for a finished one.
 
+        A stripe's writer does so only where the other stripes are whole as well; see :attr:`finished`.
+
         Args:
-            skipped: Why each skipped row of the store was skipped.
+            why: Tells for a row of the store why it was skipped.
 
         Returns:
             The store's folder.
 
         Raises:
-            StoreUnfinished: Shards are missing.
-            StoreError: The disk does not take it.
+            StoreUnfinished: Shards of this writer are missing.
+            StoreError: The disk does not take it, or a row was skipped and nobody says why.
         """
         self._check_open()
-        missing = [shard.name for shard in self.layout.all_shards() if shard not in self._whole]
+        missing = [shard.name for shard in self._own(self.layout.all_shards()) if shard not in self._whole]
         if missing:
             raise StoreUnfinished(
                 "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
             )
         if self._finished:
             (self.folder / MANIFEST).touch()  # the newest store is the one that was asked for last
-            return self.folder
+        elif self._stripe is None:
+            self._write_manifest(why)
+        else:
+            with self._alone():
+                others = [shard for shard in self.layout.all_shards() if shard not in self._whole]
+                found = Found(manifest=None, known=(self.key, self.layout), damaged=())
+                whole, _ = sweep(self.folder, self.key, self.layout, self._ids, found, others)
+                self._whole |= whole
+                if len(self._whole) == len(self.layout.all_shards()):
+                    self._write_manifest(why)
+        return self.folder
+
+    def _write_manifest(self, why: Callable[[int], str | None]) -> None:
         rows = sorted(row for one in self.skipped.values() for row in one)
-        if rows != sorted(skipped or {}):
-            raise StoreError("skipped rows without a reason", where=self.folder, got=sorted(skipped or {}), wanted=rows)
+        reasons = {row: reason for row in rows if (reason := why(row))}
+        if len(reasons) < len(rows):
+            unknown = next(row for row in rows if row not in reasons)
+            raise StoreError("a skipped row without a reason", where=self.folder, got=f"row {unknown}")
         data = index_bytes(place_rows(self._table, self.layout))
         write_whole(self.folder / INDEX, data)
         manifest = StoreManifest(
@@ -229,27 +274,39 @@ class StoreWriter:
                 file=INDEX, rows=self.layout.n_images, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
             ),
             shards=tuple(self._whole[shard].entry for shard in self.layout.all_shards()),
-            skipped={row: (skipped or {})[row] for row in rows},
+            skipped=reasons,
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
         )  # fmt: skip
         write_whole(self.folder / MANIFEST, manifest_bytes(manifest))
         self._finished = True
-        return self.folder
+
+    def _own(self, shards: Sequence[Shard]) -> list[Shard]:
+        stripe = self._stripe
+        return [shard for shard in shards if stripe is None or shard.number % stripe.n == stripe.at]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Begin or end while no other stripe does."""
+        handle = lock(self.folder, f"{LOCK}-ends", wait=True)
+        try:
+            yield
+        finally:
+            unlock(handle)
 
     def _open(self) -> None:
-        remove_temporaries(self.folder)
         found = identify(self.folder, self.key, cleared=self._overwrite and discard(self.folder))
         if found.known is not None:
             check_layout(self.folder, found.known[1], self.layout)
             self.layout = found.known[1]
-        self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found)
+        own = self._own(self.layout.all_shards())
+        self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found, own)
         self.damaged = [*found.damaged, *damaged]
         try:
             index_ok = index_is(self.folder, found.manifest, place_rows(self._table, self.layout))
         except ShardBroken as error:
             self.damaged.append(DamagedShard(INDEX, str(error)))
             index_ok = False
-        self._finished = bool(found.manifest) and index_ok and len(self._whole) == len(self.layout.all_shards())
+        self._finished = bool(found.manifest) and index_ok and len(self._whole) == len(own)
         if not self._finished:
             remove(self.folder / MANIFEST)
         text = key_bytes(self.key, self.layout)
@@ -279,5 +336,5 @@ class StoreWriter:
         self._whole[shard] = Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
 
     def _check_open(self) -> None:
-        if self._lock is None:
+        if not self._locks:
             raise StoreMismatch("the writer is not open", where=self.folder, do="use it in a with block")

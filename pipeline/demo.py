@@ -17,7 +17,7 @@ from .codes import Codes, read_codes
 from .config import Config, ModelConfig
 from .device import pick_device
 from .explain import explain
-from .extract import extract
+from .extract import ExtractPlan, extract
 from .files import make_folder, write_text
 from .knn_eval import knn_eval
 from .manifest import read_manifest
@@ -82,7 +82,7 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     command = f"extract --data {data} --model {model} --patches {PATCHES} --out {store}"
     _step(progress, 3, "run the frozen towers once, store raw embeddings", command)
     config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
-    extract(config, data=data, out=store, progress=progress)
+    extract(config, ExtractPlan(data=data, out=store), progress)
     _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
     _step(

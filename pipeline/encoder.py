@@ -1,15 +1,13 @@
-"""A frozen SigLIP2 behind two calls: images to raw embeddings, texts to raw embeddings.
+"""A frozen SigLIP2 behind two calls: patches of images to raw embeddings, texts to raw embeddings.
 
 Raw means the pooled outputs of the towers before L2 normalisation: the norm is an input of the head. The text tower
 gets ``input_ids`` alone, lower-cased and right-padded to a fixed length, because SigLIP is trained without an
 attention mask and pools the last position (Tschannen et al. 2025, arXiv 2502.14786; Zhai et al. 2023).
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor
 
 from .. import InputError
 from .config import DEFAULT_MODEL
 from .device import autocast
+from .patches import Grid, Pixels, cut, resize
+from .siglip import (
+    MODEL_TYPES,
+    PROCESSOR_KEYS,
+    Identity,
+    check_model,
+    check_patches,
+    load_part,
+    local_digest,
+    patch_spec,
+)
+from .towers import ImageTower, PixelScale, TextTower
 
 Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
-MODEL_TYPES = ("siglip2", "siglip")
-# What changes a number in the pixels that reach the tower; the patch budget is a part of the key by itself.
-PROCESSOR_KEYS = (
-    "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "patch_size", "resample",
-    "rescale_factor", "size",
-)  # fmt: skip
+_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What the numbers of an encoder depend on: names for the key of a store."""
-
-    model: str
-    revision: str
-    processor: str
-    patches: int
-    text_length: int
-    compute_dtype: str
+# Tokens in one forward pass. A CPU is fastest while a layer's activations stay in its caches; a GPU wants to be filled.
+BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 
 
 class Encoder:
@@ -50,25 +46,36 @@ class Encoder:
 
     Attributes:
         identity: Names for the key of a store.
+        device: Where it computes.
+        spec: What is done to an image before the tower sees it.
         width: Embedding width D.
         logit_scale: SigLIP's learned scale, already exponentiated.
         logit_bias: SigLIP's learned bias.
+        batch_tokens: Most tokens of a forward pass; halved when the device runs out of memory.
     """
 
     def __init__(
         self,
         model: Any,  # noqa: ANN401
-        image_processor: Any,  # noqa: ANN401
+        settings: Mapping[str, Any],
         tokenizer: Any,  # noqa: ANN401
         identity: Identity,
         device: torch.device,
     ) -> None:
-        self._model, self._processor, self._tokenizer = model, image_processor, tokenizer
+        self._tokenizer = tokenizer
         self.identity, self.device = identity, device
+        self.spec = patch_spec(model.config, settings, identity)
         self.width = int(model.config.text_config.projection_size or model.config.text_config.hidden_size)
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.logit_bias = float(model.logit_bias.detach().float())
-        self._naflex = model.config.model_type == "siglip2"
+        self.batch_tokens = BATCH_TOKENS[device.type]
+        dtype = getattr(torch, identity.compute_dtype)
+        scale = PixelScale(
+            factor=float(settings["rescale_factor"]), mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+        )  # fmt: skip
+        self._image = ImageTower(model.vision_model, scale, dtype)
+        self._text = TextTower(model.text_model, dtype)
         self._check_tokenizer()
 
     @classmethod
@@ -97,63 +104,64 @@ class Encoder:
         transformers.logging.disable_progress_bar()
         # The hub's client writes a line a retry; the error at the end says it all.
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-        config = _load("the configuration", transformers.AutoConfig, name, revision)
+        config = load_part("the configuration", transformers.AutoConfig, name, revision)
         if config.model_type not in MODEL_TYPES:
             raise InputError(
                 "not a SigLIP checkpoint", where=name, got=f"model type {config.model_type}",
                 wanted=" or ".join(MODEL_TYPES), do=f"use a SigLIP2 checkpoint such as {DEFAULT_MODEL}",
             )  # fmt: skip
-        _check_patches(name, config, patches)
+        check_patches(name, config, patches)
         if text_length > config.text_config.max_position_embeddings:
             raise InputError(
                 "text length too long", where=name, got=text_length,
                 wanted=f"at most {config.text_config.max_position_embeddings}", do="lower model.text_max_length",
             )  # fmt: skip
-        model = _load("the weights", transformers.AutoModel, name, revision, use_safetensors=True, dtype=torch.float32)
-        processor = _load("the image processor", transformers.AutoImageProcessor, name, revision)
-        tokenizer = _load("the tokenizer", transformers.AutoTokenizer, name, revision)
+        model = load_part(
+            "the weights", transformers.AutoModel, name, revision, use_safetensors=True, dtype=torch.float32
+        )
+        processor = load_part("the image processor", transformers.AutoImageProcessor, name, revision)
+        tokenizer = load_part("the tokenizer", transformers.AutoTokenizer, name, revision)
         settings = {key: value for key, value in processor.to_dict().items() if key in PROCESSOR_KEYS}
+        check_model(name, config, settings)
         identity = Identity(
             model=Path(name).name if Path(name).is_dir() else name,
-            revision=_local_digest(Path(name)) if Path(name).is_dir() else str(config._commit_hash or revision),  # noqa: SLF001
+            revision=local_digest(Path(name)) if Path(name).is_dir() else str(config._commit_hash or revision),  # noqa: SLF001
             processor=json.dumps(settings, sort_keys=True, default=str),
             patches=patches,
             text_length=text_length,
             compute_dtype=autocast(device).name,
         )
-        return cls(model.eval().requires_grad_(False).to(device), processor, tokenizer, identity, device)
+        return cls(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device)
 
-    def prepare_images(self, images: Sequence[Pixels]) -> dict[str, Tensor]:
-        """The checkpoint's own processor: resized, scaled patches on the host, padded to the budget.
-
-        Args:
-            images: RGB pixels, each ``(height, width, 3)`` uint8.
-
-        Returns:
-            The arguments of the image tower, on the CPU.
-        """
-        budget = {"max_num_patches": self.identity.patches} if self._naflex else {}
-        batch = self._processor(images=list(images), return_tensors="pt", input_data_format="channels_last", **budget)
-        return dict(batch)
-
-    @torch.inference_mode()
-    def encode_pixels(self, inputs: dict[str, Tensor]) -> Floats:
+    def image_features(self, patches: Pixels, grid: Grid) -> Tensor:
         """Run the image tower.
 
         Args:
-            inputs: What :meth:`prepare_images` returned for N images.
+            patches: ``(n, P, 3 p^2)`` uint8, all of one grid.
+            grid: Their grid.
 
         Returns:
-            Raw embeddings, ``(N, D)`` float32.
+            Raw embeddings ``(n, D)`` float32 on the device; on a GPU they may still be under way.
+
+        Raises:
+            InputError: The device has no memory for a single image.
         """
-        moved = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
-        with autocast(self.device):
-            pooled = _pooled(self._model.get_image_features(**moved))
-        return pooled.float().cpu().numpy()
+        host = torch.from_numpy(patches)
+        host = host.pin_memory() if self.device.type == "cuda" else host
+
+        def run(rows: slice) -> Tensor:
+            return self._image(host[rows].to(self.device, non_blocking=True), grid)
+
+        return self._within_memory(len(host), grid.tokens, run)
 
     def encode_images(self, images: Sequence[Pixels]) -> Floats:
-        """Raw embeddings of RGB images, ``(N, D)`` float32."""
-        return self.encode_pixels(self.prepare_images(images))
+        """Raw embeddings ``(n, D)`` float32 of RGB images, each ``(height, width, 3)`` uint8."""
+        rows = []
+        for image in images:
+            grid = self.spec.grid(*image.shape[:2])
+            patches = cut(resize(Image.fromarray(image), grid, self.spec), grid, self.spec.side)
+            rows.append(self.image_features(patches[None], grid).cpu().numpy())
+        return np.concatenate(rows)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, ``(N, text_length)`` int64: lower case, no bos, right-padded, truncated."""
@@ -170,25 +178,58 @@ class Encoder:
         ids: Tensor = batch["input_ids"]
         return ids
 
-    @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Floats:
-        """Raw embeddings of texts.
+    def encode_texts(self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _count: None) -> Floats:
+        """Raw embeddings of texts; texts that are the same tokens are encoded once.
 
         Args:
             texts: N texts.
-            batch_size: Texts per forward pass.
+            advance: Told how many texts are done, again and again.
 
         Returns:
             Raw embeddings, ``(N, D)`` float32.
+
+        Raises:
+            InputError: The device has no memory for a single text.
         """
-        out = np.empty((len(texts), self.width), np.float32)
-        for start in range(0, len(texts), batch_size):
-            ids = self.tokenize(texts[start : start + batch_size]).to(self.device)
-            with autocast(self.device):
-                # No attention mask: SigLIP is trained without one and pools the last position, padding or not.
-                pooled = _pooled(self._model.get_text_features(input_ids=ids))
-            out[start : start + len(ids)] = pooled.float().cpu().numpy()
-        return out
+        if not texts:
+            return np.empty((0, self.width), np.float32)
+        ids = self.tokenize(texts).numpy()
+        # By first appearance, so that the batches of a list do not depend on what the texts are.
+        _, first, inverse = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        unique = torch.from_numpy(ids[first[order]])
+        unique = unique.pin_memory() if self.device.type == "cuda" else unique
+        times = np.bincount(inverse.reshape(-1))[order]
+
+        def run(rows: slice) -> Tensor:
+            advance(int(times[rows].sum()))
+            return self._text(unique[rows].to(self.device, non_blocking=True))
+
+        encoded = self._within_memory(len(unique), ids.shape[1], run)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        found: Floats = encoded.cpu().numpy()[place[inverse.reshape(-1)]]
+        return found
+
+    def _within_memory(self, n: int, tokens: int, run: Callable[[slice], Tensor]) -> Tensor:
+        """All n things in passes of at most ``batch_tokens`` tokens; passes are halved when memory runs out."""
+        parts, start = [], 0
+        while start < n:
+            count = min(max(1, self.batch_tokens // tokens), n - start)
+            try:
+                parts.append(run(slice(start, start + count)))
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise InputError(
+                        "out of memory", where=self.device, got=f"no room for {tokens} tokens", wanted="more memory",
+                        do="lower --patches, or take another --device; what was finished is kept",
+                    ) from None  # fmt: skip
+                self.batch_tokens = tokens * (count // 2)
+                _log.warning("out of memory: %d tokens in a forward pass from here on", self.batch_tokens)
+                torch.cuda.empty_cache()
+            else:
+                start += count
+        return torch.cat(parts)
 
     def _check_tokenizer(self) -> None:
         """Refuse a tokenizer that would feed the tower what it was not trained on."""
@@ -207,49 +248,3 @@ class Encoder:
                     wanted=f"lower case, no bos, right padding to {self.identity.text_length}",
                     do="use the checkpoint's own tokenizer files",
                 )  # fmt: skip
-
-
-def _pooled(output: Any) -> Tensor:  # noqa: ANN401
-    """The pooled tower output; transformers 5 wraps it, version 4 returned it bare."""
-    pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return pooled
-
-
-def _load(what: str, auto: Any, name: str, revision: str | None, **options: object) -> Any:  # noqa: ANN401
-    """One Auto class, with its failures turned into one line."""
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
-        raise InputError(
-            "no checkpoint", where=name, got="no such folder", wanted="a folder or a hub id like owner/name",
-            do=f"give --model a folder or a hub id such as {DEFAULT_MODEL}",
-        )  # fmt: skip
-    try:
-        return auto.from_pretrained(name, revision=revision or "main", **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load {what} of the checkpoint", where=name, got=reason.rstrip("."),
-            wanted="a SigLIP2 checkpoint with safetensors weights",
-            do="check the folder or the hub id (--model, --revision) and the network",
-        ) from error  # fmt: skip
-
-
-def _check_patches(name: str, config: Any, patches: int) -> None:  # noqa: ANN401
-    if config.model_type == "siglip2":
-        return
-    only = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    if patches != only:
-        raise InputError(
-            "this checkpoint has a fixed resolution", where=name, got=f"--patches {patches}",
-            wanted=f"--patches {only}", do=f"use {DEFAULT_MODEL} for other budgets",
-        )  # fmt: skip
-
-
-def _local_digest(folder: Path) -> str:
-    """A hash of all files of a local checkpoint that can change a number."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".safetensors", ".model", ".txt"}:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"

@@ -1,7 +1,9 @@
 """From an image file to RGB pixels, whatever the file is, or one clear line on why not."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +11,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import InputError
 
+T = TypeVar("T")
+
+# EXIF orientations whose width is the upright image's height.
+EXIF_ORIENTATION, ON_THE_SIDE = 0x0112, {5, 6, 7, 8}
+
 
 def load_image(path: Path) -> npt.NDArray[np.uint8]:
+    """The RGB pixels of an image, ``(height, width, 3)`` uint8; see :func:`open_rgb`."""
+    return np.asarray(open_rgb(path))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width that :func:`open_rgb` will give, from the file's header alone.
+
+    Raises:
+        InputError: As :func:`open_rgb`, as far as the header tells.
+    """
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        turned = image.getexif().get(EXIF_ORIENTATION) in ON_THE_SIDE
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+    return _opened(path, upright)
+
+
+def open_rgb(path: Path) -> Image.Image:
     """Decode an image to RGB.
 
     EXIF orientation is applied; grey, palette and CMYK images are converted; transparency is laid on white;
@@ -20,18 +46,29 @@ def load_image(path: Path) -> npt.NDArray[np.uint8]:
         path: The image file.
 
     Returns:
-        Pixels, ``(height, width, 3)`` uint8.
+        An image of mode RGB.
 
     Raises:
         InputError: The file is missing, empty, truncated, not an image, or larger than Pillow's bomb limit.
     """
+
+    def decoded(image: Image.Image) -> Image.Image:
+        image.load()
+        # Most images have no orientation, and turning one by nothing copies it.
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
+
+    return _opened(path, decoded)
+
+
+def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of the open image; whatever Pillow complains of becomes one line."""
     try:
         with warnings.catch_warnings():
             # Between one and two times the limit Pillow only warns; such an image is still a mistake here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+                return use(image)
     except FileNotFoundError:
         raise _refuse(path, "no file", "restore it, or run `mmcli prepare` again") from None
     except UnidentifiedImageError:
@@ -44,8 +81,10 @@ def load_image(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode in {"I", "F"}:
+        raise ValueError(f"pixels of mode {image.mode}, whose range nobody knows")
     if image.mode in {"I;16", "I;16B", "I;16L"}:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:

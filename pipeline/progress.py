@@ -54,8 +54,9 @@ class _Silent:
 class ConsoleProgress(Progress):
     """Bars on a terminal, a line every ten seconds elsewhere; always on stderr, so that stdout stays clean."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, bars: bool = True) -> None:
         self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._bars = bars and self.console.is_terminal
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -70,7 +71,7 @@ class ConsoleProgress(Progress):
     def task(self, title: str, total: int) -> Iterator[Task]:
         """Draw a bar with count, elapsed and remaining time, and leave one line when it is done."""
         started = time.perf_counter()
-        if self.console.is_terminal:
+        if self._bars:
             columns = (
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),

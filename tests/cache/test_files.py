@@ -7,6 +7,7 @@ import pytest
 
 from mmcli.cache import Store, StoreError, StoreMissing, StoreUnfinished, verify
 from mmcli.cache import files as cache_files
+from mmcli.cache.layout import temporary_name
 
 
 def test_synced_checked_then_renamed_and_the_manifest_last(kit, tmp_path, monkeypatch):
@@ -27,7 +28,7 @@ def test_synced_checked_then_renamed_and_the_manifest_last(kit, tmp_path, monkey
     renames = [at for at, event in enumerate(events) if event[0] == "rename"]
     for at in renames:
         _, source, target = events[at]
-        assert source == f".{target}.tmp"
+        assert source == temporary_name(target)
         assert events[at - 1] == ("fsync", source)
         assert events[at + 1] == ("fsync", "store")
     order = [events[at][2] for at in renames]
@@ -96,7 +97,7 @@ def test_a_sound_shard_with_other_numbers_is_not_taken_for_what_was_written(kit,
 def test_a_temporary_name_that_is_a_link_is_never_written_to(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.write_bytes(b"theirs")
-    os.link(theirs, tmp_path / ".text-00000.h5.tmp")
+    os.link(theirs, tmp_path / temporary_name("text-00000.h5"))
     cache_files.write_whole(tmp_path / "text-00000.h5", b"ours")
     assert theirs.read_bytes() == b"theirs"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text-00000.h5", "theirs"]

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from mmcli.cache import Store, verify
+from mmcli.cache.layout import temporary_name
 
 
 def test_between_two_patch_budgets(kit, tmp_path):
@@ -92,8 +93,8 @@ def test_redoing_a_shared_shard_leaves_the_other_store_alone(kit, tmp_path):
     with data.writer(two, kit.key(patches=512)) as writer:
         writer.reuse_text(one)
     # A kill between link and rename leaves a temporary name for the other store's file; it must not be written to.
-    os.link(one / "text-00000.h5", two / ".text-00000.h5.tmp")
-    os.link(one / "text-00001.h5", two / ".text-00001.h5.tmp")
+    os.link(one / "text-00000.h5", two / temporary_name("text-00000.h5"))
+    os.link(one / "text-00001.h5", two / temporary_name("text-00001.h5"))
     (two / "text-00000.h5").unlink()
     data.counts[:], data.v_txt[:] = 1, 0
     with data.writer(two, kit.key(patches=512)) as writer:

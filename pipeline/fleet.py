@@ -1,0 +1,95 @@
+"""Several processes of this machine fill one store, a stripe each: one a GPU, or a few on the cores of a CPU."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from ..cache import Stripe
+from .config import Config
+from .device import pick_device
+from .extract import ExtractPlan, ExtractResult, clear, extract
+from .progress import ConsoleProgress, Progress
+from .shard_jobs import Clock
+
+
+def extract_here(
+    config: Config, plan: ExtractPlan, *, processes: int | None = None, progress: Progress | None = None
+) -> ExtractResult:
+    """Run an extraction on every GPU of this machine, or in so many processes.
+
+    Args:
+        config: As for :func:`~mmcli.pipeline.extract.extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
+        plan: Likewise.
+        processes: Processes; one a GPU when not given, and one without a GPU.
+        progress: Who to tell.
+
+    Raises:
+        InputError: As for ``extract``, from whichever process meets it first.
+    """
+    devices = _devices(config, processes)
+    if len(devices) == 1:
+        return extract(config, plan, progress)
+    progress = progress or Progress()
+    if plan.force:
+        plan = clear(config, plan)
+    progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
+    quiet = not isinstance(progress, ConsoleProgress)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
+        futures = [
+            pool.submit(_stripe, config, _part(plan, at, len(devices)), device, len(devices), quiet)
+            for at, device in enumerate(devices)
+        ]
+        results = [future.result() for future in futures]
+    return _joined(results)
+
+
+def _devices(config: Config, processes: int | None) -> list[str]:
+    """The device of each process."""
+    device = pick_device(config.hardware.device)
+    every = [f"cuda:{at}" for at in range(torch.cuda.device_count())]
+    names = every if device.type == "cuda" and device.index is None and every else [str(device)]
+    return [names[at % len(names)] for at in range(processes or len(names))]
+
+
+def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
+    """The plan of one process: a stripe of the stripe that the plan is for."""
+    whole = plan.stripe or Stripe(0, 1)
+    return replace(plan, stripe=Stripe(whole.at * n + at, whole.n * n))
+
+
+def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
+    """What runs in each process."""
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+    config = config.model_copy(update={"hardware": config.hardware.model_copy(update={"device": device})})
+    assert plan.stripe is not None
+    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
+
+
+class _Labelled(ConsoleProgress):
+    """Lines that say which stripe they are of; bars of several processes would draw over each other."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(bars=False)
+        self._label = label
+
+    def say(self, line: str) -> None:
+        super().say(f"[{self._label}] {line.strip()}")
+
+
+def _joined(results: list[ExtractResult]) -> ExtractResult:
+    clock = Clock()
+    for result in results:
+        for name in ("read_s", "compute_s", "write_s"):
+            setattr(clock, name, getattr(clock, name) + getattr(result.clock, name))
+    return replace(
+        results[0], finished=any(one.finished for one in results), clock=clock,
+        was_finished=all(one.was_finished for one in results), n_encoded=sum(one.n_encoded for one in results),
+        damaged=tuple(line for one in results for line in one.damaged),
+        skipped={row: why for one in results for row, why in one.skipped.items()},
+        reused_text_shards=sum(one.reused_text_shards for one in results), seconds=max(one.seconds for one in results),
+    )  # fmt: skip

@@ -1,0 +1,236 @@
+"""Images ahead of the model: worker processes decode into shared memory, the model takes whole batches from it.
+
+Decoding is the bottleneck of extraction on a machine with a GPU, and Python threads share one interpreter, so processes
+do it. Only names and reasons go through pipes; pixels are written once, where the model reads them. The number of
+batches in memory is bounded. Workers import no torch, ignore Ctrl-C (the parent ends them), and end with the parent.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from .. import InputError
+from .images import image_size
+from .patches import Grid, PatchSpec, Pixels, read_patches
+from .planner import Batch, plan
+from .safe_paths import resolve_image
+
+HEADERS_A_TASK = 64
+
+Bad = dict[int, str]
+
+
+class Piece(NamedTuple):
+    """A batch whose pixels are there.
+
+    Attributes:
+        number: Which of the lists of paths it belongs to.
+        batch: Its grid and rows; None where nothing of that list can be read.
+        pixels: Patches ``(n, P, 3 p^2)`` uint8; rows that cannot be read are zero.
+        bad: Rows of the list that cannot be read, with the reason; those found by the header come with the first piece.
+        last: Whether the list ends with this piece.
+    """
+
+    number: int
+    batch: Batch | None
+    pixels: Pixels
+    bad: Bad
+    last: bool
+
+
+class ImageReader:
+    """Reads lists of images in order, a few batches ahead; a context manager that owns the processes.
+
+    Args:
+        data: The folder that paths are relative to.
+        spec: The processor's settings.
+        tokens: Most patches of a batch.
+        workers: Processes; 0 reads in this one.
+        ahead: Batches that are read ahead of the one that is used.
+    """
+
+    def __init__(self, data: Path, spec: PatchSpec, *, tokens: int, workers: int, ahead: int) -> None:
+        self._data, self._spec, self._tokens, self._workers = data, spec, tokens, workers
+        self._slot_bytes = max(tokens, spec.most_tokens) * spec.width
+        self._n_slots = 1 if workers == 0 else ahead + 2
+        self._memory: SharedMemory | None = None
+        self._pool: Executor | None = None
+
+    def __enter__(self) -> Self:
+        if self._workers == 0:
+            _attach_array(np.zeros(self._slot_bytes, np.uint8), self._slot_bytes)
+            self._pool = _Here()
+            return self
+        self._memory = SharedMemory(create=True, size=self._n_slots * self._slot_bytes)
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(
+            self._workers, mp_context=context, initializer=_start_worker, initargs=(self._memory.name, self._slot_bytes)
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._memory is not None:
+            self._memory.close()
+            self._memory.unlink()
+
+    def measure(self, paths: Sequence[str]) -> "list[Future[list[Grid | str]]]":
+        """Start reading headers: each future gives the grids of the next images, or why there is none."""
+        assert self._pool is not None
+        chunks = (paths[at : at + HEADERS_A_TASK] for at in range(0, len(paths), HEADERS_A_TASK))
+        return [self._pool.submit(_measure, self._data, list(chunk), self._spec) for chunk in chunks]
+
+    def read(self, lists: Sequence[Sequence[str]]) -> Iterator[Piece]:
+        """Pieces of every list in turn.
+
+        Args:
+            lists: Paths from a manifest; a plan covers one list.
+
+        Raises:
+            InputError: A worker process was killed.
+        """
+        free = deque(range(self._n_slots))
+        waiting: deque[tuple[_Work, int | None, Future[Bad]]] = deque()
+        works = self._works(lists)
+        try:
+            while True:
+                for work in itertools.islice(works, len(free)):
+                    waiting.append(self._start(work, free))
+                if not waiting:
+                    return
+                work, slot, future = waiting.popleft()
+                piece = self._piece(work, slot, future.result())
+                if slot is not None:
+                    free.append(slot)
+                yield piece
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that reads images was killed", where=self._data, got="most likely too little memory",
+                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
+            ) from None  # fmt: skip
+
+    def _works(self, lists: Sequence[Sequence[str]]) -> "Iterator[_Work]":
+        """Batches of every list; headers are read one list ahead."""
+        upcoming: deque[list[Future[list[Grid | str]]]] = deque()
+        for number, paths in enumerate(lists):
+            if not upcoming:
+                upcoming.append(self.measure(paths))
+            if number + 1 < len(lists):
+                upcoming.append(self.measure(lists[number + 1]))
+            measured = [one for future in upcoming.popleft() for one in future.result()]
+            bad = {row: one for row, one in enumerate(measured) if isinstance(one, str)}
+            batches = plan([None if isinstance(one, str) else one for one in measured], tokens=self._tokens)
+            if not batches:
+                yield _Work(number, None, (), bad, last=True)
+            for at, batch in enumerate(batches):
+                chosen = tuple(paths[row] for row in batch.rows)
+                yield _Work(number, batch, chosen, bad if at == 0 else {}, last=at == len(batches) - 1)
+
+    def _start(self, work: "_Work", free: deque[int]) -> "tuple[_Work, int | None, Future[Bad]]":
+        if work.batch is None:
+            nothing: Future[Bad] = Future()
+            nothing.set_result({})
+            return work, None, nothing
+        assert self._pool is not None
+        slot = free.popleft()
+        return work, slot, self._pool.submit(_fill, slot, self._data, work.paths, work.batch.grid, self._spec)
+
+    def _piece(self, work: "_Work", slot: int | None, bad: Bad) -> Piece:
+        width = self._spec.width
+        if work.batch is None or slot is None:
+            return Piece(work.number, None, np.empty((0, 0, width), np.uint8), work.bad, work.last)
+        named = {work.batch.rows[at]: reason for at, reason in bad.items()}
+        whole = _slots if self._memory is None else np.frombuffer(self._memory.buf, np.uint8)
+        # A copy: a slot is filled again at once, and shared memory cannot be closed while an array looks into it.
+        pixels = _view(whole, slot * self._slot_bytes, len(work.paths), work.batch.grid, width).copy()
+        return Piece(work.number, work.batch, pixels, work.bad | named, work.last)
+
+
+class _Work(NamedTuple):
+    number: int
+    batch: Batch | None
+    paths: tuple[str, ...]
+    bad: Bad
+    last: bool
+
+
+class _Here(Executor):
+    """Does the work when it is asked for, in this process."""
+
+    def submit(self, fn: Any, /, *words: Any, **named: Any) -> Future[Any]:  # noqa: ANN401
+        future: Future[Any] = Future()
+        future.set_result(fn(*words, **named))
+        return future
+
+
+def _view(whole: Pixels, start: int, n: int, grid: Grid, width: int) -> Pixels:
+    size = n * grid.tokens * width
+    return whole[start : start + size].reshape(n, grid.tokens, width)
+
+
+# What follows runs in the workers. `_slots` is the shared memory as one array, `_slot_bytes` what each batch has of it.
+_slots: Pixels = np.empty(0, np.uint8)
+_slot_bytes = 0
+_memory: SharedMemory | None = None
+
+
+def _attach_array(slots: Pixels, slot_bytes: int) -> None:
+    global _slots, _slot_bytes
+    _slots, _slot_bytes = slots, slot_bytes
+
+
+def _start_worker(name: str, slot_bytes: int) -> None:
+    global _memory  # noqa: PLW0603 - keeps the mapping alive
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _memory = SharedMemory(name=name)
+    _attach_array(np.frombuffer(_memory.buf, np.uint8), slot_bytes)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _measure(data: Path, paths: Sequence[str], spec: PatchSpec) -> list[Grid | str]:
+    found: list[Grid | str] = []
+    for path in paths:
+        try:
+            found.append(spec.grid(*image_size(resolve_image(data, path))))
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def _fill(slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:
+    pixels = _view(_slots, slot * _slot_bytes, len(paths), grid, spec.width)
+    bad: Bad = {}
+    for at, path in enumerate(paths):
+        try:
+            read_patches(resolve_image(data, path), grid, spec, pixels[at])
+        except InputError as error:
+            bad[at] = str(error)
+            pixels[at] = 0
+    return bad

@@ -1,0 +1,202 @@
+"""What one process does to the shards it is given: read, compute and write overlap, and each is timed."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from .. import InputError
+from ..cache import Shard, StoreWriter
+from .encoder import Encoder
+from .images import open_rgb
+from .manifest import Manifest
+from .progress import Progress
+from .reading import ImageReader
+from .safe_paths import resolve_image
+
+CAPTIONS = 5
+
+OnError = Literal["stop", "skip"]
+Reasons = dict[int, str]
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Seconds that the work waited for images, for the model, and for the disk.
+
+    Reading and writing run beside the model, so each second is counted once, under what it was spent waiting for: the
+    largest is the bottleneck.
+    """
+
+    read_s: float = 0.0
+    compute_s: float = 0.0
+    write_s: float = 0.0
+    _last: float = field(default_factory=time.perf_counter, repr=False)
+
+    def start(self) -> None:
+        """Count from now."""
+        self._last = time.perf_counter()
+
+    def lap(self, part: Literal["read_s", "compute_s", "write_s"]) -> None:
+        """Book the time since the last lap under ``part``."""
+        now = time.perf_counter()
+        setattr(self, part, getattr(self, part) + now - self._last)
+        self._last = now
+
+    @property
+    def bottleneck(self) -> str | None:
+        """What was waited for longest; None where nothing was done."""
+        parts = {"reading images": self.read_s, "the model": self.compute_s, "writing": self.write_s}
+        longest = max(parts, key=lambda name: parts[name])
+        return longest if parts[longest] > 0 else None
+
+
+class ShardJobs:
+    """Encodes the images and captions of some shards of a store.
+
+    A batch never crosses a shard, and a plan depends on its shard alone, so a resumed store is the same.
+
+    Args:
+        encoder: The towers; its ``batch_tokens`` become the store's.
+        listing: The manifest.
+        writer: The open store.
+        data: The folder that the manifest's paths are relative to.
+        on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        workers: Processes that read images; 0 reads in this one.
+        ahead: Batches that are read ahead of the model.
+        progress: Who to tell.
+    """
+
+    def __init__(
+        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, *, data: Path, on_error: OnError, workers: int,
+        ahead: int, progress: Progress,
+    ) -> None:  # fmt: skip
+        self._encoder, self._listing, self._writer, self._data = encoder, listing, writer, data
+        self._on_error, self._workers, self._ahead, self._progress = on_error, workers, ahead, progress
+        self._tokens = encoder.batch_tokens = writer.layout.batch_tokens
+        self.clock = Clock()
+        self.reasons: Reasons = {}
+
+    def retry_skipped(self) -> None:
+        """Look at images that an earlier run skipped; a shard with one that can be read now is made again."""
+        paths = self._listing.paths
+        for shard, rows in self._writer.skipped.items():
+            found = {row: self._refusal(paths[row]) for row in rows}
+            still = {row: reason for row, reason in found.items() if reason is not None}
+            if len(still) < len(rows):
+                self._writer.redo(shard)
+            else:
+                self._record(still)
+
+    def encode_images(self, shards: Sequence[Shard]) -> int:
+        """Encode and write the image part of some shards; the number of images that were encoded."""
+        rows = [range(shard.start, shard.stop) for shard in shards]
+        total = sum(map(len, rows))
+        if not total:
+            return 0
+        paths = self._listing.paths
+        lists = [paths[shard.start : shard.stop] for shard in shards]
+        reader = ImageReader(
+            self._data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
+        )
+        skipped = 0
+        with self._progress.task("images", total) as task, WriteBehind() as behind, reader:
+            self.clock.start()
+            features, bad = torch.empty(0), set[int]()
+            for piece in reader.read(lists):
+                self.clock.lap("read_s")
+                shard = shards[piece.number]
+                if not len(features):
+                    features = torch.zeros((shard.n_rows, self._encoder.width), device=self._encoder.device)
+                self._record({shard.start + row: reason for row, reason in piece.bad.items()})
+                bad |= piece.bad.keys()
+                if piece.batch is not None:
+                    features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                    task.advance(len(piece.batch.rows))
+                if piece.last:
+                    v_img = features.cpu().numpy()
+                    v_img[sorted(bad)] = 0
+                    self.clock.lap("compute_s")
+                    behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
+                    self.clock.lap("write_s")
+                    skipped += len(bad)
+                    features, bad = torch.empty(0), set[int]()
+                self.clock.lap("compute_s")
+            behind.wait()
+            self.clock.lap("write_s")
+        return total - skipped
+
+    def encode_captions(self, shards: Sequence[Shard]) -> None:
+        """Encode and write the text part of some shards."""
+        if not shards:
+            return
+        captions = self._listing.captions
+        counts = count_captions(captions)
+        total = int(sum(counts[shard.start : shard.stop].sum() for shard in shards))
+        with self._progress.task("captions", total) as task, WriteBehind() as behind:
+            self.clock.start()
+            for shard in shards:
+                real = counts[shard.start : shard.stop]
+                texts = [text for row in captions[shard.start : shard.stop] for text in row[:CAPTIONS]]
+                v_txt = np.zeros((shard.n_rows, CAPTIONS, self._encoder.width), np.float32)
+                v_txt[np.arange(CAPTIONS) < real[:, None]] = self._encoder.encode_texts(texts, advance=task.advance)
+                self.clock.lap("compute_s")
+                behind.submit(self._writer.write_text, shard, v_txt=v_txt, n_captions=real)
+                self.clock.lap("write_s")
+            behind.wait()
+            self.clock.lap("write_s")
+
+    def why_skipped(self, row: int) -> str:
+        """Why a row of the store was skipped, by this process or by that of another stripe."""
+        found = self.reasons.get(row) or self._refusal(self._listing.paths[row])
+        return found or "it could not be read, and can be now: run `mmcli extract` again"
+
+    def _record(self, reasons: Reasons) -> None:
+        if reasons and self._on_error == "stop":
+            raise InputError(f"{next(iter(reasons.values()))}, or leave such images out with --on-error skip")
+        self.reasons |= reasons
+
+    def _refusal(self, path: str) -> str | None:
+        try:
+            open_rgb(resolve_image(self._data, path))
+        except InputError as error:
+            return str(error)
+        return None
+
+
+class WriteBehind:
+    """One thread that writes while the model goes on; at most one piece of work waits."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def submit(self, work: Callable[..., None], /, *words: object, **named: object) -> None:
+        """Start a piece of work when the one before is done; an error of that one is raised here."""
+        self.wait()
+        self._pending = self._pool.submit(work, *words, **named)
+
+    def wait(self) -> None:
+        """Wait for the work under way, and raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def count_captions(captions: Sequence[Sequence[str]]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """How many captions of each image are kept, ``(N,)`` uint8."""
+    return np.array([min(len(texts), CAPTIONS) for texts in captions], np.uint8)

@@ -1,0 +1,190 @@
+"""The two towers of a SigLIP checkpoint as they are fastest to run frozen: no padding, no mask, nothing twice.
+
+The weights are the checkpoint's; the arithmetic is that of ``transformers``' modules (Tschannen et al. 2025; Zhai et
+al. 2023), rearranged where that changes no more than rounding:
+
+- one matrix product for queries, keys and values;
+- a batch of one patch grid needs no padding, so attention has no mask and may use the fast kernels, and the position
+  embeddings are resized once per grid and kept;
+- uint8 pixels are scaled and normalised on the device;
+- only the last position of a text is pooled, so the last layer computes queries and MLP for that position alone;
+- the pooling head's query is a constant;
+- frozen weights are cast to the compute dtype once, and not in every forward pass as under autocast.
+
+The residual stream and the normalisations stay float32 whatever the compute dtype.
+
+Symbols: n images or texts, P patches, T tokens, D width, H heads, p side of a patch in pixels.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.activations import ACT2FN
+
+from .patches import Grid
+
+# Resized position embeddings are kept for this many grids; COCO has about 35 at 1,024 patches.
+GRIDS_KEPT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelScale:
+    """From uint8 to what the tower was trained on: ``(x * factor - mean) / std``, per channel."""
+
+    factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class _Linear:
+    """A frozen linear layer in the compute dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight = weight.detach().to(dtype).contiguous()
+        self.bias = None if bias is None else bias.detach().to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class _Norm:
+    """A frozen layer normalisation in float32."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        assert norm.weight is not None
+        self._weight, self._bias, self._eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+
+
+class _Mlp:
+    def __init__(self, mlp: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        self._fc1 = _Linear(mlp.fc1.weight, mlp.fc1.bias, dtype)
+        self._fc2 = _Linear(mlp.fc2.weight, mlp.fc2.bias, dtype)
+        self._activation = ACT2FN[mlp.config.hidden_act]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._fc2(self._activation(self._fc1(x)))
+
+
+class _Layer:
+    """One encoder layer; ``last`` computes the last position only."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        attention = layer.self_attn
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._heads = attention.num_heads
+        self._qkv = _Linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]), dtype)
+        self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias, dtype)
+        self._norm1, self._norm2 = _Norm(layer.layer_norm1), _Norm(layer.layer_norm2)
+        self._mlp = _Mlp(layer.mlp, dtype)
+
+    def __call__(self, x: Tensor, *, last: bool = False) -> Tensor:
+        n, T, D = x.shape
+        q, k, v = self._qkv(self._norm1(x)).view(n, T, 3, self._heads, D // self._heads).permute(2, 0, 3, 1, 4)
+        if last:
+            q, x = q[:, :, -1:], x[:, -1:]
+        x = x + self._out(_attend(q, k, v))
+        return x + self._mlp(self._norm2(x))
+
+
+class _Pool:
+    """SigLIP's pooling head: one learned query attends to all patches, then an MLP."""
+
+    def __init__(self, head: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        attention = head.attention
+        D, self._heads = attention.embed_dim, attention.num_heads
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        query = F.linear(head.probe.detach().float(), weight[:D].float(), bias[:D].float())
+        self._query = query.detach().view(1, 1, self._heads, D // self._heads).transpose(1, 2).to(dtype)
+        self._kv = _Linear(weight[D:], bias[D:], dtype)
+        self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias, dtype)
+        self._norm, self._mlp = _Norm(head.layernorm), _Mlp(head.mlp, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, P, D = x.shape
+        k, v = self._kv(x).view(n, P, 2, self._heads, D // self._heads).permute(2, 0, 3, 1, 4)
+        pooled = self._out(_attend(self._query.expand(n, -1, -1, -1), k, v)).float()
+        return (pooled + self._mlp(self._norm(pooled)))[:, 0].float()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a mask: ``(n, H, T, D / H)`` each, to ``(n, T, D)``."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ImageTower:
+    """Raw image embeddings from uint8 patches.
+
+    Args:
+        vision: The vision model of ``transformers``, with a pooling head, on its device.
+        scale: How pixels are normalised.
+        dtype: Compute dtype of the matrix products.
+    """
+
+    def __init__(self, vision: Any, scale: PixelScale, dtype: torch.dtype) -> None:  # noqa: ANN401
+        embeddings = vision.embeddings
+        weight = embeddings.patch_embedding.weight
+        if weight.ndim == 4:
+            # A convolution whose stride is its kernel is a product with patches; they have the channels last.
+            weight = weight.permute(0, 2, 3, 1).flatten(1)
+        device = weight.device
+        self._patch = _Linear(weight, embeddings.patch_embedding.bias, dtype)
+        self._position = embeddings.position_embedding.weight.detach().float()
+        self._kept: OrderedDict[Grid, Tensor] = OrderedDict()
+        self._layers = [_Layer(layer, dtype) for layer in vision.encoder.layers]
+        self._norm, self._pool = _Norm(vision.post_layernorm), _Pool(vision.head, dtype)
+        pixels = weight.shape[1] // 3
+        mean, std = (torch.tensor(values, device=device).repeat(pixels) for values in (scale.mean, scale.std))
+        self._factor, self._offset = scale.factor / std, mean / std
+
+    @torch.inference_mode()
+    def __call__(self, patches: Tensor, grid: Grid) -> Tensor:
+        """Raw embeddings ``(n, D)`` float32 of patches ``(n, P, 3 p^2)`` uint8, all of one grid."""
+        x = patches.float().mul_(self._factor).sub_(self._offset)
+        x = self._patch(x).float() + self._positions(grid)
+        for layer in self._layers:
+            x = layer(x)
+        return self._pool(self._norm(x))
+
+    def _positions(self, grid: Grid) -> Tensor:
+        """Position embeddings ``(P, D)`` at the size of a grid."""
+        if grid not in self._kept:
+            side = round(len(self._position) ** 0.5)
+            square = self._position.view(side, side, -1).permute(2, 0, 1)[None]
+            resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
+            self._kept[grid] = resized[0].flatten(1).T.contiguous()
+            if len(self._kept) > GRIDS_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(grid)
+        return self._kept[grid]
+
+
+class TextTower:
+    """Raw text embeddings from token ids, without an attention mask: SigLIP pools the last position, padding or not.
+
+    Args:
+        text: The text model of ``transformers``, on its device.
+        dtype: Compute dtype of the matrix products.
+    """
+
+    def __init__(self, text: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        self._token = text.embeddings.token_embedding.weight.detach()
+        self._position = text.embeddings.position_embedding.weight.detach().float()
+        self._layers = [_Layer(layer, dtype) for layer in text.encoder.layers]
+        self._norm = _Norm(text.final_layer_norm)
+        self._head = _Linear(text.head.weight, text.head.bias, dtype)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
+        x = F.embedding(ids, self._token).float() + self._position[: ids.shape[1]]
+        for layer in self._layers[:-1]:
+            x = layer(x)
+        x = self._layers[-1](x, last=True)
+        return self._head(self._norm(x[:, -1])).float()
