@@ -113,9 +113,7 @@ class ExtractResult:
         if self.skipped:
             shown = list(self.skipped.values())[:SHOWN_REASONS]
             more = f"  and {len(self.skipped) - len(shown):,} more, in the store's manifest.json"
-            lines += [
-                f"{len(self.skipped):,} images could not be read; training leaves them out, a later run tries again:"
-            ]
+            lines += [f"{len(self.skipped):,} images could not be read; training leaves them out, a later run retries:"]
             lines += [f"  {reason}" for reason in shown] + ([more] if len(shown) < len(self.skipped) else [])
         if not self.finished:
             return [*lines, f"wrote this stripe of {self.store}; the last stripe to end finishes the store"]

@@ -51,7 +51,7 @@ def _devices(config: Config, processes: int | None) -> list[str]:
     """The device of each process."""
     device = pick_device(config.hardware.device)
     every = [f"cuda:{at}" for at in range(torch.cuda.device_count())]
-    names = every if device.type == "cuda" and device.index is None and every else [str(device)]
+    names = every if device == torch.device("cuda") and every else [str(device)]
     return [names[at % len(names)] for at in range(processes or len(names))]
 
 

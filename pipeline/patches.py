@@ -1,8 +1,8 @@
 """From an image file to the uint8 patches that the image tower reads.
 
-Worker processes import this, so it imports no torch. Pixels stay uint8 to the device, a quarter of the bytes of float32;
-scaling and normalising them is the tower's first step. The numbers are those of the checkpoint's own processor (Pillow
-resizes uint8 there too).
+Worker processes import this, so it imports no torch. Pixels stay uint8 to the device, a quarter of the bytes of
+float32; scaling and normalising them is the tower's first step. The numbers are those of the checkpoint's own processor
+(Pillow resizes uint8 there too).
 
 Symbols: P patches of one image, p side of a patch in pixels, rows x columns the grid, P = rows * columns.
 """

@@ -7,6 +7,7 @@ same whether it is the first of a long run or the only one that a resumed run st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .patches import Grid
 
@@ -56,7 +57,6 @@ def plan(grids: Sequence[Grid | None], *, tokens: int) -> list[Batch]:
 
 
 def even_cuts(count: int, most: int) -> list[tuple[int, int]]:
-    """Cut ``count`` things into as few runs of at most ``most`` as there can be, of sizes that differ by one at most."""
+    """Cut ``count`` things into as few runs of at most ``most`` as there can be; their sizes differ by at most one."""
     parts = -(-count // most)
-    edges = [part * count // parts for part in range(parts + 1)] if parts else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(part * count // parts for part in range(parts + 1))) if parts else []

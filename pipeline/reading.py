@@ -159,7 +159,7 @@ class ImageReader:
         if work.batch is None or slot is None:
             return Piece(work.number, None, np.empty((0, 0, width), np.uint8), work.bad, work.last)
         named = {work.batch.rows[at]: reason for at, reason in bad.items()}
-        whole = _slots if self._memory is None else np.frombuffer(self._memory.buf, np.uint8)
+        whole = _slots if self._memory is None else _array(self._memory)
         # A copy: a slot is filled again at once, and shared memory cannot be closed while an array looks into it.
         pixels = _view(whole, slot * self._slot_bytes, len(work.paths), work.batch.grid, width).copy()
         return Piece(work.number, work.batch, pixels, work.bad | named, work.last)
@@ -182,6 +182,11 @@ class _Here(Executor):
         return future
 
 
+def _array(memory: SharedMemory) -> Pixels:
+    assert memory.buf is not None
+    return np.frombuffer(memory.buf, np.uint8)
+
+
 def _view(whole: Pixels, start: int, n: int, grid: Grid, width: int) -> Pixels:
     size = n * grid.tokens * width
     return whole[start : start + size].reshape(n, grid.tokens, width)
@@ -199,12 +204,12 @@ def _attach_array(slots: Pixels, slot_bytes: int) -> None:
 
 
 def _start_worker(name: str, slot_bytes: int) -> None:
-    global _memory  # noqa: PLW0603 - keeps the mapping alive
+    global _memory  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _memory = SharedMemory(name=name)
-    _attach_array(np.frombuffer(_memory.buf, np.uint8), slot_bytes)
+    _attach_array(_array(_memory), slot_bytes)
 
 
 def _end_with_parent() -> None:
