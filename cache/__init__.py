@@ -1,18 +1,24 @@
 """The store: named arrays in checked HDF5 shards. It imports no torch, transformers or faiss."""
 
 from .errors import StoreBusy, StoreDamaged, StoreError, StoreMismatch, StoreMissing, StoreUnfinished
+from .export import ExportReport, export_store
+from .info import describe
 from .key import StoreKey
 from .layout import FORMAT_VERSION, Layout, Part, Shard
+from .leaks import Leak, LeakReport, find_leaks, passes
 from .reader import Embeddings, Store, list_stores, newest_store
 from .sweep import DamagedShard
-from .verify import VerifyReport, describe, verify
+from .verify import VerifyReport, verify
 from .writer import StoreWriter, Stripe
 
 __all__ = [
     "FORMAT_VERSION",
     "DamagedShard",
     "Embeddings",
+    "ExportReport",
     "Layout",
+    "Leak",
+    "LeakReport",
     "Part",
     "Shard",
     "Store",
@@ -27,7 +33,10 @@ __all__ = [
     "Stripe",
     "VerifyReport",
     "describe",
+    "export_store",
+    "find_leaks",
     "list_stores",
     "newest_store",
+    "passes",
     "verify",
 ]

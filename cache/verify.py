@@ -1,8 +1,7 @@
-"""Checks everything in a store and goes on after a problem; describes a store."""
+"""Checks everything in a store and goes on after a problem."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from .index import ID, parse_index
 from .key import StoreKey
 from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
-from .reader import EXTRACT, Store
+from .reader import EXTRACT
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
 from .sweep import key_digest, looks_like_store, make_entry, read_checked, zero_rows
 
@@ -69,30 +68,6 @@ def verify(folder: Path) -> VerifyReport:
             problems += [f"{shard.name}: {line}" for line in found]
     problems += _stray_files(folder, known[1] if known else None)
     return VerifyReport(folder=folder, n_shards=n_shards, problems=tuple(problems))
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """What a store is, for a person or as JSON.
-
-    Returns:
-        Model, revision, patches, dtypes, counts, bytes, creation time, and min, mean, max and standard deviation of
-        the norms of images and of real captions (None where there are none).
-
-    Raises:
-        StoreError: As for :meth:`Store.open` and :meth:`Store.load`.
-    """
-    store = Store.open(folder)
-    key, manifest = store.key, store.manifest
-    arrays = store.load()
-    real = np.arange(store.n_captions_max) < arrays.n_captions[:, None]
-    return {
-        "folder": str(store.folder), "model": key.model, "revision": key.revision, "patches": key.patches,
-        "text_length": key.text_length, "dtype": key.dtype, "compute_dtype": key.compute_dtype,
-        "images": store.n_images, "captions": manifest.n_captions, "width": store.width,
-        "skipped": len(store.skipped), "shards": len(manifest.shards), "bytes": manifest.index.bytes + sum(e.bytes for e in manifest.shards),
-        "created": store.created, "digest": store.digest, "manifest_sha256": key.manifest_sha256,
-        "norm_img": _spread(arrays.norm_img[arrays.norm_img > 0]), "norm_txt": _spread(arrays.norm_txt[real]), "extra": store.extra,
-    }  # fmt: skip
 
 
 def norm_tolerance(norms: NDArray[np.float32], layout: Layout) -> NDArray[np.float64]:
@@ -219,10 +194,3 @@ def _stray_files(folder: Path, layout: Layout | None) -> list[str]:
     return [
         f"{name}: not a file of this store" for name in names if name not in known and not LOCK_NAME.fullmatch(name)
     ]
-
-
-def _spread(norms: NDArray[np.float32]) -> dict[str, float] | None:
-    if not norms.size:
-        return None
-    wide = norms.astype(np.float64)
-    return {"min": float(wide.min()), "mean": float(wide.mean()), "max": float(wide.max()), "std": float(wide.std())}
