@@ -18,6 +18,9 @@ Vote = Literal["softmax", "uniform", "rank", "threshold"]
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+# Wider or deeper than any head; what lies beyond is a slip of the keyboard, and would only show as memory that ran out.
+Width = Annotated[int, Field(gt=0, le=65536)]
+MAX_LAYERS = 32
 
 
 class Section(BaseModel):
@@ -26,7 +29,8 @@ class Section(BaseModel):
     A choice may be written in any case, and the choice ``none`` as YAML's null.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # No formula here has a use for infinity, and YAML has a word for it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +52,7 @@ class FusionConfig(Section):
     """From two raw embeddings to the fused embedding z (SPEC section 5)."""
 
     type: FusionType = "hadamard_magnitude"
-    mlp_dims: tuple[PositiveInt, ...] = Field(default=(1024, 512), min_length=1)
+    mlp_dims: tuple[Width, ...] = Field(default=(1024, 512), min_length=1, max_length=MAX_LAYERS)
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     activation: Literal["relu", "gelu"] = "relu"
     block_norm: BlockNorm = "rms"

@@ -30,6 +30,10 @@ from ..heads.config import (
 # What the keys are called in formulas.
 SYMBOLS = {"alpha": "cosine_weight", "gamma": "hash_weight", "B": "bits", "C": "num_classes"}
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
+Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+Decay = Annotated[float, Field(ge=0.0, le=1e6)]
+Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
 Preset = Literal["recommended", "plan"]
 DEFAULT_MODEL = "google/siglip2-base-patch16-naflex"
 
@@ -48,11 +52,11 @@ class OptimizerConfig(Section):
     """AdamW, one learning rate per part of the head."""
 
     type: Literal["adamw"] = "adamw"
-    lr_fusion: Positive = 3e-4
-    lr_hash: Positive = 3e-4
-    lr_classifier: Positive = 3e-4
-    lr_towers: Positive = 1e-5
-    weight_decay: NonNegative = 0.01
+    lr_fusion: Rate = 3e-4
+    lr_hash: Rate = 3e-4
+    lr_classifier: Rate = 3e-4
+    lr_towers: Rate = 1e-5
+    weight_decay: Decay = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
 
 
@@ -60,8 +64,8 @@ class SchedulerConfig(Section):
     """Linear warm-up, then cosine to ``min_lr``, stepped once per optimiser step."""
 
     type: Literal["cosine"] = "cosine"
-    warmup_epochs: NonNegative = 2.0
-    total_epochs: PositiveInt | None = None
+    warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] = 2.0
+    total_epochs: Epochs | None = None
     min_lr: NonNegative = 1e-6
 
 
@@ -69,7 +73,7 @@ class TrainingConfig(Section):
     """How a head is trained from the store."""
 
     batch_size: PositiveInt = 64
-    num_epochs: PositiveInt = 30
+    num_epochs: Epochs = 30
     gradient_clip_norm: Positive | None = 1.0
     mixed_precision: bool = True
     accumulation_steps: PositiveInt = 1
@@ -157,7 +161,7 @@ def load_config(
 
     Args:
         file: A YAML file with the sections of :class:`Config`; ``None`` for none.
-        options: Dotted keys (``hash.bits``) to values; ``None`` values are options that were not given.
+        options: Dotted keys (``hash.bits``) to the values that were given; ``None`` is one of them, YAML's null.
         flags: Dotted keys to the option's name on the command line, for messages.
 
     Returns:
@@ -167,10 +171,10 @@ def load_config(
         InputError: The file cannot be read, a key is unknown, or a value is refused.
     """
     given = _read_yaml(file) if file is not None else {}
-    chosen = {key: value for key, value in (options or {}).items() if value is not None}
+    chosen = dict(options or {})
     preset = chosen.get("preset", given.get("preset", Config.model_fields["preset"].default))
     preset = preset.lower() if isinstance(preset, str) else preset
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(
             "unknown preset",
             where="preset",
@@ -199,8 +203,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            equals, value = "", None
-        if not key or not equals or value is None:
+            text = ""
+        if not key or not equals or not text.strip():
             raise InputError(
                 "cannot read a setting",
                 where="--set",

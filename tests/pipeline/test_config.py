@@ -66,7 +66,7 @@ def test_choices_in_any_case_and_none_as_null(tmp_path: Path) -> None:
 def test_options_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "some.yaml"
     file.write_text("preset: plan\nhash: {bits: 32}\nknn: {K: 7}\n")
-    config = load_config(file, options={"knn.K": 9, "knn.tau": None})
+    config = load_config(file, options={"knn.K": 9})
     assert (config.preset, config.hash.bits, config.knn.K, config.knn.tau) == ("plan", 32, 9, 0.07)
     assert config.fusion.block_norm == "none"
     assert load_config(file, options={"preset": "recommended"}).fusion.block_norm == "rms"
@@ -114,6 +114,31 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("fusion: {mlp_dims: []}", ("fusion.mlp_dims",)),
         ("hash: 3", ("hash", "got 3")),
         ("preset: best", ("preset", "'best'", "plan or recommended")),
+        ("preset: [plan]", ("preset", "['plan']", "plan or recommended")),
+        ("preset: {plan: 1}", ("preset", "{'plan': 1}", "plan or recommended")),
+        ("preset: null", ("preset", "got None", "plan or recommended")),
+        ("preset: 3", ("preset", "got 3", "plan or recommended")),
+        ("scheduler: {warmup_epochs: .inf}", ("scheduler.warmup_epochs", "got inf", "finite")),
+        ("scheduler: {warmup_epochs: 1.0e+300}", ("scheduler.warmup_epochs", "got 1e+300", "less than or equal")),
+        ("scheduler: {min_lr: .nan}", ("scheduler.min_lr", "got nan", "finite")),
+        ("scheduler: {total_epochs: 10000000}", ("scheduler.total_epochs", "less than or equal")),
+        ("optimizer: {lr_hash: .inf}", ("optimizer.lr_hash", "got inf")),
+        ("optimizer: {lr_hash: 1.0e+38}", ("optimizer.lr_hash", "got 1e+38", "less than or equal")),
+        ("optimizer: {betas: [.nan, 0.9]}", ("optimizer.betas.0", "got nan", "finite")),
+        ("optimizer: {weight_decay: .inf}", ("optimizer.weight_decay", "got inf")),
+        ("training: {gradient_clip_norm: .nan}", ("training.gradient_clip_norm", "got nan", "finite")),
+        ("training: {num_epochs: 1.0e+300}", ("training.num_epochs",)),
+        ("loss: {cosine_weight: .inf}", ("loss.cosine_weight", "got inf", "finite")),
+        ("loss: {hash_reg: {lambda_decorr: .nan}}", ("loss.hash_reg.lambda_decorr", "got nan", "finite")),
+        ("loss: {focal_gamma: '.inf'}", ("loss.focal_gamma",)),
+        ("loss: {focal_gamma: inf}", ("loss.focal_gamma", "finite")),
+        ("knn: {tau: .inf}", ("knn.tau", "got inf", "finite")),
+        ("knn: {theta: .nan}", ("knn.theta", "got nan")),
+        ("fusion: {dropout: .nan}", ("fusion.dropout", "got nan")),
+        ("fusion: {mlp_dims: [1024, 1000000000]}", ("fusion.mlp_dims.1", "got 1000000000", "65536")),
+        ("fusion: {mlp_dims: [8, 0]}", ("fusion.mlp_dims.1", "got 0")),
+        (f"fusion: {{mlp_dims: {[8] * 33}}}", ("fusion.mlp_dims", "at most 32")),
+        ("grid_search: {tau: [0.1, .inf]}", ("grid_search.tau.1", "got inf")),
         ("- a\n- b", ("got list", "sections")),
         ("hash: {bits: 64", ("line 1", "YAML")),
         ("model: {freeze_towers: false}", ("model.freeze_towers",)),
@@ -146,9 +171,43 @@ def test_settings_are_yaml_values() -> None:
         "fusion.type": "concat",
     }
     assert load_config(options=parse_settings(["optimizer.lr_hash=1e-3"])).optimizer.lr_hash == 1e-3
-    for word in ("hash.bits", "=3", "a=[", "a="):
+    for word in ("hash.bits", "=3", "a=[", "a=", "a= "):
         with pytest.raises(InputError, match="--set"):
             parse_settings([word])
+
+
+@pytest.mark.parametrize("null", ["null", "~", "Null"])
+def test_null_is_a_value_where_it_is_one(tmp_path: Path, null: str) -> None:
+    """No clipping is asked for in a file and on the command line alike; elsewhere null is refused by the key's name."""
+    settings = parse_settings([f"training.gradient_clip_norm={null}", "scheduler.total_epochs=null"])
+    config = load_config(options=settings)
+    assert (config.training.gradient_clip_norm, config.scheduler.total_epochs) == (None, None)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file) == config
+    assert load_config(file, options={"training.gradient_clip_norm": 0.5}).training.gradient_clip_norm == 0.5
+    for setting in ("hash.bits", "hash", "preset", "loss.bce_weight"):
+        with pytest.raises(InputError, match=rf"{setting}.*got None"):
+            load_config(options=parse_settings([f"{setting}={null}"]))
+
+
+def test_no_key_takes_infinity_or_nan() -> None:
+    """Every number of every section, those added later too."""
+    kept = []
+
+    def walk(tree: dict, path: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{path}{key}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                kept.append(path + key)
+
+    walk(Config().model_dump(), "")
+    assert len(kept) > 25
+    for key in kept:
+        for word in (".inf", "-.inf", ".nan", "1e999"):
+            with pytest.raises(InputError, match=key):
+                load_config(options=parse_settings([f"{key}={word}"]))
 
 
 def test_no_object_of_python_comes_out_of_a_file(tmp_path: Path) -> None:
