@@ -129,7 +129,8 @@ class LossTerms(NamedTuple):
 def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None = None) -> LossTerms:
     """``L = L_bce + alpha L_cos + gamma L_hash`` and its terms.
 
-    A term of weight 0 is still computed, for the record, but takes no part in the sum.
+    A term of weight 0 is still computed, for the record, but takes no part in the sum; neither does the cosine term of
+    a head that reads one modality, whose adapter it would train with the other.
 
     Args:
         config: The loss section.
@@ -151,7 +152,8 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
             quant, balance, decorr = quantisation_loss(h), balance_loss(h), decorrelation_loss(h)
             hashed = quant + reg.lambda_balance * balance + reg.lambda_decorr * decorr
         total = config.bce_weight * bce
-        for weight, term in ((config.cosine_weight, cosine), (config.hash_weight, hashed)):
+        alpha = config.cosine_weight if output.both else 0.0
+        for weight, term in ((alpha, cosine), (config.hash_weight, hashed)):
             if term is not None and weight > 0:
                 total = total + weight * term
         return LossTerms(total, bce, cosine, quant, balance, decorr, hashed)

@@ -23,6 +23,8 @@ class HeadOutput(NamedTuple):
         d_img: Image directions ``(N, D)``; ``None`` for the MLP baseline, which does not decompose.
         d_txt: Caption directions ``(N, D)``, likewise.
         hash_reg: Whether the hash terms of the loss apply (``hash.use_hash_reg``).
+        both: Whether the head reads both modalities. One that reads a single one must learn nothing from the other,
+            so the cosine term does not apply.
     """
 
     z: Tensor
@@ -31,6 +33,7 @@ class HeadOutput(NamedTuple):
     d_img: Tensor | None
     d_txt: Tensor | None
     hash_reg: bool = True
+    both: bool = True
 
     @property
     def features(self) -> Tensor:
@@ -62,7 +65,7 @@ class Head(nn.Module):
         super().__init__()
         self.fusion = Fusion(fusion, width)
         self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
-        self._hash_reg = hash.use_hash_reg
+        self._hash_reg, self._both = hash.use_hash_reg, fusion.inputs == "both"
         n_features = hash.bits or fusion.mlp_dims[-1]
         self.classifier = nn.Linear(n_features, classifier.num_classes, bias=classifier.use_bias)
 
@@ -77,7 +80,7 @@ class Head(nn.Module):
         if self.hash is not None:
             h = self.hash(fused.z)
             read = self.hash.read(h)
-        return HeadOutput(fused.z, h, self.classifier(read), fused.d_img, fused.d_txt, self._hash_reg)
+        return HeadOutput(fused.z, h, self.classifier(read), fused.d_img, fused.d_txt, self._hash_reg, self._both)
 
     def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
         """Take what block normalisation needs from the train split: ``(N, D)`` each, one caption an image."""

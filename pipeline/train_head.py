@@ -151,10 +151,21 @@ def _check_splits(splits: dict[str, Split], config: Config, folder: Path) -> Non
 
 def _notices(config: Config) -> list[str]:
     lines = []
-    if config.loss.cosine_weight > 0 and config.fusion.adapter == "none":
+    inputs = config.fusion.inputs
+    if config.loss.cosine_weight > 0 and inputs != "both":
+        lines.append(
+            f"note: with --inputs {inputs} the cosine term would train on the other modality, so it takes no part: it"
+            " is logged, but alpha changes nothing"
+        )
+    elif config.loss.cosine_weight > 0 and config.fusion.adapter == "none":
         lines.append(
             "note: the towers are frozen and there is no adapter, so the cosine term has no trainable input: it is"
             " logged, but alpha changes nothing (--adapter linear makes it live)"
+        )
+    if config.training.batch_size == 1 and config.hash.bits and config.hash.batch_norm:
+        lines.append(
+            "note: batch normalisation needs two images a batch, so --batch-size 1 is taken as 2 (--set"
+            " hash.batch_norm=false leaves it at 1)"
         )
     return lines
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .. import InputError
 from ..heads.losses import class_balanced_weights, total_loss
 from ..heads.model import Head
-from .config import Config, OptimizerConfig, SchedulerConfig
+from .config import Config
 from .device import autocast
+from .optimisation import learning_rate, make_optimizer
 from .progress import Task
 
 Monitor = Callable[[Head], float]
@@ -73,27 +74,6 @@ class FitResult:
     stopped_early: bool
 
 
-def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, schedule: SchedulerConfig) -> float:
-    """Linear warm-up then cosine decay, per optimiser step (Loshchilov and Hutter 2017, eq. 5, without restarts).
-
-    Args:
-        step: Optimiser steps done before this one.
-        steps_per_epoch: Optimiser steps in an epoch.
-        epochs: Length of the schedule.
-        peak: The rate after warm-up.
-        schedule: Warm-up epochs and the final rate.
-
-    Returns:
-        The rate of this step; never under ``min(min_lr, peak)`` after warm-up.
-    """
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    floor = min(schedule.min_lr, peak)
-    done = (step - warmup) / max(1, epochs * steps_per_epoch - warmup)
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 def fit(
     head: Head,
     train: Split,
@@ -117,7 +97,7 @@ def fit(
         device: Where the tensors are.
 
     Raises:
-        InputError: The loss is no longer finite.
+        InputError: Fewer images than a batch needs, or a loss or a head that is no longer finite.
     """
     loop = _Loop(head, train, config, device)
     history: list[dict[str, float]] = []
@@ -148,11 +128,11 @@ class _Loop:
     def __init__(self, head: Head, train: Split, config: Config, device: torch.device) -> None:
         self._head, self._train, self._config, self._device = head, train, config, device
         self._seed = config.hardware.seed
-        self._batches = math.ceil(len(train) / config.training.batch_size)
+        self._batches = count_batches(head, len(train), config.training.batch_size)
         self._every = config.training.accumulation_steps
         self._steps = math.ceil(self._batches / self._every)
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
-        self._optimizer, self._peaks = _optimizer(head, config.optimizer)
+        self._optimizer, self._peaks = make_optimizer(head, config.optimizer)
         self._precision = autocast(device, config.training.mixed_precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.dtype == torch.float16)
         balanced = config.loss.class_weights == "balanced"
@@ -167,7 +147,7 @@ class _Loop:
         order = torch.randperm(len(self._train), generator=generator)
         draw = torch.rand(len(self._train), generator=generator).to(self._device)
         caption = (draw * self._train.n_captions).long()
-        # Even batches: every image is seen, and no batch of one reaches the batch statistics.
+        # Even batches: every image is seen, and none is left over for a batch of its own.
         batches = torch.tensor_split(order.to(self._device), self._batches)
         sums: dict[str, Tensor] = {}
         self._head.train()
@@ -182,10 +162,10 @@ class _Loop:
                 sums[name] = sums.get(name, torch.zeros((), device=self._device)) + value.detach()
         means = {name: float(value) / self._batches for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            raise InputError(
-                "the loss is no longer finite", where=f"epoch {epoch}", got=means["loss"], wanted="a number",
-                do="lower the learning rates, or check the store with `mmcli cache verify`",
-            )  # fmt: skip
+            raise _diverged("the loss is no longer finite", where=f"epoch {epoch}", got=means["loss"])
+        # The loss of a batch is measured before its step: the last step of an epoch shows in the parameters alone.
+        if not all_finite(*self._head.parameters()):
+            raise _diverged("the head is no longer finite", where=f"epoch {epoch}", got="NaN or inf in its parameters")
         return {**means, "lr": self._optimizer.param_groups[0]["lr"]}
 
     def _forward(self, rows: Tensor, caption: Tensor) -> dict[str, Tensor]:
@@ -216,21 +196,15 @@ class _Loop:
         return norm
 
 
-def _optimizer(head: Head, config: OptimizerConfig) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW with one group per part of the head; the peak rates in the groups' order."""
-    rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
-    parts = {name: parameters for name, parameters in head.parameter_groups().items() if parameters}
-    groups = [{"params": parameters, "lr": rates[name]} for name, parameters in parts.items()]
-    optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-    return optimizer, [rates[name] for name in parts]
-
-
 @torch.inference_mode()
 def encode_split(head: Head, split: Split, *, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
     """Features and logits of a whole split in ``eval()`` mode, from the first caption.
 
     Returns:
         Soft codes h ``(N, B)``, or z without hash layer, and logits ``(N, C)``, both float32 on the split's device.
+
+    Raises:
+        InputError: One of them is not finite: large parameters may still be numbers where what they give is none.
     """
     head.eval()
     features, logits = [], []
@@ -239,4 +213,36 @@ def encode_split(head: Head, split: Split, *, batch_size: int = 4096) -> tuple[T
         output = head(v_img, v_txt)
         features.append((output.z if output.h is None else output.h).float())
         logits.append(output.logits.float())
-    return torch.cat(features), torch.cat(logits)
+    codes, scores = torch.cat(features), torch.cat(logits)
+    if not all_finite(codes, scores):
+        raise _diverged("the head gives no numbers", got="NaN or inf in codes or logits")
+    return codes, scores
+
+
+def count_batches(head: nn.Module, n: int, batch_size: int) -> int:
+    """Batches of an epoch over n images, as even as can be.
+
+    With batch normalisation none has fewer than two images, because one has no statistics; a batch may then be larger
+    than ``batch_size`` by one, or by two where that is 1.
+
+    Raises:
+        InputError: n is less than one batch needs.
+    """
+    least = 2 if any(isinstance(module, nn.BatchNorm1d) for module in head.modules()) else 1
+    if n < least:
+        raise InputError(
+            "too few train images", got=n, wanted=f"at least {least} for a batch", do="add images to the manifest"
+        )
+    return max(1, min(math.ceil(n / batch_size), n // least))
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether every value of every tensor is a number; one look at the device for all of them."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+
+def _diverged(what: str, *, got: object, where: str | None = None) -> InputError:
+    return InputError(
+        what, where=where, got=got, wanted="numbers",
+        do="lower the learning rates, or check the store with `mmcli cache verify`",
+    )  # fmt: skip

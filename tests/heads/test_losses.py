@@ -189,6 +189,20 @@ def test_terms_of_weight_zero_are_logged_but_give_no_gradient() -> None:
     assert torch.equal(terms.total, terms.bce)
 
 
+def test_a_head_of_one_modality_learns_nothing_from_the_cosine_term() -> None:
+    """Its adapter would be trained with the other modality; the value is logged all the same."""
+    plain = make_output()
+    output = plain._replace(d_img=plain.d_img.clone().requires_grad_(), logits=plain.logits.clone().requires_grad_())
+    for both in (True, False):
+        terms = total_loss(LossConfig(hash_weight=0.0), output._replace(both=both), make_batch(0)[1])
+        terms.total.backward()
+        total, bce, cosine = (term.item() for term in (terms.total, terms.bce, terms.cosine))
+        assert cosine == pytest.approx(cosine_loss(plain.d_img, plain.d_txt).item())
+        assert (output.d_img.grad is not None) == both
+        assert total == pytest.approx(bce + both * cosine)
+        output.d_img.grad = None
+
+
 def test_the_baseline_has_the_first_term_alone() -> None:
     terms = total_loss(LossConfig(), make_output(h=None, d_img=None, d_txt=None), make_batch(0)[1])
     assert terms.cosine is None

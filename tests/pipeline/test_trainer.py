@@ -96,14 +96,6 @@ def test_accumulation_equals_the_large_batch() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_an_odd_last_group_counts_in_full() -> None:
-    """Three batches, two a step: the last one alone makes a whole step."""
-    config = load_config(options={**SMALL, "training.batch_size": 14, "training.accumulation_steps": 2})
-    _, result = run(config)
-    assert len(result.history) == 3
-    assert all(math.isfinite(row["loss"]) for row in result.history)
-
-
 def test_every_image_is_seen_once_an_epoch_and_only_real_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     original = Split.batch
@@ -120,12 +112,6 @@ def test_every_image_is_seen_once_an_epoch_and_only_real_captions(monkeypatch: p
     assert sorted(row for row, _ in seen) == sorted(list(range(33)) * 3)
     assert all(caption < split.n_captions[row] for row, caption in seen)
     assert len({caption for _, caption in seen}) == 5
-
-
-def test_a_batch_of_one_never_reaches_the_batch_statistics() -> None:
-    config = load_config(options={**SMALL, "training.batch_size": 4})
-    _, result = run(config, split=make_split(33))
-    assert math.isfinite(result.history[-1]["loss"])
 
 
 def test_loss_falls_and_the_record_is_whole() -> None:

@@ -1,0 +1,48 @@
+"""Seeds and the deterministic mode."""
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from mmcli.pipeline.device import seed_everything
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+def test_every_source_of_chance_is_seeded() -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        seed_everything(seed)
+        drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_deterministic_mode_reaches_torch(deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(not deterministic)
+    seed_everything(1, deterministic=deterministic)
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.backends.cudnn.benchmark != deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+
+
+def test_the_deterministic_mode_is_that_of_the_option(mmcli, here) -> None:
+    for option, wanted in (("--deterministic", True), ("--no-deterministic", False)):
+        torch.use_deterministic_algorithms(not wanted)
+        code, _, err = mmcli(
+            "train-head", "--epochs", 1, "--set", "fusion.mlp_dims=[16, 8]", "--set", "knn.K=5", option
+        )
+        assert code == 0, err
+        assert torch.are_deterministic_algorithms_enabled() == wanted
