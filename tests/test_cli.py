@@ -10,7 +10,7 @@ import pytest
 
 COMMANDS = (
     (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("cache",),
-    ("cache", "info"), ("cache", "verify"),
+    ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"),
 )  # fmt: skip
 
 
@@ -60,6 +60,10 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("extract",), ("manifest.parquet", "mmcli prepare")),
         (("extract", "--device", "abacus"), ("manifest.parquet",)),
         (("cache", "info"), ("store", "mmcli extract")),
+        (("cache", "export", "--out", "x"), ("store", "mmcli extract")),
+        (("cache", "export"), ("--out",)),
+        (("cache", "import"), ("--images",)),
+        (("cache", "import", "--images", "x", "--texts", "y", "--name", "z"), ("manifest.parquet", "mmcli prepare")),
         (("no-such-command",), ("no-such-command",)),
         (("prepare", "--no-such-option"), ("--no-such-option",)),
     ],

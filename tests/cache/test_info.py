@@ -1,6 +1,7 @@
 """describe: histograms, sizes and skipped images, against the whole arrays; it never holds all embeddings."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,9 +30,7 @@ def test_the_new_figures(kit, tmp_path):
         edges, counts = found["edges"], found["counts"]
         assert len(edges) == len(counts) + 1
         assert (edges[0], edges[-1]) == pytest.approx((norms.min(), norms.max()))
-        plain = [
-            sum(low <= norm < high for norm in norms.astype(float)) for low, high in zip(edges, edges[1:], strict=False)
-        ]
+        plain = [sum(low <= norm < high for norm in norms.astype(float)) for low, high in pairwise(edges)]
         plain[-1] += 1  # the greatest norm is in the last bin
         assert counts == plain
     assert facts["skipped_images"] == [
