@@ -5,7 +5,6 @@ Order of precedence: defaults < preset < ``--config FILE`` < options. The sectio
 Nothing here imports torch.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from .. import InputError
 from ..heads.config import (
@@ -26,9 +25,8 @@ from ..heads.config import (
     Positive,
     Section,
 )
+from .config_errors import readable
 
-# What the keys are called in formulas.
-SYMBOLS = {"alpha": "cosine_weight", "gamma": "hash_weight", "B": "bits", "C": "num_classes"}
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
@@ -188,7 +186,7 @@ def load_config(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _readable(error, file, set(chosen), flags or {}) from None
+        raise readable(error, Config, file, set(chosen), flags or {}) from None
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -256,35 +254,3 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _readable(error: ValidationError, file: Path | None, chosen: set[str], flags: Mapping[str, str]) -> InputError:
-    """Turn the first refused key into one line that names it as its owner wrote it."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
-    option = next((flags.get(c) for c in chosen if key == c or key.startswith(c + ".")), None)
-    where = option or (f"{file}, key {key}" if file else key)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        symbol = SYMBOLS.get(path[-1])
-        near = [symbol] if symbol in known else difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
-        return InputError(
-            "unknown key",
-            where=where,
-            got=path[-1],
-            wanted=f"one of {', '.join(known)}",
-            do=f"did you mean {near[0]}?",
-        )
-    wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return InputError("refused value", where=where, got=repr(first["input"]), wanted=wanted, do="change it")
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in path:
-        inner = model.model_fields[part].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
-        model = inner
-    return list(model.model_fields)
