@@ -8,7 +8,9 @@ the result, as text or with ``--json`` as one JSON object. Exit 0 done, 2 the us
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +33,8 @@ cache_app = typer.Typer(
     help="Look at a store, check it, export it, or make one of embeddings from elsewhere.", rich_markup_mode=None
 )
 app.add_typer(cache_app, name="cache")
+bench_app = typer.Typer(help="This machine's speed, side by side with the plain way.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the data set.")]
 Store = Annotated[
@@ -137,6 +141,7 @@ def extract(
     model: Model = None, revision: Revision = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
+    resizer: Annotated[Literal["pillow", "torch"], typer.Option("--resizer", help="pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there.")] = "pillow",
     batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass [default: 1024 on a CPU, 32768 on a GPU].")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
@@ -154,7 +159,7 @@ def extract(
     from .pipeline.fleet import extract_here
 
     plan = ExtractPlan(
-        data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, batch_tokens=batch_tokens, force=force,
+        data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
         stripe=None if shard is None else parse_stripe(shard),
     )  # fmt: skip
     result = extract_here(resolved, plan, processes=processes, progress=_progress(quiet))
@@ -232,6 +237,30 @@ def zero_shot(
     _finish(result.to_json(), json_, *result.summary())
 
 
+@bench_app.command("extract")
+def bench_extract(
+    patches: Annotated[int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Checkpoint [default: base-size towers, random weights].")] = None,
+    images: Annotated[Path | None, typer.Option("--images", metavar="DIR", help="Folder of JPEGs [default: drawn, of COCO's sizes].")] = None,
+    n_images: Annotated[int, typer.Option("--n-images", min=1, help="Images of a round.")] = 96,
+    n_captions: Annotated[int, typer.Option("--n-captions", min=1, help="Captions of a round.")] = 160,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images.")] = None,
+    device: Device = None, json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Images and captions a second: the plain transformers loop, ours, the towers alone, decoding alone."""
+    resolved = _config(
+        None, None, {"model.max_num_patches": patches, "hardware.device": device, "data.num_workers": workers}
+    )
+    from .pipeline.bench_extract import bench_extract as stage
+
+    result = stage(
+        resolved, checkpoint=model, images=images, n_images=n_images, n_captions=n_captions, repeats=repeats,
+        progress=_progress(quiet),
+    )  # fmt: skip
+    _finish(result.to_json(), json_, *result.summary())
+
+
 @cache_app.command("info")
 def cache_info(store: Store = None, json_: Json = False, quiet: Quiet = False) -> None:  # noqa: ARG001 - as everywhere
     """What a store is: model, patches, sizes, skipped images, distribution of norms."""
@@ -299,6 +328,8 @@ def cache_import(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code, and says nothing

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import InputError
 from .config import DEFAULT_MODEL
 from .device import autocast
-from .patches import Grid, Pixels, cut, resize
+from .patches import Grid, PatchSpec, Pixels, Resizer, cut, resize
 from .siglip import (
     MODEL_TYPES,
     PROCESSOR_KEYS,
@@ -61,10 +61,11 @@ class Encoder:
         tokenizer: Any,  # noqa: ANN401
         identity: Identity,
         device: torch.device,
+        spec: PatchSpec,
     ) -> None:
         self._tokenizer = tokenizer
         self.identity, self.device = identity, device
-        self.spec = patch_spec(model.config, settings, identity)
+        self.spec = spec
         self.width = int(model.config.text_config.projection_size or model.config.text_config.hidden_size)
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.logit_bias = float(model.logit_bias.detach().float())
@@ -86,6 +87,7 @@ class Encoder:
         revision: str | None = None,
         patches: int = 256,
         text_length: int = 64,
+        resizer: Resizer = "pillow",
         device: torch.device,
     ) -> "Encoder":
         """Load a checkpoint through the Auto classes of ``transformers``.
@@ -95,6 +97,7 @@ class Encoder:
             revision: Branch, tag or commit of a hub checkpoint.
             patches: Patch budget (``max_num_patches``); a fixed-resolution checkpoint admits only its own.
             text_length: Tokens per caption.
+            resizer: What resizes images; see :class:`~mmcli.pipeline.patches.PatchSpec`.
             device: Where to compute; float32 on a CPU, bfloat16 or float16 autocast on a GPU.
 
         Raises:
@@ -123,6 +126,9 @@ class Encoder:
         tokenizer = load_part("the tokenizer", transformers.AutoTokenizer, name, revision)
         settings = {key: value for key, value in processor.to_dict().items() if key in PROCESSOR_KEYS}
         check_model(name, config, settings)
+        spec = patch_spec(config, settings, patches, resizer)
+        if resizer != "pillow":
+            settings["resizer"] = resizer
         identity = Identity(
             model=Path(name).name if Path(name).is_dir() else name,
             revision=local_digest(Path(name)) if Path(name).is_dir() else str(config._commit_hash or revision),  # noqa: SLF001
@@ -131,7 +137,7 @@ class Encoder:
             text_length=text_length,
             compute_dtype=autocast(device).name,
         )
-        return cls(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device)
+        return cls(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device, spec)
 
     def image_features(self, patches: Pixels, grid: Grid) -> Tensor:
         """Run the image tower.
@@ -203,13 +209,17 @@ class Encoder:
 
         def run(rows: slice) -> Tensor:
             advance(int(times[rows].sum()))
-            return self._text(unique[rows].to(self.device, non_blocking=True))
+            return self.text_features(unique[rows])
 
         encoded = self._within_memory(len(unique), ids.shape[1], run)
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         found: Floats = encoded.cpu().numpy()[place[inverse.reshape(-1)]]
         return found
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """Raw embeddings ``(n, D)`` float32 on the device, of token ids ``(n, text_length)`` int64, in one pass."""
+        return self._text(ids.to(self.device, non_blocking=True))
 
     def _within_memory(self, n: int, tokens: int, run: Callable[[slice], Tensor]) -> Tensor:
         """All n things in passes of at most ``batch_tokens`` tokens; passes are halved when memory runs out."""

@@ -20,6 +20,7 @@ from .config import Config
 from .device import pick_device
 from .encoder import Encoder
 from .manifest import Manifest, read_manifest
+from .patches import Resizer
 from .progress import Progress
 from .shard_jobs import CAPTIONS, Clock, OnError, ShardJobs, count_captions
 
@@ -40,6 +41,7 @@ class ExtractPlan:
         cache: The folder of all stores.
         dtype: How embeddings are stored. Norms are always float32, taken before the cast.
         on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        resizer: What resizes images; see :class:`~mmcli.pipeline.patches.PatchSpec`.
         batch_tokens: Most tokens of a forward pass of a new store; what suits the device when not given.
         shard_rows: Images per shard of a new store; likewise.
         stripe: Which shards to fill; all when not given.
@@ -52,6 +54,7 @@ class ExtractPlan:
     cache: Path = DEFAULT_CACHE
     dtype: Literal["float16", "float32"] = "float16"
     on_error: OnError = "stop"
+    resizer: Resizer = "pillow"
     batch_tokens: int | None = None
     shard_rows: int | None = None
     stripe: Stripe | None = None
@@ -151,10 +154,11 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
         jobs.encode_captions(writer.missing("text"))
         writer.finish(jobs.why_skipped)
         return ExtractResult(
-            store=writer.folder, finished=writer.finished, was_finished=was_finished, digest=key.digest, n_images=len(listing),
-            n_captions=int(count_captions(listing.captions).sum()), n_encoded=n_encoded, width=encoder.width,
+            store=writer.folder, finished=writer.finished, was_finished=was_finished, digest=key.digest,
+            n_images=len(listing), n_captions=int(count_captions(listing.captions).sum()),
+            n_encoded=n_encoded, width=encoder.width, reused_text_shards=reused,
             damaged=tuple(f"{shard.name}: {shard.reason}" for shard in writer.damaged), skipped=jobs.reasons,
-            reused_text_shards=reused, seconds=time.perf_counter() - started, clock=jobs.clock,
+            seconds=time.perf_counter() - started, clock=jobs.clock,
         )  # fmt: skip
 
 
@@ -192,7 +196,7 @@ def _load(config: Config, plan: ExtractPlan) -> tuple[Manifest, Encoder, StoreKe
     listing = read_manifest(plan.manifest or plan.data / "manifest.parquet")
     encoder = Encoder.load(
         config.model.siglip2_variant, revision=config.model.revision, patches=config.model.max_num_patches,
-        text_length=config.model.text_max_length, device=pick_device(config.hardware.device),
+        text_length=config.model.text_max_length, resizer=plan.resizer, device=pick_device(config.hardware.device),
     )  # fmt: skip
     key = StoreKey(**vars(encoder.identity), dtype=plan.dtype, manifest_sha256=listing.sha256)
     return listing, encoder, key, replace(plan, out=plan.out or plan.cache / key.folder_name)

@@ -207,6 +207,7 @@ def _start_worker(name: str, slot_bytes: int) -> None:
     global _memory  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, where it resizes: each worker is one core's work
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _memory = SharedMemory(name=name)
     _attach_array(_array(_memory), slot_bytes)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .. import InputError
 from .config import DEFAULT_MODEL
-from .patches import Grid, PatchSpec
+from .patches import TORCH_MODES, Grid, PatchSpec, Resizer
 
 MODEL_TYPES = ("siglip2", "siglip")
 # What changes a number in the pixels that reach the tower; the patch budget is a part of the key by itself.
@@ -83,15 +85,20 @@ def check_model(name: str, config: Any, settings: Mapping[str, Any]) -> None:  #
         raise InputError("a checkpoint without pooling head", where=name, wanted="a SigLIP with both towers")
 
 
-def patch_spec(config: Any, settings: Mapping[str, Any], identity: Identity) -> PatchSpec:  # noqa: ANN401
+def patch_spec(config: Any, settings: Mapping[str, Any], patches: int, resizer: Resizer) -> PatchSpec:  # noqa: ANN401
     """What the checkpoint's image processor does to an image."""
     resample = int(settings["resample"])
+    if resizer == "torch" and resample not in TORCH_MODES:
+        raise InputError(
+            "a filter that the torch resizer has not", where="--resizer", got=Image.Resampling(resample).name.lower(),
+            wanted=" or ".join(TORCH_MODES.values()), do="use --resizer pillow",
+        )  # fmt: skip
     if config.model_type == "siglip2":
         side = int(settings["patch_size"])
-        return PatchSpec(side=side, budget=identity.patches, fixed=None, resample=resample)
+        return PatchSpec(side=side, budget=patches, fixed=None, resample=resample, resizer=resizer)
     side, size = config.vision_config.patch_size, settings["size"]
     fixed = Grid(size["height"] // side, size["width"] // side)
-    return PatchSpec(side=side, budget=identity.patches, fixed=fixed, resample=resample)
+    return PatchSpec(side=side, budget=patches, fixed=fixed, resample=resample, resizer=resizer)
 
 
 def local_digest(folder: Path) -> str:

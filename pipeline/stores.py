@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .. import InputError
 from ..cache import Embeddings, Store, StoreMismatch, newest_store
 from .config import Config, ModelConfig
@@ -14,7 +16,7 @@ DEFAULT_CACHE = Path("data/cache")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledStore:
-    """A store, its arrays and its listing, all in manifest order."""
+    """A store, its arrays and its listing, all in manifest order, without the images that could not be read."""
 
     store: Store
     embeddings: Embeddings
@@ -42,8 +44,12 @@ def read_store(folder: Path, config: Config) -> LabelledStore:
     """
     store = Store.open(folder)
     _check_model(store, config)
-    listing = Manifest.from_table(store.index.drop_columns(["shard", "row"]), where=str(folder))
-    return LabelledStore(store=store, embeddings=store.load(), listing=listing)
+    table, embeddings = store.index.drop_columns(["shard", "row"]), store.load()
+    if store.skipped:
+        kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped))
+        table = table.take(kept)
+        embeddings = Embeddings(**{name: values[kept] for name, values in vars(embeddings).items()})
+    return LabelledStore(store=store, embeddings=embeddings, listing=Manifest.from_table(table, where=str(folder)))
 
 
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:

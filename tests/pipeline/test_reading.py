@@ -1,0 +1,119 @@
+"""What worker processes read is what is read here, in order; what cannot be read has its reason; nobody is left over."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmcli import InputError
+from mmcli.pipeline.images import image_size
+from mmcli.pipeline.patches import PatchSpec, read_patches
+from mmcli.pipeline.reading import ImageReader
+
+SPEC = PatchSpec(side=16, budget=16, fixed=None, resample=2)
+SIZES = ((64, 64), (90, 30), (30, 90), (64, 64), (90, 30), (64, 64), (7, 200))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for at, (width, height) in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{at}.jpg")
+    return tmp_path
+
+
+def read(data: Path, lists, **options):
+    with ImageReader(data, SPEC, **{"tokens": 32, "workers": 2, "ahead": 2} | options) as reader:
+        return list(reader.read(lists))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_every_image_comes_once_with_its_own_pixels(data: Path, workers: int, ahead: int) -> None:
+    lists = [[f"{at}.jpg" for at in (3, 0, 1)], ["6.jpg"], [f"{at}.jpg" for at in (2, 4, 5)]]
+    pieces = read(data, lists, workers=workers, ahead=ahead)
+    assert [piece.number for piece in pieces] == sorted(piece.number for piece in pieces)
+    for number, paths in enumerate(lists):
+        own = [piece for piece in pieces if piece.number == number]
+        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
+        assert sorted(row for piece in own for row in piece.batch.rows) == list(range(len(paths)))
+        for piece in own:
+            assert not piece.bad
+            for row, pixels in zip(piece.batch.rows, piece.pixels, strict=True):
+                wanted = np.empty_like(pixels)
+                assert SPEC.grid(*image_size(data / paths[row])) == piece.batch.grid
+                read_patches(data / paths[row], piece.batch.grid, SPEC, wanted)
+                np.testing.assert_array_equal(pixels, wanted)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_has_its_reason_and_changes_no_other_batch(data: Path, workers: int) -> None:
+    paths = [f"{at}.jpg" for at in range(7)]
+    whole = read(data, [paths], workers=workers)
+    raw = (data / "3.jpg").read_bytes()
+    (data / "3.jpg").write_bytes(raw[: len(raw) // 2])  # the header is there, the pixels are not
+    (data / "6.jpg").write_bytes(b"")
+    paths.append("../x.jpg")
+    pieces = read(data, [paths, ["6.jpg"]], workers=workers)
+    bad = {(piece.number, row): reason for piece in pieces for row, reason in piece.bad.items()}
+    assert bad.keys() == {(0, 3), (0, 6), (0, 7), (1, 0)}
+    assert "damaged file" in bad[0, 3]
+    assert "an empty file" in bad[0, 6]
+    assert "leaves the data folder" in bad[0, 7]
+    assert pieces[-1].batch is None
+    assert pieces[-1].last
+    # The truncated image keeps its place, so what is computed for the others does not move by a bit.
+    assert [piece.batch for piece in whole if 6 not in piece.batch.rows] == [one.batch for one in pieces if one.batch]
+    zeroed = next(piece for piece in pieces if piece.batch and 3 in piece.batch.rows)
+    assert not zeroed.pixels[zeroed.batch.rows.index(3)].any()
+
+
+def test_a_worker_that_is_killed_is_one_line(data: Path) -> None:
+    def kill_all(reader: ImageReader) -> None:
+        for _ in reader.read([[f"{at % 7}.jpg" for at in range(200)]]):
+            for pid in list(reader._pool._processes):
+                os.kill(pid, signal.SIGKILL)
+
+    with ImageReader(data, SPEC, tokens=16, workers=1, ahead=1) as reader:
+        with pytest.raises(InputError, match="a process that reads images was killed"):
+            kill_all(reader)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from mmcli.pipeline.patches import PatchSpec
+from mmcli.pipeline.reading import ImageReader
+spec = PatchSpec(side=16, budget=16, fixed=None, resample=2)
+with ImageReader(Path(sys.argv[1]), spec, tokens=16, workers=2, ahead=2) as reader:
+    for piece in reader.read([["0.jpg"] * 50]):
+        print(*reader._pool._processes, reader._memory.name, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_workers_and_memory_go_when_the_parent_is_killed(data: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(data)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    *pids, name = process.stdout.readline().split()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (any(map(alive, pids)) or Path("/dev/shm", name).exists()):
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+    assert not Path("/dev/shm", name).exists()
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
