@@ -27,7 +27,7 @@ def mmcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 @pytest.fixture(scope="session")
 def made(miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store and a trained run of the miniature, in the default places."""
-    from mmcli.pipeline.extract import extract
+    from mmcli.pipeline.extract import ExtractPlan, extract
     from mmcli.pipeline.train_head import train_head
 
     folder = tmp_path_factory.mktemp("made")
@@ -36,7 +36,7 @@ def made(miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5,
     }  # fmt: skip
     config = load_config(options=options)
-    extract(config, data=miniature.data, cache=folder / "data" / "cache", shard_rows=16)
+    extract(config, ExtractPlan(data=miniature.data, cache=folder / "data" / "cache", shard_rows=16))
     train_head(load_config(options={k: v for k, v in options.items() if "model" not in k}),
                store=next((folder / "data" / "cache").iterdir()), runs=folder / "runs")  # fmt: skip
     return folder
