@@ -125,11 +125,9 @@ def prepare(
     from .pipeline.prepare import prepare as stage
     from .pipeline.prepare import statistics_tables
 
-    progress = _progress(quiet)
     result = stage(data, out, check_images=check_images)
-    for table in statistics_tables(result.statistics):
-        progress.show(table)
-    _finish(result.to_json(), json_, f"wrote {result.path}")
+    tables = () if quiet else statistics_tables(result.statistics)
+    _finish(result.to_json(), json_, *tables, f"wrote {result.path}")
 
 
 @app.command()

@@ -72,13 +72,17 @@ def make_base_checkpoint(folder: Path, captions: list[str]) -> Path:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = make_tokenizer(captions)
-    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    text = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": 64, "projection_size": 768, "pad_token_id": 0,
-        "eos_token_id": 1, "bos_token_id": 2,
-    }  # fmt: skip
-    config = transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, "num_patches": 256})
-    transformers.Siglip2Model(config).save_pretrained(folder)
+    transformers.Siglip2Model(base_config(len(tokenizer))).save_pretrained(folder)
     transformers.Siglip2ImageProcessorPil().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def base_config(vocabulary: int) -> transformers.Siglip2Config:
+    """SigLIP2 base, patch 16 NaFlex, but for the vocabulary (looking a token up costs nothing)."""
+    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {
+        "vocab_size": vocabulary, "max_position_embeddings": 64, "projection_size": 768, "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    return transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, "num_patches": 256})

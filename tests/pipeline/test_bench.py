@@ -1,0 +1,60 @@
+"""A benchmark runs whole, small; its ratios are of its own figures; what it times is the same work."""
+
+import json
+
+import pytest
+
+from mmcli.pipeline.bench import Case, best_of
+from mmcli.pipeline.bench_data import base_config, draw_photographs, write_captions
+from mmcli.pipeline.coco_sizes import SIZES
+from mmcli.pipeline.images import image_size
+
+
+def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:
+    code, out, err = mmcli(
+        "bench", "extract", "--model", miniature.model, "--patches", 64, "--images", miniature.data / "val2014",
+        "--n-images", 6, "--n-captions", 7, "--repeats", 1, "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    cases = {case["case"]: case for case in result["cases"]}
+    assert {"images", "captions", "image work, one core"} <= cases.keys()
+    for case in cases.values():
+        assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
+        if case["ceiling_per_s"] is not None:
+            assert case["ratio_ceiling"] == pytest.approx(case["ours_per_s"] / case["ceiling_per_s"])
+    wanted = 123_287 / cases["images"]["ours_per_s"] + 616_767 / cases["captions"]["ours_per_s"]
+    assert result["coco_seconds"] == pytest.approx(wanted)
+    assert result["bottleneck"] in {"reading images", "the model", "writing"}
+    assert "cores" in result["machine"]
+
+
+def test_the_best_round_counts_and_ways_take_turns() -> None:
+    order: list[str] = []
+    best = best_of({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
+    assert order == ["a", "b"] * 3
+    assert set(best) == {"a", "b"}
+    case = Case(name="x", unit="things", plain=2.0, ours=3.0)
+    assert (case.ratio_plain, case.ratio_ceiling) == (1.5, None)
+
+
+def test_photographs_have_cocos_sizes_and_bytes(tmp_path) -> None:
+    draw_photographs(tmp_path / "a", 12, seed=3)
+    draw_photographs(tmp_path / "b", 12, seed=3)
+    paths = sorted((tmp_path / "a").iterdir())
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted((tmp_path / "b").iterdir())]
+    known = {(height, width) for width, height, _ in SIZES}
+    sizes = [image_size(path) for path in paths]
+    assert set(sizes) <= known
+    bytes_a_pixel = sum(path.stat().st_size for path in paths) / sum(width * height for height, width in sizes)
+    assert 0.45 < bytes_a_pixel < 0.65  # 0.56 in the real slice
+
+
+def test_captions_are_distinct_and_the_towers_have_base_size() -> None:
+    captions = write_captions(23)
+    assert len(set(captions)) == 23
+    config = base_config(1000)
+    for tower in (config.vision_config, config.text_config):
+        sizes = (tower.hidden_size, tower.intermediate_size, tower.num_hidden_layers, tower.num_attention_heads)
+        assert sizes == (768, 3072, 12, 12)
+    assert (config.vision_config.patch_size, config.text_config.max_position_embeddings) == (16, 64)
