@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, synced, then renamed."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -58,9 +59,11 @@ def write_text(path: Path, text: str) -> None:
 
 def unwritable(path: Path, error: Exception) -> InputError:
     """The error to raise where the system does not let a file or a folder be written or removed."""
+    number = getattr(error, "errno", None)
+    first = {errno.ENOSPC: "free some room", errno.EDQUOT: "free some room", errno.EACCES: "ask for leave to write"}
     return InputError(
-        "cannot write", where=path, got=getattr(error, "strerror", None) or error, wanted="room, and leave to write",
-        do="free some room, or name another --out",
+        "cannot write", where=path, got=getattr(error, "strerror", None) or error,
+        do=", or ".join([*([first[number]] if number in first else []), "name another --out"]),
     )  # fmt: skip
 
 
