@@ -179,13 +179,20 @@ def environment(device: str, seed: int) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the working folder and whether it has changes; nothing outside a repository or without git."""
+    """Commit of this code and whether it has changes; nothing where git does not know it, or there is no git."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)  # noqa: S607
-        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=5)  # noqa: S607
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # installed code may lie in somebody else's clone
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": head.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(  # noqa: S603
+        ["git", *words],  # noqa: S607
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=5,
+    )  # fmt: skip
+    return done.stdout.strip()
 
 
 def _write_info(run: Run) -> None:

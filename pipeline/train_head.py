@@ -33,10 +33,11 @@ LATENCY_QUERIES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run, how its training went, and the classifier's row of metrics."""
+    """A finished run, how its training went, what chose the best epoch, and the classifier's row of metrics."""
 
     run: Run
     fit: FitResult
+    monitor: str
     metrics: dict[str, Any]
     seconds: float
 
@@ -45,6 +46,7 @@ class TrainResult:
         return {
             "run": str(self.run.folder), "store": self.run.info.store, "preset": self.run.info.preset,
             "epochs": len(self.fit.history), "best_epoch": self.fit.best_epoch, "best_val_mAP": self.fit.best_value,
+            "monitor": self.monitor,
             "stopped_early": self.fit.stopped_early, "seconds": self.seconds, **self.metrics,
         }  # fmt: skip
 
@@ -52,7 +54,7 @@ class TrainResult:
         """What a person reads at the end."""
         ended = "stopped early" if self.fit.stopped_early else "all epochs done"
         how = f"{len(self.fit.history)} epochs in {self.seconds:.1f} s ({ended})"
-        best = f"best val mAP {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}, preset {self.run.info.preset}"
+        best = f"best val mAP of the {self.monitor} {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}"
         return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
 
 
@@ -106,7 +108,9 @@ def train_head(
     codes = _write_all_codes(run.folder, head, config, labelled, splits)
     row = _classifier_row(run.folder, head, codes, splits["test"])
     run = finish_run(run, [row])
-    return TrainResult(run=run, fit=result, metrics=row, seconds=time.perf_counter() - started)
+    return TrainResult(
+        run=run, fit=result, monitor=config.training.monitor, metrics=row, seconds=time.perf_counter() - started
+    )
 
 
 def _settle_metric(config: Config) -> Config:

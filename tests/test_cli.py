@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("prepare",), ("data/coco",)),
         (("prepare", "--data", "nowhere"), ("nowhere",)),
         (("extract",), ("manifest.parquet", "mmcli prepare")),
-        (("extract", "--device", "abacus"), ("manifest.parquet",)),
+        (("extract", "--device", "abacus"), ("abacus", "--device auto")),
         (("cache", "info"), ("store", "mmcli extract")),
         (("cache", "export", "--out", "x"), ("store", "mmcli extract")),
         (("cache", "export"), ("--out",)),

@@ -80,9 +80,11 @@ def test_a_worker_that_is_killed_is_one_line(data: Path) -> None:
             for pid in list(reader._pool._processes):
                 os.kill(pid, signal.SIGKILL)
 
-    with ImageReader(data, SPEC, tokens=16, workers=1, ahead=1) as reader:
-        with pytest.raises(InputError, match="a process that reads images was killed"):
-            kill_all(reader)
+    with (
+        ImageReader(data, SPEC, tokens=16, workers=1, ahead=1) as reader,
+        pytest.raises(InputError, match="a process that reads images was killed"),
+    ):
+        kill_all(reader)
 
 
 CHILD = """

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ from mmcli.pipeline import run_folders
 from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.files import write_text, write_whole
-from mmcli.pipeline.runs import RunInfo, finish_run, newest_run, now, open_run, start_run
+from mmcli.pipeline.runs import RunInfo, environment, finish_run, newest_run, now, open_run, start_run
 
 
 def make_info(kind: str = "train-head") -> RunInfo:
@@ -261,3 +262,13 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, error: 
         write_whole(path, full)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_environment_names_the_commit_of_this_code_from_wherever_it_runs(tmp_path, monkeypatch, repo) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not (repo / ".git").exists():
+        pytest.skip("this copy is no clone")
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=repo, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert environment("cpu", 1)["git"]["commit"] == head
