@@ -221,6 +221,14 @@ def test_values_that_no_store_holds(source, spoil, message):
     assert not (source.folder / "cache").exists()
 
 
+def test_the_part_and_its_row_are_named(source):
+    source.v_img[3] = 0  # the first row of the second part
+    for at, part in enumerate(np.split(source.v_img, [3])):
+        source.save(f"img/{at}.npy", part)
+    with pytest.raises(InputError, match=rf"zero: .*1\.npy, row 0, image id {source.ids[3]};"):
+        source.run(source.folder / "img", source.save("t.npy", source.flat))
+
+
 def test_captions_that_the_manifest_does_not_have(source):
     source.v_txt[3, 4] = 1
     with pytest.raises(
