@@ -1,9 +1,11 @@
 """What one process does to the shards it is given: read, compute and write overlap, and each is timed."""
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -16,8 +18,8 @@ from ..cache import Shard, StoreWriter
 from .encoder import Encoder
 from .images import open_rgb
 from .manifest import Manifest
-from .progress import Progress
-from .reading import ImageReader
+from .progress import Progress, Task
+from .reading import ImageReader, Piece
 from .safe_paths import resolve_image
 
 CAPTIONS = 5
@@ -105,32 +107,47 @@ class ShardJobs:
         reader = ImageReader(
             self._data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
         )
-        skipped = 0
         with self._progress.task("images", total) as task, WriteBehind() as behind, reader:
             self.clock.start()
-            features, bad = torch.empty(0), set[int]()
-            for piece in reader.read(lists):
-                self.clock.lap("read_s")
-                shard = shards[piece.number]
-                if not len(features):
-                    features = torch.zeros((shard.n_rows, self._encoder.width), device=self._encoder.device)
-                self._record({shard.start + row: reason for row, reason in piece.bad.items()})
-                bad |= piece.bad.keys()
-                if piece.batch is not None:
-                    features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
-                    task.advance(len(piece.batch.rows))
-                if piece.last:
-                    v_img = features.cpu().numpy()
-                    v_img[sorted(bad)] = 0
-                    self.clock.lap("compute_s")
-                    behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
-                    self.clock.lap("write_s")
-                    skipped += len(bad)
-                    features, bad = torch.empty(0), set[int]()
-                self.clock.lap("compute_s")
+            encoded = sum(
+                self.encode_pieces(pieces, shards[number], behind, task)
+                for number, pieces in itertools.groupby(reader.read(lists), key=attrgetter("number"))
+            )
             behind.wait()
             self.clock.lap("write_s")
-        return total - skipped
+        return encoded
+
+    def encode_pieces(self, pieces: Iterable[Piece], shard: Shard, behind: "WriteBehind", task: Task) -> int:
+        """Encode the pieces of one shard, and have its image part written.
+
+        Args:
+            pieces: All pieces of the shard, as they are read.
+            shard: An image shard that is missing.
+            behind: Who writes it; the caller waits for the last one.
+            task: Told how many images are done.
+
+        Returns:
+            How many images were encoded.
+
+        Raises:
+            InputError: An image cannot be read and ``on_error`` is ``stop``, or as for the encoder and the writer.
+        """
+        features = torch.zeros((shard.n_rows, self._encoder.width), device=self._encoder.device)
+        bad = set[int]()
+        for piece in pieces:
+            self.clock.lap("read_s")
+            self._record({shard.start + row: reason for row, reason in piece.bad.items()})
+            bad |= piece.bad.keys()
+            if piece.batch is not None:
+                features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                task.advance(len(piece.batch.rows))
+            self.clock.lap("compute_s")
+        v_img = features.cpu().numpy()
+        v_img[sorted(bad)] = 0
+        self.clock.lap("compute_s")
+        behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
+        self.clock.lap("write_s")
+        return shard.n_rows - len(bad)
 
     def encode_captions(self, shards: Sequence[Shard]) -> None:
         """Encode and write the text part of some shards."""
