@@ -6,26 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from .. import InputError
 from ..cache import Shard, StoreWriter
 from .encoder import Encoder
-from .images import open_rgb
 from .manifest import Manifest
 from .progress import Progress, Task
 from .reading import ImageReader, Piece
-from .safe_paths import resolve_image
+from .unreadable import Unreadable
 
 CAPTIONS = 5
-
-OnError = Literal["stop", "skip"]
-Reasons = dict[int, str]
 
 
 @dataclass(kw_only=True)
@@ -68,33 +62,24 @@ class ShardJobs:
         encoder: The towers; its ``batch_tokens`` become the store's.
         listing: The manifest.
         writer: The open store.
-        data: The folder that the manifest's paths are relative to.
-        on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        unreadable: Where the images are, and what becomes of one that cannot be read.
         workers: Processes that read images; 0 reads in this one.
         ahead: Batches that are read ahead of the model.
         progress: Who to tell.
+        clock: What the time is booked on; a new one when not given.
+
+    Attributes:
+        clock: Where the time went.
     """
 
     def __init__(
-        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, *, data: Path, on_error: OnError, workers: int,
-        ahead: int, progress: Progress,
+        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, unreadable: Unreadable, *, workers: int = 0,
+        ahead: int = 0, progress: Progress, clock: Clock | None = None,
     ) -> None:  # fmt: skip
-        self._encoder, self._listing, self._writer, self._data = encoder, listing, writer, data
-        self._on_error, self._workers, self._ahead, self._progress = on_error, workers, ahead, progress
+        self._encoder, self._listing, self._writer, self._unreadable = encoder, listing, writer, unreadable
+        self._workers, self._ahead, self._progress = workers, ahead, progress
         self._tokens = encoder.batch_tokens = writer.layout.batch_tokens
-        self.clock = Clock()
-        self.reasons: Reasons = {}
-
-    def retry_skipped(self) -> None:
-        """Look at images that an earlier run skipped; a shard with one that can be read now is made again."""
-        paths = self._listing.paths
-        for shard, rows in self._writer.skipped.items():
-            found = {row: self._refusal(paths[row]) for row in rows}
-            still = {row: reason for row, reason in found.items() if reason is not None}
-            if len(still) < len(rows):
-                self._writer.redo(shard)
-            else:
-                self._record(still)
+        self.clock = clock or Clock()
 
     def encode_images(self, shards: Sequence[Shard]) -> int:
         """Encode and write the image part of some shards; the number of images that were encoded."""
@@ -105,7 +90,7 @@ class ShardJobs:
         paths = self._listing.paths
         lists = [paths[shard.start : shard.stop] for shard in shards]
         reader = ImageReader(
-            self._data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
+            self._unreadable.data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
         )
         with self._progress.task("images", total) as task, WriteBehind() as behind, reader:
             self.clock.start()
@@ -136,7 +121,7 @@ class ShardJobs:
         bad = set[int]()
         for piece in pieces:
             self.clock.lap("read_s")
-            self._record({shard.start + row: reason for row, reason in piece.bad.items()})
+            self._unreadable.record({shard.start + row: reason for row, reason in piece.bad.items()})
             bad |= piece.bad.keys()
             if piece.batch is not None:
                 features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
@@ -168,23 +153,6 @@ class ShardJobs:
                 self.clock.lap("write_s")
             behind.wait()
             self.clock.lap("write_s")
-
-    def why_skipped(self, row: int) -> str:
-        """Why a row of the store was skipped, by this process or by that of another stripe."""
-        found = self.reasons.get(row) or self._refusal(self._listing.paths[row])
-        return found or "it could not be read, and can be now: run `mmcli extract` again"
-
-    def _record(self, reasons: Reasons) -> None:
-        if reasons and self._on_error == "stop":
-            raise InputError(f"{next(iter(reasons.values()))}, or leave such images out with --on-error skip")
-        self.reasons |= reasons
-
-    def _refusal(self, path: str) -> str | None:
-        try:
-            open_rgb(resolve_image(self._data, path))
-        except InputError as error:
-            return str(error)
-        return None
 
 
 class WriteBehind:
