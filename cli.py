@@ -143,6 +143,8 @@ def extract(
     batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass [default: 1024 on a CPU, 32768 on a GPU].")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray).")] = "local",
+    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", help="Cluster of --engine ray [default: RAY_ADDRESS, else one of this machine].")] = None,
     shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Fill one of N stripes; run the others elsewhere.")] = None,
     device: Device = None, config: ConfigFile = None, set_: Set = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,
@@ -154,13 +156,19 @@ def extract(
     }  # fmt: skip
     resolved = _config(config, set_, options)
     from .pipeline.extract import ExtractPlan, parse_stripe
-    from .pipeline.fleet import extract_here
 
     plan = ExtractPlan(
         data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
         stripe=None if shard is None else parse_stripe(shard),
     )  # fmt: skip
-    result = extract_here(resolved, plan, processes=processes, progress=_progress(quiet))
+    if engine == "ray":
+        from .pipeline.ray_engine import extract_on_ray
+
+        result = extract_on_ray(resolved, plan, processes=processes, address=ray_address, progress=_progress(quiet))
+    else:
+        from .pipeline.fleet import extract_here
+
+        result = extract_here(resolved, plan, processes=processes, progress=_progress(quiet))
     _finish(result.to_json(), json_, *result.summary())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import RESUME, StoreBusy, StoreError
-from .layout import LOCK, TEMPORARY_NAME, temporary_name, this_host
+from .layout import LOCK, LOCK_NAME, TEMPORARY_NAME, temporary_name, this_host
 
 Check = Callable[[bytes], object]
 
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path, *, alone: bool) -> None:
-    """Delete what a killed writer left half-written.
+    """Delete what a killed writer left half-written, and the empty lock files of stripes when there are none.
 
     Args:
         folder: The store's folder.
@@ -93,6 +93,8 @@ def remove_temporaries(folder: Path, *, alone: bool) -> None:
         found = TEMPORARY_NAME.fullmatch(path.name)
         if found is not None and (alone or _is_dead(found["host"], int(found["pid"]))):
             path.unlink(missing_ok=True)
+        elif alone and path.name != LOCK and LOCK_NAME.fullmatch(path.name):
+            path.unlink(missing_ok=True)  # a stripe's writer takes the main lock first, so nobody holds this one
 
 
 def _is_dead(host: str, pid: int) -> bool:

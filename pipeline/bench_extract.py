@@ -27,6 +27,7 @@ from .patches import Resizer, read_patches
 from .progress import Progress
 from .reading import ImageReader, Piece
 from .shard_jobs import CAPTIONS, Clock, ShardJobs
+from .unreadable import Unreadable
 
 PLAIN_BATCH = 32
 FULL_IMAGES, FULL_CAPTIONS = 123_287, 616_767
@@ -187,10 +188,8 @@ def _ours(setting: _Setting, part: str, clocks: list[Clock]) -> None:
     with StoreWriter(
         store, key, listing.table, width=encoder.width, shard_rows=SHARD_ROWS, batch_tokens=encoder.batch_tokens
     ) as writer:
-        jobs = ShardJobs(
-            encoder, listing, writer, data=setting.data, on_error="stop", workers=setting.workers, ahead=2,
-            progress=Progress(),
-        )  # fmt: skip
+        unreadable = Unreadable(setting.data, listing.paths, "stop")
+        jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, ahead=2, progress=Progress())
         if part == "image":
             jobs.encode_images(writer.missing("image"))
         else:

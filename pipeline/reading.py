@@ -51,6 +51,29 @@ class Piece(NamedTuple):
     last: bool
 
 
+def measure(data: Path, paths: Sequence[str], spec: PatchSpec) -> list[Grid | str]:
+    """The grid of each image from its header, or why it has none."""
+    found: list[Grid | str] = []
+    for path in paths:
+        try:
+            found.append(spec.grid(*image_size(resolve_image(data, path))))
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def fill(pixels: Pixels, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:
+    """Read a batch of images into ``pixels``, ``(n, P, 3 p^2)`` uint8; those that cannot be read are zero and named."""
+    bad: Bad = {}
+    for at, path in enumerate(paths):
+        try:
+            read_patches(resolve_image(data, path), grid, spec, pixels[at])
+        except InputError as error:
+            bad[at] = str(error)
+            pixels[at] = 0
+    return bad
+
+
 class ImageReader:
     """Reads lists of images in order, a few batches ahead; a context manager that owns the processes.
 
@@ -97,7 +120,7 @@ class ImageReader:
         """Start reading headers: each future gives the grids of the next images, or why there is none."""
         assert self._pool is not None
         chunks = (paths[at : at + HEADERS_A_TASK] for at in range(0, len(paths), HEADERS_A_TASK))
-        return [self._pool.submit(_measure, self._data, list(chunk), self._spec) for chunk in chunks]
+        return [self._pool.submit(measure, self._data, list(chunk), self._spec) for chunk in chunks]
 
     def read(self, lists: Sequence[Sequence[str]]) -> Iterator[Piece]:
         """Pieces of every list in turn.
@@ -220,23 +243,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _measure(data: Path, paths: Sequence[str], spec: PatchSpec) -> list[Grid | str]:
-    found: list[Grid | str] = []
-    for path in paths:
-        try:
-            found.append(spec.grid(*image_size(resolve_image(data, path))))
-        except InputError as error:
-            found.append(str(error))
-    return found
-
-
 def _fill(slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:
-    pixels = _view(_slots, slot * _slot_bytes, len(paths), grid, spec.width)
-    bad: Bad = {}
-    for at, path in enumerate(paths):
-        try:
-            read_patches(resolve_image(data, path), grid, spec, pixels[at])
-        except InputError as error:
-            bad[at] = str(error)
-            pixels[at] = 0
-    return bad
+    return fill(_view(_slots, slot * _slot_bytes, len(paths), grid, spec.width), data, paths, grid, spec)

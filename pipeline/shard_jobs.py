@@ -1,29 +1,25 @@
 """What one process does to the shards it is given: read, compute and write overlap, and each is timed."""
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from operator import attrgetter
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from .. import InputError
 from ..cache import Shard, StoreWriter
 from .encoder import Encoder
-from .images import open_rgb
 from .manifest import Manifest
-from .progress import Progress
-from .reading import ImageReader
-from .safe_paths import resolve_image
+from .progress import Progress, Task
+from .reading import ImageReader, Piece
+from .unreadable import Unreadable
 
 CAPTIONS = 5
-
-OnError = Literal["stop", "skip"]
-Reasons = dict[int, str]
 
 
 @dataclass(kw_only=True)
@@ -66,33 +62,24 @@ class ShardJobs:
         encoder: The towers; its ``batch_tokens`` become the store's.
         listing: The manifest.
         writer: The open store.
-        data: The folder that the manifest's paths are relative to.
-        on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        unreadable: Where the images are, and what becomes of one that cannot be read.
         workers: Processes that read images; 0 reads in this one.
         ahead: Batches that are read ahead of the model.
         progress: Who to tell.
+        clock: What the time is booked on; a new one when not given.
+
+    Attributes:
+        clock: Where the time went.
     """
 
     def __init__(
-        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, *, data: Path, on_error: OnError, workers: int,
-        ahead: int, progress: Progress,
+        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, unreadable: Unreadable, *, workers: int = 0,
+        ahead: int = 0, progress: Progress, clock: Clock | None = None,
     ) -> None:  # fmt: skip
-        self._encoder, self._listing, self._writer, self._data = encoder, listing, writer, data
-        self._on_error, self._workers, self._ahead, self._progress = on_error, workers, ahead, progress
+        self._encoder, self._listing, self._writer, self._unreadable = encoder, listing, writer, unreadable
+        self._workers, self._ahead, self._progress = workers, ahead, progress
         self._tokens = encoder.batch_tokens = writer.layout.batch_tokens
-        self.clock = Clock()
-        self.reasons: Reasons = {}
-
-    def retry_skipped(self) -> None:
-        """Look at images that an earlier run skipped; a shard with one that can be read now is made again."""
-        paths = self._listing.paths
-        for shard, rows in self._writer.skipped.items():
-            found = {row: self._refusal(paths[row]) for row in rows}
-            still = {row: reason for row, reason in found.items() if reason is not None}
-            if len(still) < len(rows):
-                self._writer.redo(shard)
-            else:
-                self._record(still)
+        self.clock = clock or Clock()
 
     def encode_images(self, shards: Sequence[Shard]) -> int:
         """Encode and write the image part of some shards; the number of images that were encoded."""
@@ -103,34 +90,49 @@ class ShardJobs:
         paths = self._listing.paths
         lists = [paths[shard.start : shard.stop] for shard in shards]
         reader = ImageReader(
-            self._data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
+            self._unreadable.data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
         )
-        skipped = 0
         with self._progress.task("images", total) as task, WriteBehind() as behind, reader:
             self.clock.start()
-            features, bad = torch.empty(0), set[int]()
-            for piece in reader.read(lists):
-                self.clock.lap("read_s")
-                shard = shards[piece.number]
-                if not len(features):
-                    features = torch.zeros((shard.n_rows, self._encoder.width), device=self._encoder.device)
-                self._record({shard.start + row: reason for row, reason in piece.bad.items()})
-                bad |= piece.bad.keys()
-                if piece.batch is not None:
-                    features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
-                    task.advance(len(piece.batch.rows))
-                if piece.last:
-                    v_img = features.cpu().numpy()
-                    v_img[sorted(bad)] = 0
-                    self.clock.lap("compute_s")
-                    behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
-                    self.clock.lap("write_s")
-                    skipped += len(bad)
-                    features, bad = torch.empty(0), set[int]()
-                self.clock.lap("compute_s")
+            encoded = sum(
+                self.encode_pieces(pieces, shards[number], behind, task)
+                for number, pieces in itertools.groupby(reader.read(lists), key=attrgetter("number"))
+            )
             behind.wait()
             self.clock.lap("write_s")
-        return total - skipped
+        return encoded
+
+    def encode_pieces(self, pieces: Iterable[Piece], shard: Shard, behind: "WriteBehind", task: Task) -> int:
+        """Encode the pieces of one shard, and have its image part written.
+
+        Args:
+            pieces: All pieces of the shard, as they are read.
+            shard: An image shard that is missing.
+            behind: Who writes it; the caller waits for the last one.
+            task: Told how many images are done.
+
+        Returns:
+            How many images were encoded.
+
+        Raises:
+            InputError: An image cannot be read and ``on_error`` is ``stop``, or as for the encoder and the writer.
+        """
+        features = torch.zeros((shard.n_rows, self._encoder.width), device=self._encoder.device)
+        bad = set[int]()
+        for piece in pieces:
+            self.clock.lap("read_s")
+            self._unreadable.record({shard.start + row: reason for row, reason in piece.bad.items()})
+            bad |= piece.bad.keys()
+            if piece.batch is not None:
+                features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                task.advance(len(piece.batch.rows))
+            self.clock.lap("compute_s")
+        v_img = features.cpu().numpy()
+        v_img[sorted(bad)] = 0
+        self.clock.lap("compute_s")
+        behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
+        self.clock.lap("write_s")
+        return shard.n_rows - len(bad)
 
     def encode_captions(self, shards: Sequence[Shard]) -> None:
         """Encode and write the text part of some shards."""
@@ -151,23 +153,6 @@ class ShardJobs:
                 self.clock.lap("write_s")
             behind.wait()
             self.clock.lap("write_s")
-
-    def why_skipped(self, row: int) -> str:
-        """Why a row of the store was skipped, by this process or by that of another stripe."""
-        found = self.reasons.get(row) or self._refusal(self._listing.paths[row])
-        return found or "it could not be read, and can be now: run `mmcli extract` again"
-
-    def _record(self, reasons: Reasons) -> None:
-        if reasons and self._on_error == "stop":
-            raise InputError(f"{next(iter(reasons.values()))}, or leave such images out with --on-error skip")
-        self.reasons |= reasons
-
-    def _refusal(self, path: str) -> str | None:
-        try:
-            open_rgb(resolve_image(self._data, path))
-        except InputError as error:
-            return str(error)
-        return None
 
 
 class WriteBehind:

@@ -1,0 +1,67 @@
+"""Images that cannot be read: they stop everything, or are left out with a reason and tried again by a later run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from .. import InputError
+from ..cache import StoreWriter
+from .images import open_rgb
+from .safe_paths import resolve_image
+
+OnError = Literal["stop", "skip"]
+Reasons = dict[int, str]
+
+
+class Unreadable:
+    """What this process knows of the images that cannot be read.
+
+    Args:
+        data: The folder that paths are relative to.
+        paths: The path of every row of the store.
+        on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+
+    Attributes:
+        data: That folder.
+        reasons: Rows that were found unreadable, and why.
+    """
+
+    def __init__(self, data: Path, paths: Sequence[str], on_error: OnError) -> None:
+        self.data, self._paths, self._on_error = data, paths, on_error
+        self.reasons: Reasons = {}
+
+    def record(self, reasons: Reasons) -> None:
+        """Note rows that cannot be read.
+
+        Raises:
+            InputError: There is one, and ``on_error`` is ``stop``.
+        """
+        if reasons and self._on_error == "stop":
+            raise InputError(f"{next(iter(reasons.values()))}, or leave such images out with --on-error skip")
+        self.reasons |= reasons
+
+    def retry(self, writer: StoreWriter) -> None:
+        """Look at images that an earlier run skipped; a shard with one that can be read now is made again.
+
+        Raises:
+            InputError: As for :meth:`record`.
+        """
+        for shard, rows in writer.skipped.items():
+            found = {row: self._refusal(row) for row in rows}
+            still = {row: reason for row, reason in found.items() if reason is not None}
+            if len(still) < len(rows):
+                writer.redo(shard)
+            else:
+                self.record(still)
+
+    def why(self, row: int) -> str:
+        """Why a row of the store was skipped, by this process or by another one."""
+        found = self.reasons.get(row) or self._refusal(row)
+        return found or "it could not be read, and can be now: run `mmcli extract` again"
+
+    def _refusal(self, row: int) -> str | None:
+        try:
+            open_rgb(resolve_image(self.data, self._paths[row]))
+        except InputError as error:
+            return str(error)
+        return None

@@ -1,0 +1,199 @@
+"""The Ray engine's store is the local engine's: when an actor is killed, when some is there already, with bad images."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from mmcli import InputError
+from mmcli.cache import Store, Stripe, verify
+from mmcli.pipeline import ray_actor, ray_cluster
+from mmcli.pipeline.config import load_config
+from mmcli.pipeline.extract import ExtractPlan, extract
+from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.ray_engine import extract_on_ray
+from mmcli.pipeline.shard_reading import read_row
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -c constraints.txt -e '.[ray]'"
+)
+pytestmark = pytest.mark.filterwarnings("default")  # Ray has some of every kind
+
+
+def config_of(miniature):
+    options = {"model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "hardware.device": "cpu"}
+    return load_config(options=options | {"data.num_workers": 0})
+
+
+def plan_of(miniature, out: Path, **options) -> ExtractPlan:
+    return ExtractPlan(**{"data": miniature.data, "out": out, "shard_rows": 2, "batch_tokens": 256} | options)
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every byte of a store but the time it was made."""
+    found: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+    document = json.loads(found["manifest.json"])
+    return found | {"manifest.json": {name: document[name] for name in document.keys() - {"created", "checksum"}}}
+
+
+@pytest.fixture(scope="module")
+def ray(miniature):
+    """A Ray of this machine, with files of its own in a short path, as sockets need."""
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_cluster.cluster(None) as ray:
+            yield ray
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def local(miniature, ray):
+    """The local engine with as many threads as an actor has."""
+
+    def run(out: Path, **options) -> Path:
+        before = torch.get_num_threads()
+        torch.set_num_threads(ray_cluster.share_out(ray, config_of(miniature), 2).threads)
+        try:
+            return extract(config_of(miniature), plan_of(miniature, out, **options)).store
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
+def wait_for(found, seconds: float = 40):
+    deadline = time.monotonic() + seconds
+    while not (it := found()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+    return it
+
+
+def shard_at_work(store: Path) -> tuple[int, int] | None:
+    """A process other than this one that fills a shard of the store: its id, and the shard it holds the lock of."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            held = re.fullmatch(rf"{re.escape(str(store))}/\.lock-(\d+)-of-\d+", str(link.readlink()))
+        except OSError:
+            continue
+        if held and int(link.parts[2]) != os.getpid():
+            return int(link.parts[2]), int(held[1])
+    return None
+
+
+def kill_one(store: Path, told: dict[str, object]) -> None:
+    """SIGKILL to an actor that is in the middle of a shard, when some are written and some are not."""
+    wait_for(lambda: list(store.glob("image-*.h5")))
+    with (store / ".lock-ends").open("r+") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # actors stop here when they begin a shard
+        pid, shard = wait_for(lambda: shard_at_work(store))
+        told |= {"shard": shard, "written": (store / f"text-{shard:05d}.h5").exists()}
+        told["title"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0")
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: (at_work := shard_at_work(store)) is None or at_work[0] != pid)
+        told |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
+
+
+@needs_ray
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
+def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray, local, tmp_path: Path) -> None:
+    told: dict[str, object] = {}
+    killer = threading.Thread(target=kill_one, args=(tmp_path / "s", told))
+    killer.start()
+    result = extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), processes=2)
+    killer.join()
+    assert told["killed"] != os.getpid()
+    assert "EncodeShards" in told["title"]
+    assert (told["written"], told["manifest"]) == (False, False)
+    assert not Path(f"/proc/{told['killed']}").exists()
+    assert (result.finished, result.was_finished, result.n_encoded) == (True, False, 60)
+    assert (tmp_path / "s" / f"text-{told['shard']:05d}.h5").is_file()
+    assert content(tmp_path / "s") == content(local(tmp_path / "local"))
+    assert {path.name for path in (tmp_path / "s").glob(".*")} == {".lock"}
+    again = extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), processes=2)
+    assert (again.was_finished, again.n_encoded) == (True, 0)
+
+
+@needs_ray
+def test_a_stripe_resumes_and_keeps_what_is_whole(miniature, local, tmp_path: Path) -> None:
+    whole = local(tmp_path / "whole", shard_rows=16)
+    shutil.copytree(whole, tmp_path / "s")
+    for name in ("manifest.json", "image-00001.h5", "image-00002.h5", "text-00002.h5"):
+        (tmp_path / "s" / name).unlink()
+    (tmp_path / "s" / "text-00003.h5").write_bytes(b"damaged")
+    kept = (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns
+    plan = plan_of(miniature, tmp_path / "s", shard_rows=16, stripe=Stripe(1, 2))
+    result = extract_on_ray(config_of(miniature), plan, processes=2)
+    assert (result.finished, result.n_encoded, len(result.damaged)) == (False, 16, 1)
+    assert not (tmp_path / "s" / "image-00002.h5").exists()
+    assert (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns == kept
+    assert extract(config_of(miniature), plan_of(miniature, tmp_path / "s", stripe=Stripe(0, 2))).finished
+    names = [f"{part}-{at:05d}.h5" for part in ("image", "text") for at in (1, 3)]
+    assert [content(tmp_path / "s")[name] for name in names] == [content(whole)[name] for name in names]
+    assert verify(tmp_path / "s").ok
+
+
+@pytest.fixture
+def spoiled(miniature, tmp_path: Path) -> Path:
+    """A copy of the data with three images that cannot be read, two of them all of a shard."""
+    data = tmp_path / "data"
+    shutil.copytree(miniature.data, data)
+    paths = read_manifest(data / "manifest.parquet").paths
+    for row in (16, 17):
+        (data / paths[row]).unlink()
+    (data / paths[21]).write_bytes((data / paths[21]).read_bytes()[:-600])
+    return data
+
+
+@needs_ray
+def test_images_that_cannot_be_read_are_left_out_with_their_reasons(miniature, local, spoiled, tmp_path: Path) -> None:
+    plan = plan_of(miniature, tmp_path / "s", data=spoiled, on_error="skip")
+    result = extract_on_ray(config_of(miniature), plan, processes=2)
+    assert sorted(result.skipped) == sorted(Store.open(tmp_path / "s").skipped) == [16, 17, 21]
+    assert result.n_encoded == 57
+    assert content(tmp_path / "s") == content(local(tmp_path / "local", data=spoiled, on_error="skip"))
+
+
+@needs_ray
+def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path, monkeypatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda work: work)
+    plan = plan_of(miniature, tmp_path / "s", data=spoiled)
+    threads, listing = torch.get_num_threads(), read_manifest(spoiled / "manifest.parquet")
+    work = ray_actor.Work(
+        config=config_of(miniature), plan=plan, listing=listing, device="cpu", threads=threads, stripes=31
+    )
+    actor = ray_actor.EncodeShards(work)
+    spec = ray_actor.describe(work).spec
+    said = {}
+    for number in (0, 8, 10):
+        rows = slice(2 * number, 2 * number + 2)
+        row = read_row(
+            pa.table({"shard": [number], "paths": [listing.paths[rows]]}), data=spoiled, spec=spec, tokens=256
+        )
+        said[number] = ray_actor.Done.from_row(actor(row).to_pylist()[0]).refusal
+    assert said[0] is None
+    assert "no file" in said[8]
+    assert "damaged" in said[10]
+    assert "--on-error skip" in said[10]
+    assert {path.name for path in (tmp_path / "s").glob("*.h5")} == {"image-00000.h5", "text-00000.h5"}
+
+
+def test_without_ray_the_command_that_installs_it_is_named(miniature, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r"Ray is not installed: --engine ray: .*pip install .*\.\[ray\]"):
+        extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"))
