@@ -34,7 +34,10 @@ def digest_of(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreKey:
-    """What the numbers in a store depend on. Two stores with one key hold the same numbers.
+    """What the numbers in a store depend on.
+
+    Two stores with one key hold the same numbers, up to the rounding of sums in another order: on other hardware, in
+    other sizes of batches.
 
     Attributes:
         model: Checkpoint, hub id or the name of a local folder.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -246,19 +247,25 @@ class StoreWriter:
             raise StoreUnfinished(
                 "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
             )
-        if self._finished:
-            (self.folder / MANIFEST).touch()  # the newest store is the one that was asked for last
-        elif self._stripe is None:
-            self._write_manifest(why)
-        else:
-            with self._alone():
-                others = [shard for shard in self.layout.all_shards() if shard not in self._whole]
-                found = Found(manifest=None, known=(self.key, self.layout), damaged=())
-                whole, _ = sweep(self.folder, self.key, self.layout, self._ids, found, others)
-                self._whole |= whole
-                if len(self._whole) == len(self.layout.all_shards()):
-                    self._write_manifest(why)
+        with self._alone():
+            if self._finished and (self.folder / MANIFEST).is_file():
+                os.utime(self.folder / MANIFEST)  # the newest store is the one that was asked for last
+            elif self._all_whole():
+                self._write_manifest(why)
+            else:
+                self._finished = False  # another stripe makes a shard again
         return self.folder
+
+    def _all_whole(self) -> bool:
+        """Whether every shard is there, those of other stripes too; the caller is alone."""
+        every = self.layout.all_shards()
+        if self._stripe is not None:
+            if not all((self.folder / shard.name).is_file() for shard in every):
+                return False
+            # All of them again: where stripes were cut differently, another writer may own one of ours.
+            found = Found(manifest=None, known=(self.key, self.layout), damaged=())
+            self._whole, _ = sweep(self.folder, self.key, self.layout, self._ids, found, every)
+        return len(self._whole) == len(every)
 
     def _write_manifest(self, why: Callable[[int], str | None]) -> None:
         rows = sorted(row for one in self.skipped.values() for row in one)

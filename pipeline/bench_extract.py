@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from .. import InputError
 from ..cache import StoreKey, StoreWriter
 from .bench import BenchResult, Case, best_of
 from .bench_data import draw_photographs, make_base_checkpoint, write_captions
@@ -22,6 +23,7 @@ from .config import Config
 from .device import autocast, pick_device
 from .encoder import Encoder
 from .extract import reader_count
+from .images import image_size
 from .manifest import Manifest
 from .patches import Resizer, read_patches
 from .progress import Progress
@@ -105,6 +107,10 @@ def _set_up(
     name = checkpoint or str(make_base_checkpoint(scratch / "model", captions))
     data = images or draw_photographs(scratch / "images", n_images)
     found = sorted(str(path.relative_to(data)) for path in data.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
+    if not found:
+        raise InputError("no JPEGs", where=data, wanted="*.jpg in it or below", do="name another folder with --images")
+    for path in found[:n_images]:
+        image_size(data / path)  # one line here rather than an error of a worker's later
     device = pick_device(config.hardware.device)
     encoder = Encoder.load(name, patches=config.model.max_num_patches, device=device)
     model = transformers.AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
@@ -188,7 +194,7 @@ def _ours(setting: _Setting, part: str, clocks: list[Clock]) -> None:
     with StoreWriter(
         store, key, listing.table, width=encoder.width, shard_rows=SHARD_ROWS, batch_tokens=encoder.batch_tokens
     ) as writer:
-        unreadable = Unreadable(setting.data, listing.paths, "stop")
+        unreadable = Unreadable(setting.data, listing.paths, "stop", encoder.spec)
         jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, ahead=2, progress=Progress())
         if part == "image":
             jobs.encode_images(writer.missing("image"))
@@ -251,8 +257,7 @@ def _cut(setting: _Setting, paths: Sequence[str], resizer: Resizer) -> None:
     torch.set_num_threads(1)
     out = np.empty((spec.most_tokens, spec.width), np.uint8)
     for path in paths:
-        with Image.open(setting.data / path) as image:
-            grid = spec.grid(image.height, image.width)
+        grid = spec.grid(*image_size(setting.data / path))
         read_patches(setting.data / path, grid, spec, out[: grid.tokens])
     torch.set_num_threads(setting.threads)
 

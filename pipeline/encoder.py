@@ -130,7 +130,7 @@ class Encoder:
         if resizer != "pillow":
             settings["resizer"] = resizer
         identity = Identity(
-            model=Path(name).name if Path(name).is_dir() else name,
+            model=Path(name).resolve().name if Path(name).is_dir() else name,
             revision=local_digest(Path(name)) if Path(name).is_dir() else str(config._commit_hash or revision),  # noqa: SLF001
             processor=json.dumps(settings, sort_keys=True, default=str),
             patches=patches,

@@ -67,7 +67,7 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
         for shard in writer.damaged:
             progress.say(f"  damaged, will be redone: {shard.name}: {shard.reason}")
         reused = reuse_text(writer, writer.folder.parent)
-        unreadable = Unreadable(plan.data, listing.paths, plan.on_error)
+        unreadable = Unreadable(plan.data, listing.paths, plan.on_error, encoder.spec)
         jobs = ShardJobs(
             encoder, listing, writer, unreadable, workers=reader_count(config, encoder.device),
             ahead=config.data.prefetch_factor, progress=progress,

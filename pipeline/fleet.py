@@ -2,16 +2,19 @@
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import torch
 
+from .. import InputError
 from ..cache import Stripe
 from .config import Config
 from .device import pick_device
-from .extract import ExtractPlan, ExtractResult, clear, extract
+from .extract import ExtractPlan, ExtractResult, clear, extract, reader_count
 from .progress import ConsoleProgress, Progress
+from .reading import end_with_parent
 from .shard_jobs import Clock
 
 
@@ -37,14 +40,29 @@ def extract_here(
         plan = clear(config, plan)
     progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
     quiet = not isinstance(progress, ConsoleProgress)
+    parts = [_part(plan, at, len(devices)) for at in range(len(devices))]
+    return _joined(_run(config, parts, devices, quiet=quiet))
+
+
+def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet: bool) -> list[ExtractResult]:
+    """One process a part; the first error ends the others, and what they finished is kept."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(devices), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(devices), mp_context=context, initializer=end_with_parent) as pool:
         futures = [
-            pool.submit(_stripe, config, _part(plan, at, len(devices)), device, len(devices), quiet)
-            for at, device in enumerate(devices)
+            pool.submit(_stripe, config, part, device, len(devices), quiet)
+            for part, device in zip(parts, devices, strict=True)
         ]
-        results = [future.result() for future in futures]
-    return _joined(results)
+        try:
+            return [future.result() for future in as_completed(futures)]
+        except BrokenProcessPool:
+            raise InputError(
+                "a process was killed", got="most likely too little memory", wanted=f"room for {len(devices)} of them",
+                do="give fewer --processes; what was finished is kept",
+            ) from None  # fmt: skip
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
+                process.terminate()
+            raise
 
 
 def _devices(config: Config, processes: int | None) -> list[str]:
@@ -58,14 +76,17 @@ def _devices(config: Config, processes: int | None) -> list[str]:
 def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
     """The plan of one process: a stripe of the stripe that the plan is for."""
     whole = plan.stripe or Stripe(0, 1)
-    return replace(plan, stripe=Stripe(whole.at * n + at, whole.n * n))
+    return replace(plan, stripe=Stripe(whole.at + at * whole.n, whole.n * n))
 
 
 def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
     """What runs in each process."""
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
-    config = config.model_copy(update={"hardware": config.hardware.model_copy(update={"device": device})})
+    readers = max(1, reader_count(config, torch.device(device)) // n) if config.data.num_workers is None else None
+    data = config.data if readers is None else config.data.model_copy(update={"num_workers": readers})
+    hardware = config.hardware.model_copy(update={"device": device})
+    config = config.model_copy(update={"hardware": hardware, "data": data})
     assert plan.stripe is not None
     return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
 

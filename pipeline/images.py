@@ -1,6 +1,8 @@
 """From an image file to RGB pixels, whatever the file is, or one clear line on why not."""
 
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +15,8 @@ from .. import InputError
 
 T = TypeVar("T")
 
+# What Pillow and its parsers of metadata raise on a file that is not what it says.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error, zlib.error)
 # EXIF orientations whose width is the upright image's height.
 EXIF_ORIENTATION, ON_THE_SIDE = 0x0112, {5, 6, 7, 8}
 
@@ -30,7 +34,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
 
     def upright(image: Image.Image) -> tuple[int, int]:
-        turned = image.getexif().get(EXIF_ORIENTATION) in ON_THE_SIDE
+        # Pillow turns the size of a TIFF by itself when it opens it.
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in ON_THE_SIDE
         return (image.width, image.height) if turned else (image.height, image.width)
 
     return _opened(path, upright)
@@ -76,7 +81,7 @@ def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise _refuse(path, got, "replace the file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _refuse(path, str(error), "replace the file by a smaller image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise _refuse(path, f"a damaged file ({error})", "replace the file") from None
 
 

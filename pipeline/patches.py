@@ -48,6 +48,8 @@ class PatchSpec:
         side: p, pixels of a patch's side.
         budget: Most patches of an image, for NaFlex checkpoints.
         fixed: The one grid of a fixed-resolution checkpoint; None for NaFlex.
+        size: Height and width that its images are resized to. Where patches do not divide it, what is left at the right
+            and below is not looked at, as by a convolution whose stride is its kernel.
         resample: Pillow's number of the resampling filter.
         resizer: ``pillow`` gives the numbers of the checkpoint's own processor. ``torch`` is 2.5 times as fast, has
             vector instructions, and is off by one level of 255 in about one value of 700; it knows the bilinear and
@@ -59,6 +61,7 @@ class PatchSpec:
     fixed: Grid | None
     resample: int
     resizer: Resizer = "pillow"
+    size: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:
@@ -127,8 +130,8 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels) -> None:
 
 
 def resize(image: Image.Image, grid: Grid, spec: PatchSpec) -> Pixels:
-    """Pixels of an RGB image at the size of its grid, ``(rows * p, columns * p, 3)`` uint8."""
-    width, height = grid.columns * spec.side, grid.rows * spec.side
+    """Pixels of an RGB image at the size of its grid, ``(rows * p, columns * p, 3)`` uint8, or at ``spec.size``."""
+    height, width = spec.size or (grid.rows * spec.side, grid.columns * spec.side)
     if spec.resizer == "pillow":
         return np.asarray(image.resize((width, height), Image.Resampling(spec.resample)))
     return _resize_in_torch(np.asarray(image), height, width, TORCH_MODES[spec.resample])
@@ -146,6 +149,10 @@ def _resize_in_torch(pixels: Pixels, height: int, width: int, mode: str) -> Pixe
 
 
 def cut(pixels: Pixels, grid: Grid, side: int) -> Pixels:
-    """Patches in reading order ``(P, 3 p^2)`` of pixels ``(rows * p, columns * p, 3)``."""
-    blocks = pixels.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 1, 3, 4)
+    """Patches in reading order ``(P, 3 p^2)`` of pixels, at least ``(rows * p, columns * p, 3)``."""
+    blocks = (
+        pixels[: grid.rows * side, : grid.columns * side]
+        .reshape(grid.rows, side, grid.columns, side, 3)
+        .transpose(0, 2, 1, 3, 4)
+    )
     return blocks.reshape(grid.tokens, 3 * side**2)

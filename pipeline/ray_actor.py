@@ -142,7 +142,7 @@ class EncodeShards:
         key, plan = with_key(work.plan, work.listing, encoder)
         # A stripe of one shard: it is this actor's alone, and the driver finishes the store.
         plan = replace(plan, stripe=Stripe(number, work.stripes))
-        unreadable = Unreadable(plan.data, work.listing.paths, plan.on_error)
+        unreadable = Unreadable(plan.data, work.listing.paths, plan.on_error, encoder.spec)
         with open_store(work.config, plan, work.listing, encoder, key) as writer, WriteBehind() as behind:
             jobs = ShardJobs(encoder, work.listing, writer, unreadable, progress=Progress(), clock=self._clock)
             with Progress().task("", 0) as task:

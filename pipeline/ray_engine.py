@@ -66,7 +66,7 @@ class _Extraction:
         self._encoder = found
         self._key, plan = with_key(work.plan, work.listing, found)
         self._work, self._clock = replace(work, plan=plan), Clock()
-        self._unreadable = Unreadable(plan.data, work.listing.paths, plan.on_error)
+        self._unreadable = Unreadable(plan.data, work.listing.paths, plan.on_error, found.spec)
 
     def run(self) -> ExtractResult:
         plan = self._work.plan

@@ -8,6 +8,7 @@ batches in memory is bounded. Workers import no torch, ignore Ctrl-C (the parent
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
@@ -29,6 +30,7 @@ from .planner import Batch, plan
 from .safe_paths import resolve_image
 
 HEADERS_A_TASK = 64
+SHM = Path("/dev/shm")  # noqa: S108
 
 Bad = dict[int, str]
 
@@ -82,13 +84,13 @@ class ImageReader:
         spec: The processor's settings.
         tokens: Most patches of a batch.
         workers: Processes; 0 reads in this one.
-        ahead: Batches that are read ahead of the one that is used.
+        ahead: Batches that are read ahead of the one that is used; at least one a worker.
     """
 
     def __init__(self, data: Path, spec: PatchSpec, *, tokens: int, workers: int, ahead: int) -> None:
         self._data, self._spec, self._tokens, self._workers = data, spec, tokens, workers
         self._slot_bytes = max(tokens, spec.most_tokens) * spec.width
-        self._n_slots = 1 if workers == 0 else ahead + 2
+        self._n_slots = 1 if workers == 0 else max(ahead, workers) + 2
         self._memory: SharedMemory | None = None
         self._pool: Executor | None = None
 
@@ -97,7 +99,7 @@ class ImageReader:
             _attach_array(np.zeros(self._slot_bytes, np.uint8), self._slot_bytes)
             self._pool = _Here()
             return self
-        self._memory = SharedMemory(create=True, size=self._n_slots * self._slot_bytes)
+        self._memory = _shared_memory(self._n_slots * self._slot_bytes)
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
@@ -231,16 +233,32 @@ def _start_worker(name: str, slot_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, where it resizes: each worker is one core's work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _memory = SharedMemory(name=name)
     _attach_array(_array(_memory), slot_bytes)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is None:
+        return
+
+    def watch() -> None:
         wait([parent.sentinel])
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _shared_memory(size: int) -> SharedMemory:
+    """Shared memory that is really there: using more than there is would kill the worker that does."""
+    if SHM.is_dir() and (free := shutil.disk_usage(SHM).free) < size:
+        raise InputError(
+            "too little shared memory", where=SHM, got=f"{free / 2**20:,.0f} MiB", wanted=f"{size / 2**20:,.0f} MiB",
+            do="enlarge it (docker run --shm-size), or give a smaller --batch-tokens or fewer --workers",
+        )  # fmt: skip
+    return SharedMemory(create=True, size=size)
 
 
 def _fill(slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:

@@ -96,9 +96,14 @@ def patch_spec(config: Any, settings: Mapping[str, Any], patches: int, resizer: 
     if config.model_type == "siglip2":
         side = int(settings["patch_size"])
         return PatchSpec(side=side, budget=patches, fixed=None, resample=resample, resizer=resizer)
-    side, size = config.vision_config.patch_size, settings["size"]
-    fixed = Grid(size["height"] // side, size["width"] // side)
-    return PatchSpec(side=side, budget=patches, fixed=fixed, resample=resample, resizer=resizer)
+    side, size = config.vision_config.patch_size, (settings["size"]["height"], settings["size"]["width"])
+    if set(size) != {config.vision_config.image_size}:
+        raise InputError(
+            "the image processor is not the towers'", where="size of the images", got=size,
+            wanted=config.vision_config.image_size, do="use the checkpoint's own preprocessor_config.json",
+        )  # fmt: skip
+    fixed = Grid(size[0] // side, size[1] // side)
+    return PatchSpec(side=side, budget=patches, fixed=fixed, resample=resample, resizer=resizer, size=size)
 
 
 def local_digest(folder: Path) -> str:

@@ -7,7 +7,7 @@ al. 2023), rearranged where that changes no more than rounding:
 - a batch of one patch grid needs no padding, so attention has no mask and may use the fast kernels, and the position
   embeddings are resized once per grid and kept;
 - uint8 pixels are scaled and normalised on the device;
-- only the last position of a text is pooled, so the last layer computes queries and MLP for that position alone;
+- only the last position of a text is pooled, so the last layer attends, and runs its MLP, for that position alone;
 - the pooling head's query is a constant;
 - frozen weights are cast to the compute dtype once, and not in every forward pass as under autocast.
 

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from .. import InputError
 from ..cache import StoreWriter
-from .images import open_rgb
+from .images import image_size
+from .patches import PatchSpec, read_patches
 from .safe_paths import resolve_image
 
 OnError = Literal["stop", "skip"]
@@ -20,14 +23,15 @@ class Unreadable:
         data: The folder that paths are relative to.
         paths: The path of every row of the store.
         on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        spec: What is done to an image before the tower sees it.
 
     Attributes:
         data: That folder.
         reasons: Rows that were found unreadable, and why.
     """
 
-    def __init__(self, data: Path, paths: Sequence[str], on_error: OnError) -> None:
-        self.data, self._paths, self._on_error = data, paths, on_error
+    def __init__(self, data: Path, paths: Sequence[str], on_error: OnError, spec: PatchSpec) -> None:
+        self.data, self._paths, self._on_error, self._spec = data, paths, on_error, spec
         self.reasons: Reasons = {}
 
     def record(self, reasons: Reasons) -> None:
@@ -46,13 +50,16 @@ class Unreadable:
         Raises:
             InputError: As for :meth:`record`.
         """
+        mended = []
         for shard, rows in writer.skipped.items():
             found = {row: self._refusal(row) for row in rows}
             still = {row: reason for row, reason in found.items() if reason is not None}
+            self.record(still)
             if len(still) < len(rows):
-                writer.redo(shard)
-            else:
-                self.record(still)
+                mended.append(shard)
+        # Only now: a refusal must not leave a store unfinished that was finished.
+        for shard in mended:
+            writer.redo(shard)
 
     def why(self, row: int) -> str:
         """Why a row of the store was skipped, by this process or by another one."""
@@ -61,7 +68,9 @@ class Unreadable:
 
     def _refusal(self, row: int) -> str | None:
         try:
-            open_rgb(resolve_image(self.data, self._paths[row]))
+            path, spec = resolve_image(self.data, self._paths[row]), self._spec
+            grid = spec.grid(*image_size(path))
+            read_patches(path, grid, spec, np.empty((grid.tokens, spec.width), np.uint8))
         except InputError as error:
             return str(error)
         return None

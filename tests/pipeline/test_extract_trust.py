@@ -139,6 +139,16 @@ def test_by_default_a_bad_image_stops_and_says_how_to_go_on(miniature, odd, tmp_
     assert len(Store.open(tmp_path / "s").skipped) == 5
 
 
+def test_a_refusal_leaves_a_finished_store_finished(miniature, odd, tmp_path: Path) -> None:
+    """One image is mended, another is not, and this run stops at it: the store is still the one it was."""
+    data, _, _ = odd
+    run(miniature, tmp_path / "s", data=data, on_error="skip", shard_rows=3)
+    Image.new("RGB", (64, 64), "red").save(data / "bomb.png")
+    with pytest.raises(InputError, match="--on-error skip"):
+        run(miniature, tmp_path / "s", data=data, shard_rows=3)
+    assert len(Store.open(tmp_path / "s").skipped) == 5
+
+
 # --- several writers
 
 
@@ -198,6 +208,16 @@ def test_processes_share_the_work(miniature, whole: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), rtol=2e-3, atol=2e-3)
     again = extract_here(config_of(miniature.model), ExtractPlan(**vars(plan) | {"force": True}), processes=2)
     assert again.n_encoded == 60
+
+
+def test_the_first_process_that_fails_ends_the_others(miniature, odd, tmp_path: Path) -> None:
+    data, _, _ = odd
+    plan = ExtractPlan(data=data, out=tmp_path / "s", shard_rows=3)
+    with pytest.raises(InputError, match="cannot read an image"):
+        extract_here(config_of(miniature.model), plan, processes=2)
+    with pytest.raises(StoreUnfinished):
+        Store.open(tmp_path / "s")
+    assert run(miniature, tmp_path / "s", data=data, on_error="skip").finished
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "a/b", "3", "1/0", "1/-2", "/"])

@@ -1,5 +1,7 @@
 """Whatever an image file is, RGB comes out, or one line on why not."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,28 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert load_image(save(tmp_path / "a.jpg", image, exif=exif)).shape == (8, 4, 3)
+
+
+def test_metadata_that_makes_no_sense_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow writes EXIF anew when it turns an image, and trips over values that do not fit their types."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 4), "white"), exif=exif)
+    for error in (struct.error("short format"), TypeError("x"), KeyError("y"), IndexError(), zlib.error("z")):
+
+        def trip(image, error=error):
+            raise error
+
+        monkeypatch.setattr("mmcli.pipeline.images.ImageOps.exif_transpose", trip)
+        with pytest.raises(InputError, match="a damaged file"):
+            load_image(path)
+
+
+def test_a_colour_that_means_transparent_is_laid_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), (255, 0, 255))
+    pixels = load_image(save(tmp_path / "a.png", image, transparency=(255, 0, 255)))
+    assert pixels[0].tolist() == [list(RED), [255, 255, 255]]
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:

@@ -84,6 +84,14 @@ def test_the_header_tells_the_size_of_the_upright_image(tmp_path: Path, orientat
     assert image.size == ((24, 40) if orientation >= 5 else (40, 24))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pillow_turns_a_tiff_by_itself(tmp_path: Path, orientation: int) -> None:
+    path = tmp_path / "a.tif"
+    picture(40, 24).save(path, tiffinfo={0x0112: orientation})
+    image = open_rgb(path)
+    assert image_size(path) == (image.height, image.width)
+
+
 def test_an_image_that_changes_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture(64, 64).save(path)
