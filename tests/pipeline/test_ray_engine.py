@@ -59,19 +59,14 @@ def ray(miniature):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def local(miniature, ray):
-    """The local engine with as many threads as an actor has."""
-
-    def run(out: Path, **options) -> Path:
-        before = torch.get_num_threads()
-        torch.set_num_threads(ray_cluster.share_out(ray, config_of(miniature), 2).threads)
-        try:
-            return extract(config_of(miniature), plan_of(miniature, out, **options)).store
-        finally:
-            torch.set_num_threads(before)
-
-    return run
+def local(miniature, ray, processes: int, out: Path, **options) -> Path:
+    """The store of the local engine, with as many threads as an actor has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(ray_cluster.share_out(ray, config_of(miniature), processes).threads)
+    try:
+        return extract(config_of(miniature), plan_of(miniature, out, **options)).store
+    finally:
+        torch.set_num_threads(before)
 
 
 def wait_for(found, seconds: float = 40):
@@ -107,49 +102,10 @@ def kill_one(store: Path, told: dict[str, object]) -> None:
         told |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
 
 
-@needs_ray
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
-def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray, local, tmp_path: Path) -> None:
-    told: dict[str, object] = {}
-    killer = threading.Thread(target=kill_one, args=(tmp_path / "s", told))
-    killer.start()
-    result = extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), processes=2)
-    killer.join()
-    assert told["killed"] != os.getpid()
-    assert "EncodeShards" in told["title"]
-    assert (told["written"], told["manifest"]) == (False, False)
-    assert not Path(f"/proc/{told['killed']}").exists()
-    assert (result.finished, result.was_finished, result.n_encoded) == (True, False, 60)
-    assert (tmp_path / "s" / f"text-{told['shard']:05d}.h5").is_file()
-    assert content(tmp_path / "s") == content(local(tmp_path / "local"))
-    assert {path.name for path in (tmp_path / "s").glob(".*")} == {".lock"}
-    again = extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), processes=2)
-    assert (again.was_finished, again.n_encoded) == (True, 0)
-
-
-@needs_ray
-def test_a_stripe_resumes_and_keeps_what_is_whole(miniature, local, tmp_path: Path) -> None:
-    whole = local(tmp_path / "whole", shard_rows=16)
-    shutil.copytree(whole, tmp_path / "s")
-    for name in ("manifest.json", "image-00001.h5", "image-00002.h5", "text-00002.h5"):
-        (tmp_path / "s" / name).unlink()
-    (tmp_path / "s" / "text-00003.h5").write_bytes(b"damaged")
-    kept = (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns
-    plan = plan_of(miniature, tmp_path / "s", shard_rows=16, stripe=Stripe(1, 2))
-    result = extract_on_ray(config_of(miniature), plan, processes=2)
-    assert (result.finished, result.n_encoded, len(result.damaged)) == (False, 16, 1)
-    assert not (tmp_path / "s" / "image-00002.h5").exists()
-    assert (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns == kept
-    assert extract(config_of(miniature), plan_of(miniature, tmp_path / "s", stripe=Stripe(0, 2))).finished
-    names = [f"{part}-{at:05d}.h5" for part in ("image", "text") for at in (1, 3)]
-    assert [content(tmp_path / "s")[name] for name in names] == [content(whole)[name] for name in names]
-    assert verify(tmp_path / "s").ok
-
-
-@pytest.fixture
-def spoiled(miniature, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def spoiled(miniature, tmp_path_factory) -> Path:
     """A copy of the data with three images that cannot be read, two of them all of a shard."""
-    data = tmp_path / "data"
+    data = tmp_path_factory.mktemp("spoiled") / "data"
     shutil.copytree(miniature.data, data)
     paths = read_manifest(data / "manifest.parquet").paths
     for row in (16, 17):
@@ -158,13 +114,61 @@ def spoiled(miniature, tmp_path: Path) -> Path:
     return data
 
 
+@pytest.fixture(scope="module")
+def killed(miniature, ray, spoiled: Path, tmp_path_factory):
+    """A run over spoiled data, an actor of which was killed: the result, and what the killer saw."""
+    out, told = tmp_path_factory.mktemp("killed") / "s", {}
+    killer = threading.Thread(target=kill_one, args=(out, told))
+    killer.start()
+    result = extract_on_ray(
+        config_of(miniature), plan_of(miniature, out, data=spoiled, on_error="skip"), processes=2
+    )  # fmt: skip
+    killer.join()
+    return result, told
+
+
 @needs_ray
-def test_images_that_cannot_be_read_are_left_out_with_their_reasons(miniature, local, spoiled, tmp_path: Path) -> None:
-    plan = plan_of(miniature, tmp_path / "s", data=spoiled, on_error="skip")
-    result = extract_on_ray(config_of(miniature), plan, processes=2)
-    assert sorted(result.skipped) == sorted(Store.open(tmp_path / "s").skipped) == [16, 17, 21]
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
+def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
+    result, told = killed
+    assert told["killed"] != os.getpid()
+    assert "EncodeShards" in told["title"]
+    assert (told["written"], told["manifest"]) == (False, False)
+    assert not Path(f"/proc/{told['killed']}").exists()
+    assert (result.finished, result.was_finished) == (True, False)
+    assert (result.store / f"text-{told['shard']:05d}.h5").is_file()
+    wanted = local(miniature, ray, 2, tmp_path / "local", data=spoiled, on_error="skip")
+    assert content(result.store) == content(wanted)
+    assert {path.name for path in result.store.glob(".*")} == {".lock"}
+
+
+@needs_ray
+def test_images_that_cannot_be_read_are_left_out_with_their_reasons(miniature, killed, spoiled: Path) -> None:
+    result, _ = killed
+    assert sorted(Store.open(result.store).skipped) == sorted(result.skipped) == [16, 17, 21]
+    assert [said in result.skipped[row] for row, said in ((16, "no file"), (21, "damaged"))] == [True, True]
     assert result.n_encoded == 57
-    assert content(tmp_path / "s") == content(local(tmp_path / "local", data=spoiled, on_error="skip"))
+    plan = plan_of(miniature, result.store, data=spoiled, on_error="skip")
+    again = extract_on_ray(config_of(miniature), plan, processes=2)
+    assert (again.was_finished, again.n_encoded, sorted(again.skipped)) == (True, 0, [16, 17, 21])
+
+
+@needs_ray
+def test_a_stripe_resumes_and_keeps_what_is_whole(miniature, ray, tmp_path: Path) -> None:
+    whole = local(miniature, ray, 1, tmp_path / "whole", shard_rows=16)
+    shutil.copytree(whole, tmp_path / "s")
+    for name in ("manifest.json", "image-00001.h5", "image-00002.h5", "text-00002.h5"):
+        (tmp_path / "s" / name).unlink()
+    (tmp_path / "s" / "text-00003.h5").write_bytes(b"damaged")
+    kept = (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns
+    plan = plan_of(miniature, tmp_path / "s", shard_rows=16, stripe=Stripe(1, 2))
+    result = extract_on_ray(config_of(miniature), plan, processes=1)
+    assert (result.finished, result.n_encoded, len(result.damaged)) == (False, 16, 1)
+    assert not (tmp_path / "s" / "image-00002.h5").exists()
+    assert (tmp_path / "s" / "image-00003.h5").stat().st_mtime_ns == kept
+    local(miniature, ray, 1, tmp_path / "s", stripe=Stripe(0, 2))
+    assert content(tmp_path / "s") == content(whole)
+    assert verify(tmp_path / "s").ok
 
 
 @needs_ray
