@@ -293,7 +293,10 @@ class StoreWriter:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Begin or end while no other stripe does."""
+        """Begin or end while no other stripe does; a whole writer is alone anyway."""
+        if self._stripe is None:
+            yield
+            return
         handle = lock(self.folder, f"{LOCK}-ends", wait=True)
         try:
             yield
