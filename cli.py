@@ -36,13 +36,36 @@ app.add_typer(cache_app, name="cache")
 bench_app = typer.Typer(help="This machine's speed, side by side with the plain way.", rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
+
+def _place(text: str) -> Path:
+    """A folder's path, or what stands for one where a URL was given: ``Path`` would collapse its slashes."""
+    from .cache.places import place
+
+    try:
+        return place(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the data set.")]
 Store = Annotated[
     Path | None,
-    typer.Option("--store", metavar="DIR", help="Store to read [default: the newest below data/cache]."),
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        parser=_place,
+        help="Store to read, a folder or a URL [default: the newest below data/cache].",
+    ),
 ]
 GuardStore = Annotated[
-    Path | None, typer.Option("--store", metavar="DIR", help="Refuse a run that is not of this store's data set.")
+    Path | None,
+    typer.Option("--store", metavar="DIR", parser=_place, help="Refuse a run that is not of this store's data set."),
+]
+StoreOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", parser=_place, help="Store to write, a folder or a URL [default: data/cache/KEY]."
+    ),
 ]
 RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Run to read [default: the newest below runs].")
@@ -135,7 +158,7 @@ def extract(
     patches: Annotated[int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")] = None,
     data: Data = Path("data/coco"),
     manifest: Annotated[Path | None, typer.Option("--manifest", metavar="FILE", help="Manifest [default: DATA/manifest.parquet].")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Store to write [default: data/cache/KEY].")] = None,
+    out: StoreOut = None,
     model: Model = None, revision: Revision = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
@@ -318,7 +341,7 @@ def cache_import(
     name: Annotated[str, typer.Option("--name", help="Model that computed them.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of that model [default: hash of the content].")] = None,
     manifest: Annotated[Path, typer.Option("--manifest", metavar="FILE", help="Manifest of their images, in their order.")] = Path("data/coco/manifest.parquet"),
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Store to write [default: data/cache/KEY].")] = None,
+    out: StoreOut = None,
     dtype: Annotated[Literal["float16", "float32"] | None, typer.Option("--dtype", help="How they are stored [default: as they are].")] = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip

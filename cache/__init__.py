@@ -6,6 +6,7 @@ from .info import describe
 from .key import StoreKey
 from .layout import FORMAT_VERSION, Layout, Part, Shard
 from .leaks import Leak, LeakReport, find_leaks, passes
+from .places import is_remote, place
 from .reader import Embeddings, Store, list_stores, newest_store
 from .sweep import DamagedShard
 from .verify import VerifyReport, verify
@@ -35,8 +36,10 @@ __all__ = [
     "describe",
     "export_store",
     "find_leaks",
+    "is_remote",
     "list_stores",
     "newest_store",
     "passes",
+    "place",
     "verify",
 ]

@@ -3,6 +3,9 @@
 Several writers may fill one store, each with its own stripe, so a temporary name has the process in it. A temporary
 file may be a hard link to a shard of another store (text shards are shared), so it is never opened for writing: it is
 removed and created anew.
+
+A folder that is reached by a URL has objects that appear whole under their names: they are written, read back and
+compared. It has no locks: two writers of one store are not kept apart there, but write the same bytes.
 """
 
 import fcntl
@@ -14,8 +17,10 @@ from typing import BinaryIO
 
 from .errors import RESUME, StoreBusy, StoreError
 from .layout import LOCK, LOCK_NAME, TEMPORARY_NAME, temporary_name, this_host
+from .places import is_remote
 
 Check = Callable[[bytes], object]
+NO_LOCK = -1
 
 
 def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
@@ -29,6 +34,9 @@ def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
     Raises:
         StoreError: The disk is full, or the folder is not writable.
     """
+    if is_remote(path):
+        _write_object(path, data, check)
+        return
     temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.unlink(missing_ok=True)
@@ -58,6 +66,9 @@ def adopt(source: Path, path: Path, check: Check) -> None:
     Raises:
         OSError: The file cannot be read, linked or copied.
     """
+    if is_remote(path) or is_remote(source):
+        write_whole(path, source.read_bytes(), check)
+        return
     temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)
     try:
@@ -82,6 +93,13 @@ def remove(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that lasts; one of objects needs no making."""
+    if not is_remote(folder) and not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def remove_temporaries(folder: Path, *, alone: bool) -> None:
     """Delete what a killed writer left half-written, and the empty lock files of stripes when there are none.
 
@@ -89,6 +107,8 @@ def remove_temporaries(folder: Path, *, alone: bool) -> None:
         folder: The store's folder.
         alone: Whether no other writer can be there; otherwise only files of dead processes of this machine go.
     """
+    if is_remote(folder):
+        return
     for path in folder.iterdir():
         found = TEMPORARY_NAME.fullmatch(path.name)
         if found is not None and (alone or _is_dead(found["host"], int(found["pid"]))):
@@ -111,6 +131,8 @@ def _is_dead(host: str, pid: int) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Make renames and deletions in a folder survive a power cut."""
+    if is_remote(folder):
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -134,6 +156,8 @@ def lock(folder: Path, name: str = LOCK, *, shared: bool = False, wait: bool = F
         StoreBusy: Another writer holds it.
         OSError: The file system has no locks.
     """
+    if is_remote(folder):
+        return NO_LOCK
     handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -152,8 +176,29 @@ def lock(folder: Path, name: str = LOCK, *, shared: bool = False, wait: bool = F
 
 def unlock(handle: int) -> None:
     """Free a lock, also where a forked child still holds a copy of the handle."""
+    if handle == NO_LOCK:
+        return
     fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
+
+
+def _write_object(path: Path, data: bytes, check: Check | None) -> None:
+    """Write an object, read it back and compare; one that is not as it should be is removed."""
+    try:
+        path.write_bytes(data)
+        written = path.read_bytes()
+    except OSError as error:
+        raise StoreError(
+            "cannot write", where=path, got=error.strerror or str(error), do=f"mend it and {RESUME}"
+        ) from error
+    try:
+        if check is not None:
+            check(written)
+        if written != data:
+            raise StoreError("it gave back something else than was written", where=path, do=RESUME)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _fill(stream: BinaryIO, data: bytes) -> None:

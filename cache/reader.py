@@ -15,6 +15,7 @@ from .index import ID, parse_index
 from .key import StoreKey
 from .layout import MANIFEST, Part, Shard
 from .metadata import StoreManifest, read_manifest
+from .places import place
 from .shards import Arrays, ShardBroken, read_shard_into
 from .stream import REDO, check_finite, damaged, read_ahead, stream
 from .sweep import key_digest, looks_like_store, read_checked, unfinished
@@ -62,7 +63,7 @@ class Store:
         """Open a store: reads manifest and index, looks that every shard is there.
 
         Args:
-            folder: The store's folder.
+            folder: The store's folder; :func:`~mmcli.cache.places.place` makes one of a URL.
 
         Raises:
             StoreMissing: There is no folder, or it is not a store.
@@ -70,7 +71,7 @@ class Store:
             StoreMismatch: It is of another format version.
             StoreDamaged: The manifest or the index is not readable, a shard is missing or has a wrong size.
         """
-        folder = Path(folder)
+        folder = place(folder)
         manifest = _manifest_of(folder)
         for entry in manifest.shards:
             path = folder / entry.file

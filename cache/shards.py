@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import FORMAT, FORMAT_VERSION, Layout, Shard
+from .places import is_remote
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -144,7 +145,7 @@ def read_shard_into(
 def is_our_shard(path: Path) -> bool:
     """Whether a file is a shard of some store of this project, as far as its header can be read."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(io.BytesIO(path.read_bytes()) if is_remote(path) else path, "r") as file:
             return bool(file.attrs.get("format") == np.bytes_(FORMAT))
     except _UNREADABLE:
         return False

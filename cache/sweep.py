@@ -16,6 +16,7 @@ from .index import index_bytes, parse_index
 from .key import StoreKey
 from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
+from .places import entries
 from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
 
 REPLACE = "name another folder with --out, or replace this store with --force"
@@ -148,7 +149,7 @@ def looks_like_store(folder: Path) -> bool:
     """Whether a folder has files of a store, finished or not, sound or not."""
     return (
         any(is_ours(folder / name) for name in (KEY, MANIFEST))
-        or any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
+        or any(SHARD_NAME.fullmatch(path.name) for path in entries(folder))
     )  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def is_store_of_ours(folder: Path) -> bool:
     """Whether a file in a folder says that it is of a store; a name alone is no proof."""
     if any(is_ours(folder / name) for name in (KEY, MANIFEST)):
         return True
-    return any(is_our_shard(path) for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+    return any(is_our_shard(path) for path in entries(folder) if SHARD_NAME.fullmatch(path.name))
 
 
 def sweep(
@@ -216,7 +217,7 @@ def discard(folder: Path) -> bool:
         return False
     # The manifest first: a store that is half removed must not be readable.
     remove(folder / MANIFEST)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(entries(folder)):
         if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
             path.unlink()
     sync_folder(folder)
@@ -247,7 +248,7 @@ def unfinished(folder: Path) -> StoreUnfinished:
 def _refuse_foreign(folder: Path) -> None:
     """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
     passing = (LOCK_NAME, TEMPORARY_NAME)
-    there = sorted(path for path in folder.iterdir() if not any(name.fullmatch(path.name) for name in passing))
+    there = sorted(path for path in entries(folder) if not any(name.fullmatch(path.name) for name in passing))
     if there and not is_store_of_ours(folder):
         raise StoreMismatch(
             "the folder holds files that are not of a store", where=folder,

@@ -12,6 +12,7 @@ from .index import ID, parse_index
 from .key import StoreKey
 from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
+from .places import place
 from .reader import EXTRACT
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
 from .sweep import key_digest, looks_like_store, make_entry, read_checked, zero_rows
@@ -51,7 +52,7 @@ def verify(folder: Path) -> VerifyReport:
     Raises:
         StoreMissing: The folder is no store at all.
     """
-    folder = Path(folder)
+    folder = place(folder)
     if not folder.is_dir() or not looks_like_store(folder):
         raise StoreMissing("not a store", where=folder, do=EXTRACT)
     problems: list[str] = []

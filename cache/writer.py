@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from .encode import image_arrays, text_arrays
 from .errors import StoreError, StoreMismatch, StoreUnfinished
-from .files import adopt, lock, remove, remove_temporaries, sync_folder, unlock, write_whole
+from .files import adopt, lock, make_folder, remove, remove_temporaries, unlock, write_whole
 from .index import check_index, index_bytes, place_rows
 from .key import StoreKey
 from .layout import FORMAT_VERSION, INDEX, KEY, LOCK, MANIFEST, Layout, Part, Shard
 from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes
+from .places import is_remote, place
 from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
 from .sweep import (
     DamagedShard,
@@ -55,7 +56,7 @@ class StoreWriter:
     shard that is whole. Then write what :meth:`missing` lists and call :meth:`finish`.
 
     Args:
-        folder: The store's folder; made when absent.
+        folder: The store's folder, made when absent; :func:`~mmcli.cache.places.place` makes one of a URL.
         key: What the numbers depend on.
         index: One row per image, in order, with a column ``image_id`` int64, every value once.
         width: Embedding width D.
@@ -92,7 +93,7 @@ class StoreWriter:
         overwrite: bool = False,
         stripe: Stripe | None = None,
     ) -> None:
-        self.folder, self.key, self._table = Path(folder), key, index
+        self.folder, self.key, self._table = place(folder), key, index
         if key.format_version != FORMAT_VERSION:
             raise StoreMismatch("a key of another format", got=key.format_version, wanted=FORMAT_VERSION)
         self._ids = check_index(index)
@@ -115,9 +116,7 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(self.folder.parent)
+            make_folder(self.folder)
             if self._stripe is None:
                 self._locks = [lock(self.folder)]
                 remove_temporaries(self.folder, alone=True)
@@ -200,9 +199,9 @@ class StoreWriter:
                 entries.append(check_shard(data, shard, self.layout, self.key, self._ids))
 
             try:
-                adopt(Path(other) / shard.name, self.folder / shard.name, check)
+                adopt(place(other) / shard.name, self.folder / shard.name, check)
             except ShardBroken as error:
-                _log.debug("not taken: %s: %s", Path(other) / shard.name, error)
+                _log.debug("not taken: %s: %s", place(other) / shard.name, error)
             except OSError as error:
                 _log.debug("not taken: %s", error)
             else:
@@ -249,7 +248,8 @@ class StoreWriter:
             )
         with self._alone():
             if self._finished and (self.folder / MANIFEST).is_file():
-                os.utime(self.folder / MANIFEST)  # the newest store is the one that was asked for last
+                if not is_remote(self.folder):
+                    os.utime(self.folder / MANIFEST)  # the newest store is the one that was asked for last
             elif self._all_whole():
                 self._write_manifest(why)
             else:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..cache import StoreKey, StoreWriter
+from ..cache import StoreKey, StoreWriter, is_remote
 from .config import Config
 from .device import pick_device
 from .encoder import Encoder
@@ -158,7 +158,7 @@ def model_path(name: str) -> str:
 
 def reuse_text(writer: StoreWriter, siblings: Path) -> int:
     """Caption embeddings do not depend on the patch budget: take them from a sibling store that has them."""
-    if not writer.missing("text"):
+    if is_remote(siblings) or not writer.missing("text"):
         return 0
     folders = [folder for folder in sorted(siblings.iterdir()) if folder.is_dir() and folder != writer.folder]
     return sum(writer.reuse_text(folder) for folder in folders)

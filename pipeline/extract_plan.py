@@ -23,7 +23,7 @@ class ExtractPlan:
     Attributes:
         data: The folder that the manifest's paths are relative to.
         manifest: The manifest; ``data/manifest.parquet`` when not given.
-        out: The store's folder; below ``cache`` under the key's name when not given.
+        out: The store's folder, or a URL's place; below ``cache`` under the key's name when not given.
         cache: The folder of all stores.
         dtype: How embeddings are stored. Norms are always float32, taken before the cast.
         on_error: Whether an image that cannot be read stops everything, or is left out and recorded.

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import RenderableType
 
 from .. import InputError, __version__
-from ..cache import StoreError, StoreKey, StoreWriter
+from ..cache import StoreError, StoreKey, StoreWriter, is_remote
 from ..cache.layout import StoredDtype
 from .import_source import Texts, check_images, check_texts, open_images, open_texts
 from .manifest import Manifest, read_manifest
@@ -95,7 +95,7 @@ def import_store(plan: ImportPlan, progress: Progress | None = None) -> ImportRe
         if value is not None and not value.strip():
             raise InputError("an empty name", where=option, wanted="the model, or its revision, that computed them")
     listing = read_manifest(plan.manifest)
-    scratch = plan.out.parent if plan.out is not None else plan.cache
+    scratch = plan.cache if plan.out is None or is_remote(plan.out) else plan.out.parent
     images = open_images(plan.images, listing, scratch)
     texts = open_texts(plan.texts, listing, scratch)
     width = images.shape[-1]

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from .config import Config
 
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2
+CONNECT_S = 10.0
 # A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15), and
 # would warn of every actor of Ray Data's own, on a level that only `fatal` hides.
 SETTINGS = {
@@ -75,6 +77,7 @@ def cluster(address: str | None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _answers(address)
     handler = signal.getsignal(signal.SIGTERM)
     options = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -83,15 +86,31 @@ def cluster(address: str | None) -> Iterator[Any]:
                 # Actors send the warnings that they have for the user with their results.
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(
-                "no Ray cluster", where=address, got=str(error).splitlines()[0], wanted="the address of a running one",
-                do="start one with `ray start --head`, or leave --ray-address and RAY_ADDRESS out",
-            ) from error  # fmt: skip
+            raise _no_cluster(address, error) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray takes it for itself
         yield ray
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Knock at ``host:port``: Ray itself would knock for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(
+        "no Ray cluster", where=address, got=(str(error).splitlines() or [type(error).__name__])[0],
+        wanted="the address of a running one",
+        do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address and RAY_ADDRESS out",
+    )  # fmt: skip
 
 
 @contextmanager

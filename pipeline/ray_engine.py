@@ -110,7 +110,7 @@ class _Extraction:
 
     def _encode(self, numbers: list[int], with_images: set[int], writer: StoreWriter) -> None:
         shares, every = self._shares, writer.layout.shards("image")
-        self._progress.say(f"  Ray: {shares.actors} actors on {shares.device}, {shares.threads} threads each")
+        self._progress.say(f"  Ray: actors {shares.actors}, on {shares.device}, threads each {shares.threads}")
         # More stripes than there are shards, and not as many as another extraction may have been told to make.
         stripe = self._work.plan.stripe
         self._work = replace(self._work, stripes=max(len(every), stripe.n if stripe else 1) + 1)

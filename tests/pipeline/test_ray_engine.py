@@ -197,6 +197,13 @@ def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path, monkeyp
     assert {path.name for path in (tmp_path / "s").glob("*.h5")} == {"image-00000.h5", "text-00000.h5"}
 
 
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_one_line(miniature, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(InputError, match=r"no Ray cluster: 127\.0\.0\.1:1: .*ray start --head"):
+        extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), address="127.0.0.1:1")
+
+
 def test_without_ray_the_command_that_installs_it_is_named(miniature, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(InputError, match=r"Ray is not installed: --engine ray: .*pip install .*\.\[ray\]"):
