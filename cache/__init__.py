@@ -1,5 +1,6 @@
 """The store: named arrays in checked HDF5 shards. It imports no torch, transformers or faiss."""
 
+from .claim import Stripe
 from .errors import StoreBusy, StoreDamaged, StoreError, StoreMismatch, StoreMissing, StoreUnfinished
 from .export import ExportReport, export_store
 from .info import describe
@@ -10,7 +11,7 @@ from .places import is_remote, place
 from .reader import Embeddings, Store, list_stores, newest_store
 from .sweep import DamagedShard
 from .verify import VerifyReport, verify
-from .writer import StoreWriter, Stripe
+from .writer import StoreWriter
 
 __all__ = [
     "FORMAT_VERSION",

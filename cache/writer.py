@@ -4,23 +4,23 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .claim import Claim, Stripe
 from .encode import image_arrays, text_arrays
 from .errors import StoreError, StoreMismatch, StoreUnfinished
-from .files import adopt, lock, make_folder, remove, remove_temporaries, unlock, write_whole
+from .files import adopt, make_folder, remove, remove_temporaries, write_whole
 from .index import check_index, index_bytes, place_rows
 from .key import StoreKey
-from .layout import FORMAT_VERSION, INDEX, KEY, LOCK, MANIFEST, Layout, Part, Shard
+from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
 from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes
 from .places import is_remote, place
 from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
@@ -40,13 +40,6 @@ from .sweep import (
 )
 
 _log = logging.getLogger(__name__)
-
-
-class Stripe(NamedTuple):
-    """Every ``n``-th shard, from shard ``at`` (0 to n - 1) on: the part of a store that one of n writers fills."""
-
-    at: int
-    n: int
 
 
 class StoreWriter:
@@ -108,25 +101,18 @@ class StoreWriter:
             raise StoreError("bad store", where=folder, got=error) from error
         if stripe is not None and overwrite:
             raise StoreError("a stripe cannot replace a store", where=folder, do="remove the store first")
-        self._overwrite, self._stripe = overwrite, stripe
+        self._overwrite, self._claim = overwrite, Claim(self.folder, stripe)
         self.damaged: list[DamagedShard] = []
         self._whole: dict[Shard, Whole] = {}
         self._finished = False
-        self._locks: list[int] = []
 
     def __enter__(self) -> Self:
         try:
             make_folder(self.folder)
-            if self._stripe is None:
-                self._locks = [lock(self.folder)]
-                remove_temporaries(self.folder, alone=True)
+            self._claim.take()
+            with self._claim.alone():
+                remove_temporaries(self.folder, alone=self._claim.stripe is None)
                 self._open()
-            else:
-                self._locks = [lock(self.folder, shared=True)]
-                self._locks.append(lock(self.folder, f"{LOCK}-{self._stripe.at}-of-{self._stripe.n}"))
-                with self._alone():
-                    remove_temporaries(self.folder, alone=False)
-                    self._open()
         except OSError as error:
             self.close()
             raise StoreError("cannot use the folder", where=self.folder, got=error.strerror or error) from error
@@ -142,8 +128,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Free the folder for other writers. What was written stays."""
-        while self._locks:
-            unlock(self._locks.pop())
+        self._claim.release()
 
     @property
     def finished(self) -> bool:
@@ -152,7 +137,7 @@ class StoreWriter:
 
     def missing(self, part: Part) -> list[Shard]:
         """Shards of a part that this writer has still to write, in order."""
-        return [shard for shard in self._own(self.layout.shards(part)) if shard not in self._whole]
+        return [shard for shard in self._claim.own(self.layout.shards(part)) if shard not in self._whole]
 
     def write_image(self, shard: Shard, *, v_img: NDArray[np.float32], skipped: Collection[int] = ()) -> None:
         """Write one missing image shard; norms are taken here, before the cast.
@@ -219,7 +204,7 @@ class StoreWriter:
         self._check_open()
         if self._whole.pop(shard, None) is None:
             return
-        with self._alone():
+        with self._claim.alone():
             # The shard too: a writer of another stripe must not take it for the last word and finish the store.
             remove(self.folder / MANIFEST)
             remove(self.folder / shard.name)
@@ -241,12 +226,12 @@ class StoreWriter:
             StoreError: The disk does not take it, or a row was skipped and nobody says why.
         """
         self._check_open()
-        missing = [shard.name for shard in self._own(self.layout.all_shards()) if shard not in self._whole]
+        missing = [shard.name for shard in self._claim.own(self.layout.all_shards()) if shard not in self._whole]
         if missing:
             raise StoreUnfinished(
                 "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
             )
-        with self._alone():
+        with self._claim.alone():
             if self._finished and (self.folder / MANIFEST).is_file():
                 if not is_remote(self.folder):
                     os.utime(self.folder / MANIFEST)  # the newest store is the one that was asked for last
@@ -259,7 +244,7 @@ class StoreWriter:
     def _all_whole(self) -> bool:
         """Whether every shard is there, those of other stripes too; the caller is alone."""
         every = self.layout.all_shards()
-        if self._stripe is not None:
+        if self._claim.stripe is not None:
             if not all((self.folder / shard.name).is_file() for shard in every):
                 return False
             # All of them again: where stripes were cut differently, another writer may own one of ours.
@@ -287,28 +272,12 @@ class StoreWriter:
         write_whole(self.folder / MANIFEST, manifest_bytes(manifest))
         self._finished = True
 
-    def _own(self, shards: Sequence[Shard]) -> list[Shard]:
-        stripe = self._stripe
-        return [shard for shard in shards if stripe is None or shard.number % stripe.n == stripe.at]
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Begin or end while no other stripe does; a whole writer is alone anyway."""
-        if self._stripe is None:
-            yield
-            return
-        handle = lock(self.folder, f"{LOCK}-ends", wait=True)
-        try:
-            yield
-        finally:
-            unlock(handle)
-
     def _open(self) -> None:
         found = identify(self.folder, self.key, cleared=self._overwrite and discard(self.folder))
         if found.known is not None:
             check_layout(self.folder, found.known[1], self.layout)
             self.layout = found.known[1]
-        own = self._own(self.layout.all_shards())
+        own = self._claim.own(self.layout.all_shards())
         self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found, own)
         self.damaged = [*found.damaged, *damaged]
         try:
@@ -346,5 +315,5 @@ class StoreWriter:
         self._whole[shard] = Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
 
     def _check_open(self) -> None:
-        if not self._locks:
+        if not self._claim.held:
             raise StoreMismatch("the writer is not open", where=self.folder, do="use it in a with block")
