@@ -142,15 +142,14 @@ def prepare(
     data: Data = Path("data/coco"),
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for manifest.parquet [default: the data folder].")] = None,
     check_images: Annotated[bool, typer.Option("--check-images/--no-check-images", help="Look for every image file.")] = True,
-    json_: Json = False, quiet: Quiet = False,
+    json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere; there is no progress to show
 ) -> None:  # fmt: skip
     """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
     from .pipeline.prepare import prepare as stage
     from .pipeline.prepare import statistics_tables
 
     result = stage(data, out, check_images=check_images)
-    tables = () if quiet else statistics_tables(result.statistics)
-    _finish(result.to_json(), json_, *tables, f"wrote {result.path}")
+    _finish(result.to_json(), json_, *statistics_tables(result.statistics), f"wrote {result.path}")
 
 
 @app.command()
@@ -163,7 +162,7 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
     resizer: Annotated[Literal["pillow", "torch"], typer.Option("--resizer", help="pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there.")] = "pillow",
-    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass [default: 1024 on a CPU, 32768 on a GPU].")] = None,
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass of a new store [default: 1024 on a CPU, 32768 on a GPU].")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray).")] = "local",
@@ -184,6 +183,8 @@ def extract(
         data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
         stripe=None if shard is None else parse_stripe(shard),
     )  # fmt: skip
+    if ray_address is not None and engine != "ray":
+        raise InputError("--ray-address without Ray", got=ray_address, wanted="--engine ray", do="give both or neither")
     if engine == "ray":
         from .pipeline.ray_engine import extract_on_ray
 

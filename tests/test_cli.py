@@ -58,6 +58,7 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("prepare",), ("data/coco",)),
         (("prepare", "--data", "nowhere"), ("nowhere",)),
         (("extract",), ("manifest.parquet", "mmcli prepare")),
+        (("extract", "--ray-address", "auto"), ("--ray-address", "--engine ray")),
         (("extract", "--device", "abacus"), ("abacus", "--device auto")),
         (("cache", "info"), ("store", "mmcli extract")),
         (("cache", "export", "--out", "x"), ("store", "mmcli extract")),
