@@ -91,15 +91,7 @@ def decode_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> 
         OtherKey: It is a shard of another key or format version.
         ShardBroken: It is anything else than that shard.
     """
-    with _opened(data) as file:
-        _check_attributes(file, shard, key_digest)
-        arrays = {}
-        for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
-            dataset = _dataset(file, name, dtype, shape)
-            arrays[name] = _values(data, dataset)
-            if dataset.attrs["sha256"] != np.bytes_(content_sha256(name, arrays[name])):
-                raise ShardBroken(f"the content of {name} is not what its checksum says")
-        return arrays
+    return _arrays(data, shard, layout, key_digest, check=True)
 
 
 def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
@@ -114,10 +106,7 @@ def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Ar
     Raises:
         ShardBroken: It is not that shard.
     """
-    with _opened(data) as file:
-        _check_attributes(file, shard, key_digest)
-        expected = layout.datasets(shard.part, shard.n_rows)
-        return {name: _values(data, _dataset(file, name, *what)) for name, what in expected.items()}
+    return _arrays(data, shard, layout, key_digest, check=False)
 
 
 def read_shard_into(
@@ -135,11 +124,21 @@ def read_shard_into(
     Raises:
         ShardBroken: It is not that shard.
     """
+    arrays = view_shard(data, shard, layout, key_digest)
+    for name, whole in out.items():
+        whole[shard.start : shard.stop] = arrays[name]
+
+
+def _arrays(data: bytes, shard: Shard, layout: Layout, key_digest: str, *, check: bool) -> Arrays:
     with _opened(data) as file:
         _check_attributes(file, shard, key_digest)
-        expected = layout.datasets(shard.part, shard.n_rows)
-        for name, whole in out.items():
-            whole[shard.start : shard.stop] = _values(data, _dataset(file, name, *expected[name]))
+        arrays = {}
+        for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
+            dataset = _dataset(file, name, dtype, shape)
+            arrays[name] = _values(data, dataset)
+            if check and dataset.attrs["sha256"] != np.bytes_(content_sha256(name, arrays[name])):
+                raise ShardBroken(f"the content of {name} is not what its checksum says")
+        return arrays
 
 
 def is_our_shard(path: Path) -> bool:

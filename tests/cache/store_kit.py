@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,12 @@ class Data:
         sizes = {"width": self.v_img.shape[1], "n_captions_max": self.v_txt.shape[1], "shard_rows": shard_rows}
         return StoreWriter(folder, key, self.index, **sizes | {"extra": {"torch": "2.13", "bias": -16.5}} | options)
 
-    def fill(self, writer: StoreWriter) -> None:
+    def fill(self, writer: StoreWriter, skipped: Collection[int] = ()) -> None:
         for shard in writer.missing("image"):
-            writer.write_image(shard, v_img=self.v_img[shard.start : shard.stop])
+            v_img = self.v_img[shard.start : shard.stop].copy()
+            rows = [row - shard.start for row in skipped if shard.start <= row < shard.stop]
+            v_img[rows] = 0
+            writer.write_image(shard, v_img=v_img, skipped=rows)
         for shard in writer.missing("text"):
             rows = slice(shard.start, shard.stop)
             writer.write_text(shard, v_txt=self.v_txt[rows], n_captions=self.counts[rows])

@@ -30,12 +30,7 @@ def make(kit, folder: Path, *, n=10, c=5, shard_rows=4, skipped=(), dtype="float
         }
     ).replace_schema_metadata({"category_names": '["cat"]'})  # fmt: skip
     with data.writer(folder, kit.key(dtype=dtype), shard_rows=shard_rows) as writer:
-        for shard in writer.missing("image"):
-            v_img = data.v_img[shard.start : shard.stop].copy()
-            rows = [row - shard.start for row in skipped if shard.start <= row < shard.stop]
-            v_img[rows] = 0
-            writer.write_image(shard, v_img=v_img, skipped=rows)
-        data.fill(writer)
+        data.fill(writer, skipped)
         writer.finish(lambda row: f"reason {row}")
     return Store.open(folder)
 

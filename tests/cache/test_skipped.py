@@ -11,20 +11,11 @@ from mmcli.cache.layout import MANIFEST
 REASONS = {1: "cannot read an image: a.jpg", 6: "an empty file"}
 
 
-def fill(data, writer, skipped):
-    for shard in writer.missing("image"):
-        v_img = data.v_img[shard.start : shard.stop].copy()
-        rows = [row - shard.start for row in skipped if shard.start <= row < shard.stop]
-        v_img[rows] = 0
-        writer.write_image(shard, v_img=v_img, skipped=rows)
-    data.fill(writer)
-
-
 @pytest.fixture
 def folder(kit, tmp_path):
     data = kit.Data()
     with data.writer(tmp_path / "s", kit.key()) as writer:
-        fill(data, writer, REASONS)
+        data.fill(writer, REASONS)
         writer.finish(REASONS.get)
     return tmp_path / "s"
 
@@ -56,7 +47,7 @@ def test_zeros_and_skips_must_agree(kit, tmp_path):
 def test_a_store_is_not_finished_without_the_reasons(kit, tmp_path):
     data = kit.Data()
     with data.writer(tmp_path / "s", kit.key()) as writer:
-        fill(data, writer, REASONS)
+        data.fill(writer, REASONS)
         with pytest.raises(StoreError, match=r"a skipped row without a reason: .*row 1"):
             writer.finish()
         with pytest.raises(StoreError, match=r"a skipped row without a reason: .*row 6"):
