@@ -1,6 +1,5 @@
 """The Ray engine's store is the local engine's: when an actor is killed, when some is there already, with bad images."""
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -77,29 +76,38 @@ def wait_for(found, seconds: float = 40):
     return it
 
 
-def shard_at_work(store: Path) -> tuple[int, int] | None:
-    """A process other than this one that fills a shard of the store: its id, and the shard it holds the lock of."""
+def shards_at_work(store: Path) -> dict[int, int]:
+    """The processes other than this one that hold the lock of a shard of the store, each with its shard."""
+    at_work = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             held = re.fullmatch(rf"{re.escape(str(store))}/\.lock-(\d+)-of-\d+", str(link.readlink()))
         except OSError:
             continue
         if held and int(link.parts[2]) != os.getpid():
-            return int(link.parts[2]), int(held[1])
+            at_work[int(link.parts[2])] = int(held[1])
+    return at_work
+
+
+def stop_in_the_middle(store: Path) -> tuple[int, int] | None:
+    """Stop a process whose shard is not whole yet: its id and its shard; None where each has written its shard."""
+    for pid, shard in shards_at_work(store).items():
+        os.kill(pid, signal.SIGSTOP)
+        if not (store / f"text-{shard:05d}.h5").exists():
+            return pid, shard
+        os.kill(pid, signal.SIGCONT)
     return None
 
 
 def kill_one(store: Path, told: dict[str, object]) -> None:
     """SIGKILL to an actor that is in the middle of a shard, when some are written and some are not."""
     wait_for(lambda: list(store.glob("image-*.h5")))
-    with (store / ".lock-ends").open("r+") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # actors stop here when they begin a shard
-        pid, shard = wait_for(lambda: shard_at_work(store))
-        told |= {"shard": shard, "written": (store / f"text-{shard:05d}.h5").exists()}
-        told["title"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0")
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: (at_work := shard_at_work(store)) is None or at_work[0] != pid)
-        told |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
+    pid, told["shard"] = wait_for(lambda: stop_in_the_middle(store))
+    told |= {"written": (store / f"text-{told['shard']:05d}.h5").exists()}
+    told["title"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0")
+    told |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: pid not in shards_at_work(store))
 
 
 @pytest.fixture(scope="module")
