@@ -2,6 +2,7 @@
 # make test   set up .venv, run the tests
 # make check  lint, types and import contracts
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -24,8 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/mmcli demo
 
+# One thread a process, because the processes share the cores.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 
 from .. import InputError
@@ -165,7 +164,7 @@ class Encoder:
         rows = []
         for image in images:
             grid = self.spec.grid(*image.shape[:2])
-            patches = cut(resize(Image.fromarray(image), grid, self.spec), grid, self.spec.side)
+            patches = cut(resize(image, grid, self.spec), grid, self.spec.side)
             rows.append(self.image_features(patches[None], grid).cpu().numpy())
         return np.concatenate(rows)
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import InputError
@@ -22,8 +23,24 @@ EXIF_ORIENTATION, ON_THE_SIDE = 0x0112, {5, 6, 7, 8}
 
 
 def load_image(path: Path) -> npt.NDArray[np.uint8]:
-    """The RGB pixels of an image, ``(height, width, 3)`` uint8; see :func:`open_rgb`."""
-    return np.asarray(open_rgb(path))
+    """The RGB pixels of an image, ``(height, width, 3)`` uint8; the very pixels of :func:`open_rgb`.
+
+    A plain JPEG goes straight from libjpeg-turbo into the array, without Pillow's copies of it.
+    """
+
+    def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+        if image.format == "JPEG" and image.mode in {"RGB", "L"} and not _turned(image):
+            try:
+                decoded: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                    path.read_bytes(), "RGB", fastdct=False, fastupsample=False
+                )
+            except ValueError:  # it takes exception to files that Pillow reads: Pillow decides
+                pass
+            else:
+                return decoded
+        return np.asarray(_upright_rgb(image))
+
+    return _opened(path, pixels)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -56,14 +73,7 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         InputError: The file is missing, empty, truncated, not an image, or larger than Pillow's bomb limit.
     """
-
-    def decoded(image: Image.Image) -> Image.Image:
-        image.load()
-        # Most images have no orientation, and turning one by nothing copies it.
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-        return _to_rgb(ImageOps.exif_transpose(image) if turned else image)
-
-    return _opened(path, decoded)
+    return _opened(path, _upright_rgb)
 
 
 def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
@@ -83,6 +93,16 @@ def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise _refuse(path, str(error), "replace the file by a smaller image") from None
     except UNREADABLE as error:
         raise _refuse(path, f"a damaged file ({error})", "replace the file") from None
+
+
+def _turned(image: Image.Image) -> bool:
+    return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    # Most images have no orientation, and turning one by nothing copies it.
+    return _to_rgb(ImageOps.exif_transpose(image) if _turned(image) else image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .. import InputError
-from .images import open_rgb
+from .images import load_image, open_rgb
 
 Pixels = npt.NDArray[np.uint8]
 Resizer = Literal["pillow", "torch"]
@@ -120,8 +120,8 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels) -> None:
     Raises:
         InputError: The file cannot be decoded, or is no longer the one whose header was read.
     """
-    image = open_rgb(path)
-    if spec.grid(image.height, image.width) != grid:
+    image = open_rgb(path) if spec.resizer == "pillow" else load_image(path)
+    if spec.grid(*_size(image)) != grid:
         raise InputError(
             "cannot read an image", where=path, got="another image than a moment ago", wanted="files that stay",
             do="run `mmcli extract` again when nothing writes the data folder",
@@ -129,12 +129,20 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels) -> None:
     out[...] = cut(resize(image, grid, spec), grid, spec.side)
 
 
-def resize(image: Image.Image, grid: Grid, spec: PatchSpec) -> Pixels:
-    """Pixels of an RGB image at the size of its grid, ``(rows * p, columns * p, 3)`` uint8, or at ``spec.size``."""
+def resize(image: Image.Image | Pixels, grid: Grid, spec: PatchSpec) -> Pixels:
+    """Pixels of an RGB image at the size of its grid, ``(rows * p, columns * p, 3)`` uint8, or at ``spec.size``.
+
+    The image may be an array ``(height, width, 3)`` uint8; torch is spared a copy if it is, Pillow if it is Pillow's.
+    """
     height, width = spec.size or (grid.rows * spec.side, grid.columns * spec.side)
-    if spec.resizer == "pillow":
-        return np.asarray(image.resize((width, height), Image.Resampling(spec.resample)))
-    return _resize_in_torch(np.asarray(image), height, width, TORCH_MODES[spec.resample])
+    if spec.resizer == "torch":
+        return _resize_in_torch(np.asarray(image), height, width, TORCH_MODES[spec.resample])
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return np.asarray(image.resize((width, height), Image.Resampling(spec.resample)))
+
+
+def _size(image: Image.Image | Pixels) -> tuple[int, int]:
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
 
 
 def _resize_in_torch(pixels: Pixels, height: int, width: int, mode: str) -> Pixels:

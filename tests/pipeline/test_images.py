@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmcli import InputError
-from mmcli.pipeline.images import load_image
+from mmcli.pipeline.images import load_image, open_rgb
 
 RED = (250, 10, 10)
 
@@ -127,3 +127,33 @@ def _jpeg() -> bytes:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (16, 16), (333, 500), (641, 479), (3000, 1)])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}, {"keep_rgb": True}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_the_same_pixels_whoever_decodes_it(tmp_path: Path, monkeypatch, size, options, mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    path = save(tmp_path / "a.jpg", Image.fromarray(noise).convert(mode), **({"quality": 90} | options))
+    wanted = np.asarray(open_rgb(path))
+    monkeypatch.setattr(Image.Image, "load", None)  # Pillow decodes nothing
+    assert np.array_equal(load_image(path), wanted)
+
+
+@pytest.mark.parametrize("damage", ["more at the end", "a wrong byte in the middle"])
+def test_pillow_decides_on_a_jpeg_that_the_other_decoder_dislikes(tmp_path: Path, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    whole = save(tmp_path / "a.jpg", Image.fromarray(noise)).read_bytes()
+    middle = len(whole) * 2 // 3
+    spoiled = whole + b"more" if damage == "more at the end" else whole[:middle] + b"\xff\xd7" + whole[middle + 2 :]
+    (tmp_path / "b.jpg").write_bytes(spoiled)
+    assert np.array_equal(load_image(tmp_path / "b.jpg"), np.asarray(open_rgb(tmp_path / "b.jpg")))
+
+
+@pytest.mark.realdata
+def test_real_jpegs_have_the_same_pixels_whoever_decodes_them(realdata: Path) -> None:
+    paths = sorted(realdata.rglob("*.jpg"))[:200]
+    assert paths
+    assert all(np.array_equal(load_image(path), np.asarray(open_rgb(path))) for path in paths)
