@@ -7,12 +7,14 @@ configuration is read and refused before anything heavy is loaded.
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+HeadKind = Literal["fusion", "mlp"]
 FusionType = Literal["concat", "hadamard", "hadamard_magnitude"]
 BlockNorm = Literal["none", "rms"]
 Inputs = Literal["both", "image", "text"]
 Adapter = Literal["none", "linear"]
+Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
 
@@ -51,22 +53,43 @@ def _spelt(annotation: object, value: object) -> object:
 class FusionConfig(Section):
     """From two raw embeddings to the fused embedding z (SPEC section 5)."""
 
-    type: FusionType = "hadamard_magnitude"
-    mlp_dims: tuple[Width, ...] = Field(default=(1024, 512), min_length=1, max_length=MAX_LAYERS)
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    activation: Literal["relu", "gelu"] = "relu"
-    block_norm: BlockNorm = "rms"
-    inputs: Inputs = "both"
-    adapter: Adapter = "none"
+    type: FusionType = Field(
+        default="hadamard_magnitude",
+        description="blocks that the MLP reads: directions, with their product, with log-norms",
+    )
+    mlp_dims: tuple[Width, ...] = Field(
+        default=(1024, 512), min_length=1, max_length=MAX_LAYERS, description="widths of the MLP; the last is that of z"
+    )
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="share of units dropped after every layer")
+    activation: Literal["relu", "gelu"] = Field(default="relu", description="after every layer of the MLP")
+    block_norm: BlockNorm = Field(
+        default="rms", description="rms brings every block to root-mean-square 1; none leaves them as they are"
+    )
+    inputs: Inputs = Field(default="both", description="modalities the head reads")
+    adapter: Adapter = Field(default="none", description="trainable residual linear map on each raw embedding")
+    magnitude: Magnitude = Field(
+        default="own",
+        description="control: shuffled gives every image the log-norms of another, with type hadamard_magnitude",
+    )
+
+    @field_validator("magnitude")
+    @classmethod
+    def _something_to_shuffle(cls, magnitude: Magnitude, others: ValidationInfo) -> Magnitude:
+        kind = others.data.get("type", "hadamard_magnitude")  # absent where it was refused itself
+        if magnitude == "shuffled" and kind != "hadamard_magnitude":
+            raise ValueError(f"own with fusion type {kind}, which reads no magnitude to shuffle")
+        return magnitude
 
 
 class HashConfig(Section):
     """The hash layer: B bits, 0 for none."""
 
-    bits: Annotated[int, Field(ge=0, le=4096)] = 64
-    activation: Literal["tanh", "ste"] = "tanh"
-    batch_norm: bool = True
-    use_hash_reg: bool = True
+    bits: int = Field(default=64, ge=0, le=4096, description="bits of a code, a multiple of 8; 0 for no hash layer")
+    activation: Literal["tanh", "ste"] = Field(
+        default="tanh", description="what the classifier reads: soft codes (tanh) or hard ones (straight-through)"
+    )
+    batch_norm: bool = Field(default=True, description="batch normalisation before the tanh")
+    use_hash_reg: bool = Field(default=True, description="whether the hash terms of the loss apply")
 
     @field_validator("bits")
     @classmethod
@@ -79,36 +102,40 @@ class HashConfig(Section):
 class ClassifierConfig(Section):
     """The linear classifier over the soft code h, or over z when there is no hash layer."""
 
-    num_classes: PositiveInt = 80
-    use_bias: bool = True
+    num_classes: PositiveInt = Field(default=80, description="tags; read from the store, checked where given")
+    use_bias: bool = Field(default=True, description="whether the classifier has a bias")
 
 
 class HashRegConfig(Section):
     """Weights inside L_hash."""
 
-    lambda_balance: NonNegative = 0.1
-    lambda_decorr: NonNegative = 0.01
+    lambda_balance: NonNegative = Field(default=0.1, description="weight of L_balance: bits on half of the time")
+    lambda_decorr: NonNegative = Field(default=0.01, description="weight of L_decorr: bits that do not repeat others")
 
 
 class LossConfig(Section):
     """L = bce_weight * L_bce + cosine_weight (alpha) * L_cos + hash_weight (gamma) * L_hash (SPEC section 6)."""
 
-    bce_weight: NonNegative = 1.0
-    cosine_weight: NonNegative = 1.0
-    hash_weight: NonNegative = 0.1
+    bce_weight: NonNegative = Field(default=1.0, description="weight of the classifier's cross-entropy")
+    cosine_weight: NonNegative = Field(
+        default=1.0, description="alpha, weight of the cosine term; trains nothing without an adapter"
+    )
+    hash_weight: NonNegative = Field(default=0.1, description="gamma, weight of the hash terms")
     hash_reg: HashRegConfig = HashRegConfig()
-    focal_loss: bool = False
-    focal_alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    focal_gamma: NonNegative = 2.0
-    class_weights: Literal["none", "balanced"] = "none"
+    focal_loss: bool = Field(default=False, description="focal loss in the place of cross-entropy")
+    focal_alpha: float = Field(default=0.25, ge=0.0, le=1.0, description="focal loss: weight of positives")
+    focal_gamma: NonNegative = Field(default=2.0, description="focal loss: how much easy pairs are turned down")
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="balanced weighs positives of rare classes more"
+    )
 
 
 class KnnConfig(Section):
     """Neighbours and votes (SPEC section 8)."""
 
-    K: PositiveInt = 20
-    distance_metric: Metric = "hamming"
-    voting_strategy: Vote = "softmax"
-    tau: Positive = 0.07
-    theta: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.5
-    top_n_tags: PositiveInt = 5
+    K: PositiveInt = Field(default=20, description="neighbours that vote")
+    distance_metric: Metric = Field(default="hamming", description="distance; cosine where there is no hash layer")
+    voting_strategy: Vote = Field(default="softmax", description="weights of the votes")
+    tau: Positive = Field(default=0.07, description="temperature of the softmax vote")
+    theta: float = Field(default=0.5, ge=-1.0, le=1.0, description="least similarity of the threshold vote")
+    top_n_tags: PositiveInt = Field(default=5, description="tags shown for an image")

@@ -19,101 +19,116 @@ from ..heads.config import (
     ClassifierConfig,
     FusionConfig,
     HashConfig,
+    HeadKind,
     KnnConfig,
     LossConfig,
     NonNegative,
     Positive,
     Section,
 )
-from .config_errors import readable
+from .config_errors import one_of, readable
+from .presets import PRESETS, Preset
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Decay = Annotated[float, Field(ge=0.0, le=1e6)]
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
-Preset = Literal["recommended", "plan"]
 DEFAULT_MODEL = "google/siglip2-base-patch16-naflex"
 
 
 class ModelConfig(Section):
     """The frozen SigLIP2 of stage 1."""
 
-    siglip2_variant: str = DEFAULT_MODEL
-    revision: str | None = None
-    max_num_patches: PositiveInt = 256
-    text_max_length: PositiveInt = 64
-    freeze_towers: Literal[True] = True
+    siglip2_variant: str = Field(default=DEFAULT_MODEL, description="SigLIP2 checkpoint: a local folder or a hub id")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub checkpoint")
+    max_num_patches: PositiveInt = Field(default=256, description="patch budget of a NaFlex checkpoint")
+    text_max_length: PositiveInt = Field(default=64, description="tokens of a caption")
+    freeze_towers: Literal[True] = Field(default=True, description="towers are not trained from a store")
 
 
 class OptimizerConfig(Section):
     """AdamW, one learning rate per part of the head."""
 
-    type: Literal["adamw"] = "adamw"
-    lr_fusion: Rate = 3e-4
-    lr_hash: Rate = 3e-4
-    lr_classifier: Rate = 3e-4
-    lr_towers: Rate = 1e-5
-    weight_decay: Decay = 0.01
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    type: Literal["adamw"] = Field(default="adamw", description="the optimiser")
+    lr_fusion: Rate = Field(default=3e-4, description="peak learning rate of fusion and adapters")
+    lr_hash: Rate = Field(default=3e-4, description="peak learning rate of the hash layer")
+    lr_classifier: Rate = Field(default=3e-4, description="peak learning rate of the classifier")
+    lr_towers: Rate = Field(default=1e-5, description="peak learning rate of unfrozen towers")
+    weight_decay: Decay = Field(default=0.01, description="decoupled weight decay")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="decay of the two moments of AdamW")
 
 
 class SchedulerConfig(Section):
     """Linear warm-up, then cosine to ``min_lr``, stepped once per optimiser step."""
 
-    type: Literal["cosine"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] = 2.0
-    total_epochs: Epochs | None = None
-    min_lr: NonNegative = 1e-6
+    type: Literal["cosine"] = Field(default="cosine", description="the schedule")
+    warmup_epochs: float = Field(default=2.0, ge=0.0, le=1e6, description="epochs of linear warm-up")
+    total_epochs: Epochs | None = Field(
+        default=None, description="epoch at which the rate reaches min_lr; training.num_epochs where null"
+    )
+    min_lr: NonNegative = Field(default=1e-6, description="learning rate at the end")
 
 
 class TrainingConfig(Section):
     """How a head is trained from the store."""
 
-    batch_size: PositiveInt = 64
-    num_epochs: Epochs = 30
-    gradient_clip_norm: Positive | None = 1.0
-    mixed_precision: bool = True
-    accumulation_steps: PositiveInt = 1
-    early_stopping_patience: NonNegativeInt = 5
-    save_top_k: PositiveInt = 3
-    monitor: Literal["knn", "classifier"] = "knn"
+    batch_size: PositiveInt = Field(default=64, description="images a step")
+    num_epochs: Epochs = Field(default=30, description="epochs at most")
+    gradient_clip_norm: Positive | None = Field(default=1.0, description="largest gradient norm; null clips nothing")
+    mixed_precision: bool = Field(default=True, description="half precision where the device has it")
+    accumulation_steps: PositiveInt = Field(default=1, description="batches an optimiser step")
+    early_stopping_patience: NonNegativeInt = Field(
+        default=5, description="epochs without a better val mAP before training stops; 0 never stops"
+    )
+    save_top_k: PositiveInt = Field(default=3, description="checkpoints kept")
+    monitor: Literal["knn", "classifier"] = Field(default="knn", description="what val mAP is computed from")
+    ema_decay: Beta | None = Field(
+        default=None, description="decay of an exponential moving average of the parameters; null for none"
+    )
 
 
 class DataConfig(Section):
     """Where samples come from and how images are read ahead of the model."""
 
-    dataset: str = "coco"
-    split_type: Literal["karpathy"] = "karpathy"
-    num_workers: NonNegativeInt | None = None
-    prefetch_factor: PositiveInt = 2
-    pin_memory: bool = True
+    dataset: str = Field(default="coco", description="name of the data set")
+    split_type: Literal["karpathy"] = Field(default="karpathy", description="protocol of the splits")
+    num_workers: NonNegativeInt | None = Field(
+        default=None, description="processes that read images; chosen for the machine where null"
+    )
+    prefetch_factor: PositiveInt = Field(default=2, description="batches read ahead by each of them")
+    pin_memory: bool = Field(default=True, description="page-locked memory for copies to a GPU")
 
 
 class HardwareConfig(Section):
     """Device and seed."""
 
-    device: str = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    deterministic: bool = False
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="seed of every random draw")
+    deterministic: bool = Field(default=False, description="same bits twice, at some cost")
 
 
 class GridConfig(Section):
     """The plan's grid; read and checked here, so that the plan's files load."""
 
-    hash_bits: tuple[NonNegativeInt, ...] = ()
-    K_neighbors: tuple[PositiveInt, ...] = ()
-    cosine_weight: tuple[NonNegative, ...] = ()
-    hash_weight: tuple[NonNegative, ...] = ()
-    tau: tuple[Positive, ...] = ()
-    max_num_patches: tuple[PositiveInt, ...] = ()
-    freeze_towers: tuple[bool | Literal["frozen", "last-2", "full"], ...] = ()
+    hash_bits: tuple[NonNegativeInt, ...] = Field(default=(), description="values of hash.bits")
+    K_neighbors: tuple[PositiveInt, ...] = Field(default=(), description="values of knn.K")
+    cosine_weight: tuple[NonNegative, ...] = Field(default=(), description="values of loss.cosine_weight")
+    hash_weight: tuple[NonNegative, ...] = Field(default=(), description="values of loss.hash_weight")
+    tau: tuple[Positive, ...] = Field(default=(), description="values of knn.tau")
+    max_num_patches: tuple[PositiveInt, ...] = Field(default=(), description="values of model.max_num_patches")
+    freeze_towers: tuple[Literal[True, False, "frozen", "last-2", "full"], ...] = Field(
+        default=(), description="what of the towers is trained"
+    )
 
 
 class Config(Section):
     """Everything a command can be told; saved whole with every run."""
 
-    preset: Preset = "recommended"
+    preset: Preset = Field(default="recommended", description="set of defaults under everything that is given")
+    head: HeadKind = Field(
+        default="fusion", description="fusion, or the baseline: an MLP on raw embeddings, without hash and neighbours"
+    )
     model: ModelConfig = ModelConfig()
     fusion: FusionConfig = FusionConfig()
     hash: HashConfig = HashConfig()
@@ -131,22 +146,6 @@ class Config(Section):
     def digest(self) -> str:
         """First 8 hex digits of the SHA-256 of the resolved configuration."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:8]
-
-
-# The plan to the letter; `recommended` is what the sections default to. What differs, and why, is in docs/method.md.
-PLAN: dict[str, Any] = {
-    "fusion": {"block_norm": "none"},
-    "hash": {"activation": "tanh", "batch_norm": False},
-    "loss": {"hash_weight": 0.1},
-    "optimizer": {"lr_classifier": 3e-4},
-}
-RECOMMENDED: dict[str, Any] = {
-    "fusion": {"block_norm": "rms"},
-    "hash": {"activation": "ste", "batch_norm": True},
-    "loss": {"hash_weight": 0.0},
-    "optimizer": {"lr_classifier": 3e-3},
-}
-PRESETS: dict[str, dict[str, Any]] = {"plan": PLAN, "recommended": RECOMMENDED}
 
 
 def load_config(
@@ -177,7 +176,7 @@ def load_config(
             "unknown preset",
             where="preset",
             got=repr(preset),
-            wanted=" or ".join(PRESETS),
+            wanted=one_of(PRESETS),
             do="choose one of these",
         )
     tree = _merge(PRESETS[preset], {**given, "preset": preset})

@@ -1,7 +1,8 @@
 """What a wrong configuration is told: one line that names the key as it was written."""
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -40,8 +41,25 @@ def readable(
             wanted=f"one of {', '.join(known)}",
             do=f"did you mean {near[0]}?",
         )
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        meant = difflib.get_close_matches(str(first["input"]).lower(), choices, n=1)
+        do = f"did you mean {meant[0]}?" if meant else "change it"
+        wanted = first["ctx"]["expected"].replace("'", "")
+        return InputError("refused value", where=where, got=repr(first["input"]), wanted=wanted, do=do)
+    if first["type"] == "model_type":
+        keys = ", ".join(_known_keys(root, path))
+        return InputError(
+            "refused value", where=where, got=repr(first["input"]), wanted=f"keys: {keys}", do="change it"
+        )
     wanted = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return InputError("refused value", where=where, got=repr(first["input"]), wanted=wanted, do="change it")
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *most, last = choices
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

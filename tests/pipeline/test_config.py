@@ -1,12 +1,17 @@
 """Configurations: precedence, presets, round trips, and what a wrong key is told."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.config import PRESETS, Config, dump_config, load_config, parse_settings
+from mmcli.pipeline.config import Config, dump_config, load_config, parse_settings
+from mmcli.pipeline.presets import PRESETS
 
 PLAN_FILE = """
 model: {siglip2_variant: google/siglip2-base-patch16-naflex, max_num_patches: 512, text_max_length: 64, freeze_towers: true}
@@ -37,6 +42,26 @@ grid_search:
   max_num_patches: [256, 512]
   freeze_towers: [true, last-2]
 """
+
+
+def numbers() -> list[tuple[str, dict]]:
+    """Every number of the schema by its dotted key, with its limits."""
+    schema, found = Config.model_json_schema(), []
+
+    def walk(node: dict, path: str) -> None:
+        for name, field in node["properties"].items():
+            inner = field.get("$ref")
+            if inner:
+                walk(schema["$defs"][inner.rpartition("/")[2]], f"{path}{name}.")
+                continue
+            kinds = [one for one in field.get("anyOf", [field]) if one.get("type") in {"integer", "number"}]
+            found.extend((path + name, kind) for kind in kinds)
+
+    walk(schema, "")
+    return found
+
+
+NUMBERS = numbers()
 
 
 def test_the_plans_file_loads(tmp_path: Path) -> None:
@@ -82,14 +107,18 @@ def test_plan_preset_is_the_plan_to_the_letter() -> None:
 
 
 def test_presets_differ_in_stated_settings_only(repo: Path) -> None:
-    plan, recommended = (load_config(options={"preset": name}).model_dump() for name in ("plan", "recommended"))
-    differing = {
-        f"{s}.{k}" for s in plan if isinstance(plan[s], dict) for k in plan[s] if plan[s][k] != recommended[s][k]
-    }
-    stated = {f"{s}.{k}" for preset in PRESETS.values() for s in preset for k in preset[s]}
-    assert differing == stated
+    trees = {name: load_config(options={"preset": name}).model_dump() for name in PRESETS}
+
+    def differing(one: dict, other: dict) -> set[str]:
+        return {f"{s}.{k}" for s in one if isinstance(one[s], dict) for k in one[s] if one[s][k] != other[s][k]}
+
+    stated = {name: {f"{s}.{k}" for s in preset for k in preset[s]} for name, preset in PRESETS.items()}
+    assert differing(trees["plan"], trees["recommended"]) == stated["plan"] == stated["recommended"]
+    assert differing(trees["direction-only"], trees["recommended"]) == {"fusion.type"}
+    assert trees["direction-only"]["fusion"]["type"] == "hadamard"
     text = (repo / "docs" / "method.md").read_text()
-    assert all(key in text for key in stated)
+    assert all(key in text for keys in stated.values() for key in keys)
+    assert all(f"`{name}`" in text for name in PRESETS)
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -113,11 +142,11 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("fusion: {dropout: 1.0}", ("fusion.dropout", "less than 1")),
         ("fusion: {mlp_dims: []}", ("fusion.mlp_dims",)),
         ("hash: 3", ("hash", "got 3")),
-        ("preset: best", ("preset", "'best'", "plan or recommended")),
-        ("preset: [plan]", ("preset", "['plan']", "plan or recommended")),
-        ("preset: {plan: 1}", ("preset", "{'plan': 1}", "plan or recommended")),
-        ("preset: null", ("preset", "got None", "plan or recommended")),
-        ("preset: 3", ("preset", "got 3", "plan or recommended")),
+        ("preset: best", ("preset", "'best'", "recommended, plan or direction-only")),
+        ("preset: [plan]", ("preset", "['plan']", "recommended, plan or direction-only")),
+        ("preset: {plan: 1}", ("preset", "{'plan': 1}", "recommended, plan or direction-only")),
+        ("preset: null", ("preset", "got None", "recommended, plan or direction-only")),
+        ("preset: 3", ("preset", "got 3", "recommended, plan or direction-only")),
         ("scheduler: {warmup_epochs: .inf}", ("scheduler.warmup_epochs", "got inf", "finite")),
         ("scheduler: {warmup_epochs: 1.0e+300}", ("scheduler.warmup_epochs", "got 1e+300", "less than or equal")),
         ("scheduler: {min_lr: .nan}", ("scheduler.min_lr", "got nan", "finite")),
@@ -191,23 +220,86 @@ def test_null_is_a_value_where_it_is_one(tmp_path: Path, null: str) -> None:
             load_config(options=parse_settings([f"{setting}={null}"]))
 
 
+def leaves(tree: dict, path: str = "") -> dict[str, object]:
+    """Dotted keys of a configuration to their values."""
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
 def test_no_key_takes_infinity_or_nan() -> None:
     """Every number of every section, those added later too."""
-    kept = []
-
-    def walk(tree: dict, path: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{path}{key}.")
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                kept.append(path + key)
-
-    walk(Config().model_dump(), "")
-    assert len(kept) > 25
-    for key in kept:
+    numbers = [k for k, v in leaves(Config().model_dump()).items() if type(v) in (int, float)]
+    assert len(numbers) > 25
+    for key in [*numbers, "training.ema_decay"]:
         for word in (".inf", "-.inf", ".nan", "1e999"):
             with pytest.raises(InputError, match=key):
                 load_config(options=parse_settings([f"{key}={word}"]))
+
+
+def test_every_key_of_every_section_is_checked() -> None:
+    """A slip in the key is answered with that key; a value of another kind with the key, the value and what is taken."""
+    keys = leaves(Config().model_dump())
+    assert len(keys) > 55
+    for key in keys:
+        stem, _, last = key.rpartition(".")
+        slip = f"{key}_"
+        with pytest.raises(InputError, match=rf"unknown key: {re.escape(slip)}.*did you mean {last}\?"):
+            load_config(options=parse_settings([f"{slip}=1"]))
+        # A mapping is a value of no key.
+        with pytest.raises(InputError, match=rf"{re.escape(key)}: got .*'a': 1.*, wanted "):
+            load_config(options=parse_settings([f"{key}={{a: 1}}"]))
+
+
+@given(st.data())
+def test_a_number_out_of_its_range_is_refused_and_one_inside_is_kept(data: st.DataObject) -> None:
+    """Limits are read from the schema, so they are tested for keys that come later too."""
+    key, schema = data.draw(st.sampled_from(NUMBERS))
+    low, high = (
+        schema.get("minimum", schema.get("exclusiveMinimum")),
+        schema.get("maximum", schema.get("exclusiveMaximum")),
+    )
+    outside = [low - 1] if low is not None else []
+    outside += [schema["exclusiveMinimum"]] if "exclusiveMinimum" in schema else []
+    outside += [high + 1] if high is not None else []
+    outside += [schema["exclusiveMaximum"]] if "exclusiveMaximum" in schema else []
+    assert outside, f"{key} takes every number"
+    value = data.draw(st.sampled_from(outside))
+    with pytest.raises(InputError, match=re.escape(key)) as caught:
+        load_config(options={key: value})
+    assert repr(value) in str(caught.value)
+    kind = st.integers if schema["type"] == "integer" else st.floats
+    inside = data.draw(kind(min_value=low + 1 if "exclusiveMinimum" in schema else low, max_value=high))
+    inside = 8 * (inside // 8) if key == "hash.bits" else inside
+    assume("exclusiveMaximum" not in schema or inside < schema["exclusiveMaximum"])
+    section, _, name = key.rpartition(".")
+    config: Any = load_config(options={key: inside})
+    for part in section.split("."):
+        config = getattr(config, part)
+    assert getattr(config, name) == inside
+
+
+def test_choices_that_are_nearly_right_are_named() -> None:
+    for setting, meant in {
+        "fusion.type=hadamrd": "hadamard",
+        "knn.voting_strategy=soft-max": "softmax",
+        "head=MPL": "mlp",
+    }.items():
+        with pytest.raises(InputError, match=f"did you mean {meant}"):
+            load_config(options=parse_settings([setting]))
+
+
+def test_shuffled_magnitudes_need_magnitudes() -> None:
+    assert load_config(options={"fusion.magnitude": "Shuffled"}).fusion.magnitude == "shuffled"
+    for kind in ("concat", "hadamard"):
+        assert load_config(options={"fusion.type": kind, "fusion.magnitude": "own"}).fusion.type == kind
+        with pytest.raises(InputError, match=rf"--magnitude: got 'shuffled', wanted own with fusion type {kind}"):
+            load_config(
+                options={"fusion.magnitude": "shuffled", "fusion.type": kind}, flags={"fusion.magnitude": "--magnitude"}
+            )
+    with pytest.raises(InputError, match=r"fusion\.type.*did you mean hadamard_magnitude"):
+        load_config(options={"fusion.magnitude": "shuffled", "fusion.type": "hadamard_magnitud"})
 
 
 def test_no_object_of_python_comes_out_of_a_file(tmp_path: Path) -> None:
