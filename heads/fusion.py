@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import InputError
 from .config import FusionConfig
 from .decompose import Decomposed, decompose
+from .dropout import Dropout
 
 # A log-norm that spreads less than this is a constant (embeddings already normalised), and only its rounding varies.
 MIN_STD = 1e-4
@@ -49,7 +50,7 @@ def make_mlp(config: FusionConfig, in_features: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise((in_features, *config.mlp_dims)):
         activation: nn.Module = nn.ReLU() if config.activation == "relu" else nn.GELU()
-        layers += [nn.Linear(fan_in, fan_out), activation, nn.Dropout(config.dropout)]
+        layers += [nn.Linear(fan_in, fan_out), activation, Dropout(config.dropout)]
     return nn.Sequential(*layers)
 
 

@@ -1,0 +1,73 @@
+"""Dropout whose draws depend on a key and nothing else: the same on every device, alone or among replicas."""
+
+import torch
+from torch import Tensor, nn
+
+_GOLDEN = 0x9E3779B9
+_LEVELS = 1 << 16
+
+
+def _signed(value: int) -> int:
+    """The 32-bit pattern of a number, as int32 holds it."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+_FACTORS = _signed(0x7FEB352D), _signed(0x846CA68B)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A hash of int32, in place: every bit of a value moves about half of the bits of its hash.
+
+    Two rounds of shift, xor and multiply with the constants of Wellons' search for low bias (lowbias32, 2018).
+    """
+    for shift, factor in zip((16, 15), _FACTORS, strict=True):
+        x.bitwise_xor_((x >> shift) & ((1 << (32 - shift)) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al. 2014): a value is zero with probability ``p``, else divided by ``1 - p``.
+
+    The mask is a hash of the position and of ``key``, which moves on with every forward pass in training. So a
+    training draws the same masks again whatever else draws numbers, whatever the device, and when replicas of the head
+    run in one pass; and nothing has to be fetched from the device. ``p`` is rounded to 1 / 65,536.
+
+    Args:
+        p: Probability of zero, in [0, 1).
+    """
+
+    key: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._dropped = round(p * _LEVELS)
+        self.register_buffer("key", torch.zeros((), dtype=torch.int32), persistent=False)
+
+    def reseed(self, seed: int) -> None:
+        """Begin a sequence of masks; equal seeds give equal sequences."""
+        self.key.fill_(_signed(seed))
+        mix(self.key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop values of ``x``, any shape; in ``eval()`` mode ``x`` itself."""
+        if not self.training or self._dropped == 0:
+            return x
+        self.key.add_(_signed(_GOLDEN))
+        half = (x.numel() + 1) // 2
+        # 16 bits decide on a value, so one hash serves two.
+        hashed = mix(mix(torch.arange(half, dtype=torch.int32, device=x.device) + self.key))
+        drawn = torch.cat([hashed >> 16, (hashed << 16) >> 16])[: x.numel()].view(x.shape)
+        kept = (drawn >= self._dropped - _LEVELS // 2).to(x.dtype)
+        return x * kept.mul_(_LEVELS / (_LEVELS - self._dropped))
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"p={self._dropped / _LEVELS:g}"
+
+
+def reseed_dropout(module: nn.Module, seed: int) -> None:
+    """Begin the masks of every dropout layer of a module; each takes a sequence of its own."""
+    layers = [layer for layer in module.modules() if isinstance(layer, Dropout)]
+    for at, layer in enumerate(layers, start=1):
+        layer.reseed(seed * 0x01000193 + at * _GOLDEN)
