@@ -1,12 +1,21 @@
 """mmcli: tag an image with its caption, and show the neighbours that voted.
 
-This module holds what every package may name: the version and the one error that is the user's to mend.
-It imports nothing, so that ``mmcli --help`` stays quick.
+This module holds what every package may name: the version and the one error that is the user's to mend; and
+:func:`load_head`, which imports what it needs when it is called, so that ``mmcli --help`` stays quick.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import device as Device  # noqa: N812
+
+    from .heads.model import Head, MlpBaseline
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "__version__"]
+__all__ = ["InputError", "__version__", "load_head"]
 
 
 class InputError(ValueError):
@@ -39,3 +48,25 @@ class InputError(ValueError):
         if do is not None:
             line += f"; {do}"
         super().__init__(" ".join(line.split()))
+
+
+def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | MlpBaseline":
+    """A trained head, ready to use.
+
+    ``from mmcli import load_head`` and ``head = load_head("runs/x")`` are all it takes.
+
+    Args:
+        path: A run folder (its best checkpoint), a checkpoint file, or a folder that was saved for the hub.
+        device: Where its parameters go: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
+
+    Returns:
+        The head in ``eval()`` mode: ``head(v_img, v_txt)`` takes raw embeddings ``(N, D)`` float32 and gives soft
+        codes ``h`` ``(N, B)`` and ``logits`` ``(N, C)``; ``head.about["category_names"]`` names the C classes where
+        they are known.
+
+    Raises:
+        InputError: Nothing is there, it is damaged or a pickle, or there is no such device.
+    """
+    from .pipeline.checkpoint import load_head as load
+
+    return load(path, device)

@@ -3,14 +3,16 @@
 Symbols: N images, D embedding width, C classes, B bits, z fused embedding, h soft code.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from .config import ClassifierConfig, FusionConfig, HashConfig
+from .config import ClassifierConfig, FusionConfig, HashConfig, HeadKind
 from .fusion import Fusion, make_mlp
 from .hashing import HashLayer
+from .hub import HubModule
 
 
 class HeadOutput(NamedTuple):
@@ -41,7 +43,23 @@ class HeadOutput(NamedTuple):
         return self.z if self.h is None else self.h
 
 
-class Head(nn.Module):
+class BaseHead(HubModule):
+    """What a trainer asks of a head; :class:`Head` and :class:`MlpBaseline` are the two."""
+
+    def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
+        """Codes and logits of raw embeddings ``(N, D)`` and ``(N, D)``."""
+        raise NotImplementedError
+
+    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
+        """Take from the train split what the head does not learn: ``(N, D)`` each, one caption an image."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the learning rate they take: fusion (with adapters), hash, classifier."""
+        raise NotImplementedError
+
+
+class Head(BaseHead):
     """Raw embeddings to codes and logits (SPEC section 5).
 
     In ``eval()`` mode the output of an image depends on that image alone: dropout is off and batch normalisation uses
@@ -54,6 +72,8 @@ class Head(nn.Module):
         width: Embedding width D.
     """
 
+    kind: ClassVar[HeadKind] = "fusion"
+
     def __init__(
         self,
         fusion: FusionConfig,
@@ -62,12 +82,21 @@ class Head(nn.Module):
         *,
         width: int,
     ) -> None:
-        super().__init__()
+        sections = {"fusion": fusion, "hash": hash, "classifier": classifier}
+        super().__init__({"width": width, **{name: one.model_dump(mode="json") for name, one in sections.items()}})
         self.fusion = Fusion(fusion, width)
         self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
         self._hash_reg, self._both = hash.use_hash_reg, fusion.inputs == "both"
         n_features = hash.bits or fusion.mlp_dims[-1]
         self.classifier = nn.Linear(n_features, classifier.num_classes, bias=classifier.use_bias)
+
+    @classmethod
+    def from_build(cls, build: Mapping[str, Any]) -> Self:
+        """Build a head from the JSON of ``build``."""
+        return cls(
+            FusionConfig(**build["fusion"]), HashConfig(**build["hash"]), ClassifierConfig(**build["classifier"]),
+            width=build["width"],
+        )  # fmt: skip
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
         """Codes and logits of raw embeddings ``(N, D)`` and ``(N, D)``.
@@ -96,7 +125,7 @@ class Head(nn.Module):
         }
 
 
-class MlpBaseline(nn.Module):
+class MlpBaseline(BaseHead):
     """Baseline: ``[v_img; v_txt]`` raw through the same MLP and a classifier; no decomposition, hash or neighbours.
 
     Args:
@@ -105,11 +134,19 @@ class MlpBaseline(nn.Module):
         width: Embedding width D.
     """
 
+    kind: ClassVar[HeadKind] = "mlp"
+
     def __init__(self, fusion: FusionConfig, classifier: ClassifierConfig, *, width: int) -> None:
-        super().__init__()
+        sections = {"fusion": fusion, "classifier": classifier}
+        super().__init__({"width": width, **{name: one.model_dump(mode="json") for name, one in sections.items()}})
         self._inputs = fusion.inputs
         self.mlp = make_mlp(fusion, width * (2 if fusion.inputs == "both" else 1))
         self.classifier = nn.Linear(fusion.mlp_dims[-1], classifier.num_classes, bias=classifier.use_bias)
+
+    @classmethod
+    def from_build(cls, build: Mapping[str, Any]) -> Self:
+        """Build a baseline from the JSON of ``build``."""
+        return cls(FusionConfig(**build["fusion"]), ClassifierConfig(**build["classifier"]), width=build["width"])
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
         """Logits of raw embeddings ``(N, D)`` and ``(N, D)``."""
@@ -123,3 +160,33 @@ class MlpBaseline(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the learning rate they take."""
         return {"fusion": list(self.mlp.parameters()), "hash": [], "classifier": list(self.classifier.parameters())}
+
+
+HEADS: dict[HeadKind, type[Head] | type[MlpBaseline]] = {"fusion": Head, "mlp": MlpBaseline}
+
+
+def make_head(
+    kind: HeadKind,
+    fusion: FusionConfig,
+    hash: HashConfig,  # noqa: A002
+    classifier: ClassifierConfig,
+    *,
+    width: int,
+) -> Head | MlpBaseline:
+    """The head that a configuration asks for, its parameters drawn, its statistics not fitted.
+
+    Args:
+        kind: ``fusion`` or ``mlp``.
+        fusion: The fusion section.
+        hash: The hash section; the MLP has no hash layer, and must be asked for with ``bits`` 0.
+        classifier: The classifier section.
+        width: Embedding width D.
+
+    Raises:
+        ValueError: Bits for the MLP.
+    """
+    if kind == "fusion":
+        return Head(fusion, hash, classifier, width=width)
+    if hash.bits:
+        raise ValueError(f"the MLP baseline has no hash layer for {hash.bits} bits")
+    return MlpBaseline(fusion, classifier, width=width)

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import InputError
-from ..heads.config import ClassifierConfig, FusionConfig, HashConfig
-from ..heads.model import Head
+from .. import InputError, __version__
+from ..heads.hub import PICKLES, cannot_load, read_config, read_tensors, reason, refuse_pickle, restore
+from ..heads.model import HEADS, BaseHead, Head, MlpBaseline
 from .config import Config
+from .device import pick_device
 from .files import write_text, write_whole
+from .run_folders import MARK
+from .runs import read_info
 
 INDEX = "checkpoints.json"
 
@@ -35,7 +37,7 @@ class CheckpointKeeper:
         self._folder, self._config, self._width = folder, config, width
         self.kept: list[Kept] = []
 
-    def offer(self, head: Head, *, epoch: int, val_mAP: float) -> bool:
+    def offer(self, head: BaseHead, *, epoch: int, val_mAP: float) -> bool:
         """Write the head if it is among the best ``save_top_k``; the worst of the kept ones goes."""
         keep = self._config.training.save_top_k
         if len(self.kept) >= keep and val_mAP <= self.kept[-1].val_mAP:
@@ -51,42 +53,83 @@ class CheckpointKeeper:
             (self._folder / one.file).unlink(missing_ok=True)
         return True
 
+    def take_up(self, epoch: int) -> None:
+        """Go on with what was kept up to an epoch; what later epochs left is overwritten when they are done again."""
+        path = self._folder / INDEX
+        if path.is_file():
+            listed = [Kept(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+            self.kept = [one for one in listed if one.epoch <= epoch and (self._folder / one.file).is_file()]
+
     @property
     def best(self) -> Path:
         """The best checkpoint's file."""
         return self._folder / self.kept[0].file
 
 
-def save_head(path: Path, head: Head, config: Config, *, width: int, epoch: int, val_mAP: float) -> None:
+def save_head(path: Path, head: BaseHead, config: Config, *, width: int, epoch: int, val_mAP: float) -> None:
     """Write a head's parameters, buffers and what is needed to build it again."""
-    build = {name: getattr(config, name).model_dump(mode="json") for name in ("fusion", "hash", "classifier")}
-    note = {"build": json.dumps({**build, "width": width}), "epoch": str(epoch), "val_mAP": repr(val_mAP)}
+    assert head.build["width"] == width
+    assert head.kind == config.head
+    note = {"build": json.dumps(head.build), "epoch": str(epoch), "val_mAP": repr(val_mAP)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
 
 
-def load_head(path: Path, device: torch.device) -> Head:
-    """Build the head of a checkpoint and fill it.
+def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | MlpBaseline:
+    """A trained head, ready to use.
+
+    Args:
+        path: A run folder (its best checkpoint), a checkpoint file, or a folder that was saved for the hub.
+        device: Where its parameters go: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
+
+    Returns:
+        The head in ``eval()`` mode: ``head(v_img, v_txt)`` takes raw embeddings ``(N, D)`` and gives ``h`` and
+        ``logits``. ``head.about`` is what is known of it, such as ``category_names``.
 
     Raises:
-        InputError: The file is missing, damaged, or does not describe a head.
+        InputError: Nothing is there, it is damaged or a pickle, or there is no such device.
     """
+    path, place = Path(path), device if isinstance(device, torch.device) else pick_device(device)
+    if path.is_dir() and (path / MARK).is_file():
+        head = _read_checkpoint(best_checkpoint(path), place)
+        head.about = describe_head(path)
+        return head
+    if path.is_dir():
+        kind = read_config(path).get("head", "fusion")
+        known = [head for name, head in HEADS.items() if name == kind]
+        if not known:
+            raise cannot_load(path, ValueError(f"a head of kind {kind!r}"))
+        return known[0].from_pretrained(path, map_location=place)
+    if path.suffix in PICKLES:
+        raise refuse_pickle(path, path.name)
+    return _read_checkpoint(path, place)
+
+
+def describe_head(run: Path) -> dict[str, Any]:
+    """What a run says of its head: mmcli's version, preset, seed, encoder, patches, data and category names.
+
+    Raises:
+        InputError: ``run.json`` is missing or damaged.
+    """
+    info = read_info(run)
+    return {
+        "mmcli": __version__, "preset": info.preset, "seed": info.seed, "config_digest": info.config_digest,
+        "encoder": info.model, "patches": info.patches, "data": f"manifest {info.manifest_sha256[:12]}",
+        "category_names": list(info.category_names),
+    }  # fmt: skip
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> Head | MlpBaseline:
     wanted, do = "a checkpoint of mmcli", "train the head again with `mmcli train-head`"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             build: dict[str, Any] = json.loads((file.metadata() or {})["build"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        head = Head(
-            FusionConfig(**build["fusion"]), HashConfig(**build["hash"]), ClassifierConfig(**build["classifier"]),
-            width=build["width"],
-        )  # fmt: skip
-        head.load_state_dict(state)
+        # Checkpoints of 0.1.0 do not say their kind.
+        return restore(HEADS[build.get("head", "fusion")], build, read_tensors(path, device))
     except OSError:
         raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
-    except (SafetensorError, KeyError, TypeError, ValueError, ValidationError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError("damaged checkpoint", where=path, got=reason, wanted=wanted, do=do) from None
-    return head.to(device).eval()
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError("damaged checkpoint", where=path, got=reason(error), wanted=wanted, do=do) from None
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -32,7 +32,8 @@ class RunInfo:
 
     Attributes:
         kind: The command that made the run: ``train-head`` or ``zero-shot``.
-        status: ``running`` until everything is written, then ``finished``.
+        status: ``running`` until everything is written, then ``finished``; ``interrupted`` or ``failed`` where it
+            ended before that and could still say so.
         created: UTC, ISO 8601.
         config_digest: Digest of the resolved configuration.
         preset: Name of the preset.
@@ -96,7 +97,7 @@ def start_run(
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = claim_new(runs / f"{stamp}-{label}") if out is None else claim_named(out, force=force)
     run = Run(folder=folder, info=info)
-    _write_info(run)
+    write_info(run)
     write_text(folder / "config.yaml", dump_config(config))
     write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))
     return run
@@ -105,9 +106,7 @@ def start_run(
 def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
     """Write the metrics, then mark the run as finished: the mark is written last."""
     write_metrics(run.folder, rows)
-    done = replace(run, info=replace(run.info, status="finished"))
-    _write_info(done)
-    return done
+    return mark(run, "finished")
 
 
 def open_run(folder: Path, *, kind: str = "train-head") -> Run:
@@ -115,6 +114,25 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
 
     Raises:
         InputError: No such folder, no run, an unfinished run, or a run of another kind.
+    """
+    info = read_info(folder, kind=kind)
+    if info.kind != kind or info.status != "finished" or info.version != RUN_VERSION:
+        raise InputError(
+            "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"run `mmcli {kind}`, or name another --run",
+        )  # fmt: skip
+    return Run(folder=folder, info=info)
+
+
+def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
+    """What ``run.json`` of a run says, finished or not.
+
+    Args:
+        folder: The run.
+        kind: The command that makes such a run, for messages.
+
+    Raises:
+        InputError: No such folder, or no run.
     """
     path = folder / MARK
     try:
@@ -127,12 +145,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError("broken run", where=path, got=error, wanted="what mmcli wrote", do="train again") from None
-    if info.kind != kind or info.status != "finished" or info.version != RUN_VERSION:
-        raise InputError(
-            "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
-            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"run `mmcli {kind}`, or name another --run",
-        )  # fmt: skip
-    return Run(folder=folder, info=info)
+    return info
 
 
 def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
@@ -195,5 +208,13 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def _write_info(run: Run) -> None:
+def mark(run: Run, status: str) -> Run:
+    """Say in ``run.json`` how a run stands: ``running``, ``interrupted``, ``failed`` or ``finished``."""
+    marked = replace(run, info=replace(run.info, status=status))
+    write_info(marked)
+    return marked
+
+
+def write_info(run: Run) -> None:
+    """Write ``run.json``."""
     write_text(run.folder / MARK, json.dumps(asdict(run.info), indent=1))
