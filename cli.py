@@ -16,14 +16,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from . import InputError, __version__
+from .pipeline.presets import Preset
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from .pipeline.config import Config
     from .pipeline.progress import Progress
+
+
+class Panels(TyperCommand):
+    """A command whose help lists its options by their panels, in plain text: rich would be slower to load."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer keeps click's classes private
+        """One titled list a panel; options without one come last, as ``Options``."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append(record)
+        panels["Options"] = panels.pop("Options", [])
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
 
 app = typer.Typer(
     name="mmcli", add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -54,6 +73,7 @@ Store = Annotated[
         "--store",
         metavar="DIR",
         parser=_place,
+        rich_help_panel="Store and run",
         help="Store to read, a folder or a URL [default: the newest below data/cache].",
     ),
 ]
@@ -71,29 +91,49 @@ RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Run to read [default: the newest below runs].")
 ]
 RunOut = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Run folder to write [default: runs/TIME-NAME].")
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", rich_help_panel="Store and run", help="Run folder to write [default: runs/TIME-NAME]."
+    ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="SigLIP2 checkpoint: a local folder or a hub id."),
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        rich_help_panel="Store and run",
+        help="SigLIP2 checkpoint: a local folder or a hub id.",
+    ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub checkpoint.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps [default: auto].")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw [default: 42].")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", rich_help_panel="Device and seed", help="auto, cpu, cuda, cuda:N or mps [default: auto]."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", rich_help_panel="Device and seed", help="Seed of every random draw [default: 42]."),
+]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration; options override it.")
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", rich_help_panel="Configuration", help="YAML configuration; options override it."
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, as in optimizer.lr_hash=1e-3."),
-]
+    typer.Option(
+        "--set", metavar="KEY=VALUE", rich_help_panel="Configuration",
+        help="Any key of the configuration, as in optimizer.lr_hash=1e-3.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
+Force = Annotated[bool, typer.Option("--force", rich_help_panel="Store and run", help="Replace what is already there.")]
 Split = Annotated[Literal["train", "val", "test"], typer.Option("--split", help="Whose images are tagged.")]
 PresetName = Annotated[
-    Literal["recommended", "plan"] | None,
-    typer.Option("--preset", help="Set of defaults [default: recommended]."),
+    Preset | None,
+    typer.Option("--preset", rich_help_panel="Configuration", help="Set of defaults [default: recommended]."),
 ]
 
 
@@ -102,13 +142,15 @@ INTERRUPTED = 130
 NO_FAULT_OF_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 # Which option sets which key, so that a refused value is named as it was given.
 FLAGS = {
-    "preset": "--preset", "model.siglip2_variant": "--model", "model.revision": "--revision",
-    "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.block_norm": "--block-norm",
-    "fusion.inputs": "--inputs", "fusion.adapter": "--adapter", "hash.bits": "--bits", "loss.cosine_weight": "--alpha",
-    "loss.hash_weight": "--gamma", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
-    "training.monitor": "--monitor", "training.early_stopping_patience": "--patience", "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote",
-    "knn.tau": "--tau", "knn.theta": "--theta", "data.num_workers": "--workers", "hardware.device": "--device",
-    "hardware.seed": "--seed", "hardware.deterministic": "--deterministic",
+    "preset": "--preset", "head": "--head", "model.siglip2_variant": "--model", "model.revision": "--revision",
+    "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.magnitude": "--magnitude",
+    "fusion.block_norm": "--block-norm", "fusion.inputs": "--inputs", "fusion.adapter": "--adapter",
+    "hash.bits": "--bits", "loss.cosine_weight": "--alpha", "loss.hash_weight": "--gamma", "loss.focal_loss": "--focal",
+    "loss.class_weights": "--class-weights", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
+    "training.early_stopping_patience": "--patience", "training.monitor": "--monitor", "training.ema_decay": "--ema",
+    "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote", "knn.tau": "--tau",
+    "knn.theta": "--theta", "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
+    "hardware.deterministic": "--deterministic",
 }  # fmt: skip
 
 
@@ -196,36 +238,66 @@ def extract(
     _finish(result.to_json(), json_, *result.summary())
 
 
-@app.command("train-head")
+@app.command("train-head", cls=Panels)
 def train_head(
-    bits: Annotated[int | None, typer.Option("--bits", help="Bits of the code, 0 or a multiple of 8 [default: 64].")] = None,
-    fusion: Annotated[Literal["concat", "hadamard", "hadamard_magnitude"] | None, typer.Option("--fusion", help="Fusion input [default: hadamard_magnitude].")] = None,
-    block_norm: Annotated[Literal["none", "rms"] | None, typer.Option("--block-norm", help="Scale of the fusion's blocks [default: the preset's].")] = None,
-    inputs: Annotated[Literal["both", "image", "text"] | None, typer.Option("--inputs", help="Modalities [default: both].")] = None,
-    adapter: Annotated[Literal["none", "linear"] | None, typer.Option("--adapter", help="Trainable map on the embeddings [default: none].")] = None,
-    alpha: Annotated[float | None, typer.Option("--alpha", help="Weight of the cosine term.")] = None,
-    gamma: Annotated[float | None, typer.Option("--gamma", help="Weight of the hash term.")] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs at most [default: 30].")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per step [default: 64].")] = None,
-    patience: Annotated[int | None, typer.Option("--patience", help="Epochs without a better val mAP before it stops; 0 never stops [default: 5].")] = None,
-    monitor: Annotated[Literal["knn", "classifier"] | None, typer.Option("--monitor", help="What val mAP is computed from [default: knn].")] = None,
-    preset: PresetName = None, store: Store = None, out: RunOut = None, model: Model = None,
+    head: Annotated[Literal["fusion", "mlp"] | None, typer.Option("--head", rich_help_panel="Head", help="The head, or the MLP it is compared with [default: fusion].")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", rich_help_panel="Head", help="Bits of the code, 0 or a multiple of 8 [default: 64].")] = None,
+    fusion: Annotated[Literal["concat", "hadamard", "hadamard_magnitude"] | None, typer.Option("--fusion", rich_help_panel="Head", help="Fusion input [default: hadamard_magnitude].")] = None,
+    magnitude: Annotated[Literal["own", "shuffled"] | None, typer.Option("--magnitude", rich_help_panel="Head", help="Control: log-norms of another image [default: own].")] = None,
+    block_norm: Annotated[Literal["none", "rms"] | None, typer.Option("--block-norm", rich_help_panel="Head", help="Scale of the fusion's blocks [default: the preset's].")] = None,
+    inputs: Annotated[Literal["both", "image", "text"] | None, typer.Option("--inputs", rich_help_panel="Head", help="Modalities [default: both].")] = None,
+    adapter: Annotated[Literal["none", "linear"] | None, typer.Option("--adapter", rich_help_panel="Head", help="Trainable map on the embeddings [default: none].")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", rich_help_panel="Loss", help="Weight of the cosine term [default: 1].")] = None,
+    gamma: Annotated[float | None, typer.Option("--gamma", rich_help_panel="Loss", help="Weight of the hash terms [default: the preset's].")] = None,
+    focal: Annotated[bool | None, typer.Option("--focal/--no-focal", rich_help_panel="Loss", help="Focal loss in the place of cross-entropy.")] = None,
+    class_weights: Annotated[Literal["none", "balanced"] | None, typer.Option("--class-weights", rich_help_panel="Loss", help="Weights of positives [default: none].")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", rich_help_panel="Training", help="Epochs at most [default: 30].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", rich_help_panel="Training", help="Images per step [default: 64].")] = None,
+    patience: Annotated[int | None, typer.Option("--patience", rich_help_panel="Training", help="Epochs without a better val mAP before it stops; 0 never stops [default: 5].")] = None,
+    monitor: Annotated[Literal["knn", "classifier"] | None, typer.Option("--monitor", rich_help_panel="Training", help="What val mAP is computed from [default: knn].")] = None,
+    ema: Annotated[float | None, typer.Option("--ema", metavar="DECAY", rich_help_panel="Training", help="Moving average of the parameters, as 0.999 [default: off].")] = None,
     device: Device = None, seed: Seed = None,
-    deterministic: Annotated[bool | None, typer.Option("--deterministic/--no-deterministic", help="Same bits twice, at some cost.")] = None,
-    config: ConfigFile = None, set_: Set = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", rich_help_panel="Device and seed", help="Replicas, of N seeds from --seed on.")] = 1,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic/--no-deterministic", rich_help_panel="Device and seed", help="Same bits twice, at some cost.")] = None,
+    preset: PresetName = None, config: ConfigFile = None, set_: Set = None,
+    print_config: Annotated[bool, typer.Option("--print-config", rich_help_panel="Configuration", help="Print the resolved configuration as YAML, train nothing.")] = False,
+    store: Store = None, model: Model = None, out: RunOut = None, force: Force = False,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", rich_help_panel="Store and run", help="Go on with an interrupted run, as it was configured.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard, in the run folder.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log every epoch for Weights & Biases; offline without a login.")] = False,
+    json_: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Stage 2: train a head from a store and write the codes of every split."""
     options = {
-        "preset": preset, "hash.bits": bits, "fusion.type": fusion, "fusion.block_norm": block_norm,
-        "fusion.inputs": inputs, "fusion.adapter": adapter, "loss.cosine_weight": alpha, "loss.hash_weight": gamma,
-        "training.num_epochs": epochs, "training.batch_size": batch_size, "training.monitor": monitor, "training.early_stopping_patience": patience,
-        "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed,
-        "hardware.deterministic": deterministic,
+        "preset": preset, "head": head, "hash.bits": bits, "fusion.type": fusion, "fusion.magnitude": magnitude,
+        "fusion.block_norm": block_norm, "fusion.inputs": inputs, "fusion.adapter": adapter, "loss.cosine_weight": alpha,
+        "loss.hash_weight": gamma, "loss.focal_loss": focal, "loss.class_weights": class_weights,
+        "training.num_epochs": epochs, "training.batch_size": batch_size, "training.early_stopping_patience": patience,
+        "training.monitor": monitor, "training.ema_decay": ema, "model.siglip2_variant": model,
+        "hardware.device": device, "hardware.seed": seed, "hardware.deterministic": deterministic,
     }  # fmt: skip
-    resolved = _config(config, set_, options)
+    if resume is not None:
+        others = {
+            "--config": config,
+            "--set": set_,
+            "--out": out,
+            "--force": force or None,
+            "--seeds": seeds - 1 or None,
+        }
+        _refuse_with_resume({**{FLAGS[key]: value for key, value in options.items()}, **others})
+        config = resume / "config.yaml" if print_config else None
+    from .pipeline.settle import settle
+
+    resolved = settle(_config(config, set_, options))
+    if print_config:
+        _print_config(resolved, json_)
+        return
     from .pipeline.train_head import train_head as stage
 
-    result = stage(resolved, store=store, out=out, force=force, progress=_progress(quiet))
+    result = stage(
+        resolved, store=store, out=out, force=force, seeds=seeds, resume=resume, tensorboard=tensorboard, wandb=wandb,
+        progress=_progress(quiet),
+    )  # fmt: skip
     _finish(result.to_json(), json_, *result.summary())
 
 
@@ -403,6 +475,23 @@ def _config(file: Path | None, settings: list[str] | None, options: Mapping[str,
     parsed = parse_settings(settings or [])
     flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
     return load_config(file, options={**given, **parsed}, flags=flags)
+
+
+def _print_config(config: "Config", as_json: bool) -> None:
+    from .pipeline.config import dump_config
+
+    print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config), end="\n" if as_json else "")
+
+
+def _refuse_with_resume(given: Mapping[str, Any]) -> None:
+    """A run is gone on with as it was configured: what would configure it otherwise is refused."""
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(
+                "an interrupted run keeps its configuration", where="--resume", got=option,
+                wanted="--store, --tensorboard, --wandb, --json or --quiet beside it",
+                do="leave it out, or start a new run",
+            )  # fmt: skip
 
 
 def _finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -> None:

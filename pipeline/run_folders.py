@@ -11,6 +11,11 @@ from .. import InputError
 from .files import make_folder, unwritable
 
 MARK = "run.json"
+# What stages write into a run folder; whatever else lies there is somebody's own.
+WRITTEN = frozenset({
+    MARK, "config.yaml", "environment.json", "metrics.json", "history.jsonl", "training.safetensors", "checkpoints",
+    "codes", "scores", "model", "tensorboard", "wandb",
+})  # fmt: skip
 
 
 def claim_new(folder: Path) -> Path:
@@ -38,7 +43,7 @@ def claim_named(folder: Path, *, force: bool) -> Path:
 
     Args:
         folder: The folder; a link to one, or the working folder, stays what it is.
-        force: Throw an existing run away first. Its files go, the folder itself stays.
+        force: Throw an existing run away first. What runs write goes; the folder itself and all else in it stay.
 
     Returns:
         The folder, with an empty ``run.json`` that marks it as taken.
@@ -71,12 +76,19 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a run folder, its mark last: until then it is still a run that may be replaced."""
+    """Remove what a run wrote, its mark last: until then it is still a run that may be replaced."""
     for child in sorted(folder.iterdir(), key=lambda path: path.name == MARK):
+        if not _of_a_run(child.name):
+            continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
             child.unlink()
+
+
+def _of_a_run(name: str) -> bool:
+    """Whether a run wrote this, or was killed while it did (``.codes.x1y2.tmp``)."""
+    return name in WRITTEN or any(name.startswith(f".{own}.") for own in WRITTEN)
 
 
 def _in_use(folder: Path, got: str) -> InputError:

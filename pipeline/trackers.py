@@ -127,8 +127,8 @@ class _WeightsAndBiases:
         )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "mmcli"), dir=str(folder), name=folder.name,
-            id=_run_id(folder, config), config=config.model_dump(mode="json"), mode=_wandb_mode(wandb, folder, say), resume="allow",
-            reinit="create_new", settings=settings,
+            id=_run_id(folder, config), resume="allow", reinit="create_new", mode=_wandb_mode(wandb, folder, say),
+            config=config.model_dump(mode="json"), settings=settings,
         )  # fmt: skip
 
     def epoch(self, record: Mapping[str, float]) -> None:

@@ -32,6 +32,43 @@ def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert "Usage: mmcli" in done.stdout
 
 
+def test_the_configuration_is_printed_without_torch_or_store(tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.argv = ['mmcli', 'train-head', '--print-config', *sys.argv[1:]]\n"
+        "from mmcli.cli import main\ntry: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    from mmcli.pipeline.config import load_config
+
+    for words in ((), ("--json",)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--head", "mlp", "--seed", "7", *words],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        file = tmp_path / "printed.yaml"
+        file.write_text(done.stdout)  # JSON is YAML too
+        config = load_config(file)
+        assert (config.head, config.hash.bits, config.training.monitor, config.hardware.seed) == (
+            "mlp",
+            0,
+            "classifier",
+            7,
+        )
+        file.unlink()
+        assert list(tmp_path.iterdir()) == []
+    assert json.loads(done.stdout)["head"] == "mlp"
+
+
+def test_help_lists_options_by_what_they_are_for() -> None:
+    text = mmcli("train-head", "--help").stdout
+    panels = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
+    assert panels == ["Head", "Loss", "Training", "Device and seed", "Configuration", "Store and run", "Options"]
+    assert len(re.findall(r"^  (?:-\w, )?--", text, re.MULTILINE)) == text.count("\n  -") > 30
+
+
 def test_every_command_of_the_readme_exists(repo: Path) -> None:
     """Commands in fenced blocks of README and docs, up to their first option, answer to --help."""
     blocks = (repo / "README.md").read_text().split("```")[1::2]
@@ -51,6 +88,17 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("train-head", "--store", "nowhere"), ("nowhere", "mmcli extract")),
         (("train-head", "--set", "hash.bit=8"), ("hash.bit", "did you mean bits")),
         (("train-head", "--set", "hash.bits"), ("--set", "KEY=VALUE")),
+        (("train-head", "--head", "mlp", "--bits", "64"), ("hash.bits", "got 64", "wanted 0 with --head mlp")),
+        (("train-head", "--head", "mlp", "--monitor", "knn"), ("training.monitor", "got knn", "wanted classifier")),
+        (("train-head", "--magnitude", "shuffled", "--fusion", "concat"), ("--magnitude", "'shuffled'", "concat")),
+        (("train-head", "--ema", "1"), ("--ema", "got 1.0", "less than 1")),
+        (("train-head", "--seeds", "0"), ("--seeds", "1")),
+        (("train-head", "--preset", "direction"), ("--preset", "direction-only")),
+        (("train-head", "--resume", "x", "--bits", "0"), ("--resume", "got --bits", "new run")),
+        (("train-head", "--resume", "x", "--seeds", "2"), ("--resume", "got --seeds")),
+        (("train-head", "--resume", "x", "--force"), ("--resume", "got --force")),
+        (("train-head", "--resume", "nowhere"), ("nowhere", "mmcli train-head")),
+        (("train-head", "--print-config", "--config", "nowhere.yaml"), ("nowhere.yaml",)),
         (("train-head", "--config", "nowhere.yaml"), ("nowhere.yaml",)),
         (("knn-eval",), ("no run", "mmcli train-head")),
         (("knn-eval", "--run", "nowhere"), ("nowhere", "mmcli train-head")),

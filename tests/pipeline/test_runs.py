@@ -144,12 +144,17 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
         old = start_run(make_info(), Config(), out=real, **options)
         (old.folder / "codes").mkdir()
         (old.folder / "codes" / "test.safetensors").write_text("old")
-        (old.folder / "store").symlink_to(store, target_is_directory=True)
+        (old.folder / ".metrics.json.x1y2.tmp").write_text("half")
+        if not (old.folder / "store").exists():
+            (old.folder / "store").symlink_to(store, target_is_directory=True)
+            (old.folder / "thesis.tex").write_text("years of work")
         finish_run(start_run(make_info(), Config(), out=out, **options), [{"mAP": 0.5}])
-        assert {path.name for path in real.iterdir()} == {"run.json", "config.yaml", "environment.json", "metrics.json"}
+        kept = {"run.json", "config.yaml", "environment.json", "metrics.json", "store", "thesis.tex"}
+        assert {path.name for path in real.iterdir()} == kept
         assert open_run(out).info.status == "finished"
     assert link.is_symlink()
     assert (store / "precious.h5").read_text() == "days of work"
+    assert (real / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(

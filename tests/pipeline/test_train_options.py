@@ -1,0 +1,100 @@
+"""Options of train-head: each sets its key and nothing else, and what is no key reaches the stage."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmcli import cli
+from mmcli.pipeline.config import dump_config, load_config
+
+OPTIONS = {
+    "--preset": ("preset", "direction-only"), "--head": ("head", "mlp"), "--bits": ("hash.bits", 32),
+    "--fusion": ("fusion.type", "concat"), "--magnitude": ("fusion.magnitude", "shuffled"), "--block-norm": ("fusion.block_norm", "none"),
+    "--inputs": ("fusion.inputs", "text"), "--adapter": ("fusion.adapter", "linear"), "--alpha": ("loss.cosine_weight", 0.5),
+    "--gamma": ("loss.hash_weight", 0.25), "--focal": ("loss.focal_loss", True), "--class-weights": ("loss.class_weights", "balanced"),
+    "--epochs": ("training.num_epochs", 3), "--batch-size": ("training.batch_size", 5), "--patience": ("training.early_stopping_patience", 0),
+    "--monitor": ("training.monitor", "classifier"), "--ema": ("training.ema_decay", 0.75), "--model": ("model.siglip2_variant", "some"),
+    "--device": ("hardware.device", "cpu"), "--seed": ("hardware.seed", 3), "--deterministic": ("hardware.deterministic", True),
+}  # fmt: skip
+# What an option settles beside its own key.
+FOLLOWS = {"--head": {"hash.bits", "training.monitor", "knn.distance_metric"}, "--preset": {"fusion.type"}}
+
+
+def flat(tree: dict, path: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_sets_its_key(mmcli, option: str) -> None:
+    key, value = OPTIONS[option]
+    words = [option] if value is True else [option, value]
+    code, out, err = mmcli("train-head", *words, "--print-config", "--json")
+    assert code == 0, err
+    got, plain = flat(json.loads(out)), flat(load_config().model_dump(mode="json"))
+    assert {k for k in got if got[k] != plain[k]} == {key} | FOLLOWS.get(option, set())
+    assert got[key] == value
+    assert cli.FLAGS[key] == option
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stage that writes down how it was called."""
+    from mmcli.pipeline import train_head
+
+    told = SimpleNamespace(config=None, words={})
+
+    def call(config: object, **words: object) -> SimpleNamespace:
+        told.config, told.words = config, words
+        return SimpleNamespace(to_json=lambda: {"run": "x"}, summary=lambda: ["done"])
+
+    monkeypatch.setattr(train_head, "train_head", call)
+    return told
+
+
+def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None:
+    code, out, err = mmcli(
+        "train-head", "--seeds", 3, "--tensorboard", "--wandb", "--out", "o", "--force", "--store", "s", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out) == {"run": "x"}
+    words = {key: value for key, value in stage.words.items() if key != "progress"}
+    assert words == {
+        "seeds": 3, "resume": None, "tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s"),
+    }  # fmt: skip
+    assert mmcli("train-head")[0] == 0
+    words = {key: value for key, value in stage.words.items() if key != "progress"}
+    assert words == {
+        "seeds": 1,
+        "resume": None,
+        "tensorboard": False,
+        "wandb": False,
+        "out": None,
+        "force": False,
+        "store": None,
+    }
+
+
+def test_resume_takes_a_run_and_its_own_configuration(mmcli, stage: SimpleNamespace, tmp_path: Path) -> None:
+    assert mmcli("train-head", "--resume", "runs/x", "--store", "s", "--wandb")[0] == 0
+    assert stage.words["resume"] == Path("runs/x")
+    assert stage.words["wandb"]
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    config = load_config(options={"hash.bits": 128, "preset": "plan"})
+    (tmp_path / "runs" / "x" / "config.yaml").write_text(dump_config(config))
+    code, out, err = mmcli("train-head", "--resume", "runs/x", "--print-config")
+    assert code == 0, err
+    assert out == dump_config(config)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_interrupted_run_is_configured_by_nothing_else(mmcli, stage: SimpleNamespace, option: str) -> None:
+    value = OPTIONS[option][1]
+    code, out, err = mmcli("train-head", "--resume", "runs/x", option, *([] if value is True else [value]))
+    assert (code, out) == (2, "")
+    assert f"--resume: got {option}" in err
+    assert stage.config is None
