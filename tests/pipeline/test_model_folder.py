@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmcli import InputError, load_head
+from mmcli.cache import Store
 from mmcli.heads.model import BaseHead, MlpBaseline, make_head
 from mmcli.pipeline.checkpoint import CheckpointKeeper, best_checkpoint
+from mmcli.pipeline.codes import read_codes
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.model_folder import write_model_folder
 from mmcli.pipeline.runs import Run, RunInfo, now, start_run
@@ -151,3 +153,30 @@ def test_a_run_without_checkpoints_and_a_damaged_one_are_one_line(tmp_path: Path
             load_head(missing)
     with pytest.raises(InputError, match=r"config\.json"):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize("words", [("--head", "mlp"), ("--preset", "direction-only", "--bits", "16")], ids=" ".join)
+def test_a_head_trained_on_the_command_line_is_two_lines_away(mmcli, here: Path, words: tuple[str, ...]) -> None:
+    run = here / "runs" / "mine"
+    tiny = ("--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--epochs", 2, "--device", "cpu", "--tensorboard")
+    code, out, err = mmcli("train-head", *words, *tiny, "--out", run, "--json")
+    assert code == 0, err
+    best, hub = load_head(run), load_head(run / "model")
+    assert same(best, hub)
+    assert best.kind == ("mlp" if "mlp" in words else "fusion")
+    assert json.loads(out)["monitor"] == ("classifier" if "mlp" in words else "knn")
+    assert list((run / "tensorboard").iterdir())
+    assert (
+        hub.about["preset"]
+        == json.loads(out)["preset"]
+        == ("direction-only" if "direction-only" in words else "recommended")
+    )
+    # Codes of the run are those of the loaded head on the stored embeddings.
+    store = Store.open(next(path for path in (here / "data" / "cache").iterdir() if path.is_dir()))
+    arrays, codes = store.load(), read_codes(run, "test")
+    rows = np.flatnonzero(np.isin(store.index["image_id"].to_numpy(), codes.image_id))
+    v_img, v_txt = (torch.from_numpy(v[rows].astype(np.float32)) for v in (arrays.v_img, arrays.v_txt[:, 0]))
+    with torch.inference_mode():
+        output = hub(v_img, v_txt)
+    np.testing.assert_allclose(output.features.numpy(), codes.soft, atol=1e-5)
+    np.testing.assert_allclose(output.logits.numpy(), codes.logits, atol=1e-4)
