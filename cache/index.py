@@ -1,5 +1,7 @@
 """``index.parquet``: one row per image, in the order of the embeddings."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,14 +61,20 @@ def index_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def parse_index(data: bytes, layout: Layout) -> pa.Table:
+def parse_index(data: bytes, layout: Layout, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a parquet file and check that it fits the store.
+
+    Args:
+        data: The whole file.
+        layout: The store's shape.
+        columns: What to read beside ``image_id``, ``shard`` and ``row``; everything where not given.
 
     Raises:
         ValueError: It is not readable, or is not an index of that layout.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        wanted = None if columns is None else list(dict.fromkeys((ID, *columns, *PLACE)))
+        table = pq.read_table(pa.BufferReader(data), columns=wanted)
         ids = check_index(table.drop_columns(list(PLACE)))
     except (pa.ArrowException, StoreError, KeyError, OSError) as error:
         raise ValueError(str(error).splitlines()[0]) from error

@@ -17,6 +17,8 @@ FORMAT_VERSION = 2
 MANIFEST, KEY, INDEX = "manifest.json", "key.json", "index.parquet"
 # Held by whoever writes: exclusively, or shared by stripes, each of which holds one of its own as well.
 LOCK = ".lock"
+# What readers found whole (``checked.py``); a note that belongs to this machine, no part of the store.
+CHECKED = ".checked.json"
 LOCK_NAME = re.compile(r"\.lock(-[0-9]+-of-[0-9]+|-ends)?")
 
 Part = Literal["image", "text"]
@@ -24,7 +26,7 @@ StoredDtype = Literal["float16", "float32"]
 PARTS: tuple[Part, ...] = ("image", "text")
 SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
 TEMPORARY_NAME = re.compile(
-    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",
+    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)}|{re.escape(CHECKED)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",
 )
 
 

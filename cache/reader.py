@@ -1,24 +1,27 @@
 """Reads a finished store: its key and index at once, its arrays on request."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
 from .index import ID, parse_index
 from .key import StoreKey
 from .layout import MANIFEST, Part, Shard
+from .loading import load_arrays
 from .metadata import StoreManifest, read_manifest
 from .places import place
-from .shards import Arrays, ShardBroken, read_shard_into
-from .stream import REDO, check_finite, damaged, read_ahead, stream
-from .sweep import key_digest, looks_like_store, read_checked, unfinished
+from .shards import Arrays, ShardBroken
+from .stream import REDO, stream
+from .sweep import looks_like_store, read_checked, unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -44,19 +47,21 @@ class Embeddings:
     n_captions: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Store:
     """A finished store.
 
     Attributes:
         folder: Where it is.
         manifest: What its ``manifest.json`` says.
-        index: One row per image, in order, with ``shard`` and ``row`` of its embeddings.
+        index_file: The content of its ``index.parquet``, whose checksum is right.
+        ids: Its image ids, ``(N,)`` int64, read-only.
     """
 
     folder: Path
     manifest: StoreManifest
-    index: pa.Table
+    index_file: bytes = field(repr=False)
+    ids: NDArray[np.int64] = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -80,10 +85,40 @@ class Store:
                 got = "no file" if size is None else f"{size} bytes"
                 raise StoreDamaged("a damaged shard", where=path, got=got, wanted=f"{entry.bytes} bytes", do=REDO)
         try:
-            index = parse_index(read_checked(folder, manifest.index), manifest.layout)
+            data = read_checked(folder, manifest.index)
+            ids = np.array(parse_index(data, manifest.layout, ()).column(ID).to_numpy())
         except (ShardBroken, ValueError) as error:
-            raise StoreDamaged("a damaged index", where=folder / manifest.index.file, got=error, do=RESUME) from error
-        return cls(folder=folder, manifest=manifest, index=index)
+            raise _damaged_index(folder, manifest, error) from error
+        ids.setflags(write=False)
+        return cls(folder=folder, manifest=manifest, index_file=data, ids=ids)
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """One row per image, in order, with ``shard`` and ``row`` of its embeddings.
+
+        Raises:
+            StoreDamaged: It is not readable.
+        """
+        return self.columns()
+
+    @property
+    def column_names(self) -> list[str]:
+        """Columns of the index."""
+        return list(pq.read_schema(pa.BufferReader(self.index_file)).names)
+
+    def columns(self, names: Sequence[str] | None = None) -> pa.Table:
+        """Some columns of the index, which is quicker than all where captions are not wanted.
+
+        Args:
+            names: Which; a name that is not there is left out. ``image_id``, ``shard`` and ``row`` come too.
+
+        Raises:
+            StoreDamaged: They are not readable.
+        """
+        try:
+            return parse_index(self.index_file, self.manifest.layout, names)
+        except ValueError as error:
+            raise _damaged_index(self.folder, self.manifest, error) from error
 
     @property
     def key(self) -> StoreKey:
@@ -139,23 +174,7 @@ class Store:
         Raises:
             StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
         """
-        arrays = self._allocate()
-        ids = np.asarray(self.index.column(ID).to_numpy())
-        stored_ids = {part: np.empty(self.n_images, np.int64) for part in ("image", "text")}
-        for entry, data in read_ahead(self.folder, self.manifest.shards, check=check):
-            names = self.manifest.layout.datasets(entry.part, 1)
-            out = {name: arrays[name] for name in names if name != ID} | {ID: stored_ids[entry.part]}
-            rows = slice(entry.first_row, entry.first_row + entry.rows)
-            try:
-                digest = key_digest(self.key, entry.shard)
-                read_shard_into(data, entry.shard, self.manifest.layout, digest, out)
-                if not np.array_equal(out[ID][rows], ids[rows]):
-                    raise ShardBroken("its image ids are not those of the index")
-                if check:
-                    check_finite(entry.shard, {name: out[name][rows] for name in out}, ids)
-            except ShardBroken as error:
-                raise damaged(self.folder, entry, error) from error
-        return Embeddings(**arrays)
+        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids, check=check))
 
     def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
         """The shards of a part one after another, so that a store of any size is read in the memory of a few.
@@ -172,15 +191,7 @@ class Store:
         Raises:
             StoreDamaged: As for :meth:`load`.
         """
-        return stream(self.folder, self.manifest, np.asarray(self.index.column(ID).to_numpy()), part, check=check)
-
-    def _allocate(self) -> Arrays:
-        arrays: Arrays = {}
-        for part in ("image", "text"):
-            for name, (dtype, shape) in self.manifest.layout.datasets(part, self.n_images).items():
-                if name != ID:
-                    arrays[name] = np.empty(shape, dtype.newbyteorder("="))
-        return arrays
+        return stream(self.folder, self.manifest, self.ids, part, check=check)
 
 
 def list_stores(root: Path) -> list[Path]:
@@ -228,6 +239,10 @@ def _manifest_of(folder: Path) -> StoreManifest:
         if looks_like_store(folder):
             raise unfinished(folder) from None
         raise StoreMissing("not a store", where=folder, got=f"no {MANIFEST}", do=EXTRACT) from None
+
+
+def _damaged_index(folder: Path, manifest: StoreManifest, error: Exception) -> StoreDamaged:
+    return StoreDamaged("a damaged index", where=folder / manifest.index.file, got=error, do=RESUME)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -25,9 +25,10 @@ _LIBVER = ("v110", "v110")
 # What h5py raises on a file whose structures make no sense.
 _UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError)
 
-_FLOAT_BITS: dict[int, tuple[Any, int, int]] = {
-    2: (np.uint16, 0x7FFF, 0x7C00),
-    4: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+# By size in bytes: the same bits as whole numbers without and with a sign, and those of infinity.
+_FLOAT_BITS: dict[int, tuple[Any, Any, Any]] = {
+    2: (np.uint16, np.int16, np.uint16(0x7C00)),
+    4: (np.uint32, np.int32, np.uint32(0x7F800000)),
 }
 
 
@@ -109,26 +110,6 @@ def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Ar
     return _arrays(data, shard, layout, key_digest, check=False)
 
 
-def read_shard_into(
-    data: bytes, shard: Shard, layout: Layout, key_digest: str, out: Mapping[str, NDArray[Any]]
-) -> None:
-    """Copy datasets of a shard into rows of preallocated arrays; checksums are the caller's to check.
-
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key_digest: Digest of the key that it should belong to.
-        out: Name of a dataset to an array ``(N, ...)`` of the whole store.
-
-    Raises:
-        ShardBroken: It is not that shard.
-    """
-    arrays = view_shard(data, shard, layout, key_digest)
-    for name, whole in out.items():
-        whole[shard.start : shard.stop] = arrays[name]
-
-
 def _arrays(data: bytes, shard: Shard, layout: Layout, key_digest: str, *, check: bool) -> Arrays:
     with _opened(data) as file:
         _check_attributes(file, shard, key_digest)
@@ -167,12 +148,14 @@ def first_bad_row(values: NDArray[Any]) -> int | None:
     Returns:
         The row, or None when all is finite.
     """
-    # All ones in the exponent: several times quicker than isfinite on float16, which goes through float32.
-    unsigned, mask, exponent = _FLOAT_BITS[values.itemsize]
-    magnitude = values.view(unsigned) & unsigned(mask)
-    if magnitude.size == 0 or magnitude.max() < exponent:
+    # All ones in the exponent is a NaN or an infinity; as whole numbers these are the greatest of their sign. Two
+    # looks for the greatest are several times quicker than isfinite on float16, which goes through float32.
+    unsigned, signed, infinity = _FLOAT_BITS[values.itemsize]
+    sign = unsigned(1 << (8 * values.itemsize - 1))
+    whole = values.view(unsigned)
+    if whole.size == 0 or (whole.max() < (sign | infinity) and whole.view(signed).max() < signed(infinity)):
         return None
-    return int(np.argmax((magnitude >= exponent).reshape(len(values), -1).any(axis=1)))
+    return int(np.argmax(((whole & ~sign) >= infinity).reshape(len(values), -1).any(axis=1)))
 
 
 def _attributes(shard: Shard, key_digest: str) -> dict[str, Any]:

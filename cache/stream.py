@@ -17,11 +17,11 @@ from .shards import Arrays, ShardBroken, first_bad_row, view_shard
 from .sweep import key_digest, read_checked
 
 REDO = "run `mmcli extract` again, it redoes only that shard"
-_READERS = 4
+READERS = 4
 
 
 def read_ahead(
-    folder: Path, entries: Iterable[ShardEntry], *, check: bool, readers: int = _READERS
+    folder: Path, entries: Iterable[ShardEntry], *, check: bool, readers: int = READERS
 ) -> Iterator[tuple[ShardEntry, bytes]]:
     """Files in order, read and hashed by a few threads ahead of the one that copies: hashing is the slow part.
 
@@ -34,21 +34,12 @@ def read_ahead(
     Raises:
         StoreDamaged: A file is absent, or is not what its checksum says.
     """
-
-    def read(entry: ShardEntry) -> bytes:
-        try:
-            if check:
-                return read_checked(folder, entry)
-            return (folder / entry.file).read_bytes()
-        except (ShardBroken, OSError) as error:
-            raise damaged(folder, entry, error) from error
-
     waiting: deque[tuple[ShardEntry, Future[bytes]]] = deque()
     workers = min(readers, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         try:
             for entry in entries:
-                waiting.append((entry, pool.submit(read, entry)))
+                waiting.append((entry, pool.submit(read_entry, folder, entry, check=check)))
                 if len(waiting) > workers:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -57,6 +48,18 @@ def read_ahead(
                 yield first, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def read_entry(folder: Path, entry: ShardEntry, *, check: bool) -> bytes:
+    """A file of the store, compared with its checksum where that is asked for.
+
+    Raises:
+        StoreDamaged: It is absent, or is not what its checksum says.
+    """
+    try:
+        return read_checked(folder, entry) if check else (folder / entry.file).read_bytes()
+    except (ShardBroken, OSError) as error:
+        raise damaged(folder, entry, error) from error
 
 
 def stream(

@@ -14,7 +14,7 @@ from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
 from .files import remove, sync_folder
 from .index import index_bytes, parse_index
 from .key import StoreKey
-from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
+from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
 from .places import entries
 from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
@@ -218,7 +218,7 @@ def discard(folder: Path) -> bool:
     # The manifest first: a store that is half removed must not be readable.
     remove(folder / MANIFEST)
     for path in sorted(entries(folder)):
-        if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY}:
+        if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY, CHECKED}:
             path.unlink()
     sync_folder(folder)
     return True
@@ -248,7 +248,11 @@ def unfinished(folder: Path) -> StoreUnfinished:
 def _refuse_foreign(folder: Path) -> None:
     """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
     passing = (LOCK_NAME, TEMPORARY_NAME)
-    there = sorted(path for path in entries(folder) if not any(name.fullmatch(path.name) for name in passing))
+    there = sorted(
+        path
+        for path in entries(folder)
+        if path.name != CHECKED and not any(name.fullmatch(path.name) for name in passing)
+    )
     if there and not is_store_of_ours(folder):
         raise StoreMismatch(
             "the folder holds files that are not of a store", where=folder,

@@ -10,7 +10,7 @@ from .encode import l2_norm
 from .errors import StoreError, StoreMissing
 from .index import ID, parse_index
 from .key import StoreKey
-from .layout import INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
+from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
 from .places import place
 from .reader import EXTRACT
@@ -190,7 +190,7 @@ def _rows(what: str, wrong: NDArray[np.bool_], arrays: Arrays) -> list[str]:
 def _stray_files(folder: Path, layout: Layout | None) -> list[str]:
     if layout is None:
         return []
-    known = {MANIFEST, KEY, INDEX, *(shard.name for shard in layout.all_shards())}
+    known = {MANIFEST, KEY, INDEX, CHECKED, *(shard.name for shard in layout.all_shards())}
     names = sorted(path.name for path in folder.iterdir())
     return [
         f"{name}: not a file of this store" for name in names if name not in known and not LOCK_NAME.fullmatch(name)
