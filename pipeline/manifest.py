@@ -6,7 +6,7 @@ holds the category names as a JSON list whose index is the label. Any multi-labe
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,25 +33,27 @@ from .safe_paths import is_inside, resolve_image
 
 Array = TypeVar("Array", bound=npt.NDArray[Any])
 
-__all__ = ["SPLITS", "Manifest", "is_inside", "read_manifest", "resolve_image", "write_manifest"]
+CORE = ("image_id", "split", "labels")
+
+__all__ = ["CORE", "SPLITS", "Manifest", "is_inside", "read_manifest", "resolve_image", "write_manifest"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
     """A checked manifest of N images and C categories.
 
-    Made by :func:`read_manifest`, :meth:`from_table` or :meth:`from_columns`, which check everything; the
-    constructor checks nothing.
+    Made by :func:`read_manifest`, :meth:`from_table` or :meth:`from_columns`, which check everything, or by
+    :meth:`from_parts`; the constructor checks nothing.
 
     Attributes:
-        table: The canonical columns, N rows.
+        core: The canonical columns without ``path`` and ``captions``, or with them; N rows.
         category_names: C names; the index is the label.
-        sha256: Hash of the content (columns and category names), the same whatever wrote the file.
+        whole: Gives all canonical columns.
     """
 
-    table: pa.Table
+    core: pa.Table
     category_names: tuple[str, ...]
-    sha256: str
+    whole: Callable[[], pa.Table]
 
     @classmethod
     def from_table(cls, table: pa.Table, *, where: object = "manifest") -> Self:
@@ -64,12 +66,23 @@ class Manifest:
         Raises:
             InputError: Something is wrong with it; the row is named.
         """
-        checked, names = check_table(table, where)
-        name = (table.schema.metadata or {}).get(DATA_KEY, b"unnamed").decode(errors="replace")
-        metadata = {VERSION_KEY: str(VERSION), DATA_KEY: name, NAMES_KEY: json.dumps(names, ensure_ascii=False)}
-        return cls(
-            table=checked.replace_schema_metadata(metadata), category_names=names, sha256=_sha256(checked, names)
-        )
+        checked, names = _checked(table, where, SCHEMA.names)
+        return cls(core=checked, category_names=names, whole=lambda: checked)
+
+    @classmethod
+    def from_parts(cls, core: pa.Table, whole: Callable[[], pa.Table], *, where: object = "manifest") -> Self:
+        """A manifest whose paths and captions are read and checked when somebody asks for them.
+
+        Args:
+            core: A table as for :meth:`from_table`, of which ``image_id``, ``split`` and ``labels`` are checked now.
+            whole: Gives the same rows with all columns.
+            where: The file it comes from, for the error.
+
+        Raises:
+            InputError: Something is wrong with the core; with the rest, when it is asked for.
+        """
+        checked, names = _checked(core, where, CORE)
+        return cls(core=checked, category_names=names, whole=lambda: _checked(whole(), where, SCHEMA.names)[0])
 
     @classmethod
     def from_columns(
@@ -97,17 +110,27 @@ class Manifest:
         return cls.from_table(pa.table(columns, schema=SCHEMA.with_metadata(metadata)), where=where)
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.core.num_rows)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All canonical columns, N rows."""
+        return self.whole()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content (columns and category names), the same whatever wrote the file."""
+        return _sha256(self.table, self.category_names)
 
     @property
     def name(self) -> str:
         """The data set's name."""
-        return bytes(self.table.schema.metadata[DATA_KEY]).decode()
+        return bytes(self.core.schema.metadata[DATA_KEY]).decode()
 
     @cached_property
     def image_ids(self) -> npt.NDArray[np.int64]:
         """``(N,)`` int64, every value once, read-only."""
-        return _frozen(np.array(self.table.column("image_id"), np.int64))
+        return _frozen(np.array(self.core.column("image_id"), np.int64))
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -117,7 +140,9 @@ class Manifest:
     @cached_property
     def splits(self) -> npt.NDArray[np.str_]:
         """``(N,)`` of train, val or test, read-only."""
-        return _frozen(np.array(self.table.column("split").to_pylist(), np.str_))
+        coded = self.core.column("split").combine_chunks().dictionary_encode()
+        names = np.array(coded.dictionary.to_pylist(), np.str_)
+        return _frozen(names[np.asarray(coded.indices)])
 
     @cached_property
     def captions(self) -> tuple[tuple[str, ...], ...]:
@@ -126,7 +151,7 @@ class Manifest:
 
     def labels_matrix(self) -> npt.NDArray[np.uint8]:
         """Multi-hot labels ``(N, C)`` uint8; images without a label are rows of zeros."""
-        labels = self.table.column("labels").combine_chunks()
+        labels = self.core.column("labels").combine_chunks()
         matrix = np.zeros((len(self), len(self.category_names)), np.uint8)
         matrix[np.asarray(pc.list_parent_indices(labels)), np.asarray(labels.flatten())] = 1
         return matrix
@@ -208,7 +233,23 @@ def _sha256(table: pa.Table, names: tuple[str, ...]) -> str:
             values = values.flatten()
         if pa.types.is_string(values.type):
             digest.update(np.asarray(pc.binary_length(values)).astype("<i8").tobytes())
-            digest.update(b"".join(values.cast(pa.binary()).to_pylist()))
+            digest.update(_letters(values))
         else:
             digest.update(np.asarray(values).astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _letters(texts: pa.StringArray) -> memoryview:
+    """All texts on end, as UTF-8; there is no null among them."""
+    _, offsets, data = texts.buffers()
+    if data is None or not len(texts):
+        return memoryview(b"")
+    first, last = np.frombuffer(offsets, np.int32, len(texts) + 1, 4 * texts.offset)[[0, -1]]
+    return memoryview(data)[first:last]
+
+
+def _checked(table: pa.Table, where: object, columns: Sequence[str]) -> tuple[pa.Table, tuple[str, ...]]:
+    checked, names = check_table(table, where, columns)
+    name = (table.schema.metadata or {}).get(DATA_KEY, b"unnamed").decode(errors="replace")
+    metadata = {VERSION_KEY: str(VERSION), DATA_KEY: name, NAMES_KEY: json.dumps(names, ensure_ascii=False)}
+    return checked.replace_schema_metadata(metadata), names

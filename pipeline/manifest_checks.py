@@ -5,6 +5,7 @@ strings, dictionary-coded strings and wider or narrower integers are taken too, 
 """
 
 import json
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import numpy as np
@@ -29,22 +30,26 @@ NAMES_KEY, VERSION_KEY, DATA_KEY = b"category_names", b"mmcli_manifest_version",
 VERSION = 1
 
 
-def check_table(table: pa.Table, where: object) -> tuple[pa.Table, tuple[str, ...]]:
+def check_table(
+    table: pa.Table, where: object, names: Collection[str] = SCHEMA.names
+) -> tuple[pa.Table, tuple[str, ...]]:
     """Check a manifest's table and bring it to its canonical form.
 
     Args:
         table: Columns ``image_id, path, split, captions, labels`` in any order, others are left out; the schema's
             metadata holds the category names.
         where: The file, for the error.
+        names: The columns that are looked at, ``image_id`` among them.
 
     Returns:
-        The canonical table (its metadata is the given one) and the C category names.
+        The canonical table of these columns, in the schema's order and with its metadata, and the C category names.
 
     Raises:
         InputError: The first thing that is wrong, with its row counted from 0.
     """
-    names = _category_names(table.schema.metadata or {}, where)
-    for field in SCHEMA:
+    categories = _category_names(table.schema.metadata or {}, where)
+    schema = pa.schema([field for field in SCHEMA if field.name in names])
+    for field in schema:
         if table.column_names.count(field.name) != 1:
             got = ", ".join(table.column_names) or "none"
             raise InputError(
@@ -53,8 +58,7 @@ def check_table(table: pa.Table, where: object) -> tuple[pa.Table, tuple[str, ..
             )  # fmt: skip
     if table.num_rows == 0:
         raise InputError("an empty manifest", where=where, got="no rows", wanted="one row an image")
-    checker = _Checker(table, where)
-    return checker.canonical(len(names)), names
+    return _Checker(table, where, schema).canonical(len(categories)), categories
 
 
 def _category_names(metadata: dict[bytes, bytes], where: object) -> tuple[str, ...]:
@@ -84,22 +88,32 @@ def _columns() -> str:
 class _Checker:
     """The checks of one table; every one raises for the first bad row."""
 
-    def __init__(self, table: pa.Table, where: object) -> None:
-        self._where = where
+    def __init__(self, table: pa.Table, where: object, schema: pa.Schema) -> None:
+        self._where, self._schema = where, schema
         self._ids: npt.NDArray[np.int64] | None = None
-        self._columns = {field.name: table.column(field.name).combine_chunks() for field in SCHEMA}
+        self._columns = {field.name: table.column(field.name).combine_chunks() for field in schema}
         for name, column in self._columns.items():
             self._typed(name, column.type)
             self._none(name, column.is_null(), "nothing (null)")
 
     def canonical(self, n_classes: int) -> pa.Table:
         """The checked table in the schema's types."""
-        ids = self._ids = self._image_ids()
-        paths, splits = self._cast("path"), self._cast("split")
+        self._ids = self._image_ids()
+        checks: dict[str, Callable[[], pa.Array]] = {
+            "image_id": lambda: pa.array(self._ids), "path": self._paths, "split": self._splits,
+            "captions": self._captions, "labels": lambda: self._labels(n_classes),
+        }  # fmt: skip
+        return pa.table([checks[name]() for name in self._schema.names], schema=self._schema)
+
+    def _paths(self) -> pa.Array:
+        paths = self._cast("path")
         self._none("path", pc.match_substring_regex(paths, UNSAFE_PATH), paths, SAFE_PATH)
+        return paths
+
+    def _splits(self) -> pa.Array:
+        splits = self._cast("split")
         self._none("split", pc.invert(pc.is_in(splits, pa.array(SPLITS))), splits, "train, val or test")
-        captions, labels = self._captions(), self._labels(n_classes)
-        return pa.table([pa.array(ids), paths, splits, captions, labels], schema=SCHEMA)
+        return splits
 
     def _image_ids(self) -> npt.NDArray[np.int64]:
         ids = np.asarray(self._cast("image_id").to_numpy(), np.int64)
@@ -187,6 +201,8 @@ def label_lists(
     Returns:
         N lists of int32.
     """
-    pairs = np.unique(rows * n_classes + labels)
+    pairs = rows * n_classes + labels
+    if not (np.diff(pairs) > 0).all():  # they mostly are in order, and sorting is what takes time here
+        pairs = np.unique(pairs)
     offsets = np.searchsorted(pairs, np.arange(n_rows + 1, dtype=np.int64) * n_classes)
     return pa.ListArray.from_arrays(offsets.astype(np.int32), (pairs % n_classes).astype(np.int32))

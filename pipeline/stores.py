@@ -1,17 +1,23 @@
 """A store as the stages after extraction see it: embeddings with labels and splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from .. import InputError
 from ..cache import Embeddings, Store, StoreMismatch, newest_store
 from .config import Config, ModelConfig
-from .manifest import Manifest
+from .manifest import CORE, Manifest
+from .manifest_checks import SCHEMA
 from .runs import RunInfo, now
 
 DEFAULT_CACHE = Path("data/cache")
+_MOVED = 1024  # rows that are moved at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +50,33 @@ def read_store(folder: Path, config: Config) -> LabelledStore:
     """
     store = Store.open(folder)
     _check_model(store, config)
-    table, embeddings = store.index.drop_columns(["shard", "row"]), store.load()
-    if store.skipped:
-        kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped))
-        table = table.take(kept)
-        embeddings = Embeddings(**{name: values[kept] for name, values in vars(embeddings).items()})
-    return LabelledStore(store=store, embeddings=embeddings, listing=Manifest.from_table(table, where=str(folder)))
+    kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped)) if store.skipped else None
+    embeddings = store.load()
+    if kept is not None:
+        embeddings = Embeddings(**{name: _compacted(values, kept) for name, values in vars(embeddings).items()})
+    return LabelledStore(store=store, embeddings=embeddings, listing=_listing(store, kept))
+
+
+def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
+    """The store's index as a manifest; captions, most of its bytes, wait until somebody asks for them."""
+
+    def rows(names: Sequence[str] | None) -> pa.Table:
+        table = store.columns(names).drop_columns(["shard", "row"])
+        return table if kept is None else table.take(kept)
+
+    where = str(store.folder)
+    if set(store.column_names) >= set(SCHEMA.names):
+        return Manifest.from_parts(rows(CORE), lambda: rows(None), where=where)
+    return Manifest.from_table(rows(None), where=where)
+
+
+def _compacted(values: npt.NDArray[Any], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Rows ``kept`` (rising) of an array, moved up in place: a second array of a store's size would not be small."""
+    for at in range(0, len(kept), _MOVED):
+        rows = kept[at : at + _MOVED]
+        if rows[-1] != at + len(rows) - 1:
+            values[at : at + len(rows)] = values[rows]
+    return values[: len(kept)]
 
 
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:
