@@ -292,12 +292,16 @@ def train_head(
     if print_config:
         _print_config(resolved, json_)
         return
-    from .pipeline.train_head import train_head as stage
+    from .pipeline import train_head as stage
 
-    result = stage(
-        resolved, store=store, out=out, force=force, seeds=seeds, resume=resume, tensorboard=tensorboard, wandb=wandb,
-        progress=_progress(quiet),
-    )  # fmt: skip
+    told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": _progress(quiet)}
+    result: Any
+    if resume is not None:
+        result = stage.resume_training(resume, store=store, **told)
+    elif seeds > 1:
+        result = stage.train_replicas(resolved, seeds=seeds, store=store, out=out, force=force, **told)
+    else:
+        result = stage.train_head(resolved, store=store, out=out, force=force, **told)
     _finish(result.to_json(), json_, *result.summary())
 
 

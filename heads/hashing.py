@@ -31,7 +31,8 @@ class HashLayer(nn.Module):
         super().__init__()
         assert config.bits > 0, "a head without bits has no hash layer"
         self.config = config
-        self.linear = nn.Linear(in_features, config.bits)
+        # Batch normalisation takes a constant out again: a bias would be moved by rounding alone.
+        self.linear = nn.Linear(in_features, config.bits, bias=not config.batch_norm)
         self.norm = nn.BatchNorm1d(config.bits) if config.batch_norm else nn.Identity()
 
     def forward(self, z: Tensor) -> Tensor:

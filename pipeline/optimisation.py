@@ -1,10 +1,11 @@
 """The optimiser of a head, and its learning rate at every step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from ..heads.model import Head
 from .config import OptimizerConfig, SchedulerConfig
 
 
@@ -29,10 +30,23 @@ def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, 
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(head: Head, config: OptimizerConfig) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW with one group per part of the head; the peak rates in the groups' order."""
+def make_optimizer(
+    parts: Mapping[str, list[Tensor]], config: OptimizerConfig, device: torch.device
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """AdamW with one group per part of the head, whose learning rates are tensors; the peak rates in the groups' order.
+
+    Args:
+        parts: Parameters of ``fusion``, ``hash`` and ``classifier``; a part without any is left out.
+        config: The optimiser section.
+        device: Where the parameters are.
+    """
     rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
-    parts = {name: parameters for name, parameters in head.parameter_groups().items() if parameters}
-    groups = [{"params": parameters, "lr": rates[name]} for name, parameters in parts.items()]
-    optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-    return optimizer, [rates[name] for name in parts]
+    used = {name: parameters for name, parameters in parts.items() if parameters}
+    groups = [
+        {"params": parameters, "lr": torch.tensor(rates[name], device=device)} for name, parameters in used.items()
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, betas=config.betas, weight_decay=config.weight_decay, fused=device.type in {"cpu", "cuda"},
+        capturable=device.type == "cuda",
+    )  # fmt: skip
+    return optimizer, [rates[name] for name in used]

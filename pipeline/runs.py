@@ -117,9 +117,11 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
     """
     info = read_info(folder, kind=kind)
     if info.kind != kind or info.status != "finished" or info.version != RUN_VERSION:
+        begun = info.kind == "train-head" and info.status in {"running", "interrupted"}
+        do = f"finish it with `mmcli train-head --resume {folder}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
-            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"run `mmcli {kind}`, or name another --run",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
         )  # fmt: skip
     return Run(folder=folder, info=info)
 

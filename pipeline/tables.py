@@ -1,6 +1,7 @@
 """Tables of metrics for a person: the same columns for every method."""
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -41,3 +42,18 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTy
 def cells(row: Mapping[str, Any]) -> list[str]:
     """The formatted figures of a row; a dash where a figure is undefined or was not measured."""
     return [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in COLUMNS]
+
+
+def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
+    """One line per seed of one method, then mean and standard deviation of every column."""
+    table = Table()
+    table.add_column("seed", style="bold")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(str(row["seed"]), *cells(row))
+    table.add_section()
+    for name, of in (("mean", mean), ("std", stdev)):
+        full = {key for _, key, _ in COLUMNS if all(row.get(key) is not None for row in rows)}
+        table.add_row(name, *cells({key: of([row[key] for row in rows]) for key in full}))
+    return Group(Text(title, "bold"), table, Text(FOOTNOTE, "dim"))

@@ -1,72 +1,98 @@
 """Stage 2: train a head from a store, keep the best checkpoints, and write the codes of every split."""
 
-import json
-import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import RenderableType
 
 from .. import InputError
-from ..heads.hashing import binarise, pack_codes
-from ..heads.knn import build_index
-from ..heads.metrics import mean_average_precision
-from ..heads.model import Head
-from ..heads.voting import vote
-from .checkpoint import CheckpointKeeper, load_head
-from .codes import SPLITS, Codes, write_codes
-from .config import Config
+from ..heads.model import BaseHead, make_head
+from .codes import SPLITS
+from .config import Config, load_config
 from .device import pick_device, seed_everything
-from .evaluation import classifier_row, write_scores
+from .metrics_file import read_metrics
 from .progress import Progress
-from .runs import Run, finish_run, start_run
+from .runs import Run, mark, read_info, start_run
+from .settle import notices, settle
+from .splits import Split
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
-from .tables import metrics_table
-from .trainer import FitResult, Monitor, Split, encode_split, fit
+from .tables import spread_table
+from .trackers import check_trackers, open_trackers
+from .trainer import fit
+from .training_run import TrainingRun, TrainResult, read_fit, with_seed
+from .training_state import STATE, TrainingState, read_state
 
-LATENCY_QUERIES = 100
+KIND, RUNS = "train-head", Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """A finished run, how its training went, what chose the best epoch, and the classifier's row of metrics."""
+class Replicas:
+    """Finished runs that differ in the seed alone."""
 
-    run: Run
-    fit: FitResult
-    monitor: str
-    metrics: dict[str, Any]
-    seconds: float
+    results: tuple[TrainResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """Every run, and mean and standard deviation of every figure that all of them have."""
+        rows = [result.to_json() for result in self.results]
+        numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
+        columns = {key: [row[key] for row in rows] for key in numbers}
+        full = {key: values for key, values in columns.items() if None not in values}
         return {
-            "run": str(self.run.folder), "store": self.run.info.store, "preset": self.run.info.preset,
-            "epochs": len(self.fit.history), "best_epoch": self.fit.best_epoch, "best_val_mAP": self.fit.best_value,
-            "monitor": self.monitor,
-            "stopped_early": self.fit.stopped_early, "seconds": self.seconds, **self.metrics,
+            "runs": rows, "seeds": [row["seed"] for row in rows],
+            "mean": {key: mean(values) for key, values in full.items()},
+            "std": {key: stdev(values) for key, values in full.items()},
         }  # fmt: skip
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
-        ended = "stopped early" if self.fit.stopped_early else "all epochs done"
-        how = f"{len(self.fit.history)} epochs in {self.seconds:.1f} s ({ended})"
-        best = f"best val mAP of the {self.monitor} {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}"
-        return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
+        rows = [{**result.metrics, "seed": result.run.info.seed} for result in self.results]
+        folders = [f"wrote {result.run.folder}" for result in self.results]
+        return [spread_table(rows, f"test split, {len(rows)} seeds"), *folders]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that a training needs of a store.
+
+    Attributes:
+        config: Resolved: what the store knows is in it.
+        labelled: The store.
+        splits: Its splits, on the device.
+        device: Where to train.
+    """
+
+    config: Config
+    labelled: LabelledStore
+    splits: dict[str, Split]
+    device: torch.device
+
+    @property
+    def image_ids(self) -> dict[str, npt.NDArray[Any]]:
+        """Of every split, ``(n,)`` int64."""
+        listing = self.labelled.listing
+        return {split: listing.image_ids[listing.rows(split)] for split in SPLITS}
+
+    def make_head(self, seed: int) -> BaseHead:
+        """A head whose parameters were drawn by a seed, its statistics fitted."""
+        config = self.config
+        seed_everything(seed, deterministic=config.hardware.deterministic)
+        width = self.labelled.store.width
+        head = make_head(config.head, config.fusion, config.hash, config.classifier, width=width).to(self.device)
+        fit_statistics(head, self.splits["train"])
+        return head
 
 
 def train_head(
-    config: Config,
-    *,
-    store: Path | None = None,
-    out: Path | None = None,
-    runs: Path = Path("runs"),
-    force: bool = False,
-    progress: Progress | None = None,
-) -> TrainResult:
+    config: Config, *, store: Path | None = None, out: Path | None = None, runs: Path = RUNS, force: bool = False,
+    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+) -> TrainResult:  # fmt: skip
     """Train a head on the train split of a store.
 
     Args:
@@ -75,72 +101,150 @@ def train_head(
         out: The run folder; a new one below ``runs`` when not given.
         runs: The folder of all runs.
         force: Replace an existing run in ``out``.
+        tensorboard: Log every epoch for TensorBoard, below the run folder.
+        wandb: Log every epoch for Weights & Biases, likewise.
         progress: Who to tell.
 
     Raises:
         InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, fewer train images
             than neighbours, or a loss that diverges.
     """
+    work = _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb)
     started = time.perf_counter()
-    progress = progress or Progress()
+    prepared = prepare_training(config, store, work.progress)
+    place = _Place(out=out, runs=runs, force=force)
+    return work.train([work.begin(prepared, place, prepared.config)], prepared, started=started)[0]
+
+
+def train_replicas(
+    config: Config, *, seeds: int, store: Path | None = None, out: Path | None = None, runs: Path = RUNS,
+    force: bool = False, tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+) -> Replicas:  # fmt: skip
+    """Train heads that differ in the seed alone, each a run of its own: on a GPU in one pass.
+
+    Args:
+        config: As of :func:`train_head`; the seeds are ``hardware.seed`` and the numbers after it.
+        seeds: How many, 2 or more.
+        store: As of :func:`train_head`, and so are the other arguments; names of run folders end in ``-seedN``.
+        out: Likewise.
+        runs: Likewise.
+        force: Likewise.
+        tensorboard: Likewise.
+        wandb: Likewise.
+        progress: Likewise.
+
+    Raises:
+        InputError: As of :func:`train_head`.
+    """
+    work = _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb)
+    started = time.perf_counter()
+    prepared = prepare_training(config, store, work.progress)
+    first = prepared.config.hardware.seed
+    wanted = [with_seed(prepared.config, seed) for seed in range(first, first + seeds)]
+    # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.
+    parts = [wanted] if prepared.device.type == "cuda" else [[one] for one in wanted]
+    results: list[TrainResult] = []
+    for part in parts:
+        opened = []
+        for one in part:
+            suffix = f"-seed{one.hardware.seed}"
+            named = None if out is None else out.with_name(out.name + suffix)
+            place = _Place(out=named, runs=runs, force=force, suffix=suffix)
+            opened.append(work.begin(prepared, place, one))
+        results += work.train(opened, prepared, started=started)
+        started = time.perf_counter()
+    return Replicas(results=tuple(results))
+
+
+def resume_training(
+    folder: Path, *, store: Path | None = None, tensorboard: bool = False, wandb: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:  # fmt: skip
+    """Go on with a run that was interrupted, as it was configured; a finished one is left as it is.
+
+    Args:
+        folder: The run.
+        store: Where its store is now; where it was when not given.
+        tensorboard: As of :func:`train_head`.
+        wandb: Likewise.
+        progress: Who to tell.
+
+    Raises:
+        InputError: No run of a head, another store, a damaged state, or one of another precision; or as of
+            :func:`train_head`.
+    """
+    work = _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb)
+    started, info = time.perf_counter(), read_info(folder, kind=KIND)
+    run = Run(folder=folder, info=info)
+    if info.kind != KIND:
+        raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
+    config = load_config(folder / "config.yaml")
+    if info.status == "finished":
+        work.progress.say(f"{folder} is finished already")
+        row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
+        return TrainResult(
+            run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row, seconds=0.0
+        )  # fmt: skip
+    prepared = prepare_training(config, store or Path(info.store), work.progress)
+    digest = prepared.labelled.store.key.digest
+    if digest != info.store_digest:
+        raise InputError(
+            "cannot resume", where=folder, got=f"store {digest}", wanted=f"store {info.store_digest}",
+            do="name the store that it was trained from with --store",
+        )  # fmt: skip
+    return work.train([work.go_on(prepared, run, config)], prepared, started=started)[0]
+
+
+def prepare_training(config: Config, store: Path | None, progress: Progress) -> Prepared:
+    """Read a store and put its splits where the training will be.
+
+    Args:
+        config: As of :func:`train_head`.
+        store: The store; the newest below ``data/cache`` when not given.
+        progress: Who to tell.
+
+    Raises:
+        InputError: As of :func:`train_head`, as far as the store and the configuration go.
+    """
     folder = find_store(store)
     device = pick_device(config.hardware.device)
     labelled = read_store(folder, config)
     progress.say(f"training from {folder} on {device.type}" + ("" if store else " (the newest store)"))
-    config = _settle_metric(resolve_config(config, labelled))
-    seed_everything(config.hardware.seed, deterministic=config.hardware.deterministic)
-    splits = place_splits(labelled, device)
-    _check_splits(splits, config, folder)
-    head = Head(config.fusion, config.hash, config.classifier, width=labelled.store.width).to(device)
-    head.fit_statistics(splits["train"].v_img, splits["train"].v_txt[:, 0])
-    for line in _notices(config):
+    config = settle(resolve_config(config, labelled))
+    splits = place_splits(labelled, config, device)
+    check_splits(splits, config, folder)
+    for line in notices(config):
         progress.say(line)
-    info = describe_run("train-head", config, labelled)
-    label = f"b{config.hash.bits}-{config.fusion.type}"
-    run = start_run(info, config, label=label, out=out, runs=runs, device=str(device), force=force)
-    keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=labelled.store.width)
-    with progress.task("epochs", config.training.num_epochs) as task:
-        result = fit(
-            head, splits["train"], config, monitor=_monitor(config, splits), on_epoch=_recorder(run.folder, keeper),
-            task=task, device=device,
-        )  # fmt: skip
-    head = load_head(keeper.best, device)
-    codes = _write_all_codes(run.folder, head, config, labelled, splits)
-    row = _classifier_row(run.folder, head, codes, splits["test"])
-    run = finish_run(run, [row])
-    return TrainResult(
-        run=run, fit=result, monitor=config.training.monitor, metrics=row, seconds=time.perf_counter() - started
-    )
+    return Prepared(config=config, labelled=labelled, splits=splits, device=device)
 
 
-def _settle_metric(config: Config) -> Config:
-    """Without a hash layer neighbours are found by cosine on z, and the saved configuration says so."""
-    if config.hash.bits or config.knn.distance_metric == "cosine":
-        return config
-    if "distance_metric" in config.knn.model_fields_set:
-        raise InputError(
-            "no hash layer", where="knn.distance_metric", got=config.knn.distance_metric, wanted="cosine with --bits 0",
-            do="leave it out, or give --bits 64",
-        )  # fmt: skip
-    return config.model_copy(update={"knn": config.knn.model_copy(update={"distance_metric": "cosine"})})
+def place_splits(labelled: LabelledStore, config: Config, device: torch.device) -> dict[str, Split]:
+    """The three splits on a device, in arrays that they share."""
+    arrays, listing = labelled.embeddings, labelled.listing
+    whole = Split.place(arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device)
+    splits = {split: whole.part(listing.rows(split)) for split in SPLITS}
+    if config.fusion.magnitude == "shuffled":
+        return {name: split.shuffle_magnitudes(config.hardware.seed) for name, split in splits.items()}
+    return splits
 
 
-def place_splits(labelled: LabelledStore, device: torch.device) -> dict[str, Split]:
-    """The three splits on a device."""
-    labels, arrays = labelled.listing.labels_matrix(), labelled.embeddings
-    placed = {}
-    for split in SPLITS:
-        rows = labelled.listing.rows(split)
-        placed[split] = Split.place(
-            arrays.v_img[rows], arrays.v_txt[rows], arrays.n_captions[rows], labels[rows], device
-        )
-    return placed
+def fit_statistics(head: BaseHead, train: Split) -> None:
+    """Give a head the mean and deviation of the log-norms of train, each image with its first caption."""
+    if train.stretch_img is None:
+        head.fit_statistics(train.v_img[train.rows], train.v_txt[train.rows, 0])
+    else:
+        parts = list(train.chunks())
+        head.fit_statistics(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
 
 
-def _check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None:
-    """Refuse what would only show after the first epoch."""
+def check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None:
+    """Refuse what would only show after the first epoch.
+
+    Raises:
+        InputError: No label in train or val, or fewer train images than a batch or a vote needs.
+    """
     for name in ("train", "val"):
-        if not splits[name].labels.any():
+        if not splits[name].own_labels.any():
             raise InputError(
                 f"no {name} image has a label", where=folder, got="all-zero labels", wanted="at least one",
                 do="give the manifest labels, or another split",
@@ -153,92 +257,57 @@ def _check_splits(splits: dict[str, Split], config: Config, folder: Path) -> Non
         )  # fmt: skip
 
 
-def _notices(config: Config) -> list[str]:
-    lines = []
-    inputs = config.fusion.inputs
-    if config.loss.cosine_weight > 0 and inputs != "both":
-        lines.append(
-            f"note: with --inputs {inputs} the cosine term would train on the other modality, so it takes no part: it"
-            " is logged, but alpha changes nothing"
-        )
-    elif config.loss.cosine_weight > 0 and config.fusion.adapter == "none":
-        lines.append(
-            "note: the towers are frozen and there is no adapter, so the cosine term has no trainable input: it is"
-            " logged, but alpha changes nothing (--adapter linear makes it live)"
-        )
-    if config.training.batch_size == 1 and config.hash.bits and config.hash.batch_norm:
-        lines.append(
-            "note: batch normalisation needs two images a batch, so --batch-size 1 is taken as 2 (--set"
-            " hash.batch_norm=false leaves it at 1)"
-        )
-    return lines
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a run goes."""
+
+    out: Path | None
+    runs: Path
+    force: bool
+    suffix: str = ""
 
 
-def _monitor(config: Config, splits: dict[str, Split]) -> Monitor:
-    """Val mAP of what the user will use: votes of train neighbours, or the classifier."""
-    train_labels, val_labels = (splits[name].labels.cpu().numpy() for name in ("train", "val"))
+class _Work:
+    """Begins, goes on with and finishes runs, and tells whoever wants to know."""
 
-    def by_classifier(head: Head) -> float:
-        _, logits = encode_split(head, splits["val"])
-        return mean_average_precision(logits.cpu().numpy(), val_labels)
+    def __init__(self, progress: Progress, *, tensorboard: bool, wandb: bool) -> None:
+        check_trackers(tensorboard=tensorboard, wandb=wandb)
+        self.progress, self._trackers = progress, {"tensorboard": tensorboard, "wandb": wandb}
 
-    def by_neighbours(head: Head) -> float:
-        base, query = (encode_split(head, splits[name])[0].cpu().numpy() for name in ("train", "val"))
-        packed = [pack_codes(binarise(soft)) if config.hash.bits else None for soft in (base, query)]
-        index = build_index(config.knn.distance_metric, packed=packed[0], soft=base)
-        found = index.search(packed=packed[1], soft=query, K=config.knn.K)
-        return mean_average_precision(vote(found, train_labels, config.knn), val_labels)
+    def begin(self, prepared: Prepared, place: _Place, config: Config) -> TrainingRun:
+        name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
+        run = start_run(
+            describe_run(KIND, config, prepared.labelled), config, label=name + place.suffix, out=place.out,
+            runs=place.runs, device=str(prepared.device), force=place.force,
+        )  # fmt: skip
+        return self._open(prepared, run, config, None)
 
-    return by_neighbours if config.training.monitor == "knn" else by_classifier
+    def go_on(self, prepared: Prepared, run: Run, config: Config) -> TrainingRun:
+        state = read_state(run.folder / STATE)
+        self.progress.say(f"going on after epoch {state.epoch}" if state else "no epoch was kept: from the start")
+        return self._open(prepared, mark(run, "running"), config, state)
 
+    def _open(self, prepared: Prepared, run: Run, config: Config, state: TrainingState | None) -> TrainingRun:
+        return TrainingRun(
+            run, config, prepared.make_head(config.hardware.seed), prepared.splits,
+            width=prepared.labelled.store.width, progress=self.progress, resumed=state,
+            trackers=open_trackers(run.folder, config, **self._trackers, say=self.progress.say),
+        )  # fmt: skip
 
-def _recorder(folder: Path, keeper: CheckpointKeeper) -> Any:  # noqa: ANN401
-    """After every epoch: a line of history and, if it is among the best, a checkpoint."""
-    history = folder / "history.jsonl"
-
-    def record(head: Head, row: dict[str, float]) -> None:
-        with history.open("a", encoding="utf-8") as stream:
-            # A step that the loss scaler of float16 skips has an infinite gradient norm, which JSON has no word for.
-            known = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            stream.write(json.dumps(known, allow_nan=False) + "\n")
-        keeper.offer(head, epoch=int(row["epoch"]), val_mAP=row["val_mAP"])
-
-    return record
-
-
-def _write_all_codes(
-    run: Path, head: Head, config: Config, labelled: LabelledStore, splits: dict[str, Split]
-) -> dict[str, Codes]:
-    codes = {}
-    for split in SPLITS:
-        soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, splits[split]))
-        codes[split] = Codes(
-            image_id=labelled.listing.image_ids[labelled.listing.rows(split)],
-            soft=soft,
-            packed=pack_codes(binarise(soft)) if config.hash.bits else None,
-            labels=splits[split].labels.cpu().numpy(),
-            logits=None if split == "train" else logits,
-        )
-        write_codes(run, split, codes[split])
-    return codes
+    def train(self, opened: Sequence[TrainingRun], prepared: Prepared, *, started: float) -> list[TrainResult]:
+        runs, epochs = [one.run for one in opened], prepared.config.training.num_epochs
+        with _marked(runs), self.progress.task("epochs", epochs) as task:
+            fits = fit([one.member for one in opened], prepared.splits["train"], prepared.config, task=task)
+            pairs = zip(opened, fits, strict=True)
+            return [one.finish(fitted, prepared.image_ids, started=started) for one, fitted in pairs]
 
 
-def _classifier_row(run: Path, head: Head, codes: dict[str, Codes], test: Split) -> dict[str, Any]:
-    for split in ("val", "test"):
-        probabilities = codes[split].probabilities
-        assert probabilities is not None
-        write_scores(run, "classifier", split, codes[split].image_id, probabilities)
-    row = classifier_row("test", codes["test"], val=codes["val"])
-    return {**row, "query_latency_ms": _latency_ms(head, test)}
-
-
-def _latency_ms(head: Head, split: Split) -> float:
-    """Mean time from one stored embedding to its scores, in milliseconds."""
-    times = []
-    with torch.inference_mode():
-        for row in range(min(LATENCY_QUERIES, len(split))):
-            started = time.perf_counter()
-            v_img, v_txt, _ = split.batch(torch.tensor([row], device=split.v_img.device), 0)
-            head(v_img, v_txt).logits.cpu()
-            times.append(time.perf_counter() - started)
-    return 1e3 * float(np.mean(times))
+@contextmanager
+def _marked(runs: Sequence[Run]) -> Iterator[None]:
+    """Runs that end before they are finished say so, and how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        for run in runs:
+            mark(run, "failed" if isinstance(error, InputError) else "interrupted")
+        raise

@@ -1,248 +1,222 @@
-"""The training loop of a head: tensors resident on the device, one gather a batch, no per-item loader.
+"""The training loop of heads: epochs of steps, each followed by a look at val.
 
-Symbols: N images, D embedding width, C classes.
+Symbols: R replicas, n images of train.
 """
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import InputError
-from ..heads.losses import class_balanced_weights, total_loss
-from ..heads.model import Head
+from ..heads.dropout import reseed_dropout
+from ..heads.model import BaseHead
 from .config import Config
-from .device import autocast
-from .optimisation import learning_rate, make_optimizer
 from .progress import Task
+from .replicas import Replicas
+from .splits import Split, all_finite, diverged
+from .step import Step, count_batches
+from .training_state import TrainingState, gather_state, restore_state
 
-Monitor = Callable[[Head], float]
-OnEpoch = Callable[[Head, dict[str, float]], None]
+Record = dict[str, float]
+Monitor = Callable[[BaseHead], Mapping[str, float]]
+OnEpoch = Callable[[BaseHead, Record], None]
+Keep = Callable[[TrainingState], None]
+
+NOTE_EVERY_S = 1.0
+# What is kept for a resumed training is as large as three heads: not after every epoch of a second.
+KEEP_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """One split, resident on a device.
+@dataclass(kw_only=True)
+class Member:
+    """One head in training, and who looks at it.
 
     Attributes:
-        v_img: Raw image embeddings ``(N, D)``, float16 or float32.
-        v_txt: Raw caption embeddings ``(N, 5, D)``.
-        n_captions: Real captions of each image ``(N,)`` int64.
-        labels: ``(N, C)`` uint8.
+        head: On the device of train, its block statistics fitted; trained in place.
+        seed: Of its draws: the order of images, captions and dropout.
+        monitor: Gives ``val_mAP`` of the head in ``eval()`` mode, and what else is to be recorded.
+        on_epoch: Called after every epoch with the head that was looked at and the epoch's record.
+        keep: Called now and then with all that is needed to go on from here.
+        resumed: Where to go on; None begins.
     """
 
-    v_img: Tensor
-    v_txt: Tensor
-    n_captions: Tensor
-    labels: Tensor
+    head: BaseHead
+    seed: int
+    monitor: Monitor
+    on_epoch: OnEpoch
+    keep: Keep | None = None
+    resumed: TrainingState | None = None
+    history: list[Record] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.v_img)
+    @property
+    def best(self) -> Record | None:
+        """The record of the best epoch, the first of equals."""
+        return max(self.history, key=lambda record: record["val_mAP"], default=None)
 
-    @classmethod
-    def place(
-        cls, v_img: npt.NDArray[Any], v_txt: npt.NDArray[Any], n_captions: npt.NDArray[Any],
-        labels: npt.NDArray[np.uint8], device: torch.device,
-    ) -> "Split":  # fmt: skip
-        """Put arrays onto a device once."""
-        return cls(
-            v_img=torch.from_numpy(v_img).to(device),
-            v_txt=torch.from_numpy(v_txt).to(device),
-            n_captions=torch.from_numpy(n_captions.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels).to(device),
-        )
-
-    def batch(self, rows: Tensor, caption: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image embeddings, one caption's embedding and labels of some rows, in float32."""
-        text = self.v_txt[rows, caption]
-        return self.v_img[rows].float(), text.float(), self.labels[rows].float()
+    def is_done(self, patience: int) -> bool:
+        """Whether val mAP has not risen for ``patience`` epochs; 0 is never."""
+        best = self.best
+        return bool(patience and best and self.history[-1]["epoch"] - best["epoch"] >= patience)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """How a training went: one record an epoch, the best epoch, and whether patience ended it."""
 
-    history: tuple[dict[str, float], ...]
+    history: tuple[Record, ...]
     best_epoch: int
     best_value: float
     stopped_early: bool
 
 
 def fit(
-    head: Head,
-    train: Split,
-    config: Config,
-    *,
-    monitor: Monitor,
-    on_epoch: OnEpoch,
-    task: Task,
-    device: torch.device,
-) -> FitResult:
-    """Train a head in place.
+    members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None
+) -> list[FitResult]:
+    """Train heads in place, several of one configuration in one pass.
 
     Args:
-        head: On ``device``, its block statistics fitted.
-        train: The train split on ``device``.
-        config: Loss, optimiser, scheduler, training and hardware sections are used.
-        monitor: Gives val mAP of the head in ``eval()`` mode; training stops when it has not risen for
-            ``early_stopping_patience`` epochs (0: never stops).
-        on_epoch: Called after every epoch with the head and the epoch's record.
+        members: The heads; with more than one, all begin or all go on after the same epoch.
+        train: The train split.
+        config: Loss, optimiser, scheduler, training and hardware sections are used; of ``hardware.seed`` each member
+            has its own.
         task: Counts epochs.
-        device: Where the tensors are.
+        stacked: Whether parameters of several heads lie side by side; as many heads as there are ask for by default.
+
+    Returns:
+        One result a member.
 
     Raises:
         InputError: Fewer images than a batch needs, or a loss or a head that is no longer finite.
     """
-    loop = _Loop(head, train, config, device)
-    history: list[dict[str, float]] = []
-    best_epoch, best_value = 0, -math.inf
-    patience = config.training.early_stopping_patience
-    for epoch in range(1, config.training.num_epochs + 1):
-        started = time.perf_counter()
-        record = {"epoch": float(epoch), **loop.run(epoch)}
-        record["train_s"] = time.perf_counter() - started
-        record["val_mAP"] = monitor(head)
-        record["epoch_s"] = time.perf_counter() - started
-        history.append(record)
-        on_epoch(head, record)
-        if record["val_mAP"] > best_value:
-            best_epoch, best_value = epoch, record["val_mAP"]
-        task.advance(1, f"loss {record['loss']:.4f}, val mAP {record['val_mAP']:.3f}, best {best_value:.3f}")
-        if patience and epoch - best_epoch >= patience:
+    stacked = len(members) > 1 if stacked is None else stacked
+    replicas = Replicas([member.head for member in members], stacked=stacked)
+    loop = _Loop(replicas, members, train, config)
+    first = loop.resume()
+    task.advance(first - 1)
+    patience, n_epochs = config.training.early_stopping_patience, config.training.num_epochs
+    kept_at = time.perf_counter()
+    for epoch in range(first, n_epochs + 1):
+        open_members = [member for member in members if not member.is_done(patience)]
+        if not open_members:
             break
-    return FitResult(
-        history=tuple(history), best_epoch=best_epoch, best_value=best_value,
-        stopped_early=len(history) < config.training.num_epochs,
-    )  # fmt: skip
+        started = time.perf_counter()
+        means = loop.run(epoch, task)
+        train_s = time.perf_counter() - started
+        for member, mean in zip(members, means, strict=True):
+            if member not in open_members:
+                continue
+            looked_at = time.perf_counter()
+            head = loop.evaluated(member)
+            record = {"epoch": float(epoch), **mean, "train_s": train_s, **member.monitor(head)}
+            record["epoch_s"] = train_s + time.perf_counter() - looked_at
+            member.history.append(record)
+            member.on_epoch(head, record)
+        task.advance(1, _note(open_members))
+        if time.perf_counter() - kept_at >= KEEP_EVERY_S:
+            loop.keep(epoch)
+            kept_at = time.perf_counter()
+    return [_result(member, n_epochs) for member in members]
 
 
 class _Loop:
     """One epoch at a time; the random draws of an epoch depend on the seed and the epoch alone."""
 
-    def __init__(self, head: Head, train: Split, config: Config, device: torch.device) -> None:
-        self._head, self._train, self._config, self._device = head, train, config, device
-        self._seed = config.hardware.seed
-        self._batches = count_batches(head, len(train), config.training.batch_size)
+    def __init__(self, replicas: Replicas, members: Sequence[Member], train: Split, config: Config) -> None:
+        self._replicas, self._members, self._train = replicas, members, train
+        self._batches = count_batches(members[0].head, len(train), config.training.batch_size)
         self._every = config.training.accumulation_steps
-        self._steps = math.ceil(self._batches / self._every)
-        self._epochs = config.scheduler.total_epochs or config.training.num_epochs
-        self._optimizer, self._peaks = make_optimizer(head, config.optimizer)
-        self._precision = autocast(device, config.training.mixed_precision)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.dtype == torch.float16)
-        balanced = config.loss.class_weights == "balanced"
-        counts = train.labels.sum(0, dtype=torch.float32) if balanced else None
-        self._pos_weight = None if counts is None else class_balanced_weights(counts, len(train))
-        self._step = 0
+        self._n_epochs = config.training.num_epochs
+        self._step = Step(replicas, train, config, steps=math.ceil(self._batches / self._every))
 
-    def run(self, epoch: int) -> dict[str, float]:
-        """Train one epoch; mean of each loss term, the last learning rate and the mean gradient norm."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        torch.manual_seed(self._seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._train), generator=generator)
-        draw = torch.rand(len(self._train), generator=generator).to(self._device)
-        caption = (draw * self._train.n_captions).long()
+    def resume(self) -> int:
+        """Go on from the members' states, where they have one; the first epoch to do."""
+        states = [member.resumed for member in self._members]
+        for place, (member, state) in enumerate(zip(self._members, states, strict=True)):
+            if state is not None:
+                restore_state(self._step, place, state)
+                member.history = [dict(record) for record in state.history]
+        return 1 + max((state.epoch for state in states if state is not None), default=0)
+
+    def run(self, epoch: int, task: Task) -> list[Record]:
+        """Train one epoch; mean of each loss term, the last learning rate and mean norms, of every member."""
+        drawn = [self._draw(member, epoch) for member in self._members]
+        order, caption = (torch.stack([one[at] for one in drawn]) for at in (0, 1))
+        if not self._replicas.stacked:
+            order, caption = order[0], caption[0]
+        self._replicas.train()
+        for member in self._members:
+            set_progress(member.head, (epoch - 1) / max(1, self._n_epochs - 1))
+        self._step.begin(epoch, order, caption)
+        sizes = [len(part) for part in torch.tensor_split(torch.empty(len(self._train)), self._batches)]
+        told = time.perf_counter()
+        for at in range(0, self._batches, self._every):
+            self._step.run(tuple(sizes[at : at + self._every]))
+            if time.perf_counter() - told >= NOTE_EVERY_S:
+                told = time.perf_counter()
+                task.advance(0, f"epoch {epoch}: batch {at:,} of {self._batches:,}")
+        return self._means(epoch)
+
+    def evaluated(self, member: Member) -> BaseHead:
+        """The head to look at: with a running average of the weights, the averaged one."""
+        return self._step.averaged(self._members.index(member))
+
+    def keep(self, epoch: int) -> None:
+        """Offer every member what a resumed training needs."""
+        for place, member in enumerate(self._members):
+            if member.keep is not None:
+                member.keep(gather_state(self._step, place, epoch, member.history))
+
+    def _draw(self, member: Member, epoch: int) -> tuple[Tensor, Tensor]:
+        seed = member.seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(seed)
+        reseed_dropout(member.head, seed)
+        order = torch.randperm(len(self._train), generator=generator).to(self._train.device)
+        draw = torch.rand(len(self._train), generator=generator).to(self._train.device)
         # Even batches: every image is seen, and none is left over for a batch of its own.
-        batches = torch.tensor_split(order.to(self._device), self._batches)
-        sums: dict[str, Tensor] = {}
-        self._head.train()
-        for number, rows in enumerate(batches):
-            terms = self._forward(rows, caption[rows])
-            first = number - number % self._every
-            group = min(self._every, self._batches - first)
-            self._scaler.scale(terms["loss"] / group).backward()  # type: ignore[no-untyped-call]
-            if number + 1 == first + group:
-                terms["grad_norm"] = self._update() * group
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self._device)) + value.detach()
-        means = {name: float(value) / self._batches for name, value in sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise _diverged("the loss is no longer finite", where=f"epoch {epoch}", got=means["loss"])
+        return order, (draw * self._train.captions_of).long()[order]
+
+    def _means(self, epoch: int) -> list[Record]:
+        means = self._step.means(self._batches)
+        table = torch.stack([value.reshape(-1) for value in means.values()]).tolist()
+        records = [dict(zip(means, column, strict=True)) for column in zip(*table, strict=True)]
+        for record in records:
+            if not math.isfinite(record["loss"]):
+                raise diverged("the loss is no longer finite", where=f"epoch {epoch}", got=record["loss"])
+            # A loss scaler looks for the largest scale that overflows nothing: then such a norm is no sign of anything.
+            if not math.isfinite(record["grad_norm"]) and not self._step.scaler.is_enabled():
+                raise diverged("the gradient is no longer finite", where=f"epoch {epoch}", got=record["grad_norm"])
+            record["lr"] = self._step.last_rates[0]
         # The loss of a batch is measured before its step: the last step of an epoch shows in the parameters alone.
-        if not all_finite(*self._head.parameters()):
-            raise _diverged("the head is no longer finite", where=f"epoch {epoch}", got="NaN or inf in its parameters")
-        return {**means, "lr": self._optimizer.param_groups[0]["lr"]}
-
-    def _forward(self, rows: Tensor, caption: Tensor) -> dict[str, Tensor]:
-        v_img, v_txt, y = self._train.batch(rows, caption)
-        with self._precision:
-            output = self._head(v_img, v_txt)
-        terms = total_loss(self._config.loss, output, y, self._pos_weight)
-        named = {"loss": terms.total, "bce": terms.bce, "cosine": terms.cosine, "hash": terms.hash}
-        parts = {"quant": terms.quant, "balance": terms.balance, "decorr": terms.decorr}
-        return {name: value for name, value in {**named, **parts}.items() if value is not None}
-
-    def _update(self) -> Tensor:
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = learning_rate(
-                self._step,
-                steps_per_epoch=self._steps,
-                epochs=self._epochs,
-                peak=peak,
-                schedule=self._config.scheduler,
-            )
-        self._scaler.unscale_(self._optimizer)
-        limit = self._config.training.gradient_clip_norm
-        norm = nn.utils.clip_grad_norm_(self._head.parameters(), math.inf if limit is None else limit)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._step += 1
-        return norm
+        if not all_finite(*self._replicas.parameters):
+            raise diverged("the head is no longer finite", where=f"epoch {epoch}", got="NaN or inf in its parameters")
+        return records
 
 
-@torch.inference_mode()
-def encode_split(head: Head, split: Split, *, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
-    """Features and logits of a whole split in ``eval()`` mode, from the first caption.
-
-    Returns:
-        Soft codes h ``(N, B)``, or z without hash layer, and logits ``(N, C)``, both float32 on the split's device.
-
-    Raises:
-        InputError: One of them is not finite: large parameters may still be numbers where what they give is none.
-    """
-    head.eval()
-    features, logits = [], []
-    for rows in torch.split(torch.arange(len(split), device=split.v_img.device), batch_size):
-        v_img, v_txt, _ = split.batch(rows, 0)
-        output = head(v_img, v_txt)
-        features.append((output.z if output.h is None else output.h).float())
-        logits.append(output.logits.float())
-    codes, scores = torch.cat(features), torch.cat(logits)
-    if not all_finite(codes, scores):
-        raise _diverged("the head gives no numbers", got="NaN or inf in codes or logits")
-    return codes, scores
+def set_progress(head: BaseHead, progress: float) -> None:
+    """Tell a head how much of its training is done, in [0, 1]: some parts of it change on the way."""
+    for part in head.children():
+        told = getattr(part, "set_progress", None)
+        if told is not None:
+            told(progress)
 
 
-def count_batches(head: nn.Module, n: int, batch_size: int) -> int:
-    """Batches of an epoch over n images, as even as can be.
-
-    With batch normalisation none has fewer than two images, because one has no statistics; a batch may then be larger
-    than ``batch_size`` by one, or by two where that is 1.
-
-    Raises:
-        InputError: n is less than one batch needs.
-    """
-    least = 2 if any(isinstance(module, nn.BatchNorm1d) for module in head.modules()) else 1
-    if n < least:
-        raise InputError(
-            "too few train images", got=n, wanted=f"at least {least} for a batch", do="add images to the manifest"
-        )
-    return max(1, min(math.ceil(n / batch_size), n // least))
+def _note(members: Sequence[Member]) -> str:
+    shown = []
+    for name in ("loss", "bce", "hash", "val_mAP"):
+        values = [member.history[-1][name] for member in members if name in member.history[-1]]
+        if values:
+            shown.append(f"{name.replace('_', ' ')} {sum(values) / len(values):.3f}")
+    best = max(record["val_mAP"] for member in members for record in member.history)
+    return f"{', '.join(shown)}, best {best:.3f}, {members[0].history[-1]['epoch_s']:.2f} s an epoch"
 
 
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether every value of every tensor is a number; one look at the device for all of them."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
-
-
-def _diverged(what: str, *, got: object, where: str | None = None) -> InputError:
-    return InputError(
-        what, where=where, got=got, wanted="numbers",
-        do="lower the learning rates, or check the store with `mmcli cache verify`",
+def _result(member: Member, n_epochs: int) -> FitResult:
+    best = member.best
+    assert best is not None
+    return FitResult(
+        history=tuple(member.history), best_epoch=int(best["epoch"]), best_value=best["val_mAP"],
+        stopped_early=len(member.history) < n_epochs,
     )  # fmt: skip

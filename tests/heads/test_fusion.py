@@ -10,6 +10,7 @@ import torch
 from mmcli import InputError
 from mmcli.heads.config import FusionConfig
 from mmcli.heads.decompose import decompose
+from mmcli.heads.dropout import Dropout
 from mmcli.heads.fusion import MIN_STD, Fusion, fusion_width
 
 D, N = 256, 400
@@ -159,7 +160,7 @@ def test_mlp_is_linear_activation_dropout_for_each_width() -> None:
     fusion = make_fusion(mlp_dims=(32, 16, 8), dropout=0.25, activation="gelu")
     kinds = [type(layer).__name__ for layer in fusion.mlp]
     assert kinds == ["Linear", "GELU", "Dropout"] * 3
-    assert {layer.p for layer in fusion.mlp if isinstance(layer, torch.nn.Dropout)} == {0.25}
+    assert {repr(layer) for layer in fusion.mlp if isinstance(layer, Dropout)} == {"Dropout(p=0.25)"}
     assert make_fusion(type="hadamard", mlp_dims=(32, 16, 8))(*make_pair(3)).z.shape == (3, 8)
 
 

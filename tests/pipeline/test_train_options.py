@@ -43,46 +43,42 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stage that writes down how it was called."""
+    """A stage that writes down which of its functions was called, and how."""
     from mmcli.pipeline import train_head
 
-    told = SimpleNamespace(config=None, words={})
+    told = SimpleNamespace(name=None, given=None, words={})
 
-    def call(config: object, **words: object) -> SimpleNamespace:
-        told.config, told.words = config, words
-        return SimpleNamespace(to_json=lambda: {"run": "x"}, summary=lambda: ["done"])
+    def take(name: str):
+        def call(given: object, **words: object) -> SimpleNamespace:
+            told.name, told.given = name, given
+            told.words = {key: value for key, value in words.items() if key != "progress"}
+            return SimpleNamespace(to_json=lambda: {"run": "x"}, summary=lambda: ["done"])
 
-    monkeypatch.setattr(train_head, "train_head", call)
+        return call
+
+    for name in ("train_head", "train_replicas", "resume_training"):
+        monkeypatch.setattr(train_head, name, take(name))
     return told
 
 
 def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None:
-    code, out, err = mmcli(
-        "train-head", "--seeds", 3, "--tensorboard", "--wandb", "--out", "o", "--force", "--store", "s", "--json"
-    )
+    others = ("--tensorboard", "--wandb", "--out", "o", "--force", "--store", "s", "--json")
+    code, out, err = mmcli("train-head", "--seeds", 3, *others)
     assert code == 0, err
     assert json.loads(out) == {"run": "x"}
-    words = {key: value for key, value in stage.words.items() if key != "progress"}
-    assert words == {
-        "seeds": 3, "resume": None, "tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s"),
-    }  # fmt: skip
+    words = {"tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s")}
+    assert (stage.name, stage.words) == ("train_replicas", {"seeds": 3, **words})
+    assert mmcli("train-head", *others)[0] == 0
+    assert (stage.name, stage.words) == ("train_head", words)
     assert mmcli("train-head")[0] == 0
-    words = {key: value for key, value in stage.words.items() if key != "progress"}
-    assert words == {
-        "seeds": 1,
-        "resume": None,
-        "tensorboard": False,
-        "wandb": False,
-        "out": None,
-        "force": False,
-        "store": None,
-    }
+    plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": None}
+    assert (stage.name, stage.words) == ("train_head", plain)
 
 
 def test_resume_takes_a_run_and_its_own_configuration(mmcli, stage: SimpleNamespace, tmp_path: Path) -> None:
     assert mmcli("train-head", "--resume", "runs/x", "--store", "s", "--wandb")[0] == 0
-    assert stage.words["resume"] == Path("runs/x")
-    assert stage.words["wandb"]
+    assert (stage.name, stage.given) == ("resume_training", Path("runs/x"))
+    assert stage.words == {"store": Path("s"), "tensorboard": False, "wandb": True}
     (tmp_path / "runs" / "x").mkdir(parents=True)
     config = load_config(options={"hash.bits": 128, "preset": "plan"})
     (tmp_path / "runs" / "x" / "config.yaml").write_text(dump_config(config))
@@ -97,4 +93,4 @@ def test_an_interrupted_run_is_configured_by_nothing_else(mmcli, stage: SimpleNa
     code, out, err = mmcli("train-head", "--resume", "runs/x", option, *([] if value is True else [value]))
     assert (code, out) == (2, "")
     assert f"--resume: got {option}" in err
-    assert stage.config is None
+    assert stage.name is None

@@ -1,0 +1,203 @@
+"""One optimiser step of a head: gather, forward, loss, backward, clip, update, with nothing fetched from the device.
+
+Everything that a step depends on lies on the device: the epoch's order, the place in it, the learning rates of its
+steps. So the same lines run eagerly on a CPU and are captured once into a CUDA graph on a GPU, where launching them one
+by one would take longer than computing them.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import InputError
+from ..heads.losses import class_balanced_weights
+from ..heads.model import BaseHead
+from .averages import Averages
+from .config import Config
+from .device import autocast
+from .optimisation import learning_rate, make_optimizer
+from .replicas import Replicas
+from .splits import Split
+
+# Steps that a GPU does one by one before they are captured, so that every buffer is there.
+WARM_UP = 3
+NORM_EPS = 1e-6
+
+
+class Step:
+    """The steps of an epoch, one after another.
+
+    Args:
+        members: The heads.
+        train: The train split.
+        config: Loss, optimiser, scheduler, training and hardware sections are used.
+        steps: Optimiser steps in an epoch.
+    """
+
+    def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int) -> None:
+        self.members, self._train, self._config = members, train, config
+        self._device, self._steps = train.device, steps
+        self._epochs = config.scheduler.total_epochs or config.training.num_epochs
+        self.optimizer, self._peaks = make_optimizer(members.groups(), config.optimizer, self._device)
+        self._precision = autocast(self._device, config.training.mixed_precision)
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.dtype == torch.float16)
+        decay = config.training.ema_decay
+        self.averages = None if decay is None else Averages(members, decay)
+        balanced = config.loss.class_weights == "balanced"
+        counts = train.own_labels.sum(0, dtype=torch.float32) if balanced else None
+        self._pos_weight = None if counts is None else class_balanced_weights(counts, len(train))
+        shape = (len(members),) if members.stacked else ()
+        self._order = torch.zeros((*shape, len(train)), dtype=torch.int64, device=self._device)
+        self._caption = torch.zeros_like(self._order)
+        self._rates = torch.zeros((steps, len(self._peaks)), device=self._device)
+        self.last_rates: list[float] = []
+        self._at = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._step = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._sums: dict[str, Tensor] = {}
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self._eager = 0
+
+    @property
+    def precision(self) -> str:
+        """The name of the precision that the forward pass computes in."""
+        return self._precision.name
+
+    def averaged(self, place: int) -> BaseHead:
+        """The head to evaluate: the running average where there is one."""
+        return (self.members if self.averages is None else self.averages).heads[place]
+
+    def prepare_moments(self) -> None:
+        """Make the optimiser's moments, which it makes itself in its first step, so that they can be filled."""
+        for parameter in self.members.parameters:
+            if parameter not in self.optimizer.state:
+                steps = torch.zeros((), device=self._device)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": steps, **moments}
+
+    def begin(self, epoch: int, order: Tensor, caption: Tensor) -> None:
+        """Set out on an epoch.
+
+        Args:
+            epoch: From 1 on.
+            order: Places in the split in the order of training, ``(n,)``, or ``(R, n)`` where stacked.
+            caption: Which caption goes with each, likewise.
+        """
+        first = (epoch - 1) * self._steps
+        rates = [
+            [
+                learning_rate(
+                    first + step, steps_per_epoch=self._steps, epochs=self._epochs, peak=peak,
+                    schedule=self._config.scheduler,
+                )
+                for peak in self._peaks
+            ]
+            for step in range(self._steps)
+        ]  # fmt: skip
+        self._rates.copy_(torch.tensor(rates))
+        self.last_rates = rates[-1]
+        self._order.copy_(order)
+        self._caption.copy_(caption)
+        self._at.zero_()
+        self._step.zero_()
+        for value in self._sums.values():
+            value.zero_()
+
+    def run(self, sizes: tuple[int, ...]) -> None:
+        """One step over batches of these sizes, whose gradients add up."""
+        if self._device.type != "cuda" or self.scaler.is_enabled():
+            self._body(sizes)
+        elif sizes in self._graphs:
+            self._graphs[sizes].replay()
+        elif self._eager < WARM_UP:
+            self._eager += 1
+            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                self._body(sizes)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self._body(sizes)
+            self._graphs[sizes] = graph
+            graph.replay()
+
+    def means(self, n_batches: int) -> dict[str, Tensor]:
+        """Mean of each term over the epoch's batches, and of the gradient's norms over its steps."""
+        norms = {name: value / self._steps for name, value in self._sums.items() if name.startswith("grad_norm")}
+        return {name: value / n_batches for name, value in self._sums.items()} | norms
+
+    def _body(self, sizes: tuple[int, ...]) -> None:
+        for size in sizes:
+            places = self._at + torch.arange(size, device=self._device)
+            at, caption = self._order[..., places], self._caption[..., places]
+            batch = self._train.batch(at, caption)
+            terms = self.members.losses(self._config.loss, batch, self._pos_weight, self._precision)
+            self.scaler.scale(terms["loss"].sum() / len(sizes)).backward()  # type: ignore[no-untyped-call]
+            self._count(terms)
+            self._at += size
+        self._set_rates()
+        self.scaler.unscale_(self.optimizer)
+        self._count(self._clip())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averages is not None:
+            self.averages.update()
+        self._step += 1
+
+    def _count(self, terms: Mapping[str, Tensor]) -> None:
+        for name, value in terms.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(value)
+            self._sums[name] += value.detach()
+
+    def _set_rates(self) -> None:
+        rates = self._rates[self._step]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"].copy_(rate)
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Shorten the gradient of every head to the norm asked for; the norms before that, of all and of the fusion."""
+        stacked = self.members.stacked
+        squares = []
+        for group in self.optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if stacked:
+                norms = [gradient.float().flatten(1).norm(dim=1) for gradient in gradients]
+            else:
+                norms = list(torch._foreach_norm(gradients))  # noqa: SLF001
+            squares.append(torch.stack(norms).square().sum(0))
+        norm = torch.stack(squares).sum(0).sqrt()
+        limit = self._config.training.gradient_clip_norm
+        if limit is not None:
+            self._shorten((limit / (norm + NORM_EPS)).clamp(max=1.0))
+        return {"grad_norm": norm, "grad_norm_fusion": squares[0].sqrt()}
+
+    def _shorten(self, factor: Tensor) -> None:
+        gradients = [parameter.grad for parameter in self.members.parameters if parameter.grad is not None]
+        if self.members.stacked:
+            factors = [factor.view(-1, *(1,) * (gradient.dim() - 1)) for gradient in gradients]
+            torch._foreach_mul_(gradients, factors)
+        else:
+            torch._foreach_mul_(gradients, factor)
+
+
+def count_batches(head: nn.Module, n: int, batch_size: int) -> int:
+    """Batches of an epoch over n images, as even as can be.
+
+    With batch normalisation none has fewer than two images, because one has no statistics; a batch may then be larger
+    than ``batch_size`` by one, or by two where that is 1.
+
+    Raises:
+        InputError: n is less than one batch needs.
+    """
+    least = 2 if any(isinstance(module, nn.BatchNorm1d) for module in head.modules()) else 1
+    if n < least:
+        raise InputError(
+            "too few train images", got=n, wanted=f"at least {least} for a batch", do="add images to the manifest"
+        )
+    return max(1, min(math.ceil(n / batch_size), n // least))

@@ -1,0 +1,173 @@
+"""One run of ``train-head``: its folder, what is written after every epoch, and what is written at the end."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import RenderableType
+
+from ..heads.hashing import binarise, pack_codes
+from ..heads.model import BaseHead
+from .checkpoint import CheckpointKeeper, load_head
+from .codes import SPLITS, Codes, write_codes
+from .config import Config
+from .evaluation import classifier_row, write_scores
+from .files import write_text
+from .model_folder import write_model_folder
+from .monitor import Alarm, Monitor
+from .progress import Progress
+from .runs import Run, finish_run
+from .splits import Split, encode_split
+from .tables import metrics_table
+from .trackers import Tracker
+from .trainer import FitResult, Member
+from .training_state import STATE, TrainingState, write_state
+
+LATENCY_QUERIES = 100
+HISTORY = "history.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run, how its training went, what chose the best epoch, and the classifier's row of metrics."""
+
+    run: Run
+    fit: FitResult
+    monitor: str
+    metrics: dict[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        return {
+            "run": str(self.run.folder), "store": self.run.info.store, "preset": self.run.info.preset,
+            "seed": self.run.info.seed, "epochs": len(self.fit.history), "best_epoch": self.fit.best_epoch,
+            "best_val_mAP": self.fit.best_value, "monitor": self.monitor, "stopped_early": self.fit.stopped_early,
+            "seconds": self.seconds, **self.metrics,
+        }  # fmt: skip
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        ended = "stopped early" if self.fit.stopped_early else "all epochs done"
+        how = f"{len(self.fit.history)} epochs in {self.seconds:.1f} s ({ended})"
+        best = f"best val mAP of the {self.monitor} {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}"
+        return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
+
+
+class TrainingRun:
+    """A run that is under way.
+
+    Args:
+        run: Its folder.
+        config: The resolved configuration, with the run's own seed.
+        head: To be trained.
+        splits: Of the store.
+        trackers: Who else is told of every epoch.
+        progress: Who is told of a collapse.
+        resumed: Where to go on; None begins.
+    """
+
+    def __init__(
+        self, run: Run, config: Config, head: BaseHead, splits: Mapping[str, Split], *, width: int,
+        trackers: Sequence[Tracker], progress: Progress, resumed: TrainingState | None = None,
+    ) -> None:  # fmt: skip
+        self.run, self._config, self._splits = run, config, splits
+        self._trackers, self._progress = trackers, progress
+        self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
+        monitor = Monitor(config, splits["train"], splits["val"])
+        saturates = config.hash.activation == "tanh"
+        self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior)
+        if resumed is not None:
+            self._keeper.take_up(resumed.epoch)
+            write_text(run.folder / HISTORY, "".join(map(_line, resumed.history)))
+        self.member = Member(
+            head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=self._record, resumed=resumed,
+            keep=lambda state: write_state(run.folder / STATE, state),
+        )  # fmt: skip
+
+    def _record(self, head: BaseHead, record: Mapping[str, float]) -> None:
+        with (self.run.folder / HISTORY).open("a", encoding="utf-8") as stream:
+            stream.write(_line(record))
+        self._keeper.offer(head, epoch=int(record["epoch"]), val_mAP=record["val_mAP"])
+        for tracker in self._trackers:
+            tracker.epoch(record)
+        for line in self._alarm.lines(record):
+            self._progress.say(line)
+
+    def finish(self, fit: FitResult, image_ids: Mapping[str, Any], *, started: float) -> TrainResult:
+        """Write codes, scores, metrics and the model folder of the best epoch, then mark the run as finished.
+
+        Args:
+            fit: How the training went.
+            image_ids: Of every split, ``(n,)`` int64.
+            started: When, on ``time.perf_counter``.
+        """
+        folder, config = self.run.folder, self._config
+        head = load_head(self._keeper.best, self._splits["test"].device)
+        codes = {split: self._write_codes(head, split, image_ids[split]) for split in SPLITS}
+        row = _classifier_row(folder, head, codes, self._splits["test"])
+        write_model_folder(folder, head, config, row)
+        run = finish_run(self.run, [row])
+        (folder / STATE).unlink(missing_ok=True)
+        for tracker in self._trackers:
+            tracker.finish(row)
+        seconds = time.perf_counter() - started
+        return TrainResult(run=run, fit=fit, monitor=config.training.monitor, metrics=row, seconds=seconds)
+
+    def _write_codes(self, head: BaseHead, split: str, image_id: Any) -> Codes:  # noqa: ANN401
+        soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self._splits[split]))
+        codes = Codes(
+            image_id=image_id, soft=soft, packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
+            labels=self._splits[split].own_labels.cpu().numpy(), logits=None if split == "train" else logits,
+        )  # fmt: skip
+        write_codes(self.run.folder, split, codes)
+        return codes
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The configuration of a replica."""
+    return config.model_copy(update={"hardware": config.hardware.model_copy(update={"seed": seed})})
+
+
+def read_fit(run: Run, config: Config) -> FitResult:
+    """How the training of a finished run went."""
+    text = (run.folder / HISTORY).read_text(encoding="utf-8")
+    history = tuple(json.loads(line) for line in text.splitlines())
+    best = max(history, key=lambda record: record["val_mAP"])
+    return FitResult(
+        history=history, best_epoch=int(best["epoch"]), best_value=best["val_mAP"],
+        stopped_early=len(history) < config.training.num_epochs,
+    )  # fmt: skip
+
+
+def _line(record: Mapping[str, float]) -> str:
+    # A step that the loss scaler of float16 skips has an infinite gradient norm, which JSON has no word for.
+    known = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    return json.dumps(known, allow_nan=False) + "\n"
+
+
+def _classifier_row(run: Path, head: BaseHead, codes: Mapping[str, Codes], test: Split) -> dict[str, Any]:
+    for split in ("val", "test"):
+        probabilities = codes[split].probabilities
+        assert probabilities is not None
+        write_scores(run, "classifier", split, codes[split].image_id, probabilities)
+    row = classifier_row("test", codes["test"], val=codes["val"])
+    return {**row, "query_latency_ms": _latency_ms(head, test)}
+
+
+def _latency_ms(head: BaseHead, split: Split) -> float:
+    """Mean time from one stored embedding to its scores, in milliseconds."""
+    times = []
+    with torch.inference_mode():
+        for row in range(min(LATENCY_QUERIES, len(split))):
+            started = time.perf_counter()
+            v_img, v_txt, _ = split.batch(torch.tensor([row], device=split.device), 0)
+            head(v_img, v_txt).logits.cpu()
+            times.append(time.perf_counter() - started)
+    return 1e3 * float(np.mean(times))

@@ -1,0 +1,124 @@
+"""All that a training needs to go on after it was killed, as one file that is whole or absent.
+
+Weights, statistics, the optimiser's moments and the records of the epochs so far. Draws need no state: those of an
+epoch depend on the seed and the epoch alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import InputError
+from .files import write_whole
+
+if TYPE_CHECKING:
+    from .step import Step
+
+STATE = "training.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a training of one head stands.
+
+    Attributes:
+        epoch: Epochs that are done.
+        history: Their records.
+        tensors: Weights, averages and moments by name, on the CPU.
+        precision: What the forward pass computes in; a training that goes on in another gives other weights.
+        scaler: State of the loss scaler; empty where there is none.
+    """
+
+    epoch: int
+    history: Sequence[Mapping[str, float]]
+    tensors: Mapping[str, Tensor]
+    precision: str
+    scaler: Mapping[str, Any]
+
+
+def gather_state(step: "Step", place: int, epoch: int, history: Sequence[Mapping[str, float]]) -> TrainingState:
+    """The state of one head of a training."""
+    tensors = {name: value.detach().cpu().clone() for name, value in _views(step, place).items()}
+    return TrainingState(
+        epoch=epoch, history=tuple(dict(record) for record in history), tensors=tensors, precision=step.precision,
+        scaler=step.scaler.state_dict(),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def restore_state(step: "Step", place: int, state: TrainingState) -> None:
+    """Put the state of one head back.
+
+    Raises:
+        InputError: It is of another head, or was computed in another precision.
+    """
+    if state.precision != step.precision:
+        raise InputError(
+            "cannot resume", got=f"a training in {state.precision}", wanted=f"one in {step.precision}, as this machine",
+            do="resume it where it was begun, or train again",
+        )  # fmt: skip
+    step.prepare_moments()
+    views = _views(step, place)
+    if views.keys() != state.tensors.keys() or any(views[name].shape != state.tensors[name].shape for name in views):
+        raise InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
+    for name, view in views.items():
+        view.copy_(state.tensors[name])
+    if state.scaler:
+        step.scaler.load_state_dict(dict(state.scaler))
+
+
+def write_state(path: Path, state: TrainingState) -> None:
+    """Write a state, whole or not at all."""
+    note = {
+        "epoch": str(state.epoch), "history": json.dumps(state.history), "precision": state.precision,
+        "scaler": json.dumps(state.scaler),
+    }  # fmt: skip
+    write_whole(path, lambda temporary: save_file(dict(state.tensors), temporary, metadata=note))
+
+
+def read_state(path: Path) -> TrainingState | None:
+    """Read a state; None where there is no file.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            return TrainingState(
+                epoch=int(note["epoch"]), history=tuple(json.loads(note["history"])), precision=note["precision"],
+                scaler=json.loads(note["scaler"]),
+                tensors={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+            )  # fmt: skip
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(
+            "damaged training state", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+            do="remove it to train from the start, with `mmcli train-head --resume`",
+        ) from None  # fmt: skip
+
+
+def _views(step: "Step", place: int) -> dict[str, Tensor]:
+    """Everything of one head that a step changes, by name."""
+    members = step.members
+    views = {f"head.{name}": value for name, value in members.heads[place].state_dict().items()}
+    for name, parameter in zip(members.names, members.parameters, strict=True):
+        moments = step.optimizer.state.get(parameter, {})
+        for moment in _MOMENTS:
+            if moment in moments:
+                views[f"adam.{moment}.{name}"] = moments[moment][place] if members.stacked else moments[moment]
+        if "step" in moments:
+            views[f"adam.step.{name}"] = moments["step"]
+    if step.averages is not None:
+        views |= {f"average.{name}": value for name, value in step.averages.heads[place].state_dict().items()}
+        views["average.taken"] = step.averages.taken
+    return views
