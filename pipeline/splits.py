@@ -139,9 +139,12 @@ def _norms(values: Tensor, at: tuple[Tensor, ...]) -> Tensor:
 
 
 def _others(norms: Tensor, generator: torch.Generator) -> Tensor:
-    """What each vector is multiplied with to get the norm of another."""
-    order = torch.randperm(len(norms), generator=generator).to(norms.device)
-    return torch.where(norms > 0, norms[order] / norms.clamp_min(1e-12), 1.0)
+    """What each vector is multiplied with to get the norm of another; zero vectors take no part."""
+    some = norms.nonzero()[:, 0]
+    order = torch.randperm(len(some), generator=generator).to(norms.device)
+    factors = torch.ones_like(norms)
+    factors[some] = norms[some[order]] / norms[some]
+    return factors
 
 
 @torch.inference_mode()

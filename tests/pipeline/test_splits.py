@@ -73,7 +73,7 @@ def test_shuffled_magnitudes_keep_directions_and_the_set_of_norms() -> None:
     images = [one.batch(at, 0)[0].norm(dim=1) for one in (part, shuffled)]
     nonzero = images[0] > 0
     assert images[1][~nonzero].tolist() == [0.0]
-    assert set(np.round(images[1][nonzero].tolist(), 3)) <= set(np.round(images[0].tolist(), 3))
+    torch.testing.assert_close(images[0].sort().values, images[1].sort().values, rtol=1e-4, atol=1e-4)
     again = part.shuffle_magnitudes(1).batch(at, 0)[0]
     assert torch.equal(again, shuffled.batch(at, 0)[0])
     assert not torch.equal(part.shuffle_magnitudes(2).batch(at, 0)[0], again)
