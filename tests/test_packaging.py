@@ -50,8 +50,14 @@ def wheel(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def rooms(repo: Path) -> list[Path]:
+    """Every folder of source below the root."""
+    found = (path.parent for room in ("pipeline", "cache", "heads") for path in (repo / room).rglob("__init__.py"))
+    return sorted(found)
+
+
 def test_packages_are_the_folders(repo: Path, project: dict) -> None:
-    folders = {f"mmcli.{path.parent.name}" for path in repo.glob("*/__init__.py") if path.parent.name != "tests"}
+    folders = {"mmcli." + ".".join(folder.relative_to(repo).parts) for folder in rooms(repo)}
     assert set(project["tool"]["setuptools"]["packages"]) == {"mmcli"} | folders
 
 
@@ -68,8 +74,8 @@ def test_wheel_owns_one_name_and_holds_every_module(repo: Path, wheel: Path) -> 
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mmcli"}
     modules = {
         f"mmcli/{path.relative_to(repo)}"
-        for folder in ("", "pipeline", "cache", "heads")
-        for path in (repo / folder).glob("*.py")
+        for folder in (repo, *rooms(repo))
+        for path in folder.glob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
     assert "mmcli/py.typed" in names

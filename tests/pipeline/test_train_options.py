@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmcli import cli
+from mmcli.pipeline.commands.options import FLAGS
 from mmcli.pipeline.config import dump_config, load_config
 
 OPTIONS = {
@@ -38,7 +38,7 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
     got, plain = flat(json.loads(out)), flat(load_config().model_dump(mode="json"))
     assert {k for k in got if got[k] != plain[k]} == {key} | FOLLOWS.get(option, set())
     assert got[key] == value
-    assert cli.FLAGS[key] == option
+    assert FLAGS[key] == option
 
 
 @pytest.fixture
