@@ -41,7 +41,7 @@ class Step:
         self._device, self._steps = train.device, steps
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
         self.optimizer, self._peaks = make_optimizer(members.groups(), config.optimizer, self._device)
-        self._precision = autocast(self._device, config.training.mixed_precision)
+        self._precision = autocast(self._device, config.training.mixed_precision, on_cpu=True)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.dtype == torch.float16)
         decay = config.training.ema_decay
         self.averages = None if decay is None else Averages(members, decay)

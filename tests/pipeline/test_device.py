@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmcli.pipeline.device import seed_everything
+from mmcli.pipeline.device import autocast, seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +46,20 @@ def test_the_deterministic_mode_is_that_of_the_option(mmcli, here) -> None:
         )
         assert code == 0, err
         assert torch.are_deterministic_algorithms_enabled() == wanted
+
+
+@pytest.mark.parametrize(
+    ("amx", "options", "wanted"),
+    [
+        (True, {"on_cpu": True}, "bfloat16"),
+        (True, {}, "float32"),
+        (True, {"on_cpu": True, "enabled": False}, "float32"),
+        (False, {"on_cpu": True}, "float32"),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_has_amx_and_is_asked(monkeypatch, amx: bool, options, wanted: str) -> None:
+    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: amx)
+    precision = autocast(torch.device("cpu"), **options)
+    assert precision.name == wanted
+    with precision:
+        assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{wanted}"

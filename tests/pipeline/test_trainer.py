@@ -489,3 +489,14 @@ def test_the_state_of_another_head_is_refused(tmp_path: Path, monkeypatch) -> No
     with pytest.raises(InputError, match="damaged training state"):
         read_state(tmp_path / "a")
     assert read_state(tmp_path / "absent") is None
+
+
+def test_mixed_precision_trains_float32_weights_to_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: True)
+    losses = {}
+    for mixed in (True, False):
+        head, result = run(load_config(options={**SMALL, "training.mixed_precision": mixed}))
+        losses[mixed] = [record["loss"] for record in result.history]
+        assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
