@@ -157,7 +157,12 @@ class Fusion(nn.Module):
         if not self.needs_statistics:
             return
         columns = [torch.cat([decompose(part).m for part in torch.split(v, CHUNK_ROWS)]) for v in (v_img, v_txt)]
-        m = torch.stack(columns, dim=-1).double()
+        self.fit_log_norms(torch.stack(columns, dim=-1))
+
+    @torch.no_grad()
+    def fit_log_norms(self, m: Tensor) -> None:
+        """As :meth:`fit`, from log-norms that are known: ``(N, 2)``, image then caption."""
+        m = m.double()
         self.set_statistics(m.mean(0), m.std(0, correction=0))
 
     @torch.no_grad()

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import OptimizerConfig, SchedulerConfig
+
+EPS = 1e-8
 
 
 def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, schedule: SchedulerConfig) -> float:
@@ -30,23 +33,55 @@ def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, 
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(
-    parts: Mapping[str, list[Tensor]], config: OptimizerConfig, device: torch.device
-) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW with one group per part of the head, whose learning rates are tensors; the peak rates in the groups' order.
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019), one fused kernel a part of the head: ``torch.optim.AdamW``'s numbers.
+
+    torch's own imports its compiler when it is made, a second of a process that lives for a few, and asks its hooks in
+    every step. A loss scaler finds here what it looks for in an optimiser.
 
     Args:
         parts: Parameters of ``fusion``, ``hash`` and ``classifier``; a part without any is left out.
         config: The optimiser section.
-        device: Where the parameters are.
+
+    Attributes:
+        param_groups: One a part: its name, ``params``, and ``lr``, a scalar tensor that can be filled on the device.
+        peaks: The highest learning rate of each group.
+        state: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter.
     """
-    rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
-    used = {name: parameters for name, parameters in parts.items() if parameters}
-    groups = [
-        {"params": parameters, "lr": torch.tensor(rates[name], device=device)} for name, parameters in used.items()
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, betas=config.betas, weight_decay=config.weight_decay, fused=device.type in {"cpu", "cuda"},
-        capturable=device.type == "cuda",
-    )  # fmt: skip
-    return optimizer, [rates[name] for name in used]
+
+    def __init__(self, parts: Mapping[str, list[Tensor]], config: OptimizerConfig) -> None:
+        rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
+        self._betas, self._decay = config.betas, config.weight_decay
+        used = {name: parameters for name, parameters in parts.items() if parameters}
+        self.param_groups: list[dict[str, Any]] = [
+            {"name": name, "params": parameters, "lr": torch.tensor(rates[name], device=parameters[0].device)}
+            for name, parameters in used.items()
+        ]
+        self.peaks = [rates[name] for name in used]
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            parameter: {
+                "step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameters in used.values()
+            for parameter in parameters
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [one for one in group["params"] if one.grad is not None]
+            states = [self.state[one] for one in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters, [one.grad for one in parameters], [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states], [], steps, lr=group["lr"], beta1=self._betas[0],
+                beta2=self._betas[1], weight_decay=self._decay, eps=EPS, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.state:
+            parameter.grad = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import InputError
+from ..heads.decompose import EPS
 from ..heads.model import BaseHead
 
 CHUNK_ROWS = 4096
@@ -27,6 +28,8 @@ class Split:
         v_txt: Raw caption embeddings ``(N, 5, D)``.
         n_captions: Real captions of each image ``(N,)`` int64.
         labels: ``(N, C)`` uint8.
+        norm_img: Norms of image embeddings ``(N,)`` float32.
+        norm_txt: Norms of caption embeddings ``(N, 5)`` float32.
         rows: Which rows are this split's, ``(n,)`` int64, in manifest order.
         stretch_img: What image embeddings are multiplied with ``(N,)`` float32; None for nothing.
         stretch_txt: Likewise of captions ``(N, 5)``.
@@ -36,6 +39,8 @@ class Split:
     v_txt: Tensor
     n_captions: Tensor
     labels: Tensor
+    norm_img: Tensor
+    norm_txt: Tensor
     rows: Tensor
     stretch_img: Tensor | None = None
     stretch_txt: Tensor | None = None
@@ -52,6 +57,7 @@ class Split:
     def place(
         cls, v_img: npt.NDArray[Any], v_txt: npt.NDArray[Any], n_captions: npt.NDArray[Any],
         labels: npt.NDArray[np.uint8], device: torch.device, rows: npt.NDArray[np.int64] | None = None,
+        norms: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
     ) -> "Split":  # fmt: skip
         """Put arrays onto a device once; a CPU reads them where they are.
 
@@ -62,11 +68,14 @@ class Split:
             labels: ``(N, C)`` uint8.
             device: Where to.
             rows: Those of the split; all when not given.
+            norms: ``(N,)`` of images and ``(N, 5)`` of captions, as a store has them; computed when not given.
         """
+        norms = (_norms(v_img), _norms(v_txt)) if norms is None else norms
+        norm_img, norm_txt = (torch.from_numpy(one.astype(np.float32)).to(device) for one in norms)
         return cls(
             v_img=torch.from_numpy(v_img).to(device), v_txt=torch.from_numpy(v_txt).to(device),
             n_captions=torch.from_numpy(n_captions.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels).to(device),
+            labels=torch.from_numpy(labels).to(device), norm_img=norm_img, norm_txt=norm_txt,
             rows=torch.arange(len(v_img), device=device) if rows is None else torch.from_numpy(rows).to(device),
         )  # fmt: skip
 
@@ -128,14 +137,20 @@ class Split:
         stretch_txt = torch.ones(self.v_txt.shape[:2], device=self.device)
         real = torch.arange(self.v_txt.shape[1], device=self.device) < self.captions_of[:, None]
         rows, captions = self.rows[real.nonzero()[:, 0]], real.nonzero()[:, 1]
-        stretch_img[self.rows] = _others(_norms(self.v_img, (self.rows,)), generator)
-        stretch_txt[rows, captions] = _others(_norms(self.v_txt, (rows, captions)), generator)
-        return replace(self, stretch_img=stretch_img, stretch_txt=stretch_txt)
+        stretch_img[self.rows] = _others(self.norm_img[self.rows], generator)
+        stretch_txt[rows, captions] = _others(self.norm_txt[rows, captions], generator)
+        norms = {"norm_img": self.norm_img * stretch_img, "norm_txt": self.norm_txt * stretch_txt}
+        return replace(self, stretch_img=stretch_img, stretch_txt=stretch_txt, **norms)
+
+    def log_norms(self) -> Tensor:
+        """M of every image and its first caption, ``(n, 2)`` float32, as the head will see them at the start."""
+        norms = torch.stack([self.norm_img[self.rows], self.norm_txt[self.rows, 0]], dim=-1)
+        return torch.log(norms + EPS)
 
 
-def _norms(values: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    parts = zip(*(torch.split(index, CHUNK_ROWS) for index in at), strict=True)
-    return torch.cat([torch.linalg.vector_norm(values[part].float(), dim=-1) for part in parts])
+def _norms(v: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    squares: npt.NDArray[np.float32] = np.einsum("...d,...d->...", v, v, dtype=np.float32)
+    return np.sqrt(squares)
 
 
 def _others(norms: Tensor, generator: torch.Generator) -> Tensor:

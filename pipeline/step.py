@@ -17,7 +17,7 @@ from ..heads.model import BaseHead
 from .averages import Averages
 from .config import Config
 from .device import autocast
-from .optimisation import learning_rate, make_optimizer
+from .optimisation import AdamW, learning_rate
 from .replicas import Replicas
 from .splits import Split
 
@@ -40,7 +40,7 @@ class Step:
         self.members, self._train, self._config = members, train, config
         self._device, self._steps = train.device, steps
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
-        self.optimizer, self._peaks = make_optimizer(members.groups(), config.optimizer, self._device)
+        self.optimizer = AdamW(members.groups(), config.optimizer)
         self._precision = autocast(self._device, config.training.mixed_precision, on_cpu=True)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.dtype == torch.float16)
         decay = config.training.ema_decay
@@ -51,7 +51,7 @@ class Step:
         shape = (len(members),) if members.stacked else ()
         self._order = torch.zeros((*shape, len(train)), dtype=torch.int64, device=self._device)
         self._caption = torch.zeros_like(self._order)
-        self._rates = torch.zeros((steps, len(self._peaks)), device=self._device)
+        self._rates = torch.zeros((steps, len(self.optimizer.peaks)), device=self._device)
         self.last_rates: list[float] = []
         self._at = torch.zeros((), dtype=torch.int64, device=self._device)
         self._step = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -68,14 +68,6 @@ class Step:
         """The head to evaluate: the running average where there is one."""
         return (self.members if self.averages is None else self.averages).heads[place]
 
-    def prepare_moments(self) -> None:
-        """Make the optimiser's moments, which it makes itself in its first step, so that they can be filled."""
-        for parameter in self.members.parameters:
-            if parameter not in self.optimizer.state:
-                steps = torch.zeros((), device=self._device)
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": steps, **moments}
-
     def begin(self, epoch: int, order: Tensor, caption: Tensor) -> None:
         """Set out on an epoch.
 
@@ -91,7 +83,7 @@ class Step:
                     first + step, steps_per_epoch=self._steps, epochs=self._epochs, peak=peak,
                     schedule=self._config.scheduler,
                 )
-                for peak in self._peaks
+                for peak in self.optimizer.peaks
             ]
             for step in range(self._steps)
         ]  # fmt: skip
@@ -140,11 +132,11 @@ class Step:
             self._count(terms)
             self._at += size
         self._set_rates()
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         self._count(self._clip())
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.averages is not None:
             self.averages.update()
         self._step += 1

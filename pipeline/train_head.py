@@ -13,7 +13,7 @@ import torch
 from rich.console import RenderableType
 
 from .. import InputError
-from ..heads.model import BaseHead, make_head
+from ..heads.model import BaseHead, Head, make_head
 from .codes import SPLITS
 from .config import Config, load_config
 from .device import pick_device, seed_everything
@@ -221,7 +221,10 @@ def prepare_training(config: Config, store: Path | None, progress: Progress) -> 
 def place_splits(labelled: LabelledStore, config: Config, device: torch.device) -> dict[str, Split]:
     """The three splits on a device, in arrays that they share."""
     arrays, listing = labelled.embeddings, labelled.listing
-    whole = Split.place(arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device)
+    whole = Split.place(
+        arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device,
+        norms=(arrays.norm_img, arrays.norm_txt),
+    )  # fmt: skip
     splits = {split: whole.part(listing.rows(split)) for split in SPLITS}
     if config.fusion.magnitude == "shuffled":
         return {name: split.shuffle_magnitudes(config.hardware.seed) for name, split in splits.items()}
@@ -230,11 +233,8 @@ def place_splits(labelled: LabelledStore, config: Config, device: torch.device) 
 
 def fit_statistics(head: BaseHead, train: Split) -> None:
     """Give a head the mean and deviation of the log-norms of train, each image with its first caption."""
-    if train.stretch_img is None:
-        head.fit_statistics(train.v_img[train.rows], train.v_txt[train.rows, 0])
-    else:
-        parts = list(train.chunks())
-        head.fit_statistics(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+    if isinstance(head, Head):
+        head.fusion.fit_log_norms(train.log_norms())
 
 
 def check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None:

@@ -65,7 +65,6 @@ def restore_state(step: "Step", place: int, state: TrainingState) -> None:
             "cannot resume", got=f"a training in {state.precision}", wanted=f"one in {step.precision}, as this machine",
             do="resume it where it was begun, or train again",
         )  # fmt: skip
-    step.prepare_moments()
     views = _views(step, place)
     if views.keys() != state.tensors.keys() or any(views[name].shape != state.tensors[name].shape for name in views):
         raise InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
@@ -112,12 +111,10 @@ def _views(step: "Step", place: int) -> dict[str, Tensor]:
     members = step.members
     views = {f"head.{name}": value for name, value in members.heads[place].state_dict().items()}
     for name, parameter in zip(members.names, members.parameters, strict=True):
-        moments = step.optimizer.state.get(parameter, {})
+        moments = step.optimizer.state[parameter]
+        views[f"adam.step.{name}"] = moments["step"]
         for moment in _MOMENTS:
-            if moment in moments:
-                views[f"adam.{moment}.{name}"] = moments[moment][place] if members.stacked else moments[moment]
-        if "step" in moments:
-            views[f"adam.step.{name}"] = moments["step"]
+            views[f"adam.{moment}.{name}"] = moments[moment][place] if members.stacked else moments[moment]
     if step.averages is not None:
         views |= {f"average.{name}": value for name, value in step.averages.heads[place].state_dict().items()}
         views["average.taken"] = step.averages.taken

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Json, Quiet, finish, make_progress, read_config
+from .options import (
+    ConfigFile,
+    Device,
+    Json,
+    PresetName,
+    Quiet,
+    Set,
+    finish,
+    make_progress,
+    read_config,
+)
 
 
 def bench_extract(
@@ -26,6 +36,29 @@ def bench_extract(
 
     result = stage(
         resolved, checkpoint=model, images=images, n_images=n_images, n_captions=n_captions, repeats=repeats,
+        progress=make_progress(quiet),
+    )  # fmt: skip
+    finish(result.to_json(), json_, *result.summary())
+
+
+def bench_train(
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits of the code [default: 64].")] = None,
+    n_train: Annotated[int | None, typer.Option("--n-train", min=2048, help="Train images of the made store [default: COCO's 113,287].")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of a round at batch 64.")] = 150,
+    replicas: Annotated[int, typer.Option("--replicas", min=2, help="Heads that train in one pass.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
+    preset: PresetName = None,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Store to train from [default: one that is made, of COCO's size].")] = None,
+    device: Device = None, config: ConfigFile = None, set_: Set = None,
+    json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Training images a second: a plain DataLoader loop, ours, the products alone; loading, and the first step."""
+    options = {"preset": preset, "hash.bits": bits, "hardware.device": device}
+    resolved = read_config(config, set_, options)
+    from ..bench_train import bench_train as stage
+
+    result = stage(
+        resolved, store=store, n_train=n_train, steps=steps, repeats=repeats, replicas=replicas,
         progress=make_progress(quiet),
     )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())

@@ -2,12 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from mmcli.pipeline import bench_train
 from mmcli.pipeline.bench import Case, best_of
 from mmcli.pipeline.bench_data import base_config, draw_photographs, write_captions
 from mmcli.pipeline.coco_sizes import SIZES
+from mmcli.pipeline.config import load_config
 from mmcli.pipeline.images import image_size
+from mmcli.pipeline.progress import Progress
 
 
 def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:
@@ -27,6 +32,37 @@ def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) ->
     assert result["coco_seconds"] == pytest.approx(wanted)
     assert result["bottleneck"] in {"reading images", "the model", "writing"}
     assert "cores" in result["machine"]
+
+
+def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> None:
+    code, out, err = mmcli(
+        "bench", "train", "--store", next((here / "data" / "cache").iterdir()), "--steps", 4, "--replicas", 2,
+        "--repeats", 1, "--device", "cpu", "--set", "fusion.mlp_dims=[32, 16]", "--set", "knn.K=5", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    cases = {case["case"]: case for case in result["cases"]}
+    assert {"training, batch 64", "training, batch 1,024", "2 replicas in one pass"} <= cases.keys()
+    for case in cases.values():
+        assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
+    assert result["epoch_s"] == pytest.approx(40 / cases["training, batch 64"]["ours_per_s"])
+    assert result["validation_share"] == pytest.approx(result["validation_s"] / result["epoch_s"])
+    assert 0 < result["import_torch_s"] < result["first_step_s"]
+
+
+def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:
+    """Both lower the same loss on the same images: the ratio is of like with like."""
+    store = next((here / "data" / "cache").iterdir())
+    config = load_config(options={"fusion.mlp_dims": [32, 16], "knn.K": 5, "hardware.device": "cpu"})
+    setting = bench_train._Setting(prepared=bench_train.prepare_training(config, store, Progress()), steps=4)
+    items = bench_train._Items(setting.train)
+    assert len(items) == len(setting.train) == 40
+    v_img, v_txt, y = items[3]
+    wanted = setting.train.batch(torch.tensor([3]), torch.tensor([0]))
+    assert np.array_equal(v_img, wanted[0][0].numpy())
+    assert np.array_equal(y, wanted[2][0].numpy())
+    row, n = int(setting.train.rows[3]), int(setting.train.captions_of[3])
+    assert any(np.array_equal(v_txt, caption.float().numpy()) for caption in setting.train.v_txt[row, :n])
 
 
 def test_the_best_round_counts_and_ways_take_turns() -> None:

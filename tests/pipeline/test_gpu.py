@@ -1,4 +1,4 @@
-"""What needs a GPU: extraction there agrees with the CPU's, uses every GPU, and survives a device that is full."""
+"""What needs a GPU: extraction and training there agree with the CPU's, and survive a device that is full."""
 
 from pathlib import Path
 
@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from mmcli.cache import Store
+from mmcli.heads.model import make_head
 from mmcli.pipeline.config import load_config
 from mmcli.pipeline.extract import ExtractPlan
 from mmcli.pipeline.fleet import extract_here
+from mmcli.pipeline.progress import Progress
+from mmcli.pipeline.splits import Split
+from mmcli.pipeline.trainer import Member, fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +55,49 @@ def test_a_full_gpu_halves_the_passes(miniature, tmp_path: Path) -> None:
     store = extracted(miniature, tmp_path / "s", "cuda:0")
     del hog
     assert (store.load().norm_img > 0).all()
+
+
+def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, ...] = (42,), **options):
+    """Heads trained on made data, and the records of their epochs."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (400, 5)).astype(np.uint8)
+    v = (labels @ rng.normal(size=(5, 12)) + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
+    place = torch.device(device)
+    split = Split.place(v, np.repeat(v[:, None], 5, 1), np.full(400, 5), labels, place)
+    config = load_config(options={
+        "fusion.mlp_dims": [32, 16], "hash.bits": 16, "classifier.num_classes": 5, "training.num_epochs": 4,
+        "training.batch_size": 30, "training.mixed_precision": False, **options,
+    })  # fmt: skip
+    members = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        head = make_head("fusion", config.fusion, config.hash, config.classifier, width=12)
+        head.fit_statistics(split.v_img.cpu(), split.v_txt[:, 0].cpu())
+        members.append(
+            Member(head=head.to(place), seed=seed, monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: 0)
+        )
+    if not graphs:
+        monkeypatch.setattr("mmcli.pipeline.step.WARM_UP", 10**9)
+    with Progress().task("", 1) as task:
+        results = fit(members, split, config, task=task)
+    return [member.head for member in members], [[r["loss"] for r in result.history] for result in results]
+
+
+@pytest.mark.parametrize("options", [{}, {"training.accumulation_steps": 2, "training.ema_decay": 0.9}])
+def test_a_step_replayed_as_a_graph_is_the_step(monkeypatch, options) -> None:
+    replayed, eager = trained("cuda", monkeypatch, **options), trained("cuda", monkeypatch, graphs=False, **options)
+    assert replayed[1][0] == pytest.approx(eager[1][0], rel=1e-4)
+    on_cpu = trained("cpu", monkeypatch, **options)
+    assert replayed[1][0] == pytest.approx(on_cpu[1][0], rel=1e-3)
+
+
+def test_replicas_in_one_graph_are_the_runs_of_their_seeds(monkeypatch) -> None:
+    together = trained("cuda", monkeypatch, seeds=(1, 2, 3))
+    for seed, losses in zip((1, 2, 3), together[1], strict=True):
+        assert losses == pytest.approx(trained("cuda", monkeypatch, seeds=(seed,))[1][0], rel=1e-3)
+
+
+def test_half_precision_trains_on_a_gpu(monkeypatch) -> None:
+    half = trained("cuda", monkeypatch, **{"training.mixed_precision": True})
+    assert half[1][0] == pytest.approx(trained("cuda", monkeypatch)[1][0], rel=0.05)
+    assert {parameter.dtype for parameter in half[0][0].parameters()} == {torch.float32}

@@ -53,7 +53,7 @@ def test_parts_share_memory_and_a_sample_is_drawn_once() -> None:
 
 def test_shuffled_magnitudes_keep_directions_and_the_set_of_norms() -> None:
     part = make_split(100).part(np.arange(20, 90))
-    part.v_img[25] = 0
+    part.v_img[25], part.norm_img[25] = 0, 0
     shuffled = part.shuffle_magnitudes(1)
     at = torch.arange(len(part))
     for caption in (0, part.captions_of - 1):

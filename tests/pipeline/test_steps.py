@@ -10,7 +10,7 @@ from mmcli import InputError
 from mmcli.heads.losses import bce_loss
 from mmcli.heads.model import Head
 from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.optimisation import learning_rate
+from mmcli.pipeline.optimisation import AdamW, learning_rate
 from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.splits import Split, encode_split
 from mmcli.pipeline.step import count_batches
@@ -195,13 +195,13 @@ def test_a_training_that_runs_away_ends_in_one_line(
 
 def test_parameters_that_are_no_numbers_end_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is measured before the step that spoils them."""
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
     def spoil(self, *words):
         original(self, *words)
         self.param_groups[-1]["params"][0].data[0, 0] = math.inf
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    monkeypatch.setattr(AdamW, "step", spoil)
     with pytest.raises(InputError, match=r"the head is no longer finite: epoch 1: .*lower the learning rates"):
         train(load_config(options=SMALL), make_split(8))
 

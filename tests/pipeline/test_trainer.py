@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
@@ -17,7 +17,7 @@ from mmcli.heads.losses import total_loss
 from mmcli.heads.model import Head
 from mmcli.pipeline.checkpoint import CheckpointKeeper, best_checkpoint, load_head
 from mmcli.pipeline.config import Config, SchedulerConfig, load_config
-from mmcli.pipeline.optimisation import learning_rate
+from mmcli.pipeline.optimisation import AdamW, learning_rate
 from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.splits import Split, encode_split
 from mmcli.pipeline.trainer import Member, fit
@@ -228,14 +228,14 @@ def test_a_loss_that_diverges_is_said() -> None:
 def test_gradients_are_clipped_at_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW does not feel a gradient's length but for its epsilon, so what it is given is looked at."""
     seen: list[float] = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
 
     def spy(self):
         gradients = [one.grad for group in self.param_groups for one in group["params"]]
         seen.append(float(torch.cat([one.flatten() for one in gradients]).norm()))
         return original(self)
 
-    monkeypatch.setattr("torch.optim.AdamW.step", spy)
+    monkeypatch.setattr(AdamW, "step", spy)
     norms = {}
     for limit in (None, 1e6, 0.05):
         seen.clear()
@@ -276,21 +276,33 @@ def test_every_part_of_the_head_takes_its_own_learning_rate() -> None:
             assert (moved < 1e-8) == name.startswith(f"{part}."), (part, name, moved)
 
 
-def test_optimiser_settings_reach_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, object] = {}
-    original = torch.optim.AdamW
-
-    def spy(groups, **options):
-        seen.update(options)
-        return original(groups, **options)
-
-    monkeypatch.setattr("torch.optim.AdamW", spy)
-    run(
-        load_config(
-            options={**SMALL, "training.num_epochs": 1, "optimizer.weight_decay": 0.3, "optimizer.betas": [0.8, 0.9]}
-        )
+@given(
+    decay=st.floats(0, 0.5), beta=st.floats(0.5, 0.99), steps=st.integers(1, 5), seed=st.integers(0, 99),
+    rates=st.tuples(*[st.floats(1e-5, 1e-1)] * 3),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_the_optimiser_is_torchs_adamw(decay: float, beta: float, steps: int, seed: int, rates) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"fusion": [(3, 4), (3,)], "hash": [(5, 2)], "classifier": [(2, 2)]}
+    mine, theirs = (
+        {part: [torch.ones(shape, requires_grad=True) for shape in each] for part, each in shapes.items()}
+        for _ in range(2)
     )
-    assert (seen["betas"], seen["weight_decay"]) == ((0.8, 0.9), 0.3)
+    options = {f"optimizer.lr_{part}": rate for part, rate in zip(shapes, rates, strict=True)}
+    config = load_config(options={"optimizer.weight_decay": decay, "optimizer.betas": [beta, 0.99], **options})
+    ours = AdamW(mine, config.optimizer)
+    groups = [{"params": theirs[part], "lr": rate} for part, rate in zip(shapes, rates, strict=True)]
+    plain = torch.optim.AdamW(groups, betas=(beta, 0.99), weight_decay=decay, fused=False, foreach=False)
+    for _ in range(steps):
+        for part in shapes:
+            for one, other in zip(mine[part], theirs[part], strict=True):
+                one.grad = torch.randn(one.shape, generator=generator)
+                other.grad = one.grad.clone()
+        ours.step()
+        plain.step()
+    for part in shapes:
+        for one, other in zip(mine[part], theirs[part], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_class_balanced_weights_come_from_train_counts() -> None:
@@ -410,7 +422,7 @@ def test_the_average_of_the_weights_is_that_of_a_slow_loop() -> None:
     split = make_split(45)
     trail: list[dict[str, torch.Tensor]] = []
     seen: list[dict[str, torch.Tensor]] = []
-    original = torch.optim.AdamW.step
+    original = AdamW.step
     member = member_of(
         config,
         split,
@@ -424,7 +436,7 @@ def test_the_average_of_the_weights_is_that_of_a_slow_loop() -> None:
 
     start = {name: value.clone() for name, value in member.head.state_dict().items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.optim.AdamW.step", spy)
+        patch.setattr(AdamW, "step", spy)
         train(config, split, member)
     average = start
     for taken, weights in enumerate(trail):
