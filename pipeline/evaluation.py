@@ -1,21 +1,29 @@
-"""From scores to a row of metrics, the same way for every method."""
+"""From scores to a row of metrics with its intervals and the rows of its classes, the same way for every method."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from ..heads.metrics import best_threshold, evaluate
+from .. import InputError
+from ..heads.bootstrap import RESAMPLES, SEED, Threshold, interval, resample
+from ..heads.metrics import evaluate, tune_thresholds
 from ..heads.sigmoid import sigmoid
 from .codes import Codes
 from .files import write_whole
+from .per_class import write_per_class
+from .runs import Run
 
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.uint8]
 
 TUNED = ("F1_micro", "F1_macro", "CF1", "OF1", "hamming_loss")
+OVERALL, PER_CLASS = "_tuned", "_tuned_per_class"
+NOTHING_TUNED = "no threshold is tuned, because no val image has a label"
 
 
 def metrics_row(
@@ -26,62 +34,166 @@ def metrics_row(
     *,
     tuned_on: tuple[Scores, Labels] | None,
     threshold: float = 0.5,
+    logits: bool = False,
+    run: Run | None = None,
 ) -> dict[str, Any]:
-    """Every metric of a method on a split.
+    """Every metric of a method on a split, with 95% bootstrap intervals over its images (none on train).
 
     Args:
         method: Name of the method.
         split: Name of the split.
         scores: ``(N, C)``, in class order.
         labels: ``(N, C)`` uint8.
-        tuned_on: Scores and labels of val, on which the global threshold of the ``_tuned`` figures is chosen; ``None``
+        tuned_on: Scores and labels of val, on which the thresholds of the ``_tuned`` figures are chosen; ``None``
             leaves these out, and so do labels without a positive, which a ``note`` says.
         threshold: Where a score predicts a tag.
+        logits: The scores are logits. They are ranked as they are: the sigmoid keeps their order, but large ones all
+            become 1, and ties cost. Thresholds are given as probabilities all the same, as those of any other method.
+        run: Where given, the rows of the classes are written into it (see :func:`.per_class.write_per_class`).
 
     Returns:
-        Flat keys; F1 and Hamming loss at ``threshold``, and again with ``_tuned`` at the one that is best on val.
+        Flat keys; F1 and Hamming loss at ``threshold``, again with ``_tuned`` at the one that is best on val, and with
+        ``_tuned_per_class`` at the best of each class. A class without a positive in val keeps the ``_tuned`` one:
+        ``n_classes_without_own_threshold``, and the ``note``. ``ci`` as :func:`with_intervals` adds it.
     """
-    row: dict[str, Any] = {"method": method, "split": split, **evaluate(scores, labels, threshold=threshold)}
+    at = float(np.log(threshold / (1 - threshold))) if logits else threshold
+    thresholds: dict[str, Threshold] = {"": at}
+    row: dict[str, Any] = {"method": method, "split": split, **evaluate(scores, labels, threshold=at)}
     if tuned_on is not None and not tuned_on[1].any():
-        row["note"] = "no threshold is tuned, because no val image has a label"
+        row["note"] = NOTHING_TUNED
     elif tuned_on is not None:
-        best = float(best_threshold(*tuned_on))
-        tuned = evaluate(scores, labels, threshold=best)
-        row["threshold_tuned"] = best
-        for key in TUNED:
-            row[f"{key}_tuned"] = tuned[key]
-    return {key: int(value) if key.startswith("n_") else _plain(value) for key, value in row.items()}
+        tuned = tune_thresholds(*tuned_on)
+        thresholds |= {OVERALL: tuned.overall, PER_CLASS: tuned.per_class}
+        row |= {"threshold_tuned": tuned.overall, "n_classes_without_own_threshold": tuned.n_kept_overall}
+        for ending in (OVERALL, PER_CLASS):
+            figures = evaluate(scores, labels, threshold=thresholds[ending])
+            row |= {f"{key}{ending}": figures[key] for key in TUNED}
+        if tuned.n_kept_overall:
+            row["note"] = _kept_overall(tuned.n_kept_overall, labels.shape[1])
+    if logits:
+        row |= {key: float(sigmoid(row[key])) for key in ("threshold", "threshold_tuned") if key in row}
+    if run is not None:
+        write_per_class(
+            run.folder, method, split, run.info.category_names, scores, labels, thresholds=thresholds, logits=logits
+        )
+    row = {key: int(value) if key.startswith("n_") else _plain(value) for key, value in row.items()}
+    # Of train there is no interval: a model knows these images, and as a sample they say nothing of others.
+    return row if split == "train" else with_intervals(row, scores, labels, thresholds)
 
 
-def classifier_row(split: str, codes: Codes, *, val: Codes) -> dict[str, Any]:
+def with_intervals(
+    row: Mapping[str, Any],
+    scores: Scores,
+    labels: Labels,
+    thresholds: Mapping[str, Threshold],
+    *,
+    n: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """A row with the 95% percentile bootstrap interval of its figures under ``ci``.
+
+    Images are resampled, thresholds and the trained model are not: the interval says how far the figure may be off
+    because the split is a sample of images, and nothing of another training seed or another val split.
+
+    Args:
+        row: Of metrics.
+        scores: ``(N, C)`` that it was computed from.
+        labels: ``(N, C)``.
+        thresholds: By the ending of its keys.
+        n: Resamples.
+        seed: Of their draws.
+
+    Returns:
+        The row, and ``ci``: ``{key: [low, high]}`` for every figure that it has and that is defined; ``n_resamples``;
+        and where a figure is undefined in some resamples, which its interval leaves out, their number under
+        ``ci_undefined``.
+    """
+    resampled = resample(scores, labels, thresholds, n=n, seed=seed)
+    found = {key: interval(values) for key, values in resampled.items() if row.get(key) is not None}
+    ci = {key: [one.low, one.high] for key, one in found.items() if one.n_undefined < n}
+    undefined = {key: one.n_undefined for key, one in found.items() if one.n_undefined}
+    return {**row, "n_resamples": n, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}
+
+
+def classifier_row(split: str, codes: Codes, *, val: Codes, run: Run | None = None) -> dict[str, Any]:
     """Every metric of the classifier on a split, from the logits kept with its codes.
-
-    Logits are ranked, not probabilities: the sigmoid keeps their order, but large logits all become 1, and ties cost.
-    Thresholds are given as probabilities all the same, as those of any other method.
 
     Args:
         split: Name of the split.
         codes: Its codes, with logits.
-        val: Codes of val, to tune the threshold on; on val itself nothing is tuned.
+        val: Codes of val, to tune the thresholds on; on val itself nothing is tuned.
+        run: As in :func:`metrics_row`.
     """
     assert codes.logits is not None
     assert val.logits is not None
     tuned_on = None if split == "val" else (val.logits, val.labels)
-    row = metrics_row("classifier", split, codes.logits, codes.labels, tuned_on=tuned_on, threshold=0.0)
-    for key in {"threshold", "threshold_tuned"} & row.keys():
-        row[key] = float(sigmoid(row[key]))
-    return row
+    return metrics_row("classifier", split, codes.logits, codes.labels, tuned_on=tuned_on, logits=True, run=run)
 
 
-def write_scores(run: Path, method: str, split: str, image_id: npt.NDArray[np.int64], scores: Scores) -> Path:
-    """Keep a method's scores in its run, so that two methods can be compared image by image later."""
-    path = run / "scores" / f"{method}-{split}.safetensors"
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "image_id": np.ascontiguousarray(image_id),
-        "scores": np.ascontiguousarray(scores),
-    }
-    write_whole(path, lambda temporary: save_file(arrays, temporary))
+def write_scores(
+    run: Path,
+    method: str,
+    split: str,
+    image_id: npt.NDArray[np.int64],
+    scores: Scores,
+    labels: Labels | None = None,
+) -> Path:
+    """Keep a method's scores in its run, so that two methods can be compared image by image later.
+
+    Args:
+        run: The run's folder.
+        method: Name of the method.
+        split: Name of the split.
+        image_id: ``(N,)``.
+        scores: ``(N, C)``.
+        labels: ``(N, C)``, where the run keeps no codes of the split, which hold them.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {"image_id": image_id, "scores": scores}
+    if labels is not None:
+        arrays["labels"] = labels
+    path = scores_path(run, method, split)
+    whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    write_whole(path, lambda temporary: save_file(whole, temporary))
     return path
+
+
+def scores_path(run: Path, method: str, split: str) -> Path:
+    """Where a run keeps the scores of a method on a split."""
+    return run / "scores" / f"{method}-{split}.safetensors"
+
+
+def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any]]:
+    """What :func:`write_scores` kept: ``image_id``, ``scores``, and ``labels`` where they were given.
+
+    Raises:
+        InputError: The file is missing, damaged, or its arrays do not fit each other.
+    """
+    path = scores_path(run, method, split)
+    do = "run the command that scores this split again" + (
+        f" (`mmcli knn-eval --run {run}`)" if method == "knn" else ""
+    )
+    try:
+        arrays = load_file(path)
+    except OSError:
+        raise InputError("no scores", where=path, got="no file", wanted=f"scores of {method}", do=do) from None
+    except SafetensorError as error:
+        raise InputError("damaged scores", where=path, got=error, wanted="a safetensors file", do=do) from None
+    missing = {"image_id", "scores"} - arrays.keys()
+    lengths = {len(values) for values in arrays.values()}
+    if missing or len(lengths) != 1 or arrays["scores"].ndim != 2:
+        got = f"no {', '.join(sorted(missing))}" if missing else f"lengths {sorted(lengths)}"
+        raise InputError("damaged scores", where=path, got=got, wanted="arrays of one length", do=do)
+    if not np.isfinite(arrays["scores"]).all():
+        row = int(np.flatnonzero(~np.isfinite(arrays["scores"]).all(axis=1))[0])
+        raise InputError("damaged scores", where=f"{path}, row {row}", got="NaN or inf", wanted="numbers", do=do)
+    return arrays
+
+
+def _kept_overall(n: int, C: int) -> str:
+    which = (
+        "1 class has no positive val image and keeps" if n == 1 else f"{n} classes have no positive val image and keep"
+    )
+    return f"of {C} thresholds per class, {n} not tuned: {which} the overall threshold"
 
 
 def _plain(value: object) -> object:

@@ -14,7 +14,7 @@ MARK = "run.json"
 # What stages write into a run folder; whatever else lies there is somebody's own.
 WRITTEN = frozenset({
     MARK, "config.yaml", "environment.json", "metrics.json", "history.jsonl", "training.safetensors", "checkpoints",
-    "codes", "scores", "model", "tensorboard", "wandb",
+    "codes", "scores", "per_class", "model", "tensorboard", "wandb",
 })  # fmt: skip
 
 

@@ -20,7 +20,8 @@ COLUMNS = (
 )
 FOOTNOTE = (
     "* at the one threshold that is best on val; at 0.5 see metrics.json. latency: scoring one stored embedding"
-    " (zero-shot, classifier) or one code (knn: search and vote)."
+    " (zero-shot, classifier) or one code (knn: search and vote). In brackets: 95% bootstrap interval over images;"
+    " those of the other figures are in metrics.json."
 )
 
 
@@ -40,8 +41,16 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTy
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """The formatted figures of a row; a dash where a figure is undefined or was not measured."""
-    return [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in COLUMNS]
+    """The formatted figures of a row, mAP with its interval; a dash where a figure is undefined or was not measured."""
+    return [
+        form.format(row[key]) + _interval(row, key) if row.get(key) is not None else "-" for _, key, form in COLUMNS
+    ]
+
+
+def _interval(row: Mapping[str, Any], key: str) -> str:
+    """The interval of mAP, where a row has one; those of the other figures are in the file."""
+    ends = row.get("ci", {}).get(key) if key == "mAP" else None
+    return "" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
@@ -57,3 +66,19 @@ def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTyp
         full = {key for _, key, _ in COLUMNS if all(row.get(key) is not None for row in rows)}
         table.add_row(name, *cells({key: of([row[key] for row in rows]) for key in full}))
     return Group(Text(title, "bold"), table, Text(FOOTNOTE, "dim"))
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> RenderableType:
+    """A figure a line: its value for A and for B, their difference with its interval, p, and the verdict."""
+    table = Table()
+    for name in ("figure", *names, "A - B", "95% interval", "p", "A is"):
+        table.add_column(name, justify="left" if name in {"figure", "A is"} else "right")
+    for row in rows:
+        ends = "-" if row["ci"] is None else "[{:+.4f}, {:+.4f}]".format(*row["ci"])
+        figures = [_shown(row["A"], "{:.4f}"), _shown(row["B"], "{:.4f}"), _shown(row["difference"], "{:+.4f}")]
+        table.add_row(row["figure"], *figures, ends, _shown(row["p"], "{:.3f}"), row["verdict"])
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

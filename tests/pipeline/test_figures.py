@@ -179,7 +179,7 @@ def test_without_a_positive_in_val_nothing_is_tuned_and_a_note_says_so() -> None
         assert row["mAP"] == 1.0
         assert "no val image has a label" in row["note"]
         assert not any(key.endswith("_tuned") for key in row)
-    assert "note" not in metrics_row("m", "test", scores, labels, tuned_on=(scores, labels))
+    assert "no val image has a label" not in metrics_row("m", "test", scores, labels, tuned_on=(scores, labels))["note"]
     assert "note" not in metrics_row("m", "val", scores, labels, tuned_on=None)
 
 
