@@ -17,6 +17,9 @@ Adapter = Literal["none", "linear"]
 Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
+IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"]
+Ties = Literal["index", "average"]
+Predictor = Literal["knn", "classifier", "hybrid"]
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -138,4 +141,14 @@ class KnnConfig(Section):
     voting_strategy: Vote = Field(default="softmax", description="weights of the votes")
     tau: Positive = Field(default=0.07, description="temperature of the softmax vote")
     theta: float = Field(default=0.5, ge=-1.0, le=1.0, description="least similarity of the threshold vote")
+    ties: Ties = Field(
+        default="index",
+        description="equal distances at the boundary: the lower index votes, or all share (average; hamming alone)",
+    )
+    index: IndexKind = Field(
+        default="auto", description="how packed codes are searched; auto is the fastest that is exact"
+    )
+    predictor: Predictor = Field(
+        default="knn", description="neighbours, classifier, or their mix with a weight tuned on val (hybrid)"
+    )
     top_n_tags: PositiveInt = Field(default=5, description="tags shown for an image")

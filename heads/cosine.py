@@ -21,6 +21,8 @@ class CosineIndex:
     to float32. Where ties may reach beyond the candidates, every row is looked at for that query.
     """
 
+    kind = "flat"
+
     def __init__(self, soft: Soft) -> None:
         self._unit = normalise(soft)
         self._index = load_faiss().IndexFlatIP(self._unit.shape[1])

@@ -9,21 +9,44 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
-from .config import Metric
+from . import approximate
+from .config import IndexKind, Metric
 from .cosine import CosineIndex, normalise, rerank
-from .neighbours import Index, Neighbours, Packed, Rows, Soft, check_search, fitting_queries, load_faiss, without
+from .fastscan import MAX_BITS, FastScanIndex, keeps_order
+from .neighbours import (
+    Index,
+    Neighbours,
+    Packed,
+    Rows,
+    Soft,
+    as_neighbours,
+    check_search,
+    fitting_queries,
+    load_faiss,
+    without,
+)
 
 __all__ = ["HammingIndex", "HybridIndex", "Index", "Neighbours", "build_index"]
 
 T = TypeVar("T", bound=np.generic)
 
 HYBRID_CANDIDATES = 100
-# FAISS searches this many queries at a time, and its counting mode keeps K ids for each of their B + 1 distances.
-FAISS_QUERY_BLOCK = 32
+# FAISS's counting mode keeps K ids for each of B + 1 distances of a query. More queries at a time mean fewer waits of
+# its threads for each other, which cost most where others use the machine too.
 COUNTING_BYTES = 1 << 26
+QUERY_BLOCK = 32
+MOST_QUERIES = 4096
+APPROXIMATE = {"ivf": approximate.ivf, "hnsw": approximate.hnsw, "multihash": approximate.multihash}
 
 
-def build_index(metric: Metric, *, packed: Packed | None = None, soft: Soft | None = None) -> Index:
+def build_index(
+    metric: Metric,
+    *,
+    packed: Packed | None = None,
+    soft: Soft | None = None,
+    kind: IndexKind = "auto",
+    device: str = "cpu",
+) -> Index:
     """Build an index over codes.
 
     Args:
@@ -31,15 +54,47 @@ def build_index(metric: Metric, *, packed: Packed | None = None, soft: Soft | No
             (top K where K is larger), reranked by cosine.
         packed: Hard codes ``(N, B // 8)`` uint8.
         soft: Soft codes ``(N, F)`` float32, not necessarily of unit length.
+        kind: How packed codes are searched. ``auto`` takes the fastest that is exact: ``torch`` on a GPU, else
+            ``fastscan``, or ``flat`` where that one does not fit. ``flat``, ``fastscan``, ``torch`` and ``gpu`` give
+            the same neighbours; ``ivf``, ``hnsw`` and ``multihash`` miss some.
+        device: Where ``torch`` searches, a name that torch knows.
 
     Raises:
-        InputError: The codes that the metric reads are missing, there are none, or FAISS is not installed.
+        InputError: The codes that the metric reads are missing, there are none, FAISS is not installed, or the kind
+            does not fit the metric or the codes.
     """
     if metric == "cosine":
+        if kind not in ("auto", "flat"):
+            raise InputError(
+                "an index of packed codes", where="--index", got=f"{kind} with metric cosine", wanted="auto or flat",
+                do="use --metric hamming or hybrid, or leave --index out",
+            )  # fmt: skip
         return CosineIndex(_present(soft, "soft", metric))
-    if metric == "hamming":
-        return HammingIndex(_present(packed, "packed", metric))
-    return HybridIndex(_present(packed, "packed", metric), _present(soft, "soft", metric))
+    hamming = build_hamming(_present(packed, "packed", metric), kind, device)
+    return hamming if metric == "hamming" else HybridIndex(hamming, _present(soft, "soft", metric))
+
+
+def build_hamming(packed: Packed, kind: IndexKind = "auto", device: str = "cpu") -> Index:
+    """The index of :func:`build_index` over packed codes.
+
+    Raises:
+        InputError: FAISS is not installed, or the kind does not fit.
+    """
+    fits = 8 * packed.shape[1] <= MAX_BITS
+    if kind == "torch" or (kind == "auto" and not device.startswith("cpu")):
+        from .torch_index import TorchIndex
+
+        return TorchIndex(packed, device)
+    if kind == "fastscan" and not (fits and keeps_order()):
+        raise InputError(
+            "no fast scan for these codes", where="--index", got=f"fastscan with {8 * packed.shape[1]} bits",
+            wanted=f"at most {MAX_BITS} bits and a FAISS that keeps the order", do="use --index auto",
+        )  # fmt: skip
+    if kind == "fastscan" or (kind == "auto" and fits and keeps_order()):
+        return FastScanIndex(packed)
+    if kind == "gpu":
+        return approximate.gpu(packed, HammingIndex(packed))
+    return APPROXIMATE[kind](packed, HammingIndex(packed)) if kind in APPROXIMATE else HammingIndex(packed)
 
 
 def _present(codes: npt.NDArray[T] | None, name: str, metric: Metric) -> npt.NDArray[T]:
@@ -58,6 +113,8 @@ class HammingIndex:
     ids of one distance as it meets them, and its heap evicts the larger id among equal distances. Neither depends on
     the number of threads or queries. The tests compare both modes with NumPy on codes full of ties.
     """
+
+    kind = "flat"
 
     def __init__(self, packed: Packed) -> None:
         self.bits: int = 8 * packed.shape[1]
@@ -85,19 +142,26 @@ class HammingIndex:
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = K if exclude is None else K + 1
         # Counting is a third faster than the heap where it does not take too much memory.
-        self._index.use_heap = FAISS_QUERY_BLOCK * (self.bits + 1) * wide * 8 > COUNTING_BYTES
+        most = COUNTING_BYTES // ((self.bits + 1) * wide * 8)
+        self._index.use_heap = most < QUERY_BLOCK
+        self._index.query_batch_size = QUERY_BLOCK if most < QUERY_BLOCK else min(most, MOST_QUERIES)
         distance, index = self._index.search(np.ascontiguousarray(queries), wide)
-        found = Neighbours(index, (1.0 - distance / self.bits).astype(np.float32), distance)
+        found = as_neighbours(index, distance, self.bits)
         return found if exclude is None else without(found, exclude, K)
 
 
 class HybridIndex:
     """The Hamming top 100 reranked by cosine of the soft codes."""
 
-    def __init__(self, packed: Packed, soft: Soft) -> None:
-        if len(packed) != len(soft):
-            raise ValueError(f"{len(packed)} packed codes and {len(soft)} soft codes are not of the same images")
-        self._hamming, self._unit = HammingIndex(packed), normalise(soft)
+    def __init__(self, hamming: Index, soft: Soft) -> None:
+        if len(hamming) != len(soft):
+            raise ValueError(f"{len(hamming)} packed codes and {len(soft)} soft codes are not of the same images")
+        self._hamming, self._unit = hamming, normalise(soft)
+
+    @property
+    def kind(self) -> str:
+        """That of the index of packed codes."""
+        return self._hamming.kind
 
     def __len__(self) -> int:
         return len(self._unit)

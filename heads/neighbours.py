@@ -33,6 +33,11 @@ class Index(Protocol):
     """Something that finds neighbours; what it does not need of a query may be ``None``."""
 
     @property
+    def kind(self) -> str:
+        """How it searches, in a word: ``flat``, ``fastscan``, ``torch``, ``gpu``, ``ivf``, ``hnsw``, ``multihash``."""
+        ...
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the codes that a search reads."""
         ...
@@ -96,6 +101,11 @@ def without(found: Neighbours, exclude: Rows, K: int) -> Neighbours:
     kept = np.argsort(found.index == exclude[:, None], axis=1, kind="stable")[:, :K]
     parts: list[npt.NDArray[Any]] = [np.take_along_axis(part, kept, axis=1) for part in found]
     return Neighbours(*parts)
+
+
+def as_neighbours(index: Rows, distance: npt.NDArray[np.int32], bits: int) -> Neighbours:
+    """Neighbours of a Hamming search ``(Q, K)``, with their similarity ``1 - dist / B``."""
+    return Neighbours(index, (1.0 - distance / bits).astype(np.float32), distance)
 
 
 def load_faiss() -> Any:  # noqa: ANN401

@@ -13,6 +13,8 @@ from mmcli.heads import cosine, knn
 from mmcli.heads.cosine import normalise
 from mmcli.heads.knn import Neighbours, build_index
 
+EXACT = ("flat", "fastscan", "torch")
+
 
 def hamming_reference(
     queries: np.ndarray, codes: np.ndarray, K: int, exclude: np.ndarray | None = None
@@ -65,7 +67,7 @@ def test_hamming_order_is_distance_then_index_where_nearly_all_ties(
     threads(n_threads)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (5000, 1), dtype=np.uint8)
-    index = build_index("hamming", packed=codes)
+    index = build_index("hamming", packed=codes, kind="flat")
     for Q in (1, 3, 200):
         queries = rng.integers(0, 256, (Q, 1), dtype=np.uint8)
         for K in (1, 7, 20, 101, 500):
@@ -82,7 +84,9 @@ def test_hamming_order_holds_across_the_blocks_of_faiss(monkeypatch: pytest.Monk
     codes[:65_530] |= 0x0F
     queries = codes[[65_535, 65_536, 5, 69_999]] & 0xF0
     assert_hamming(
-        build_index("hamming", packed=codes).search(packed=queries, K=50), hamming_reference(queries, codes, 50), 16
+        build_index("hamming", packed=codes, kind="flat").search(packed=queries, K=50),
+        hamming_reference(queries, codes, 50),
+        16,
     )
 
 
@@ -94,11 +98,12 @@ def test_hamming_equals_the_reference(seed: int, n: int, n_queries: int, width: 
     queries = codes[rng.integers(0, n, n_queries)]
     exclude = rng.integers(-1, n, n_queries)
     K = data.draw(st.integers(1, n - 1))
-    index = build_index("hamming", packed=codes)
-    assert_hamming(
-        index.search(packed=queries, K=K, exclude=exclude), hamming_reference(queries, codes, K, exclude), 8 * width
-    )
-    assert_hamming(index.search(packed=queries, K=n), hamming_reference(queries, codes, n), 8 * width)
+    for kind in EXACT:
+        index = build_index("hamming", packed=codes, kind=kind)
+        assert_hamming(
+            index.search(packed=queries, K=K, exclude=exclude), hamming_reference(queries, codes, K, exclude), 8 * width
+        )
+        assert_hamming(index.search(packed=queries, K=n), hamming_reference(queries, codes, n), 8 * width)
 
 
 @pytest.mark.parametrize("margins", [(32, 1024), (1, 2)])  # the second: straight to looking at every row
@@ -236,9 +241,11 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_spec10_3_an_index_takes_an_eighth_of_a_byte_a_bit() -> None:
     soft = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
     packed = np.packbits(soft >= 0, axis=1)
-    assert build_index("hamming", packed=packed).n_bytes == 100 * 64 // 8
+    assert build_index("hamming", packed=packed, kind="flat").n_bytes == 100 * 64 // 8
     assert build_index("cosine", soft=soft).n_bytes == 100 * 64 * 4
-    assert build_index("hybrid", packed=packed, soft=soft).n_bytes == 100 * (8 + 256)
+    assert build_index("hybrid", packed=packed, soft=soft, kind="flat").n_bytes == 100 * (8 + 256)
+    assert build_index("hamming", packed=packed, kind="fastscan").n_bytes == 128 * 9  # a byte more, blocks of 32
+    assert build_index("hamming", packed=packed, kind="torch").n_bytes == 100 * 64 // 8
     assert len(build_index("hybrid", packed=packed, soft=soft)) == 100
 
 

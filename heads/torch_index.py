@@ -1,0 +1,91 @@
+"""Exact Hamming search as a matrix product of +-1 codes, on whatever device torch knows; it needs no FAISS.
+
+Symbols: N codes of the index, Q queries, K neighbours, B bits, n codes of a chunk.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .neighbours import Neighbours, Packed, Rows, Soft, as_neighbours, check_search, fitting_queries, without
+
+CHUNK_BYTES = 1 << 30  # of the key of every pair of a chunk, on a GPU
+CPU_CHUNK_BYTES = 1 << 26
+QUERIES = 1024
+# Integers up to here are exact in half precision; codes longer than that are multiplied in float32.
+HALF_EXACT = 2048
+
+
+class TorchIndex:
+    """Exhaustive Hamming search, ties by index.
+
+    ``dist = (B - b1 . b2) / 2`` (SPEC section 8); the product is one of tensor cores in half precision on a GPU. Ties
+    are settled by one integer key a pair, ``dist * n + index``, whose K smallest are the K first by (distance, index):
+    no two keys are equal, so it does not matter which of equals ``topk`` would take.
+
+    Args:
+        packed: ``(N, B // 8)`` uint8.
+        device: Where to search.
+    """
+
+    kind = "torch"
+
+    def __init__(self, packed: Packed, device: torch.device | str = "cpu") -> None:
+        self.bits: int = 8 * packed.shape[1]
+        self.device = torch.device(device)
+        self._packed = torch.from_numpy(np.ascontiguousarray(packed)).to(self.device)
+        half = self.device.type == "cuda" and self.bits <= HALF_EXACT
+        self._dtype = torch.float16 if half else torch.float32
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @property
+    def n_bytes(self) -> int:
+        """N * B / 8; a chunk is unpacked while it is searched."""
+        return self._packed.numel()
+
+    def search(
+        self,
+        *,
+        K: int,
+        packed: Packed | None = None,
+        soft: Soft | None = None,  # noqa: ARG002
+        exclude: Rows | None = None,
+    ) -> Neighbours:
+        """See :class:`~mmcli.heads.neighbours.Index`; ``soft`` is not read."""
+        queries = fitting_queries(packed, self.bits // 8, "packed")
+        exclude = check_search(K, len(self), len(queries), exclude)
+        wide = K if exclude is None else K + 1
+        keys = np.empty((len(queries), wide), np.int64)
+        with torch.inference_mode():
+            for start in range(0, len(queries), QUERIES):
+                block = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES])).to(self.device)
+                keys[start : start + QUERIES] = self._nearest(signs(block, self._dtype), wide).cpu().numpy()
+        found = as_neighbours(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
+        return found if exclude is None else without(found, exclude, K)
+
+    def _nearest(self, queries: Tensor, K: int) -> Tensor:
+        """Keys ``dist * N + index`` of the K nearest ``(Q, K)`` int64, ascending."""
+        N, n = len(self), self._chunk(len(queries), K)
+        best = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
+        for start in range(0, N, n):
+            chunk = signs(self._packed[start : start + n], self._dtype)
+            distance = (self.bits - queries @ chunk.T).to(torch.int32) // 2
+            key = distance * n + torch.arange(len(chunk), dtype=torch.int32, device=self.device)
+            near = key.topk(min(K, len(chunk)), dim=1, largest=False, sorted=False).values.long()
+            both = torch.cat([best, (near // n) * N + near % n + start], dim=1)
+            best = both.topk(min(K, both.shape[1]), dim=1, largest=False).values
+        return best.sort(dim=1).values
+
+    def _chunk(self, Q: int, K: int) -> int:
+        """Codes a chunk: within the memory, keys below 2**31."""
+        memory = CPU_CHUNK_BYTES if self.device.type == "cpu" else CHUNK_BYTES
+        return max(1, min(len(self), max(K, memory // (16 * Q)), (2**31 - 1) // (self.bits + 1)))
+
+
+def signs(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes ``(n, B)`` of -1 and +1 from packed ones ``(n, B // 8)``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, :, None] >> shifts) & 1
+    return bits.flatten(1).to(dtype) * 2 - 1

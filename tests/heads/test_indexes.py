@@ -1,0 +1,204 @@
+"""Every kind of index: the reference's neighbours on codes full of ties where it is exact, its recall where it is not."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmcli import InputError
+from mmcli.heads import approximate, fastscan, knn, settled, torch_index
+from mmcli.heads.knn import HammingIndex, build_index
+from mmcli.heads.neighbours import Neighbours
+from mmcli.heads.settled import SettledIndex, searcher
+
+EXACT = ("auto", "flat", "fastscan", "torch")
+APPROXIMATE = ("ivf", "hnsw", "multihash")
+
+
+def reference(queries: np.ndarray, codes: np.ndarray, K: int, exclude: np.ndarray | None = None) -> tuple:
+    """Index and distance, sorted by one composite key."""
+    distance = np.bitwise_count(queries[:, None] ^ codes[None]).sum(-1).astype(np.int64)
+    key = distance * len(codes) + np.arange(len(codes))
+    if exclude is not None:
+        rows = np.flatnonzero(exclude >= 0)
+        key[rows, exclude[rows]] = np.iinfo(np.int64).max
+    index = np.argsort(key, axis=1)[:, :K]
+    return index, np.take_along_axis(distance, index, axis=1)
+
+
+def assert_same(found: Neighbours, wanted: tuple) -> None:
+    np.testing.assert_array_equal(found.index, wanted[0])
+    np.testing.assert_array_equal(found.distance, wanted[1])
+    assert (found.index.dtype, found.similarity.dtype, found.distance.dtype) == (np.int64, np.float32, np.int32)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before, torch_before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(request.param)
+    torch.set_num_threads(request.param)
+    yield
+    faiss.omp_set_num_threads(before)
+    torch.set_num_threads(torch_before)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("width", [1, 8, 16])
+def test_order_is_distance_then_index_where_nearly_all_ties(kind: str, width: int, threads) -> None:
+    """Few distinct codes, 5,003 rows: K always ends within a tie, in a block of 32 and in the seam of chunks."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256 if width == 1 else 2, (5003, width), dtype=np.uint8)
+    index = build_index("hamming", packed=codes, kind=kind)
+    for Q in (1, 3, 200):
+        queries = rng.integers(0, 256 if width == 1 else 2, (Q, width), dtype=np.uint8)
+        for K in (1, 7, 20, 101, 500):
+            assert_same(index.search(packed=queries, K=K), reference(queries, codes, K))
+    own = np.arange(200)
+    assert_same(index.search(packed=codes[:200], K=30, exclude=own), reference(codes[:200], codes, 30, own))
+
+
+@pytest.mark.parametrize("bits", [8, 24, 32, 64, 72, 128, 256, 512, 1024])
+def test_exact_kinds_agree_at_every_width(bits: int) -> None:
+    """Also near the ends, where the tables of the fast scan add up to most: all bits differ, or none."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 256, (700, bits // 8), dtype=np.uint8)
+    codes[::7], codes[1::7] = 0, 255
+    queries = np.concatenate([codes[:30], np.zeros((1, bits // 8), np.uint8), np.full((1, bits // 8), 255, np.uint8)])
+    wanted = reference(queries, codes, 700)
+    for kind in EXACT:
+        assert_same(build_index("hamming", packed=codes, kind=kind).search(packed=queries, K=700), wanted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.data())
+def test_torch_merges_chunks_of_any_size(seed: int, n: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 4, (n, 2), dtype=np.uint8)
+    chunk, K = data.draw(st.integers(1, n)), data.draw(st.integers(1, n))
+    index = torch_index.TorchIndex(codes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_index.TorchIndex, "_chunk", lambda *_: chunk)
+        patch.setattr(torch_index, "QUERIES", 3)
+        assert_same(index.search(packed=codes[:7], K=K), reference(codes[:7], codes, K))
+
+
+def test_torch_keys_fit_their_integers() -> None:
+    index = torch_index.TorchIndex(np.zeros((10, 512), np.uint8))
+    index._packed = torch.empty((2**31, 0), dtype=torch.uint8)
+    assert (index._chunk(1, 20)) * (index.bits + 1) < 2**31
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("width", [1, 8, 16])
+def test_torch_on_a_gpu_is_exact(width: int) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 4, (50_003, width), dtype=np.uint8)
+    index = build_index("hamming", packed=codes, device="cuda")
+    assert index.kind == "torch"
+    assert_same(index.search(packed=codes[:50], K=100), reference(codes[:50], codes, 100))
+
+
+def test_the_fast_scan_is_taken_only_where_faiss_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.zeros((40, 8), np.uint8)
+    assert fastscan.keeps_order()
+    assert build_index("hamming", packed=codes).kind == "fastscan"
+    assert build_index("hamming", packed=np.zeros((40, 160), np.uint8)).kind == "flat"
+    with pytest.raises(ValueError, match="too long"):
+        fastscan.FastScanIndex(np.zeros((40, 160), np.uint8))
+    monkeypatch.setattr(knn, "keeps_order", lambda: False)
+    assert build_index("hamming", packed=codes).kind == "flat"
+    with pytest.raises(InputError, match=r"no fast scan.*--index auto"):
+        build_index("hamming", packed=codes, kind="fastscan")
+
+
+def test_a_faiss_that_keeps_another_order_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAISS's reservoir returns other members of a tie; the trial has to see it."""
+    monkeypatch.setattr(fastscan, "HEAP_IN_ORDER", 15)
+    assert not fastscan.keeps_order.__wrapped__()
+
+
+def clustered(n: int, width: int = 8) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    centres = rng.normal(size=(40, 8 * width))
+    return np.packbits(centres[rng.integers(0, 40, n)] + 0.6 * rng.normal(size=(n, 8 * width)) > 0, axis=1)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATE)
+def test_approximate_kinds_miss_little_and_keep_the_order(kind: str, threads) -> None:
+    codes = clustered(4100)
+    index = build_index("hamming", packed=codes[:4000], kind=kind)
+    found = index.search(packed=codes[4000:], K=20)
+    wanted, far = reference(codes[4000:], codes[:4000], 20)
+    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found.index.tolist(), wanted.tolist(), strict=True)])
+    assert recall > {"ivf": 0.6, "hnsw": 0.95, "multihash": 0.5}[kind]
+    assert (found.distance[:, -1] >= far[:, -1]).all()
+    assert (found.distance == np.bitwise_count(codes[4000:, None] ^ codes[found.index]).sum(-1)).all()
+    key = found.distance.astype(np.int64) * 4000 + found.index
+    assert (np.diff(key, axis=1) > 0).all()
+    again = build_index("hamming", packed=codes[:4000], kind=kind).search(packed=codes[4000:], K=20)
+    np.testing.assert_array_equal(again.index, found.index)
+    one = index.search(packed=codes[4000:4001], K=20)
+    np.testing.assert_array_equal(one.index[0], found.index[0])
+    assert index.n_bytes > 4000 * 8
+    assert (index.kind, len(index)) == (kind, 4000)
+
+
+def test_an_inverted_file_that_looks_everywhere_is_exact(threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties too: FAISS scans lists in the order of their centroids, and settling puts the rows in theirs."""
+    monkeypatch.setattr(approximate, "PROBED", 1)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 4, (3000, 3), dtype=np.uint8)
+    index = build_index("hamming", packed=codes, kind="ivf")
+    for K in (1, 20, 300):
+        assert_same(index.search(packed=codes[:60], K=K), reference(codes[:60], codes, K))
+    own = np.arange(60)
+    assert_same(index.search(packed=codes[:60], K=9, exclude=own), reference(codes[:60], codes, 9, own))
+
+
+class Unordered:
+    """An exhaustive search that breaks ties as it likes: what FAISS may do on a GPU."""
+
+    def __init__(self, codes: np.ndarray, seed: int, lost: float = 0.0) -> None:
+        self.codes, self.rng, self.lost = codes, np.random.default_rng(seed), lost
+
+    def search(self, queries: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+        distance = np.bitwise_count(queries[:, None] ^ self.codes[None]).sum(-1).astype(np.int32)
+        rows = np.lexsort((self.rng.random(distance.shape), distance), axis=-1)[:, :M]
+        far = np.take_along_axis(distance, rows, axis=1)
+        gone = self.rng.random(rows.shape) < self.lost
+        return np.where(gone, 2**31 - 1, far).astype(np.int32), np.where(gone, -1, rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.integers(1, 3), st.data())
+def test_settling_makes_any_order_exact(seed: int, n: int, width: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 4, (n, width), dtype=np.uint8)
+    exclude, K = rng.integers(-1, n, 6), data.draw(st.integers(1, n - 1))
+    queries, most = codes[rng.integers(0, n, 6)], data.draw(st.integers(1, n))
+    index = SettledIndex("gpu", 8 * width, searcher(Unordered(codes, seed)), HammingIndex(codes), inner_bytes=0, most=most)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settled, "MARGINS", data.draw(st.sampled_from([(1, 3), (32, 1024), (5, 6)])))
+        assert_same(index.search(packed=queries, K=K, exclude=exclude), reference(queries, codes, K, exclude))
+
+
+def test_queries_for_which_too_few_are_found_are_searched_exhaustively() -> None:
+    codes = clustered(300)
+    index = SettledIndex("x", 64, searcher(Unordered(codes, 0, lost=0.97)), HammingIndex(codes), inner_bytes=0)
+    assert_same(index.search(packed=codes[:40], K=40), reference(codes[:40], codes, 40))
+
+
+def test_an_index_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft = np.ones((10, 8), np.float32)
+    with pytest.raises(InputError, match=r"ivf with metric cosine, wanted auto or flat"):
+        build_index("cosine", soft=soft, kind="ivf")
+    with pytest.raises(InputError, match=r"no GPU for FAISS.*--index auto"):
+        build_index("hamming", packed=np.zeros((10, 8), np.uint8), kind="gpu")
+    tiny = np.arange(3, dtype=np.uint8)[:, None]
+    for kind in (*EXACT, *APPROXIMATE):
+        index = build_index("hamming", packed=tiny, kind=kind)
+        assert_same(index.search(packed=tiny, K=3), reference(tiny, tiny, 3))
+        assert index.search(packed=tiny[:0], K=2).index.shape == (0, 2)
