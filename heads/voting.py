@@ -1,21 +1,29 @@
 """Neighbours vote for tags.
 
-Symbols: Q queries, K neighbours, C classes, s similarity, w weight of a vote, y labels, tau temperature.
+Symbols: Q queries, K neighbours, C classes, s similarity, w weight of a vote, y labels, tau temperature, g members of
+a group of equal distance.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
 from .config import KnnConfig, Vote
-from .knn import Neighbours
+from .neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from .boundary import Boundary
+
+Labels = npt.NDArray[Any]
+Weights = npt.NDArray[np.float64]
+
+# Labels of so many neighbours are looked at together: they stay in the cache.
+BLOCK_BYTES = 1 << 20
 
 
-def weights(
-    similarity: npt.NDArray[np.floating[Any]], strategy: Vote, *, tau: float, theta: float
-) -> npt.NDArray[np.float64]:
+def weights(similarity: npt.NDArray[np.floating[Any]], strategy: Vote, *, tau: float, theta: float) -> Weights:
     """Weights of the votes of K neighbours, the nearest first; they sum to 1 for every query (SPEC section 8).
 
     - ``softmax``: ``w_i = exp(s_i / tau) / sum_j exp(s_j / tau)`` (as in Wu et al. 2018, eq. 5, normalised over K).
@@ -48,13 +56,11 @@ def weights(
     else:
         w = (s >= theta).astype(np.float64)
         w[w.sum(axis=1) == 0, 0] = 1.0
-    normalised: npt.NDArray[np.float64] = w / w.sum(axis=1, keepdims=True)
+    normalised: Weights = w / w.sum(axis=1, keepdims=True)
     return normalised
 
 
-def vote(
-    neighbours: Neighbours, labels: npt.NDArray[Any], config: KnnConfig, K: int | None = None
-) -> npt.NDArray[np.float32]:
+def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, K: int | None = None) -> npt.NDArray[np.float32]:
     """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1].
 
     One search at the largest K serves every smaller one: neighbours beyond K are dropped before weights are made.
@@ -71,16 +77,102 @@ def vote(
     Raises:
         InputError: K is larger than the search's.
     """
-    K = config.K if K is None else K
+    K = _checked(config.K if K is None else K, neighbours)
+    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
+    return _scores(neighbours.index[:, :K], w, labels).clip(0.0, 1.0).astype(np.float32)
+
+
+def vote_shared(
+    neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: "Boundary", K: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Scores that do not depend on the order of the index: codes of equal distance share their votes equally.
+
+    With w the weights of :func:`weights` by rank, and the ranks ``j <= K`` that the group of i's distance takes,
+    ``w_i = sum_j w_j / g``, where g counts all members of the group: those beyond K too, at the boundary. So uniform
+    and softmax weights change at the boundary only, where r places are shared by g: each gets ``r / g`` of its vote.
+    Ranks are averaged within every group. Where none reaches theta, all of the nearest distance share the one vote.
+
+    Args:
+        neighbours: Of a Hamming search with at least K neighbours.
+        labels: Labels of the index ``(N, C)`` of 0 and 1.
+        config: As for :func:`vote`.
+        boundary: The groups at the distance of neighbour K.
+        K: Neighbours that vote.
+
+    Returns:
+        ``(Q, C)`` float32, the same to the last bit for every order of the index.
+
+    Raises:
+        InputError: K is larger than the search's.
+    """
+    K = _checked(config.K if K is None else K, neighbours)
+    index, distance = neighbours.index[:, :K], neighbours.distance[:, :K]
+    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
+    last = distance == distance[:, -1:]
+    share = np.where(last, w, 0.0).sum(axis=1) / boundary.size
+    scores = _scores(index, np.where(last, 0.0, _averaged(w, distance)), labels)
+    scores += share[:, None] * boundary.labels
+    return scores.clip(0.0, 1.0).astype(np.float32)
+
+
+def label_sums(query: npt.NDArray[np.int64], index: npt.NDArray[np.int64], labels: Labels, Q: int) -> Any:  # noqa: ANN401
+    """How often each tag stands among the rows of each query ``(Q, C)`` int64.
+
+    Args:
+        query: Whose row it is ``(n,)``, from 0 to Q - 1.
+        index: The row ``(n,)``.
+        labels: ``(N, C)`` of 0 and 1.
+        Q: Queries.
+    """
+    C = labels.shape[1]
+    sums = np.zeros(Q * C, np.int64)
+    step = max(1, 16 * BLOCK_BYTES // max(C, 1))
+    for start in range(0, len(index), step):
+        rows = slice(start, start + step)
+        place, tag = np.nonzero(labels[index[rows]])
+        sums += np.bincount(query[rows][place] * C + tag, minlength=Q * C)
+    return sums.reshape(Q, C)
+
+
+def _checked(K: int, neighbours: Neighbours) -> int:
     searched = neighbours.index.shape[1]
     if not 1 <= K <= searched:
         raise InputError(
             "more votes than neighbours", got=f"K {K}", wanted=f"1 to {searched}, the neighbours searched for",
             do="search with the largest K",
         )  # fmt: skip
-    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
-    scores = np.zeros((len(w), labels.shape[1]))
-    # Neighbour after neighbour: the order of the sum, and so its last bit, is the same for one query and for many.
-    for rank in range(K):
-        scores += w[:, rank, None] * labels[neighbours.index[:, rank]]
-    return scores.clip(0.0, 1.0).astype(np.float32)
+    return K
+
+
+def _scores(index: npt.NDArray[np.int64], w: Weights, labels: Labels) -> Weights:
+    """``sum_i w_i y_ic`` ``(Q, C)``.
+
+    An image has few tags, so only those are added up, neighbour after neighbour: the order of the sum, and so its last
+    bit, is the same for one query and for many.
+    """
+    (Q, K), C = index.shape, labels.shape[1]
+    scores = np.zeros((Q, C))
+    step = max(1, BLOCK_BYTES // max(1, K * C))
+    for start in range(0, Q, step):
+        part = index[start : start + step]
+        votes = labels[part]
+        # NumPy finds what is not zero faster among booleans, and a byte of 0 or 1 is one.
+        found = np.flatnonzero(votes.view(np.bool_) if votes.dtype == np.uint8 else votes)
+        vote_of, tag = np.divmod(found, C)
+        cell = vote_of // K * C + tag
+        added = np.bincount(cell, weights=w[start : start + step].reshape(-1)[vote_of], minlength=len(part) * C)
+        scores[start : start + step] = added.reshape(-1, C)
+    return scores
+
+
+def _averaged(w: Weights, distance: npt.NDArray[Any]) -> Weights:
+    """Each weight replaced by the mean of its group of equal distance; groups lie side by side."""
+    Q, K = w.shape
+    starts = np.ones((Q, K), np.bool_)
+    starts[:, 1:] = distance[:, 1:] != distance[:, :-1]
+    first = np.flatnonzero(starts)
+    group = np.cumsum(starts.reshape(-1)) - 1
+    size = np.diff(np.append(first, Q * K))
+    mean = np.add.reduceat(np.ascontiguousarray(w).reshape(-1), first) / size if len(first) else w.reshape(-1)
+    averaged: Weights = mean[group].reshape(Q, K)
+    return averaged

@@ -5,13 +5,15 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
+from mmcli.heads import boundary, voting
+from mmcli.heads.boundary import BoundaryIndex
 from mmcli.heads.config import KnnConfig
-from mmcli.heads.knn import Neighbours
-from mmcli.heads.voting import vote, weights
+from mmcli.heads.knn import Neighbours, build_index
+from mmcli.heads.voting import vote, vote_shared, weights
 
 STRATEGIES = ("softmax", "uniform", "rank", "threshold")
 
@@ -115,3 +117,101 @@ def test_fast_enough() -> None:
     started = time.perf_counter()
     vote(found, labels, KnnConfig())
     assert time.perf_counter() - started < 1.0  # about 0.015 s; the limit leaves room for a busy machine
+
+
+def shuffled(seed: int, N: int, bits: int = 8, C: int = 6, Q: int = 5) -> tuple[np.ndarray, ...]:
+    """Codes with many ties, their labels, queries, and an order to put the index into."""
+    rng = np.random.default_rng(seed)
+    codes = np.packbits(rng.integers(0, 2, (N, bits)) & rng.integers(0, 2, (N, bits)), axis=1)
+    return codes, rng.integers(0, 2, (N, C)).astype(np.uint8), codes[rng.integers(0, N, Q)], rng.permutation(N)
+
+
+def shared(codes: np.ndarray, labels: np.ndarray, queries: np.ndarray, config: KnnConfig, exclude=None) -> np.ndarray:
+    found = build_index("hamming", packed=codes).search(packed=queries, K=config.K, exclude=exclude)
+    groups = BoundaryIndex(codes, labels).groups(queries, found.distance[:, -1], exclude)
+    return vote_shared(found, labels, config, groups)
+
+
+def slow_shared(
+    codes: np.ndarray, labels: np.ndarray, query: np.ndarray, config: KnnConfig, own: int = -1
+) -> np.ndarray:
+    """The mean of the plain vote over every order of equals: by groups, one rank at a time."""
+    distance = np.bitwise_count(codes ^ query).sum(axis=1).astype(int)
+    rows = sorted((r for r in range(len(codes)) if r != own), key=lambda r: distance[r])
+    bits = 8 * codes.shape[1]
+    nearest = [float(np.float32(1 - distance[r] / bits)) for r in rows[: config.K]]
+    w = slow_weights(nearest, config.voting_strategy, config.tau, config.theta)
+    scores = np.zeros(labels.shape[1])
+    for rank, weight in enumerate(w):
+        group = [r for r in rows if distance[r] == distance[rows[rank]]]
+        scores += weight * labels[group].mean(axis=0)
+    return scores
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), N=st.integers(2, 120), theta=st.floats(-1, 1), data=st.data())
+def test_shared_votes_are_the_mean_over_orders_and_the_same_for_every_order(strategy, seed, N, theta, data) -> None:
+    codes, labels, queries, order = shuffled(seed, N)
+    config = KnnConfig(K=data.draw(st.integers(1, N - 1)), voting_strategy=strategy, tau=0.3, theta=theta)
+    own = np.random.default_rng(seed).integers(-1, N, 5)
+    for exclude in (None, own):
+        scores = shared(codes, labels, queries, config, exclude)
+        for q, query in enumerate(queries):
+            wanted = slow_shared(codes, labels, query, config, -1 if exclude is None else exclude[q])
+            np.testing.assert_allclose(scores[q], wanted, rtol=1e-5, atol=1e-6)
+        moved = None if exclude is None else np.where(exclude < 0, -1, np.argsort(order)[exclude])
+        np.testing.assert_array_equal(shared(codes[order], labels[order], queries, config, moved), scores)
+
+
+def test_votes_by_index_do_depend_on_the_order() -> None:
+    """What the shared votes are for."""
+    codes, labels, queries, order = shuffled(0, 100)
+    config = KnnConfig(K=10)
+    scores = []
+    for rows in (np.arange(100), order):
+        found = build_index("hamming", packed=codes[rows]).search(packed=queries, K=10)
+        scores.append(vote(found, labels[rows], config))
+    assert np.abs(scores[0] - scores[1]).max() > 0.05
+
+
+def test_shared_votes_are_plain_ones_where_nothing_ties() -> None:
+    codes = np.array([[0b0], [0b1], [0b11], [0b111], [0b1111]], np.uint8)
+    labels = np.eye(5, dtype=np.uint8)
+    for strategy in STRATEGIES:
+        config = KnnConfig(K=3, voting_strategy=strategy, theta=0.8)
+        found = build_index("hamming", packed=codes).search(packed=codes[:1], K=3)
+        np.testing.assert_allclose(shared(codes, labels, codes[:1], config), vote(found, labels, config), rtol=1e-6)
+
+
+def test_a_group_in_numbers() -> None:
+    """Two places for four equals: each gets half a vote of three."""
+    codes = np.array([[1], [0], [2], [4], [8]], np.uint8)
+    groups = BoundaryIndex(codes, np.eye(5, dtype=np.uint8)).groups(np.zeros((1, 1), np.uint8), np.array([1]))
+    assert (groups.size.tolist(), groups.labels.tolist()) == ([4], [[1, 0, 1, 1, 1]])
+    scores = shared(
+        codes, np.eye(5, dtype=np.uint8), np.zeros((1, 1), np.uint8), KnnConfig(K=3, voting_strategy="uniform")
+    )
+    np.testing.assert_allclose(scores, [[1 / 6, 1 / 3, 1 / 6, 1 / 6, 1 / 6]], rtol=1e-6)
+
+
+def test_groups_are_found_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, labels, queries, _ = shuffled(3, 90, Q=20)
+    index, distance = BoundaryIndex(codes, labels), np.arange(20) % 4
+    own = np.arange(20)
+    whole = index.groups(queries, distance, own)
+    monkeypatch.setattr(boundary, "RANGE_BYTES", 1)
+    for a, b in zip(whole, index.groups(queries, distance, own), strict=True):
+        np.testing.assert_array_equal(a, b)
+    far = np.bitwise_count(queries[:, None] ^ codes).sum(-1).astype(int)
+    far[np.arange(20), own] = -1
+    np.testing.assert_array_equal(whole.size, (far == distance[:, None]).sum(axis=1))
+    np.testing.assert_array_equal(whole.labels, (far == distance[:, None]).astype(np.int64) @ labels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
+def test_blocks_and_kinds_of_labels_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype) -> None:
+    found, labels = make_case(4, Q=40)
+    whole = vote(found, labels, KnnConfig(K=6))
+    monkeypatch.setattr(voting, "BLOCK_BYTES", 100)
+    np.testing.assert_array_equal(vote(found, labels.astype(dtype), KnnConfig(K=6)), whole)
