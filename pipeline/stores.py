@@ -1,6 +1,7 @@
 """A store as the stages after extraction see it: embeddings with labels and splits."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +39,40 @@ def find_store(folder: Path | None, cache: Path = DEFAULT_CACHE) -> Path:
     return folder if folder is not None else newest_store(cache)
 
 
-def read_store(folder: Path, config: Config) -> LabelledStore:
+class Reading:
+    """A store that is read by a thread while the process does something else: importing torch takes as long.
+
+    Args:
+        folder: The store.
+        config: As of :func:`read_store`.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self._store = Store.open(folder)
+        _check_model(self._store, config)
+        self._pool = ThreadPoolExecutor(1)
+        self._embeddings = self._pool.submit(self._store.load)
+
+    def result(self) -> tuple[Store, Embeddings]:
+        """The store and its arrays, or what the reading ended with."""
+        with self._pool:
+            return self._store, self._embeddings.result()
+
+
+def read_store(folder: Path, config: Config, reading: Reading | None = None) -> LabelledStore:
     """Open, check and load a store.
 
     Args:
         folder: The store.
         config: Where its model section was given by the user, the store must be of that model and budget.
+        reading: That is under way already.
 
     Raises:
         InputError: The store is damaged, unfinished, or of another model than was asked for.
     """
-    store = Store.open(folder)
-    _check_model(store, config)
+    store, embeddings = (reading or Reading(folder, config)).result()
     kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped)) if store.skipped else None
-    embeddings = store.load()
     if kept is not None:
         embeddings = Embeddings(**{name: _compacted(values, kept) for name, values in vars(embeddings).items()})
     return LabelledStore(store=store, embeddings=embeddings, listing=_listing(store, kept))

@@ -22,7 +22,7 @@ from .progress import Progress
 from .runs import Run, mark, read_info, start_run
 from .settle import notices, settle
 from .splits import Split
-from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
+from .stores import LabelledStore, Reading, describe_run, find_store, read_store, resolve_config
 from .tables import spread_table
 from .trackers import check_trackers, open_trackers
 from .trainer import fit
@@ -91,7 +91,7 @@ class Prepared:
 
 def train_head(
     config: Config, *, store: Path | None = None, out: Path | None = None, runs: Path = RUNS, force: bool = False,
-    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None, reading: Reading | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train a head on the train split of a store.
 
@@ -104,6 +104,7 @@ def train_head(
         tensorboard: Log every epoch for TensorBoard, below the run folder.
         wandb: Log every epoch for Weights & Biases, likewise.
         progress: Who to tell.
+        reading: The store, where reading it has begun already.
 
     Raises:
         InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, fewer train images
@@ -111,7 +112,7 @@ def train_head(
     """
     work = _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb)
     started = time.perf_counter()
-    prepared = prepare_training(config, store, work.progress)
+    prepared = prepare_training(config, store, work.progress, reading)
     place = _Place(out=out, runs=runs, force=force)
     return work.train([work.begin(prepared, place, prepared.config)], prepared, started=started)[0]
 
@@ -195,20 +196,23 @@ def resume_training(
     return work.train([work.go_on(prepared, run, config)], prepared, started=started)[0]
 
 
-def prepare_training(config: Config, store: Path | None, progress: Progress) -> Prepared:
+def prepare_training(
+    config: Config, store: Path | None, progress: Progress, reading: Reading | None = None
+) -> Prepared:  # fmt: skip
     """Read a store and put its splits where the training will be.
 
     Args:
         config: As of :func:`train_head`.
         store: The store; the newest below ``data/cache`` when not given.
         progress: Who to tell.
+        reading: The store, where reading it has begun already.
 
     Raises:
         InputError: As of :func:`train_head`, as far as the store and the configuration go.
     """
-    folder = find_store(store)
+    folder = find_store(store) if reading is None else reading.folder
     device = pick_device(config.hardware.device)
-    labelled = read_store(folder, config)
+    labelled = read_store(folder, config, reading)
     progress.say(f"training from {folder} on {device.type}" + ("" if store else " (the newest store)"))
     config = settle(resolve_config(config, labelled))
     splits = place_splits(labelled, config, device)

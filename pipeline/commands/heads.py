@@ -1,5 +1,6 @@
 """The commands that train and evaluate: train-head, knn-eval, zero-shot."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,6 +85,10 @@ def train_head(
     if print_config:
         show_config(resolved, json_)
         return
+    from ..stores import Reading, find_store
+
+    # Torch takes a second or two to import, and so does a large store to read.
+    reading = None if resume is not None or seeds > 1 else Reading(find_store(store), resolved)
     from .. import train_head as stage
 
     told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": make_progress(quiet)}
@@ -93,7 +98,7 @@ def train_head(
     elif seeds > 1:
         result = stage.train_replicas(resolved, seeds=seeds, store=store, out=out, force=force, **told)
     else:
-        result = stage.train_head(resolved, store=store, out=out, force=force, **told)
+        result = stage.train_head(resolved, store=store, out=out, force=force, reading=reading, **told)
     finish(result.to_json(), json_, *result.summary())
 
 
@@ -120,16 +125,29 @@ def knn_eval(
 
 
 def zero_shot(
-    store: Store = None, split: Split = "test", out: RunOut = None, model: Model = None, revision: Revision = None,
+    store: Store = None, split: Split = "test",
+    inputs: Annotated[Literal["image", "text", "both"], typer.Option("--inputs", help="What is compared with the prompts: the image, its caption, or both.")] = "image",
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Templates in the place of ours, one a line, with {} for the name.")] = None,
+    print_prompts: Annotated[bool, typer.Option("--print-prompts", help="Print the templates, score nothing.")] = False,
+    out: RunOut = None, model: Model = None, revision: Revision = None,
     device: Device = None, config: ConfigFile = None, set_: Set = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Baseline without training: cosine with the mean of prompts for each category name."""
+    from ..prompts import TEMPLATES, read_prompts
+
+    templates = TEMPLATES if prompts is None else read_prompts(prompts)
+    if print_prompts:
+        print(json.dumps({"prompts": templates}) if json_ else "\n".join(templates))
+        return
     options = {"model.siglip2_variant": model, "model.revision": revision, "hardware.device": device}
     resolved = read_config(config, set_, options)
     from ..zero_shot import zero_shot as stage
 
-    result = stage(resolved, store=store, split=split, out=out, force=force, progress=make_progress(quiet))
+    result = stage(
+        resolved, store=store, split=split, templates=templates, inputs=inputs, out=out, force=force,
+        progress=make_progress(quiet),
+    )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())
 
 

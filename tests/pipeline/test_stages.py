@@ -360,7 +360,7 @@ def test_speeds_are_of_the_size_that_a_clock_says(mmcli, here: Path) -> None:
 )
 def test_what_cannot_be_trained_on_is_refused_before_the_first_epoch(train, val, options, said: str | None) -> None:
     def split(rows) -> Split:
-        v, n = np.zeros((len(rows), 4)), np.ones(len(rows))
+        v, n = np.zeros((len(rows), 4), np.float32), np.ones(len(rows))
         return Split.place(v, v[:, None], n, np.array(rows, np.uint8), torch.device("cpu"))
 
     splits = {"train": split(train), "val": split(val)}

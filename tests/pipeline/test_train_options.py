@@ -44,8 +44,10 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stage that writes down which of its functions was called, and how."""
-    from mmcli.pipeline import train_head
+    from mmcli.pipeline import stores, train_head
 
+    monkeypatch.setattr(stores, "find_store", lambda folder: folder)
+    monkeypatch.setattr(stores, "Reading", lambda folder, config: ("read ahead", folder))
     told = SimpleNamespace(name=None, given=None, words={})
 
     def take(name: str):
@@ -69,9 +71,10 @@ def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None
     words = {"tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s")}
     assert (stage.name, stage.words) == ("train_replicas", {"seeds": 3, **words})
     assert mmcli("train-head", *others)[0] == 0
-    assert (stage.name, stage.words) == ("train_head", words)
+    assert (stage.name, stage.words) == ("train_head", {**words, "reading": ("read ahead", Path("s"))})
     assert mmcli("train-head")[0] == 0
     plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": None}
+    plain["reading"] = ("read ahead", None)
     assert (stage.name, stage.words) == ("train_head", plain)
 
 
