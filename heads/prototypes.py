@@ -1,8 +1,9 @@
-"""Zero-shot scores: how near an image embedding is to the mean of prompts for each category name.
+"""Zero-shot scores: how near an image, its caption, or both are to the mean of prompts for each category name.
 
 Symbols: N images, C classes, P prompts a class, D embedding width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,15 @@ def class_prototypes(prompt_embeddings: Floats) -> npt.NDArray[np.float32]:
     return _unit(_unit(prompt_embeddings, "prompt embedding").mean(axis=1), "prototype").astype(np.float32)
 
 
-def zero_shot_scores(v_img: Floats, prototypes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Cosine of every image with every class.
+def zero_shot_scores(
+    v: Floats, prototypes: npt.NDArray[np.float32], *, name: str = "image embedding"
+) -> npt.NDArray[np.float32]:
+    """Cosine of every image, or every caption, with every class.
 
     Args:
-        v_img: Raw image embeddings ``(N, D)``.
+        v: Raw embeddings ``(N, D)``, of images or of captions.
         prototypes: Unit vectors ``(C, D)``, of :func:`class_prototypes`.
+        name: What the embeddings are, for messages.
 
     Returns:
         ``(N, C)`` float32 in [-1, 1], in class order.
@@ -46,10 +50,31 @@ def zero_shot_scores(v_img: Floats, prototypes: npt.NDArray[np.float32]) -> npt.
     Raises:
         ValueError: Widths that differ, or an embedding that is zero or not finite.
     """
-    if v_img.ndim != 2 or v_img.shape[1] != prototypes.shape[1]:
-        raise ValueError(f"image embeddings {v_img.shape} do not fit prototypes {prototypes.shape}")
-    cosine = _unit(v_img, "image embedding").astype(np.float32) @ prototypes.T
+    if v.ndim != 2 or v.shape[1] != prototypes.shape[1]:
+        raise ValueError(f"{name}s {v.shape} do not fit prototypes {prototypes.shape}")
+    cosine = _unit(v, name).astype(np.float32) @ prototypes.T
     return cosine.clip(-1.0, 1.0).astype(np.float32)
+
+
+def mean_logits(
+    cosines: Sequence[npt.NDArray[np.float32]], logit_scale: float, logit_bias: float
+) -> npt.NDArray[np.float64]:
+    """The mean over modalities of SigLIP's logits ``scale * cosine + bias``: one modality's own where there is one.
+
+    A mean of logits is a geometric mean of odds: image and caption have an equal say about every class. The cosine of
+    the mean direction is the same but for a factor ``1 / ||d_img + d_txt||`` of the image, the smaller the better the
+    caption fits it; that factor would move images with good captions down in the ranking of every class.
+
+    Args:
+        cosines: ``(N, C)`` for each modality.
+        logit_scale: The learned scale, already exponentiated (checkpoints keep its logarithm).
+        logit_bias: The learned bias.
+
+    Returns:
+        ``(N, C)`` float64. They are what is to be ranked: probabilities near 1 tie.
+    """
+    cosine: npt.NDArray[np.float64] = np.mean([part.astype(np.float64) for part in cosines], axis=0)
+    return logit_scale * cosine + logit_bias
 
 
 def to_probability(cosine: npt.NDArray[np.float32], logit_scale: float, logit_bias: float) -> npt.NDArray[np.float32]:
@@ -65,7 +90,7 @@ def to_probability(cosine: npt.NDArray[np.float32], logit_scale: float, logit_bi
     Returns:
         ``(N, C)`` float32 in [0, 1].
     """
-    return sigmoid(logit_scale * cosine.astype(np.float64) + logit_bias).astype(np.float32)
+    return sigmoid(mean_logits([cosine], logit_scale, logit_bias)).astype(np.float32)
 
 
 def _unit(v: Floats, name: str) -> npt.NDArray[np.float64]:

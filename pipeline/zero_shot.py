@@ -1,36 +1,35 @@
-"""Baseline without training: cosine of the image embedding with the mean of prompts for each category name."""
+"""Baseline without training: cosine of an image, or its caption, with the mean of prompts for each category name."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import RenderableType
+from transformers import AutoConfig
 
-from ..cache import StoreMismatch
-from ..heads.prototypes import class_prototypes, to_probability, zero_shot_scores
-from .config import Config
+from .. import InputError
+from ..cache import Store, StoreMismatch
+from ..heads.prototypes import class_prototypes, mean_logits, zero_shot_scores
+from ..heads.sigmoid import sigmoid
+from .config import Config, ModelConfig
 from .device import pick_device
 from .encoder import Encoder
 from .evaluation import Labels, Scores, metrics_row, write_scores
 from .progress import Progress
+from .prompts import GAP, TEMPLATES
 from .runs import Run, finish_run, start_run
+from .siglip import load_part
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
 from .tables import metrics_table
 
-# A short ensemble in the manner of CLIP's (Radford et al. 2021, section 3.1.4); lower case, as SigLIP2 is trained.
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "a photo of the {}.",
-    "there is a {} in the photo.",
-    "a {} in a scene.",
-    "{}",
-)
+Inputs = Literal["image", "text", "both"]
 LATENCY_QUERIES = 100
+ANY_PATCHES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,9 @@ class ZeroShotResult:
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
-        return [metrics_table([self.metrics], f"{self.metrics['split']} split"), f"wrote {self.run.folder}"]
+        row = self.metrics
+        title = f"{row['split']} split, inputs {row['inputs']}, {row['n_prompts']} prompts a class"
+        return [metrics_table([self.metrics], title), f"wrote {self.run.folder}"]
 
 
 def zero_shot(
@@ -57,6 +58,7 @@ def zero_shot(
     out: Path | None = None,
     runs: Path = Path("runs"),
     templates: Sequence[str] = TEMPLATES,
+    inputs: Inputs = "image",
     force: bool = False,
     progress: Progress | None = None,
 ) -> ZeroShotResult:
@@ -69,50 +71,93 @@ def zero_shot(
         out: The run folder; a new one below ``runs`` when not given.
         runs: The folder of all runs.
         templates: Prompts with ``{}`` for the category's name.
+        inputs: Whose cosine with the prompts counts: the image's, its first caption's, or both by the mean of logits.
         force: Replace an existing run in ``out``.
         progress: Who to tell.
 
     Raises:
-        InputError: A bad store, a split without images, or a checkpoint other than the one the store was made with.
+        InputError: A bad store, a split without images, an image without the caption that is asked for, a checkpoint
+            that cannot be loaded, or another one than the store was made with.
     """
     progress = progress or Progress()
-    labelled = read_store(find_store(store), config)
+    labelled = _read(find_store(store), config)
     config, listing = resolve_config(config, labelled), labelled.listing
     rows = {name: listing.rows(name) for name in (split, "val") if name == split or (listing.splits == name).any()}
+    _check_captions(labelled, rows, inputs)
     encoder = _matching_encoder(config, labelled)
     names = listing.category_names
-    progress.say(f"zero-shot on {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts")
-    prompts = [template.replace("{}", name) for name in names for template in templates]
+    progress.say(f"zero-shot on {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts, {inputs}")
+    prompts = [template.replace(GAP, name) for name in names for template in templates]
     embedded = encoder.encode_texts(prompts).reshape(len(names), len(templates), -1)
-    prototypes = class_prototypes(embedded)
+    score = _Scorer(labelled, class_prototypes(embedded), encoder, inputs)
     run = start_run(
         describe_run("zero-shot", config, labelled), config, label="zero-shot", out=out, runs=runs,
         device=str(encoder.device), force=force,
     )  # fmt: skip
-    scores = {name: _probability(encoder, labelled.embeddings.v_img[at], prototypes) for name, at in rows.items()}
+    logits = {name: score(at) for name, at in rows.items()}
+    labels = {name: listing.labels_matrix()[at] for name, at in rows.items()}
     for name, at in rows.items():
-        write_scores(run.folder, "zero-shot", name, listing.image_ids[at], scores[name])
-    row = _row(split, scores, {name: listing.labels_matrix()[at] for name, at in rows.items()})
+        write_scores(run.folder, "zero-shot", name, listing.image_ids[at], sigmoid(logits[name]), labels[name])
+    row = _row(run, split, logits, labels)
     if "note" in row:
         progress.say(f"note: {row['note']}")
-    row["query_latency_ms"] = _latency_ms(encoder, labelled.embeddings.v_img, prototypes)
+    row |= {"inputs": inputs, "n_prompts": len(templates), "prompts": list(templates)}
+    row["query_latency_ms"] = _latency_ms(score, len(labelled.embeddings.v_img))
     return ZeroShotResult(run=finish_run(run, [row]), metrics=row)
 
 
-def _row(split: str, scores: dict[str, Scores], labels: dict[str, Labels]) -> dict[str, Any]:
-    """The metrics of a split, its threshold tuned on val; a data set without val has no figures that are tuned."""
-    none = (scores[split][:0], labels[split][:0])
-    val = (scores["val"], labels["val"]) if "val" in scores else none
-    return metrics_row("zero-shot", split, scores[split], labels[split], tuned_on=None if split == "val" else val)
+class _Scorer:
+    """Logits of images, from their stored embeddings."""
+
+    def __init__(
+        self, labelled: LabelledStore, prototypes: npt.NDArray[np.float32], encoder: Encoder, inputs: Inputs
+    ) -> None:
+        self._embeddings, self._prototypes = labelled.embeddings, prototypes
+        self._scale, self._bias, self._inputs = encoder.logit_scale, encoder.logit_bias, inputs
+
+    def __call__(self, rows: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.float64]:
+        parts = []
+        if self._inputs != "text":
+            parts.append((self._embeddings.v_img[rows], "image embedding"))
+        if self._inputs != "image":
+            parts.append((self._embeddings.v_txt[rows, 0], "caption embedding"))
+        cosines = [zero_shot_scores(v.astype(np.float32), self._prototypes, name=name) for v, name in parts]
+        return mean_logits(cosines, self._scale, self._bias)
+
+
+def _row(run: Run, split: str, logits: Mapping[str, Scores], labels: Mapping[str, Labels]) -> dict[str, Any]:
+    """The metrics of a split, its thresholds tuned on val; a data set without val has no figures that are tuned."""
+    none = (logits[split][:0], labels[split][:0])
+    val = None if split == "val" else (logits["val"], labels["val"]) if "val" in logits else none
+    return metrics_row("zero-shot", split, logits[split], labels[split], tuned_on=val, logits=True, run=run)
+
+
+def _read(folder: Path, config: Config) -> LabelledStore:
+    """The store; one that was imported only names its model, so whatever --model says may be its checkpoint."""
+    imported = "imported" in Store.open(folder).extra
+    return read_store(folder, config.model_copy(update={"model": ModelConfig()}) if imported else config)
+
+
+def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.int64]], inputs: Inputs) -> None:
+    """Refuse images without a caption where captions are asked for."""
+    for split, at in rows.items():
+        without = at[labelled.embeddings.n_captions[at] == 0] if inputs != "image" else at[:0]
+        if len(without):
+            first = labelled.listing.image_ids[without[0]]
+            raise InputError(
+                "images without a caption", where=labelled.store.folder, wanted="a caption for each",
+                got=f"{len(without)} of {len(at)} {split} images, the first of them image id {first}",
+                do="give --inputs image, or a manifest with captions",
+            )  # fmt: skip
 
 
 def _matching_encoder(config: Config, labelled: LabelledStore) -> Encoder:
     """The checkpoint of the store; another one, or changed weights under the same name, is refused."""
-    key = labelled.store.key
-    encoder = Encoder.load(
-        config.model.siglip2_variant, revision=config.model.revision or _commit(key.revision), patches=key.patches,
-        text_length=key.text_length, device=pick_device(config.hardware.device),
-    )  # fmt: skip
+    key, device = labelled.store.key, pick_device(config.hardware.device)
+    name, revision = config.model.siglip2_variant, config.model.revision or _commit(key.revision)
+    if "imported" in labelled.store.extra:
+        return _named_encoder(name, revision, labelled, device)
+    encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)
     if encoder.identity.revision != key.revision:
         raise StoreMismatch(
             "a store of another model", where=labelled.store.folder, got=f"{key.model} at {key.revision[:19]}",
@@ -122,23 +167,40 @@ def _matching_encoder(config: Config, labelled: LabelledStore) -> Encoder:
     return encoder
 
 
+def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, device: torch.device) -> Encoder:
+    """The checkpoint that an imported store names, or that was given for it; only its width can be compared."""
+    try:
+        config = load_part("the configuration", AutoConfig, name, revision)
+        encoder = Encoder.load(name, revision=revision, patches=_own_patches(config), device=device)
+    except InputError as error:
+        raise InputError(
+            error.what, where=error.where, got=error.got, wanted="the checkpoint that computed this imported store",
+            do="give --model its folder or hub id",
+        ) from error  # fmt: skip
+    if encoder.width != labelled.store.width:
+        raise StoreMismatch(
+            "a store of another model", where=labelled.store.folder, got=f"embeddings {labelled.store.width} wide",
+            wanted=f"{encoder.width}, as {encoder.identity.model} makes them", do="give --model the right checkpoint",
+        )  # fmt: skip
+    return encoder
+
+
+def _own_patches(config: Any) -> int:  # noqa: ANN401
+    """The patch budget of a fixed-resolution checkpoint; any for the others, because no image is encoded here."""
+    fixed = getattr(config, "model_type", None) == "siglip"
+    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2 if fixed else ANY_PATCHES
+
+
 def _commit(revision: str) -> str | None:
     """The hub commit that a store was made with; nothing for a local checkpoint."""
     return None if revision.startswith("sha256:") else revision
 
 
-def _probability(
-    encoder: Encoder, v_img: npt.NDArray[Any], prototypes: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    cosine = zero_shot_scores(v_img.astype(np.float32), prototypes)
-    return to_probability(cosine, encoder.logit_scale, encoder.logit_bias)
-
-
-def _latency_ms(encoder: Encoder, v_img: npt.NDArray[Any], prototypes: npt.NDArray[np.float32]) -> float:
+def _latency_ms(score: _Scorer, n_images: int) -> float:
     """Mean time from one stored embedding to its scores, in milliseconds."""
     times = []
-    for row in range(min(LATENCY_QUERIES, len(v_img))):
+    for row in range(min(LATENCY_QUERIES, n_images)):
         started = time.perf_counter()
-        _probability(encoder, v_img[row : row + 1], prototypes)
+        sigmoid(score(slice(row, row + 1)))
         times.append(time.perf_counter() - started)
     return 1e3 * float(np.mean(times))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcli.heads.prototypes import class_prototypes, to_probability, zero_shot_scores
+from mmcli.heads.prototypes import class_prototypes, mean_logits, to_probability, zero_shot_scores
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -44,6 +44,21 @@ def test_probability_is_the_sigmoid_and_keeps_the_order() -> None:
     assert np.isfinite(to_probability(cosine, 1e4, 0.0)).all()  # no overflow, no warning
 
 
+def test_the_mean_of_logits_is_a_geometric_mean_of_odds() -> None:
+    cosines = np.random.default_rng(0).uniform(-0.2, 0.9, (2, 4, 3)).astype(np.float32)
+    logits = mean_logits(list(cosines), 10.0, -3.0)
+    odds = [np.exp(10.0 * cosine.astype(np.float64) - 3.0) for cosine in cosines]
+    np.testing.assert_allclose(np.exp(logits), np.sqrt(odds[0] * odds[1]), rtol=1e-12)
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(mean_logits([cosines[0]], 10.0, -3.0), 10.0 * cosines[0].astype(np.float64) - 3.0)
+
+
+def test_logits_keep_apart_what_probabilities_tie() -> None:
+    cosine = np.array([[0.9, 0.9000001]], np.float32)
+    assert np.diff(to_probability(cosine, 112.0, -16.0)) == 0
+    assert np.diff(mean_logits([cosine], 112.0, -16.0)) > 0
+
+
 def test_what_has_no_direction_is_refused() -> None:
     with pytest.raises(ValueError, match="prompt embedding 1 is zero"):
         class_prototypes(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
@@ -53,5 +68,7 @@ def test_what_has_no_direction_is_refused() -> None:
         zero_shot_scores(np.array([[1.0], [2.0], [np.nan]]), np.ones((1, 1), np.float32))
     with pytest.raises(ValueError, match=r"\(C, P, D\)"):
         class_prototypes(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="caption embedding 0"):
+        zero_shot_scores(np.zeros((1, 1)), np.ones((1, 1), np.float32), name="caption embedding")
     with pytest.raises(ValueError, match="do not fit"):
         zero_shot_scores(np.ones((2, 3)), np.ones((1, 4), np.float32))
