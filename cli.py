@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import InputError, __version__
-from .pipeline.commands import bench, cache, data, heads
+from .pipeline.commands import bench, cache, compare, data, heads, index, predict
 from .pipeline.commands.options import Panels
 
 INTERRUPTED = 130
@@ -31,6 +31,11 @@ cache_app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 bench_app = typer.Typer(help="This machine's speed, side by side with the plain way.", rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
+index_app = typer.Typer(
+    help="A file of samples that vote: build it, add and remove samples and tags without training.",
+    rich_markup_mode=None,
+)
+app.add_typer(index_app, name="index")
 
 
 @app.callback(invoke_without_command=True)
@@ -51,6 +56,12 @@ app.command()(data.extract)
 app.command("train-head", cls=Panels)(heads.train_head)
 app.command("knn-eval")(heads.knn_eval)
 app.command("zero-shot")(heads.zero_shot)
+app.command()(compare.compare)
+app.command("predict")(predict.predict)
+index_app.command("build")(index.index_build)
+index_app.command("add")(index.index_add)
+index_app.command("remove")(index.index_remove)
+index_app.command("info")(index.index_info)
 bench_app.command("extract")(bench.bench_extract)
 cache_app.command("info")(cache.cache_info)
 cache_app.command("verify")(cache.cache_verify)

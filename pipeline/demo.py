@@ -1,6 +1,7 @@
 """Every stage in turn on the generated miniature; each step names the command that does it alone."""
 
 import json
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..heads.config import KnnConfig
 from .codes import Codes, read_codes
 from .config import Config, ModelConfig
 from .device import pick_device
-from .explain import explain
+from .explain import show
 from .extract import ExtractPlan, extract
 from .files import make_folder, write_text
 from .knn_eval import knn_eval
@@ -25,9 +26,12 @@ from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
 from .miniature_model import STEPS, make_checkpoint
 from .prepare import prepare, statistics_tables
 from .progress import Progress
+from .run_encoder import Coded
 from .runs import Run
 from .tables import COLUMNS, FOOTNOTE, cells, metrics_table
+from .tagger import run_index
 from .train_head import train_head
+from .voters import Query, Voters
 from .zero_shot import zero_shot
 
 PATCHES = 64
@@ -96,8 +100,7 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
     _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
     voted = knn_eval(config, run=trained.run, progress=progress)
-    _step(progress, 7, "ask why: one test image and the neighbours that voted", None)
-    progress.show(_example(trained.run, data, config.knn))
+    _explain(trained.run, data, config.knn, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
     report = _write_report(out, rows)
     files = (
@@ -148,11 +151,17 @@ def _step(progress: Progress, number: int, what: str, command: str | None) -> No
         progress.show(Text(f"   $ mmcli {command}", "cyan"))
 
 
-def _example(run: Run, data: Path, knn: KnnConfig) -> RenderableType:
-    """The test image with two or three tags that the neighbours are surest of."""
-    base, query = read_codes(run.folder, "train"), read_codes(run.folder, "test")
-    listing = read_manifest(data / "manifest.parquet")
-    return explain(base, query, _telling_row(query), listing, knn).show()
+def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
+    """The test image with several tags that the classifier is surest of, and the neighbours that voted."""
+    query, listing = read_codes(run.folder, "test"), read_manifest(data / "manifest.parquet")
+    row = _telling_row(query)
+    at = listing.image_ids.tolist().index(query.image_id[row])
+    image, caption, one = str(data / listing.paths[at]), listing.captions[at][0], slice(row, row + 1)
+    command = f"predict {image} --caption {shlex.quote(caption)} --run {run.folder} --data {data}"
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", command)
+    coded = Coded(query.soft[one], None if query.packed is None else query.packed[one])
+    (tagging,) = Voters(run_index(run), knn).tag(coded, [Query(image, caption)], top=knn.top_n_tags)
+    progress.show(show(tagging, truth=[listing.category_names[c] for c in np.flatnonzero(query.labels[row])]))
 
 
 def _telling_row(query: Codes) -> int:

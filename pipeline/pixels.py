@@ -50,23 +50,32 @@ def read_rgb(picture: Picture) -> Image.Image:
     return open_rgb(Path(picture))
 
 
-def embed_images(encoder: Encoder, pictures: Sequence[Picture]) -> Floats:
+def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, unreadable: dict[int, str] | None = None) -> Floats:
     """Raw embeddings of pictures, made as an extraction makes them.
 
     Args:
         encoder: The towers.
         pictures: N of them.
+        unreadable: Where given, a picture that cannot be read is noted here with the reason, and its row is zero.
 
     Returns:
         ``(N, D)`` float32, before L2 normalisation.
 
     Raises:
-        InputError: One cannot be read.
+        InputError: One cannot be read, and ``unreadable`` is not given.
     """
-    out = np.empty((len(pictures), encoder.width), np.float32)
+    out = np.zeros((len(pictures), encoder.width), np.float32)
     for start in range(0, len(pictures), CHUNK):
-        chunk = [_cut(read_rgb(one), encoder.spec) for one in pictures[start : start + CHUNK]]
-        for batch in plan([grid for grid, _ in chunk], tokens=encoder.batch_tokens):
+        chunk: dict[int, tuple[Grid, Pixels]] = {}
+        for row, picture in enumerate(pictures[start : start + CHUNK]):
+            try:
+                chunk[row] = _cut(read_rgb(picture), encoder.spec)
+            except InputError as error:
+                if unreadable is None:
+                    raise
+                unreadable[start + row] = str(error)
+        grids = [chunk[row][0] if row in chunk else None for row in range(len(pictures[start : start + CHUNK]))]
+        for batch in plan(grids, tokens=encoder.batch_tokens):
             rows = np.array(batch.rows)
             pixels = np.stack([chunk[row][1] for row in batch.rows])
             with torch.inference_mode():

@@ -6,7 +6,7 @@ Symbols: N pairs, D embedding width, F features of a soft code, B bits.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -44,6 +44,11 @@ class Coded(NamedTuple):
 
     soft: npt.NDArray[np.float32]
     packed: npt.NDArray[np.uint8] | None
+
+    def without(self, rows: Collection[int]) -> "Coded":
+        """All codes but those of some rows."""
+        kept = [row for row in range(len(self.soft)) if row not in rows]
+        return Coded(self.soft[kept], None if self.packed is None else self.packed[kept])
 
 
 class RunEncoder:
@@ -108,18 +113,22 @@ class RunEncoder:
         """Whether the head reads captions; one of ``inputs`` image does not."""
         return self.inputs != "image"
 
-    def encode(self, images: Sequence[Picture], captions: Sequence[str | None]) -> Coded:
+    def encode(
+        self, images: Sequence[Picture], captions: Sequence[str | None], *, unreadable: dict[int, str] | None = None
+    ) -> Coded:
         """Codes of N pairs.
 
         Args:
             images: Paths, arrays ``(height, width, 3)`` uint8, or images of Pillow.
             captions: One an image; ``None`` or blank where the head reads images alone.
+            unreadable: Where given, a row whose image cannot be read is noted here with the reason; its code means
+                nothing.
 
         Raises:
             InputError: An image cannot be read, a caption is missing, or the numbers of both differ.
         """
         texts = self.check_captions(images, captions)
-        v_img = embed_images(self.encoder, images)
+        v_img = embed_images(self.encoder, images, unreadable=unreadable)
         v_txt = np.zeros_like(v_img)
         if self.reads_captions:
             v_txt = self.encoder.encode_texts(texts)

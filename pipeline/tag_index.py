@@ -110,10 +110,7 @@ class TagIndex:
         check_origin(self.origin, other.origin, where="the samples to add")
         known = other.image_id[self.rows_of(other.image_id) >= 0]
         if len(known) and not replacing:
-            raise InputError(
-                "already in the index", got=_some_ids(known), wanted="image ids that are not there",
-                do="give the samples other ids, or --force to replace the old ones",
-            )  # fmt: skip
+            raise already_there(known)
         # Empty for a moment where every sample is replaced, so not through `without`.
         mine = self._rows(np.flatnonzero(~np.isin(self.image_id, known))).with_names(other.category_names)
         place = {name: at for at, name in enumerate(mine.category_names)}
@@ -176,6 +173,14 @@ def check_origin(index: Origin, query: Origin, *, where: object) -> None:
             "embeddings of another encoder", where=where, got=f"{query.model}, encoder {query.encoder[:12]}",
             wanted=f"{index.model}, encoder {index.encoder[:12]}", do="name the --model that the index was built with",
         )  # fmt: skip
+
+
+def already_there(image_ids: npt.NDArray[np.int64]) -> InputError:
+    """The error for samples ``(n,)`` that an index has already."""
+    return InputError(
+        "already in the index", got=_some_ids(image_ids), wanted="image ids that are not there",
+        do="give the samples other ids, or --force to replace the old ones",
+    )  # fmt: skip
 
 
 def _some_ids(ids: npt.NDArray[np.int64]) -> str:

@@ -1,6 +1,6 @@
 """Tag images with their captions, from Python: a run's encoder and head, and an index whose samples vote."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -77,7 +77,7 @@ class Tagger:
 
     def predict(
         self, images: Sequence[Picture], captions: Sequence[str | None] | None = None, k: int | None = None,
-        top: int = 5, *, image_ids: Sequence[int | None] | None = None,
+        top: int = 5, *, image_ids: Sequence[int | None] | None = None, unreadable: dict[int, str] | None = None,
     ) -> list[Tagging]:  # fmt: skip
         """Tag images.
 
@@ -87,6 +87,8 @@ class Tagger:
             k: Neighbours that vote; as configured when not given.
             top: Tags of an image at most.
             image_ids: Ids of images that may be in the index; their own samples do not vote.
+            unreadable: Where given, an image that cannot be read is noted here by its place in ``images``, with the
+                reason, and left out of what is returned.
 
         Returns:
             Q taggings, in order. What an image gets does not depend on the others.
@@ -98,6 +100,7 @@ class Tagger:
             raise InputError("one image", got="text", wanted="lists", do='predict(["a.jpg"], ["a caption"])')
         texts = [None] * len(images) if captions is None else list(captions)
         self.encoder.check_captions(images, texts)
+        self.voters.check_k(k)
         ids = [None] * len(images) if image_ids is None else list(image_ids)
         if len(ids) != len(images):
             raise InputError("one image id an image", got=f"{len(images)} images, {len(ids)} ids")
@@ -106,9 +109,16 @@ class Tagger:
         found = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            coded = self.encoder.encode(images[part], texts[part])
-            found += self.voters.tag(coded, queries[part], k=k, top=top)
+            bad: dict[int, str] | None = None if unreadable is None else {}
+            coded = self.encoder.encode(images[part], texts[part], unreadable=bad)
+            found += self.voters.tag(coded.without(bad or {}), _without(queries[part], bad or {}), k=k, top=top)
+            if unreadable is not None and bad:
+                unreadable |= {start + row: reason for row, reason in bad.items()}
         return found
+
+
+def _without(queries: Sequence[Query], rows: Collection[int]) -> list[Query]:
+    return [query for row, query in enumerate(queries) if row not in rows]
 
 
 def run_knn(run: Run, index: TagIndex) -> KnnConfig:

@@ -45,6 +45,21 @@ class Voters:
         self.knn = knn.model_copy(update={"distance_metric": _metric(index, knn)})
         self._search = build_index(self.knn.distance_metric, packed=index.packed, soft=index.soft)
 
+    def check_k(self, k: int | None, *, usable: int | None = None) -> int:
+        """K: what was asked for, else as configured.
+
+        Args:
+            k: Neighbours that are to vote.
+            usable: Samples that may; all when not given.
+
+        Raises:
+            InputError: There are not so many.
+        """
+        K, usable = self.knn.K if k is None else k, len(self.index) if usable is None else usable
+        if not 1 <= K <= usable:
+            raise InputError("K does not fit the index", got=f"--k {K}", wanted=f"1 to {usable}", do="give another --k")
+        return K
+
     def tag(self, coded: Coded, queries: Sequence[Query], *, k: int | None = None, top: int = 5) -> list[Tagging]:
         """Tag Q codes.
 
@@ -57,16 +72,13 @@ class Voters:
         Raises:
             InputError: K is larger than the index, without the query's own sample where it is there.
         """
-        K = self.knn.K if k is None else k
         own = [-1 if query.image_id is None else query.image_id for query in queries]
         rows = self.index.rows_of(np.array(own, np.int64))
         # An id of -1 may be somebody's, so who gave none is told apart from who gave that.
         exclude = np.array(
             [row if query.image_id is not None else -1 for row, query in zip(rows, queries, strict=True)]
         )
-        usable = len(self.index) - int((exclude >= 0).any())
-        if not 1 <= K <= usable:
-            raise InputError("K does not fit the index", got=f"--k {K}", wanted=f"1 to {usable}", do="give another --k")
+        K = self.check_k(k, usable=len(self.index) - int((exclude >= 0).any()))
         found = self._search.search(K=K, packed=coded.packed, soft=coded.soft, exclude=exclude)
         scores = vote(found, self.index.labels, self.knn, K)
         shares = weights(found.similarity, self.knn.voting_strategy, tau=self.knn.tau, theta=self.knn.theta)

@@ -10,7 +10,8 @@ import pytest
 
 COMMANDS = (
     (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("cache",),
-    ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"),
+    ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"), ("predict",), ("index",),
+    ("index", "build"), ("index", "add"), ("index", "remove"), ("index", "info"),
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
         "import sys\nsys.argv = ['mmcli', *sys.argv[1:]]\nfrom mmcli.cli import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'PIL', 'sklearn'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'PIL', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
@@ -113,6 +114,12 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("cache", "export"), ("--out",)),
         (("cache", "import"), ("--images",)),
         (("cache", "import", "--images", "x", "--texts", "y", "--name", "z"), ("manifest.parquet", "mmcli prepare")),
+        (("predict",), ("nothing to tag", "IMAGE")),
+        (("predict", "a.jpg", "--caption", "x"), ("no run", "mmcli train-head")),
+        (("index", "build"), ("no run", "mmcli train-head")),
+        (("index", "add"), ("--manifest",)),
+        (("index", "remove", "--ids", "1,x"), ("--ids", "'x'")),
+        (("index", "info"), ("no run", "mmcli train-head")),
         (("no-such-command",), ("no-such-command",)),
         (("prepare", "--no-such-option"), ("--no-such-option",)),
     ],

@@ -61,7 +61,7 @@ def test_every_step_names_its_command_and_the_commands_do_the_same(made, tmp_pat
         for line in said.splitlines()
         if line.strip().startswith("$ mmcli ")
     ]
-    assert [words[0] for words in commands] == ["prepare", "extract", "zero-shot", "train-head", "knn-eval"]
+    assert [words[0] for words in commands] == ["prepare", "extract", "zero-shot", "train-head", "knn-eval", "predict"]
     training = next(words for words in commands if words[0] == "train-head")
     run = tmp_path / "again"
     for words in ([*training, "--out", str(run)], ["knn-eval", "--run", str(run)]):
