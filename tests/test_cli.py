@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("cache",),
+    (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("compare",), ("cache",),
     ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"), ("predict",), ("index",),
     ("index", "build"), ("index", "add"), ("index", "remove"), ("index", "info"),
 )  # fmt: skip
@@ -104,6 +104,9 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
         (("knn-eval",), ("no run", "mmcli train-head")),
         (("knn-eval", "--run", "nowhere"), ("nowhere", "mmcli train-head")),
         (("zero-shot",), ("store", "mmcli extract")),
+        (("zero-shot", "--prompts", "nowhere.txt"), ("nowhere.txt", "one template a line")),
+        (("zero-shot", "--inputs", "caption"), ("--inputs", "both")),
+        (("compare", "nowhere", "there"), ("nowhere", "run folder")),
         (("prepare",), ("data/coco",)),
         (("prepare", "--data", "nowhere"), ("nowhere",)),
         (("extract",), ("manifest.parquet", "mmcli prepare")),
