@@ -98,7 +98,8 @@ class HashConfig(Section):
         max_length=MAX_LAYERS,
         description="lengths of prefixes that are trained as codes of their own, beside the whole code; none for off",
     )
-    fused_classifier: bool = Field(default=False, description="train a second classifier, which reads z")
+    code_classifier: bool = Field(default=False, description="train a further classifier, which reads the hard code")
+    fused_classifier: bool = Field(default=False, description="train a further classifier, which reads z")
 
     @field_validator("bits")
     @classmethod
@@ -116,8 +117,8 @@ class HashConfig(Section):
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Lengths that have a training classifier: those of ``nested`` below ``bits``, and ``bits``."""
-        if not self.nested or not self.bits:
+        """Lengths whose hard code has a training classifier: those of ``nested`` below ``bits``, and ``bits``."""
+        if not self.bits or not (self.nested or self.code_classifier):
             return ()
         return (*(length for length in self.nested if length < self.bits), self.bits)
 

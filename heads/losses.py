@@ -45,12 +45,13 @@ def focal_loss(
         pos_weight: Further weight ``(C,)`` of positives; all 1 when not given.
     """
     x, y = logits.float(), y.float()
-    signed = torch.where(y > 0, x, -x)
-    # log p_t = -softplus(-signed), log(1 - p_t) = -softplus(signed): no power of zero, whose gradient may be infinite.
-    modulation = torch.exp(-gamma * F.softplus(signed))
-    positive = alpha if pos_weight is None else alpha * pos_weight
-    weight = y * positive + (1 - y) * (1 - alpha)
-    return (weight * modulation * F.softplus(-signed)).mean()
+    # log s(x) = -softplus(-x), log(1 - s(x)) = -softplus(x): no power of zero, whose gradient may be infinite.
+    # Written for both sides, so that labels between 0 and 1, as of mixtures, have the loss of both in their shares.
+    positive = alpha * torch.exp(-gamma * F.softplus(x)) * F.softplus(-x)
+    if pos_weight is not None:
+        positive = pos_weight * positive
+    negative = (1 - alpha) * torch.exp(-gamma * F.softplus(-x)) * F.softplus(x)
+    return (y * positive + (1 - y) * negative).mean()
 
 
 def asymmetric_loss(

@@ -70,7 +70,8 @@ class Head(BaseHead):
     the running statistics.
 
     Training classifiers guide the head and are not read afterwards: one over z (``hash.fused_classifier``), and one
-    over the hard code of every prefix (``hash.nested``), with straight-through gradients.
+    over the hard code (``hash.code_classifier``) and each of its prefixes (``hash.nested``), with straight-through
+    gradients.
 
     Args:
         fusion: The fusion section.

@@ -313,3 +313,10 @@ def test_the_weight_of_quantisation_is_its_own() -> None:
     terms = total_loss(LossConfig(hash_reg=HashRegConfig(lambda_quant=0.0)), make_output(), make_batch(0)[1])
     assert terms.quant > 0
     assert float(terms.hash) == pytest.approx(float(0.1 * terms.balance + 0.01 * terms.decorr))
+
+
+@pytest.mark.parametrize("loss", [bce_loss, focal_loss, asymmetric_loss])
+def test_a_mixed_label_has_the_loss_of_both_in_its_shares(loss) -> None:
+    x, y = make_batch(5)
+    mixed = 0.3 * float(loss(x, y)) + 0.7 * float(loss(x, 1 - y))
+    assert float(loss(x, 0.3 * y + 0.7 * (1 - y))) == pytest.approx(mixed, rel=1e-5)

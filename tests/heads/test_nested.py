@@ -46,6 +46,7 @@ def test_without_continuation_progress_changes_nothing() -> None:
 def test_prefixes_are_those_below_the_code_and_the_code(nested: tuple, bits: int, wanted: tuple) -> None:
     config = HashConfig(bits=bits, nested=nested)
     assert config.prefixes == wanted
+    assert HashConfig(bits=bits, code_classifier=True, nested=nested).prefixes == (wanted or (bits,) * bool(bits))
     if bits:
         assert [layer.in_features for layer in make(bits=bits, nested=nested).prefix_classifiers] == list(wanted)
 
