@@ -1,7 +1,8 @@
 """mmcli: tag an image with its caption, and show the neighbours that voted.
 
 This module holds what every package may name: the version and the one error that is the user's to mend; and
-:func:`load_head`, which imports what it needs when it is called, so that ``mmcli --help`` stays quick.
+:func:`load_head` and :class:`Tagger`, which import what they need when they are asked for, so that ``mmcli --help``
+stays quick.
 """
 
 from typing import TYPE_CHECKING
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812
 
     from .heads.model import Head, MlpBaseline
+    from .pipeline.tagger import Tagger
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "__version__", "load_head"]
+__all__ = ["InputError", "Tagger", "__version__", "load_head"]
 
 
 class InputError(ValueError):
@@ -70,3 +72,12 @@ def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | Mlp
     from .pipeline.checkpoint import load_head as load
 
     return load(path, device)
+
+
+def __getattr__(name: str) -> object:
+    """``mmcli.Tagger``, imported when somebody wants it."""
+    if name == "Tagger":
+        from .pipeline.tagger import Tagger
+
+        return Tagger
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from .arrow import integers, numbers
 from .errors import StoreError
 from .layout import Layout
 
@@ -38,7 +39,7 @@ def check_index(table: pa.Table) -> NDArray[np.int64]:
         raise StoreError("nothing to store", got="an index without rows")
     if table.column(ID).null_count:
         raise StoreError("bad index", got=f"{table.column(ID).null_count} null image ids", wanted="none")
-    ids = np.asarray(table.column(ID).to_numpy(), dtype=np.int64)
+    ids = numbers(table.column(ID))
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise StoreError("bad index", got=f"image id {unique[counts > 1][0]} more than once", wanted="every image once")
@@ -49,7 +50,7 @@ def place_rows(table: pa.Table, layout: Layout) -> pa.Table:
     """The table with columns ``shard`` and ``row`` int32: in which shard, and where in it, a row's embeddings are."""
     rows = np.arange(layout.n_images, dtype=np.int64)
     for name, values in zip(PLACE, divmod(rows, layout.shard_rows), strict=True):
-        table = table.append_column(pa.field(name, pa.int32(), nullable=False), pa.array(values, pa.int32()))
+        table = table.append_column(pa.field(name, pa.int32(), nullable=False), integers(values.astype(np.int32)))
     return table
 
 
@@ -74,7 +75,9 @@ def parse_index(data: bytes, layout: Layout, columns: Sequence[str] | None = Non
     """
     try:
         wanted = None if columns is None else list(dict.fromkeys((ID, *columns, *PLACE)))
-        table = pq.read_table(pa.BufferReader(data), columns=wanted)
+        # Not read_table, which imports pyarrow's data sets. One thread: arrow's threads, where a process is short, may
+        # abort it at its exit ("terminate called without an active exception").
+        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=wanted, use_threads=False)
         ids = check_index(table.drop_columns(list(PLACE)))
     except (pa.ArrowException, StoreError, KeyError, OSError) as error:
         raise ValueError(str(error).splitlines()[0]) from error

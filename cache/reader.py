@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from .arrow import numbers
+from .checked import read_records
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
 from .index import ID, parse_index
 from .key import StoreKey
@@ -86,10 +88,9 @@ class Store:
                 raise StoreDamaged("a damaged shard", where=path, got=got, wanted=f"{entry.bytes} bytes", do=REDO)
         try:
             data = read_checked(folder, manifest.index)
-            ids = np.array(parse_index(data, manifest.layout, ()).column(ID).to_numpy())
+            ids = numbers(parse_index(data, manifest.layout, ()).column(ID))
         except (ShardBroken, ValueError) as error:
             raise _damaged_index(folder, manifest, error) from error
-        ids.setflags(write=False)
         return cls(folder=folder, manifest=manifest, index_file=data, ids=ids)
 
     @cached_property
@@ -164,6 +165,11 @@ class Store:
     def extra(self) -> dict[str, Any]:
         """What the writer was told to keep."""
         return self.manifest.extra
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether every shard has a note of being found whole; a load then hashes none that did not change."""
+        return len(read_records(self.folder, self.manifest)) == len(self.manifest.shards)
 
     def load(self, *, check: bool = True) -> Embeddings:
         """Every embedding, in index order.

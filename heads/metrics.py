@@ -11,27 +11,27 @@ import numpy.typing as npt
 
 from .. import InputError
 from .ranking import (
+    TAGS_OF_TOP,
     Floats,
     Labels,
     Scores,
     Truth,
     average_precision,
+    best_tags,
     checked,
     group_ends,
     mean_average_precision,
     mean_of_defined,
     precision_recall_at,
-    ranking,
     ratio,
     sample_average_precision,
 )
 
 __all__ = [
-    "Counts", "average_precision", "best_threshold", "best_threshold_per_class", "evaluate", "mean_average_precision",
-    "overall_and_per_class", "per_class", "precision_recall_at", "sample_average_precision",
+    "Counts", "Thresholds", "average_precision", "best_threshold", "best_threshold_per_class", "evaluate",
+    "mean_average_precision", "overall_and_per_class", "per_class", "precision_recall_at", "sample_average_precision",
+    "tune_thresholds",
 ]  # fmt: skip
-
-TAGS_OF_TOP = 3
 
 
 class Counts(NamedTuple):
@@ -118,6 +118,32 @@ def best_threshold_per_class(scores: Scores, labels: Labels) -> Floats:
     return _best_thresholds(np.ascontiguousarray(s.T), np.ascontiguousarray(y.T))
 
 
+class Thresholds(NamedTuple):
+    """Tuned on one split, to be used on another.
+
+    Attributes:
+        overall: The one of the highest micro F1.
+        per_class: The one of the highest F1 of each class ``(C,)``; the overall one where a class has no positive.
+        n_kept_overall: How many classes that are.
+    """
+
+    overall: float
+    per_class: Floats
+    n_kept_overall: int
+
+
+def tune_thresholds(scores: Scores, labels: Labels) -> Thresholds:
+    """:func:`best_threshold` and :func:`best_threshold_per_class` of a split that is not the one that is reported.
+
+    Raises:
+        InputError: There is no positive label.
+        ValueError: As :func:`average_precision`.
+    """
+    overall, each = best_threshold(scores, labels), best_threshold_per_class(scores, labels)
+    none = np.isnan(each)
+    return Thresholds(overall, np.where(none, overall, each), int(none.sum()))
+
+
 def evaluate(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5) -> dict[str, float]:
     """Every metric of a split under flat keys.
 
@@ -139,8 +165,7 @@ def evaluate(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5)
     s, y = checked(scores, labels)
     predicted = s >= threshold
     counts = Counts.of(predicted, y)
-    top = np.zeros_like(predicted)
-    np.put_along_axis(top, ranking(s)[:, :TAGS_OF_TOP], values=True, axis=1)
+    top = best_tags(s, TAGS_OF_TOP)
     result = {
         "mAP": mean_average_precision(s, y), "mAP_sample": sample_average_precision(s, y),
         "F1_micro": float(counts.overall.f1[0]), "F1_macro": mean_of_defined(counts.f1),

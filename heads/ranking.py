@@ -15,6 +15,7 @@ Truth = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 TOP_KS = (1, 3, 5, 10)
+TAGS_OF_TOP = 3
 
 
 def average_precision(scores: Scores, labels: Labels) -> Floats:
@@ -81,7 +82,7 @@ def precision_recall_at(scores: Scores, labels: Labels, ks: Sequence[int] = TOP_
         ValueError: As :func:`average_precision`.
     """
     s, y = checked(scores, labels)
-    hits = np.cumsum(np.take_along_axis(y, ranking(s), axis=1), axis=1, dtype=np.int64)
+    hits = hits_of_best(s, y)
     tags = y.sum(axis=1)
     result = {}
     for K in ks:
@@ -118,6 +119,18 @@ def checked(scores: Scores, labels: Labels) -> tuple[Scores, Truth]:
 def ranking(s: Scores) -> npt.NDArray[np.int64]:
     """Classes of each image, the best first, of equal scores the lower index."""
     return np.argsort(-s, axis=1, kind="stable")
+
+
+def hits_of_best(s: Scores, y: Truth) -> npt.NDArray[np.int64]:
+    """How many of the 1, 2, ... C best classes of each image are its tags, ``(N, C)``."""
+    return np.cumsum(np.take_along_axis(y, ranking(s), axis=1), axis=1, dtype=np.int64)
+
+
+def best_tags(s: Scores, K: int) -> Truth:
+    """The K best classes of each image as predictions ``(N, C)``, whatever their score."""
+    top = np.zeros(s.shape, np.bool_)
+    np.put_along_axis(top, ranking(s)[:, :K], values=True, axis=1)
+    return top
 
 
 def group_ends(s: Scores) -> Truth:

@@ -38,7 +38,7 @@ def load_image(path: Path) -> npt.NDArray[np.uint8]:
                 pass
             else:
                 return decoded
-        return np.asarray(_upright_rgb(image))
+        return np.asarray(upright_rgb(image))
 
     return _opened(path, pixels)
 
@@ -73,7 +73,7 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         InputError: The file is missing, empty, truncated, not an image, or larger than Pillow's bomb limit.
     """
-    return _opened(path, _upright_rgb)
+    return _opened(path, upright_rgb)
 
 
 def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
@@ -99,7 +99,12 @@ def _turned(image: Image.Image) -> bool:
     return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF says; what :func:`open_rgb` does to an image that is open.
+
+    Raises:
+        ValueError: Pixels whose range nobody knows; a damaged file raises any of :data:`UNREADABLE`.
+    """
     image.load()
     # Most images have no orientation, and turning one by nothing copies it.
     return _to_rgb(ImageOps.exif_transpose(image) if _turned(image) else image)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .. import InputError
+from ..cache.arrow import numbers
 from .files import write_whole
 from .manifest_checks import (
     DATA_KEY,
@@ -130,7 +131,7 @@ class Manifest:
     @cached_property
     def image_ids(self) -> npt.NDArray[np.int64]:
         """``(N,)`` int64, every value once, read-only."""
-        return _frozen(np.array(self.core.column("image_id"), np.int64))
+        return numbers(self.core.column("image_id"))
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -142,7 +143,7 @@ class Manifest:
         """``(N,)`` of train, val or test, read-only."""
         coded = self.core.column("split").combine_chunks().dictionary_encode()
         names = np.array(coded.dictionary.to_pylist(), np.str_)
-        return _frozen(names[np.asarray(coded.indices)])
+        return _frozen(names[numbers(coded.indices)])
 
     @cached_property
     def captions(self) -> tuple[tuple[str, ...], ...]:
@@ -153,7 +154,7 @@ class Manifest:
         """Multi-hot labels ``(N, C)`` uint8; images without a label are rows of zeros."""
         labels = self.core.column("labels").combine_chunks()
         matrix = np.zeros((len(self), len(self.category_names)), np.uint8)
-        matrix[np.asarray(pc.list_parent_indices(labels)), np.asarray(labels.flatten())] = 1
+        matrix[numbers(pc.list_parent_indices(labels)), numbers(labels.flatten())] = 1
         return matrix
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
@@ -225,17 +226,17 @@ def _frozen(array: Array) -> Array:
 def _sha256(table: pa.Table, names: tuple[str, ...]) -> str:
     """Hash of a canonical table: every column as lengths and values, little-endian, free of arrow's layout."""
     digest = hashlib.sha256(json.dumps({"mmcli_manifest": VERSION, "category_names": names}).encode())
-    digest.update(np.asarray(table.column("image_id")).astype("<i8").tobytes())
+    digest.update(numbers(table.column("image_id")).astype("<i8").tobytes())
     for name in ("path", "split", "captions", "labels"):
         values = table.column(name).combine_chunks()
         if pa.types.is_list(values.type):
-            digest.update(np.asarray(pc.list_value_length(values)).astype("<i8").tobytes())
+            digest.update(numbers(pc.list_value_length(values)).astype("<i8").tobytes())
             values = values.flatten()
         if pa.types.is_string(values.type):
-            digest.update(np.asarray(pc.binary_length(values)).astype("<i8").tobytes())
+            digest.update(numbers(pc.binary_length(values)).astype("<i8").tobytes())
             digest.update(_letters(values))
         else:
-            digest.update(np.asarray(values).astype("<i8").tobytes())
+            digest.update(numbers(values).astype("<i8").tobytes())
     return digest.hexdigest()
 
 

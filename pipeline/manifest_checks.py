@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import InputError
+from ..cache.arrow import booleans, integers, numbers, texts
 from .safe_paths import SAFE_PATH, UNSAFE_PATH
 
 SPLITS = ("train", "val", "test")
@@ -98,9 +99,9 @@ class _Checker:
 
     def canonical(self, n_classes: int) -> pa.Table:
         """The checked table in the schema's types."""
-        self._ids = self._image_ids()
+        ids = self._ids = self._image_ids()
         checks: dict[str, Callable[[], pa.Array]] = {
-            "image_id": lambda: pa.array(self._ids), "path": self._paths, "split": self._splits,
+            "image_id": lambda: integers(ids), "path": self._paths, "split": self._splits,
             "captions": self._captions, "labels": lambda: self._labels(n_classes),
         }  # fmt: skip
         return pa.table([checks[name]() for name in self._schema.names], schema=self._schema)
@@ -112,11 +113,11 @@ class _Checker:
 
     def _splits(self) -> pa.Array:
         splits = self._cast("split")
-        self._none("split", pc.invert(pc.is_in(splits, pa.array(SPLITS))), splits, "train, val or test")
+        self._none("split", pc.invert(pc.is_in(splits, texts(SPLITS))), splits, "train, val or test")
         return splits
 
     def _image_ids(self) -> npt.NDArray[np.int64]:
-        ids = np.asarray(self._cast("image_id").to_numpy(), np.int64)
+        ids = numbers(self._cast("image_id"))
         order = np.argsort(ids, kind="stable")
         again = order[1:][np.diff(ids[order]) == 0]
         if len(again):
@@ -139,12 +140,12 @@ class _Checker:
         values, rows = labels.flatten(), pc.list_parent_indices(labels)
         self._none("labels", values.is_null(), "a null among the labels", rows=rows)
         try:
-            label = np.asarray(values.cast(pa.int64()), np.int64)
+            label = numbers(values.cast(pa.int64()))
         except pa.ArrowException as error:
             raise self._unreadable("labels", error) from None
-        beyond = pa.array((label < 0) | (label >= n_classes))
+        beyond = booleans((label < 0) | (label >= n_classes))
         self._none("labels", beyond, values, f"0 to {n_classes - 1}", rows=rows)
-        return label_lists(np.asarray(rows, np.int64), label, len(labels), n_classes)
+        return label_lists(numbers(rows).astype(np.int64), label, len(labels), n_classes)
 
     def _typed(self, name: str, kind: pa.DataType) -> None:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -171,8 +172,8 @@ class _Checker:
         )  # fmt: skip
 
     def _none(self, name: str, bad: pa.Array, got: object, wanted: object = None, *, rows: pa.Array = None) -> None:
-        at = pc.index(bad, True).as_py()
-        if at >= 0:
+        if pc.any(bad).as_py():
+            at = pc.index(bad, True).as_py()
             shown = repr(got[at].as_py()) if isinstance(got, pa.Array) else got
             self._refuse(name, at if rows is None else rows[at].as_py(), shown, wanted or SCHEMA.field(name).type)
 
@@ -205,4 +206,4 @@ def label_lists(
     if not (np.diff(pairs) > 0).all():  # they mostly are in order, and sorting is what takes time here
         pairs = np.unique(pairs)
     offsets = np.searchsorted(pairs, np.arange(n_rows + 1, dtype=np.int64) * n_classes)
-    return pa.ListArray.from_arrays(offsets.astype(np.int32), (pairs % n_classes).astype(np.int32))
+    return pa.ListArray.from_arrays(integers(offsets.astype(np.int32)), integers((pairs % n_classes).astype(np.int32)))

@@ -22,6 +22,7 @@ from mmcli.heads.metrics import (
     per_class,
     precision_recall_at,
     sample_average_precision,
+    tune_thresholds,
 )
 
 cases = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 25), st.integers(1, 12), st.sampled_from([2, 4, 1000]))
@@ -200,6 +201,42 @@ def test_best_threshold_of_each_class(case) -> None:
             continue
         best = max(sk.f1_score(labels[:, c], scores[:, c] >= t) for t in set(scores[:, c].tolist()))
         assert tuned["F1"][c] == pytest.approx(best)
+
+
+def test_a_class_without_a_positive_keeps_the_overall_threshold() -> None:
+    scores, labels = np.array([[0.9, 0.3], [0.4, 0.2], [0.1, 0.8]]), np.array([[1, 0], [1, 0], [0, 0]])
+    tuned = tune_thresholds(scores, labels)
+    assert (tuned.overall, tuned.n_kept_overall) == (best_threshold(scores, labels), 1)
+    assert tuned.per_class.tolist() == [0.4, tuned.overall]
+    with pytest.raises(InputError, match="no positive label"):
+        tune_thresholds(scores, np.zeros_like(labels))
+
+
+EDGES = {
+    "one image": ([[0.2, 0.7, 0.7]], [[1, 0, 1]]), "one class": ([[0.2], [0.7], [0.2]], [[1], [0], [1]]),
+    "one pair": ([[0.5]], [[1]]), "all scores zero": ([[0.0] * 3] * 4, [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]]),
+    "all labels": ([[0.1, 0.9]] * 3, [[1, 1]] * 3), "a missing class": ([[0.9, 0.1], [0.2, 0.8]], [[1, 0], [0, 0]]),
+    "nothing predicted": ([[0.1, 0.2], [0.3, 0.1]], [[1, 0], [0, 1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_equal_scikit_learn_and_warn_of_nothing(name: str) -> None:
+    scores, labels = (np.array(part) for part in EDGES[name])
+    row, present, tagged = evaluate(scores, labels), labels.any(axis=0), labels.any(axis=1)
+    each = [sk.average_precision_score(labels[:, c], scores[:, c]) for c in np.flatnonzero(present)]
+    assert row["mAP"] == pytest.approx(np.mean(each))
+    each = [sk.average_precision_score(labels[n], scores[n]) for n in np.flatnonzero(tagged)]
+    assert row["mAP_sample"] == pytest.approx(np.mean(each))
+    flat = sk.precision_recall_fscore_support(
+        labels.ravel(), scores.ravel() >= 0.5, average="binary", zero_division=np.nan
+    )
+    assert [row[key] for key in ("OP", "OR", "OF1")] == pytest.approx(flat[:3], nan_ok=True)
+    figures = per_class(scores, labels)
+    tables = sk.multilabel_confusion_matrix(labels, scores >= 0.5) if labels.shape[1] > 1 else None
+    if tables is not None:
+        assert figures["n_predicted"].tolist() == (tables[:, 1, 1] + tables[:, 0, 1]).tolist()
+    assert row["n_classes_without_positive"] == (~present).sum()
 
 
 def test_undefined_is_nan_never_a_silent_zero_or_one() -> None:

@@ -1,0 +1,237 @@
+"""Bootstrap over test images: how far a figure may be off, and whether two methods differ (SPEC section 8).
+
+Symbols: N images, C classes, R resamples, W weights (how often each image was drawn), K tags an image.
+
+A resample draws N of the N images with replacement. It is never built: every figure is computed from W. Ranks do not
+change with W, so each class is sorted once, and every resample is two cumulative sums over that order.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .ranking import (
+    TAGS_OF_TOP,
+    TOP_KS,
+    Floats,
+    Labels,
+    Scores,
+    Truth,
+    average_precision,
+    best_tags,
+    checked,
+    group_ends,
+    hits_of_best,
+    ratio,
+)
+
+Weights = npt.NDArray[np.float32]
+Threshold = float | Floats
+
+RESAMPLES = 1000
+SEED = 42
+LEVEL = 0.95
+# Resamples at a time: the weights of all images are one short row each, which the caches hold.
+CHUNK = 64
+MOST_THREADS = 8
+
+
+class Interval(NamedTuple):
+    """A percentile interval, and how many resamples had no such figure and were left out."""
+
+    low: float
+    high: float
+    n_undefined: int
+
+
+class Difference(NamedTuple):
+    """Interval of ``A - B``, and the two-sided p of no difference; NaN where no resample has the figure."""
+
+    low: float
+    high: float
+    p: float
+
+
+def resample(
+    scores: Scores,
+    labels: Labels,
+    thresholds: Mapping[str, Threshold] | None = None,
+    *,
+    n: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict[str, Floats]:
+    """Figures of ``n`` resamples of the images.
+
+    Every figure is what :func:`~mmcli.heads.metrics.evaluate` would say of the resampled arrays. Classes and images
+    that are undefined in a resample are left out of its means: a class that lost its positives has no AP there.
+
+    Args:
+        scores: ``(N, C)`` in class order.
+        labels: ``(N, C)`` of 0 and 1.
+        thresholds: By the ending of the keys; each one for all classes, or one a class ``(C,)``. They are not tuned
+            again: where they come from another split, they are as fixed as the scores are.
+        n: Resamples, R.
+        seed: Of the draws. These depend on N, n and the seed alone, so two score sets of the same images are resampled
+            alike.
+
+    Returns:
+        ``(R,)`` float64 each: ``mAP, mAP_sample, P@K, R@K``, and with every ending, and with ``@3``, ``F1_micro,
+        F1_macro, CP, CR, CF1, OP, OR, OF1, hamming_loss``. NaN where undefined.
+
+    Raises:
+        ValueError: As :func:`~mmcli.heads.ranking.average_precision`.
+    """
+    s, y = checked(scores, labels)
+    predictions = {ending: s >= at for ending, at in ({"": 0.5} if thresholds is None else thresholds).items()}
+    of_class, of_images = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])], _ImageMeans(s, y)
+    of_counts = _CountFigures(predictions | {f"@{TAGS_OF_TOP}": best_tags(s, TAGS_OF_TOP)}, y)
+
+    def chunk(start: int) -> dict[str, Floats]:
+        W = draw(len(s), min(CHUNK, n - start), seed=(seed, start))
+        AP = np.stack([ranked.average_precision(W) for ranked in of_class])
+        return {"mAP": _mean_of_defined(AP, axis=0), **of_images(W), **of_counts(W)}
+
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        chunks = list(pool.map(chunk, range(0, n, CHUNK)))
+    return {key: np.concatenate([part[key] for part in chunks]) for key in chunks[0]}
+
+
+def draw(N: int, n: int, *, seed: int | tuple[int, ...]) -> Weights:
+    """How often each of N images is drawn in each of n resamples, ``(N, n)`` float32; every column sums to N."""
+    drawn = np.random.default_rng(seed).integers(0, N, (N, n))
+    counts = np.bincount((drawn * n + np.arange(n)).reshape(-1), minlength=N * n)
+    return counts.reshape(N, n).astype(np.float32)
+
+
+def interval(values: Floats, level: float = LEVEL) -> Interval:
+    """The percentile interval of Efron and Tibshirani 1993, section 13.3.
+
+    Its ends are the ``(1 - level) / 2`` and ``(1 + level) / 2`` quantiles of the resampled figures, those that are
+    undefined left out.
+
+    Args:
+        values: A figure of every resample ``(R,)``.
+        level: Its nominal coverage.
+    """
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return Interval(float("nan"), float("nan"), len(values))
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high), len(values) - len(defined))
+
+
+def difference(a: Floats, b: Floats, level: float = LEVEL) -> Difference:
+    """Paired bootstrap of ``A - B`` over resamples that both were computed from.
+
+    ``p = min(1, 2 (1 + min(#{d <= 0}, #{d >= 0})) / (R + 1))`` inverts the percentile interval (Efron and Tibshirani
+    1993, section 15.4), with the one that keeps it above 0 (Davison and Hinkley 1997, section 4.2). Below
+    ``1 - level`` the interval leaves out 0.
+
+    Args:
+        a: A figure of A in every resample ``(R,)``.
+        b: The same of B, of the same resamples.
+        level: Nominal coverage of the interval.
+
+    Raises:
+        ValueError: Other numbers of resamples.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"{a.shape} and {b.shape} are not of the same resamples")
+    d = (a - b)[~np.isnan(a - b)]
+    if not len(d):
+        return Difference(float("nan"), float("nan"), float("nan"))
+    low, high, _ = interval(d, level)
+    one_sided = (1 + min(int((d <= 0).sum()), int((d >= 0).sum()))) / (len(d) + 1)
+    return Difference(low, high, min(1.0, 2 * one_sided))
+
+
+class _RankedClass:
+    """The images of a class, sorted once; its average precision under any weights.
+
+    Precision is only needed at the end of each group of equal scores that holds a positive, so images between two such
+    ends are summed in one go, and images after the last one are never looked at.
+    """
+
+    def __init__(self, s: Scores, y: Truth) -> None:
+        order = np.argsort(-s, kind="stable")
+        ends = np.flatnonzero(group_ends(s[order][None])[0])
+        positives = np.flatnonzero(y[order])
+        group = np.searchsorted(ends, positives)
+        used, first = np.unique(group, return_index=True)
+        stops = ends[used] + 1
+        self._images, self._starts = order[: stops[-1] if len(stops) else 0], np.concatenate([[0], stops[:-1]])
+        self._positives, self._firsts = order[positives], first
+
+    def average_precision(self, W: Weights) -> Floats:
+        """Tie-aware, ``(R,)`` float64 for W ``(N, R)``; NaN where no positive was drawn."""
+        if not len(self._positives):
+            return np.full(W.shape[1], np.nan)
+        found = np.add.reduceat(W[self._positives], self._firsts, axis=0)
+        hits = np.cumsum(found, axis=0, dtype=np.float64)
+        ranked = np.cumsum(np.add.reduceat(W[self._images], self._starts, axis=0), axis=0, dtype=np.float64)
+        precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
+        return ratio((found * precision).sum(axis=0), hits[-1])
+
+
+class _ImageMeans:
+    """Figures that are means over images: each image's own value is fixed, and weighted."""
+
+    def __init__(self, s: Scores, y: Truth) -> None:
+        hits, tags = hits_of_best(s, y), y.sum(axis=1)
+        columns = {"mAP_sample": average_precision(s.T, y.T)}
+        for K in TOP_KS:
+            found = hits[:, min(K, y.shape[1]) - 1]
+            columns |= {f"P@{K}": found / K, f"R@{K}": ratio(found, tags)}
+        self._keys, values = list(columns), np.stack(list(columns.values()), axis=1)
+        self._values, self._defined = np.nan_to_num(values), ~np.isnan(values)
+
+    def __call__(self, W: Weights) -> dict[str, Floats]:
+        w = W.T.astype(np.float64)
+        means = ratio(w @ self._values, w @ self._defined)
+        return {key: means[:, at] for at, key in enumerate(self._keys)}
+
+
+class _CountFigures:
+    """Figures of predicted tags: counts of every class are sums over images."""
+
+    def __init__(self, predictions: Mapping[str, Truth], y: Truth) -> None:
+        self._y = y.astype(np.float32)
+        self._parts = {
+            ending: (predicted.astype(np.float32), (predicted & y).astype(np.float32))
+            for ending, predicted in predictions.items()
+        }
+
+    def __call__(self, W: Weights) -> dict[str, Floats]:
+        def counted(marks: Weights) -> Floats:
+            # Whole numbers below 2^24 are exact in float32.
+            return (W.T @ marks).astype(np.float64)
+
+        n_true = counted(self._y)
+        figures: dict[str, Floats] = {}
+        for ending, (predicted, right) in self._parts.items():
+            found = figures_of_counts(counted(right), counted(predicted), n_true)
+            found["hamming_loss"] = found.pop("n_wrong") / self._y.size
+            figures |= {f"{key}{ending}": value for key, value in found.items()}
+        return figures
+
+
+def figures_of_counts(tp: Floats, n_predicted: Floats, n_true: Floats) -> dict[str, Floats]:
+    """``F1_micro, F1_macro, CP, CR, CF1, OP, OR, OF1`` and ``n_wrong`` ``(R,)``, from counts of classes ``(R, C)``."""
+    TP, PREDICTED, TRUE = (part.sum(axis=1) for part in (tp, n_predicted, n_true))
+    CP, CR = _mean_of_defined(ratio(tp, n_predicted)), _mean_of_defined(ratio(tp, n_true))
+    OF1 = ratio(2 * TP, PREDICTED + TRUE)
+    harmonic = np.where(CP + CR == 0, 0.0, ratio(2 * CP * CR, CP + CR))
+    return {
+        "F1_micro": OF1, "F1_macro": _mean_of_defined(ratio(2 * tp, n_predicted + n_true)), "CP": CP, "CR": CR,
+        "CF1": harmonic, "OP": ratio(TP, PREDICTED), "OR": ratio(TP, TRUE), "OF1": OF1,
+        "n_wrong": PREDICTED + TRUE - 2 * TP,
+    }  # fmt: skip
+
+
+def _mean_of_defined(values: Floats, axis: int = 1) -> Floats:
+    defined = ~np.isnan(values)
+    return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis))
