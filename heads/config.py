@@ -155,7 +155,9 @@ class LossConfig(Section):
     focal_loss: bool = Field(default=False, description="focal loss in the place of cross-entropy")
     focal_alpha: float = Field(default=0.25, ge=0.0, le=1.0, description="focal loss: weight of positives")
     focal_gamma: NonNegative = Field(default=2.0, description="focal loss: how much easy pairs are turned down")
-    asymmetric_loss: bool = Field(default=False, description="asymmetric loss in the place of cross-entropy")
+    asymmetric_loss: bool = Field(
+        default=False, description="asymmetric loss in the place of cross-entropy, unless focal"
+    )
     asymmetric_gamma_pos: NonNegative = Field(default=0.0, description="asymmetric loss: focusing of positives")
     asymmetric_gamma_neg: NonNegative = Field(default=4.0, description="asymmetric loss: focusing of negatives")
     asymmetric_shift: float = Field(
@@ -164,13 +166,6 @@ class LossConfig(Section):
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced weighs positives of rare classes more"
     )
-
-    @field_validator("asymmetric_loss")
-    @classmethod
-    def _one_loss(cls, asymmetric: bool, others: ValidationInfo) -> bool:
-        if asymmetric and others.data.get("focal_loss"):
-            raise ValueError("false with focal_loss: a classifier has one loss")
-        return asymmetric
 
 
 class KnnConfig(Section):

@@ -305,8 +305,8 @@ def test_every_classifier_has_the_loss_that_is_named() -> None:
     options = {"gamma_pos": 1.0, "gamma_neg": 2.0, "shift": 0.1}
     assert float(terms.bce) == pytest.approx(float(asymmetric_loss(make_batch(0)[0], y, **options)))
     assert float(terms.fused) == float(terms.nested) == pytest.approx(float(asymmetric_loss(fused, y, **options)))
-    with pytest.raises(ValueError, match="one loss"):
-        LossConfig(focal_loss=True, asymmetric_loss=True)
+    both = total_loss(LossConfig(focal_loss=True, asymmetric_loss=True), make_output(), y)
+    assert float(both.bce) == pytest.approx(float(focal_loss(make_batch(0)[0], y)))
 
 
 def test_the_weight_of_quantisation_is_its_own() -> None:
