@@ -26,6 +26,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 # Wider or deeper than any head; what lies beyond is a slip of the keyboard, and would only show as memory that ran out.
 Width = Annotated[int, Field(gt=0, le=65536)]
 MAX_LAYERS = 32
+Bits = Annotated[int, Field(gt=0, le=4096)]
 
 
 class Section(BaseModel):
@@ -64,6 +65,7 @@ class FusionConfig(Section):
         default=(1024, 512), min_length=1, max_length=MAX_LAYERS, description="widths of the MLP; the last is that of z"
     )
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="share of units dropped after every layer")
+    input_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the MLP's inputs dropped")
     activation: Literal["relu", "gelu"] = Field(default="relu", description="after every layer of the MLP")
     block_norm: BlockNorm = Field(
         default="rms", description="rms brings every block to root-mean-square 1; none leaves them as they are"
@@ -93,6 +95,14 @@ class HashConfig(Section):
     )
     batch_norm: bool = Field(default=True, description="batch normalisation before the tanh")
     use_hash_reg: bool = Field(default=True, description="whether the hash terms of the loss apply")
+    beta: float = Field(default=1.0, ge=1.0, le=1e3, description="slope of the tanh at the end of training, 1 at first")
+    nested: tuple[Bits, ...] = Field(
+        default=(),
+        max_length=MAX_LAYERS,
+        description="lengths of prefixes that are trained as codes of their own, beside the whole code; none for off",
+    )
+    code_classifier: bool = Field(default=False, description="train a further classifier, which reads the hard code")
+    fused_classifier: bool = Field(default=False, description="train a further classifier, which reads z")
 
     @field_validator("bits")
     @classmethod
@@ -100,6 +110,20 @@ class HashConfig(Section):
         if bits % 8:
             raise ValueError("bits must be 0 or a multiple of 8, because codes are packed into bytes")
         return bits
+
+    @field_validator("nested")
+    @classmethod
+    def _prefixes_of_bytes(cls, nested: tuple[int, ...]) -> tuple[int, ...]:
+        if any(length % 8 for length in nested) or list(nested) != sorted(set(nested)):
+            raise ValueError("rising multiples of 8, because codes are packed into bytes")
+        return nested
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Lengths whose hard code has a training classifier: those of ``nested`` below ``bits``, and ``bits``."""
+        if not self.bits or not (self.nested or self.code_classifier):
+            return ()
+        return (*(length for length in self.nested if length < self.bits), self.bits)
 
 
 class ClassifierConfig(Section):
@@ -112,12 +136,16 @@ class ClassifierConfig(Section):
 class HashRegConfig(Section):
     """Weights inside L_hash."""
 
+    lambda_quant: NonNegative = Field(default=1.0, description="weight of L_quant: soft codes near hard ones")
     lambda_balance: NonNegative = Field(default=0.1, description="weight of L_balance: bits on half of the time")
     lambda_decorr: NonNegative = Field(default=0.01, description="weight of L_decorr: bits that do not repeat others")
 
 
 class LossConfig(Section):
-    """L = bce_weight * L_bce + cosine_weight (alpha) * L_cos + hash_weight (gamma) * L_hash (SPEC section 6)."""
+    """L = bce_weight * L_bce + cosine_weight (alpha) * L_cos + hash_weight (gamma) * L_hash (SPEC section 6).
+
+    Training classifiers that ``hash.fused_classifier`` and ``hash.nested`` ask for add a term each.
+    """
 
     bce_weight: NonNegative = Field(default=1.0, description="weight of the classifier's cross-entropy")
     cosine_weight: NonNegative = Field(
@@ -125,9 +153,19 @@ class LossConfig(Section):
     )
     hash_weight: NonNegative = Field(default=0.1, description="gamma, weight of the hash terms")
     hash_reg: HashRegConfig = HashRegConfig()
+    fused_weight: NonNegative = Field(default=1.0, description="weight of the classifier that reads z")
+    nested_weight: NonNegative = Field(default=1.0, description="weight of the classifiers that read hard prefixes")
     focal_loss: bool = Field(default=False, description="focal loss in the place of cross-entropy")
     focal_alpha: float = Field(default=0.25, ge=0.0, le=1.0, description="focal loss: weight of positives")
     focal_gamma: NonNegative = Field(default=2.0, description="focal loss: how much easy pairs are turned down")
+    asymmetric_loss: bool = Field(
+        default=False, description="asymmetric loss in the place of cross-entropy, unless focal"
+    )
+    asymmetric_gamma_pos: NonNegative = Field(default=0.0, description="asymmetric loss: focusing of positives")
+    asymmetric_gamma_neg: NonNegative = Field(default=4.0, description="asymmetric loss: focusing of negatives")
+    asymmetric_shift: float = Field(
+        default=0.05, ge=0.0, lt=1.0, description="asymmetric loss: negatives below this probability count nothing"
+    )
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced weighs positives of rare classes more"
     )

@@ -46,8 +46,8 @@ def fusion_width(config: FusionConfig, D: int) -> int:
 
 
 def make_mlp(config: FusionConfig, in_features: int) -> nn.Sequential:
-    """Linear, activation, dropout for each of ``mlp_dims``."""
-    layers: list[nn.Module] = []
+    """Dropout of the inputs where asked for; then linear, activation, dropout for each of ``mlp_dims``."""
+    layers: list[nn.Module] = [Dropout(config.input_dropout)] if config.input_dropout else []
     for fan_in, fan_out in pairwise((in_features, *config.mlp_dims)):
         activation: nn.Module = nn.ReLU() if config.activation == "relu" else nn.GELU()
         layers += [nn.Linear(fan_in, fan_out), activation, Dropout(config.dropout)]

@@ -15,7 +15,10 @@ from .config import HashConfig
 
 
 class HashLayer(nn.Module):
-    """``h = tanh(W z + c)``, with batch normalisation before the tanh where asked for (SPEC section 5).
+    """``h = tanh(beta (W z + c))``, with batch normalisation before the tanh where asked for (SPEC section 5).
+
+    ``beta`` is 1, or rises from 1 to ``config.beta`` over the training, by which soft codes approach hard ones
+    (continuation: Cao et al. 2017, HashNet, section 3.2). The current one is kept with the parameters.
 
     The soft code is the output in training and in evaluation alike, whatever the activation. With activation ``ste``
     the classifier reads :meth:`read`, hard codes whose gradient is that of the soft ones (straight-through estimator:
@@ -27,6 +30,8 @@ class HashLayer(nn.Module):
         in_features: Width of z.
     """
 
+    beta: Tensor | None
+
     def __init__(self, config: HashConfig, in_features: int) -> None:
         super().__init__()
         assert config.bits > 0, "a head without bits has no hash layer"
@@ -34,20 +39,36 @@ class HashLayer(nn.Module):
         # Batch normalisation takes a constant out again: a bias would be moved by rounding alone.
         self.linear = nn.Linear(in_features, config.bits, bias=not config.batch_norm)
         self.norm = nn.BatchNorm1d(config.bits) if config.batch_norm else nn.Identity()
+        self.register_buffer("beta", torch.ones(()) if config.beta != 1.0 else None)
+
+    def set_progress(self, progress: float) -> None:
+        """Set ``beta = 1 + (config.beta - 1) progress``, in place.
+
+        Args:
+            progress: Share of the training that is done, in [0, 1].
+        """
+        if self.beta is not None:
+            self.beta.fill_(1.0 + (self.config.beta - 1.0) * progress)
 
     def forward(self, z: Tensor) -> Tensor:
         """Soft codes ``(N, B)`` float32 of fused embeddings ``(N, in_features)``."""
         # Codes are cut at zero, so what comes after the matrix product stays float32 under autocast too.
         u = self.linear(z).float()
         with torch.autocast(u.device.type, enabled=False):
-            return torch.tanh(self.norm(u))
+            u = self.norm(u)
+            return torch.tanh(u if self.beta is None else self.beta * u)
 
     def read(self, h: Tensor) -> Tensor:
         """What the classifier reads ``(N, B)``: h, or its hard code with h's gradient (``ste``)."""
         if self.config.activation == "tanh":
             return h
-        # b + (h - h) is exactly b; h + (b - h) would not be, in floating point.
-        return _sign(h) + (h - h.detach())
+        return straight_through(h)
+
+
+def straight_through(h: Tensor) -> Tensor:
+    """Hard codes of soft ones, with the gradient of the soft ones; any shape, in h's dtype."""
+    # b + (h - h) is exactly b; h + (b - h) would not be, in floating point.
+    return _sign(h) + (h - h.detach())
 
 
 def _sign(h: Tensor) -> Tensor:

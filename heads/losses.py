@@ -45,12 +45,50 @@ def focal_loss(
         pos_weight: Further weight ``(C,)`` of positives; all 1 when not given.
     """
     x, y = logits.float(), y.float()
-    signed = torch.where(y > 0, x, -x)
-    # log p_t = -softplus(-signed), log(1 - p_t) = -softplus(signed): no power of zero, whose gradient may be infinite.
-    modulation = torch.exp(-gamma * F.softplus(signed))
-    positive = alpha if pos_weight is None else alpha * pos_weight
-    weight = y * positive + (1 - y) * (1 - alpha)
-    return (weight * modulation * F.softplus(-signed)).mean()
+    # log s(x) = -softplus(-x), log(1 - s(x)) = -softplus(x): no power of zero, whose gradient may be infinite.
+    # Written for both sides, so that labels between 0 and 1, as of mixtures, have the loss of both in their shares.
+    positive = alpha * torch.exp(-gamma * F.softplus(x)) * F.softplus(-x)
+    if pos_weight is not None:
+        positive = pos_weight * positive
+    negative = (1 - alpha) * torch.exp(-gamma * F.softplus(-x)) * F.softplus(x)
+    return (y * positive + (1 - y) * negative).mean()
+
+
+def asymmetric_loss(
+    logits: Tensor,
+    y: Tensor,
+    *,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 4.0,
+    shift: float = 0.05,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Asymmetric loss, mean over batch and classes (Ridnik et al. 2021, eq. 4, 5 and 7).
+
+    ``L = mean_nc(-w_c y (1 - p)^gamma_pos log p - (1 - y) p_m^gamma_neg log(1 - p_m))`` with ``p = s(x)`` and the
+    shifted ``p_m = max(p - shift, 0)``: a negative of a probability below the shift adds nothing. The paper sums over
+    classes. With a zero shift and equal focusing it is the focal loss without its alpha.
+
+    Args:
+        logits: x ``(N, C)``.
+        y: ``(N, C)`` of 0 and 1.
+        gamma_pos: Focusing of positives.
+        gamma_neg: Focusing of negatives.
+        shift: Probability margin of negatives, in [0, 1).
+        pos_weight: Weight of positives w ``(C,)``; all 1 when not given.
+    """
+    x, y = logits.float(), y.float()
+    positive = torch.exp(-gamma_pos * F.softplus(x)) * F.softplus(-x)
+    if pos_weight is not None:
+        positive = pos_weight * positive
+    if shift == 0:
+        negative = torch.exp(-gamma_neg * F.softplus(-x)) * F.softplus(x)
+    else:
+        # 1 - p_m >= shift, so the logarithm is finite; the power is cut off from zero, where its slope is infinite
+        # for an exponent below 1.
+        p = (torch.sigmoid(x) - shift).clamp_min(1e-12)
+        negative = torch.where(p > 1e-12, p.pow(gamma_neg) * -torch.log1p(-p), 0.0)
+    return (y * positive + (1 - y) * negative).mean()
 
 
 def class_balanced_weights(counts: Tensor, n: int, *, cap: float = WEIGHT_CAP) -> Tensor:
@@ -108,13 +146,16 @@ class LossTerms(NamedTuple):
     """The loss and its terms, scalars float32; terms that do not apply are ``None``.
 
     Attributes:
-        total: What is minimised: ``bce_weight * bce + cosine_weight * cosine + hash_weight * hash``.
-        bce: Binary cross-entropy or its focal or class-balanced variant.
+        total: What is minimised: ``bce_weight * bce + cosine_weight * cosine + hash_weight * hash``, and
+            ``fused_weight * fused + nested_weight * nested``.
+        bce: Binary cross-entropy or its focal, asymmetric or class-balanced variant.
         cosine: L_cos; ``None`` for the MLP baseline.
         quant: L_quant; ``None``, as the next three, without hash layer or without ``use_hash_reg``.
         balance: L_balance.
         decorr: L_decorr.
-        hash: ``quant + lambda_balance * balance + lambda_decorr * decorr``.
+        hash: ``lambda_quant * quant + lambda_balance * balance + lambda_decorr * decorr``.
+        fused: As bce, of the training classifier that reads z; ``None`` without one.
+        nested: As bce, mean over the training classifiers that read hard prefixes; ``None`` without them.
     """
 
     total: Tensor
@@ -124,6 +165,8 @@ class LossTerms(NamedTuple):
     balance: Tensor | None
     decorr: Tensor | None
     hash: Tensor | None
+    fused: Tensor | None = None
+    nested: Tensor | None = None
 
 
 def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None = None) -> LossTerms:
@@ -139,21 +182,31 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         pos_weight: Weights of positives ``(C,)``, as of :func:`class_balanced_weights`.
     """
     with torch.autocast(output.logits.device.type, enabled=False):
-        if config.focal_loss:
-            options = {"alpha": config.focal_alpha, "gamma": config.focal_gamma}
-            bce = focal_loss(output.logits, y, **options, pos_weight=pos_weight)
-        else:
-            bce = bce_loss(output.logits, y, pos_weight)
+        bce = _classification(config, output.logits, y, pos_weight)
+        fused = None if output.fused_logits is None else _classification(config, output.fused_logits, y, pos_weight)
+        prefixes = [_classification(config, logits, y, pos_weight) for logits in output.prefix_logits]
+        nested = torch.stack(prefixes).mean(0) if prefixes else None
         cosine = quant = balance = decorr = hashed = None
         if output.d_img is not None and output.d_txt is not None:
             cosine = cosine_loss(output.d_img, output.d_txt)
         if output.h is not None and output.hash_reg:
             h, reg = output.h, config.hash_reg
             quant, balance, decorr = quantisation_loss(h), balance_loss(h), decorrelation_loss(h)
-            hashed = quant + reg.lambda_balance * balance + reg.lambda_decorr * decorr
+            hashed = reg.lambda_quant * quant + reg.lambda_balance * balance + reg.lambda_decorr * decorr
         total = config.bce_weight * bce
         alpha = config.cosine_weight if output.both else 0.0
-        for weight, term in ((alpha, cosine), (config.hash_weight, hashed)):
+        guides = ((config.fused_weight, fused), (config.nested_weight, nested))
+        for weight, term in ((alpha, cosine), (config.hash_weight, hashed), *guides):
             if term is not None and weight > 0:
                 total = total + weight * term
-        return LossTerms(total, bce, cosine, quant, balance, decorr, hashed)
+        return LossTerms(total, bce, cosine, quant, balance, decorr, hashed, fused, nested)
+
+
+def _classification(config: LossConfig, logits: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The loss of a classifier, of the kind that the configuration names."""
+    if config.focal_loss:
+        return focal_loss(logits, y, alpha=config.focal_alpha, gamma=config.focal_gamma, pos_weight=pos_weight)
+    if config.asymmetric_loss:
+        focusing = {"gamma_pos": config.asymmetric_gamma_pos, "gamma_neg": config.asymmetric_gamma_neg}
+        return asymmetric_loss(logits, y, **focusing, shift=config.asymmetric_shift, pos_weight=pos_weight)
+    return bce_loss(logits, y, pos_weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import ClassifierConfig, FusionConfig, HashConfig, HeadKind
 from .fusion import Fusion, make_mlp
-from .hashing import HashLayer
+from .hashing import HashLayer, straight_through
 from .hub import HubModule
 
 
@@ -27,6 +27,8 @@ class HeadOutput(NamedTuple):
         hash_reg: Whether the hash terms of the loss apply (``hash.use_hash_reg``).
         both: Whether the head reads both modalities. One that reads a single one must learn nothing from the other,
             so the cosine term does not apply.
+        fused_logits: Of the training classifier that reads z ``(N, C)``; ``None`` in ``eval()`` mode, or without one.
+        prefix_logits: Of the training classifiers that read hard prefixes of the code, ``(N, C)`` each; likewise none.
     """
 
     z: Tensor
@@ -36,6 +38,8 @@ class HeadOutput(NamedTuple):
     d_txt: Tensor | None
     hash_reg: bool = True
     both: bool = True
+    fused_logits: Tensor | None = None
+    prefix_logits: tuple[Tensor, ...] = ()
 
     @property
     def features(self) -> Tensor:
@@ -65,6 +69,10 @@ class Head(BaseHead):
     In ``eval()`` mode the output of an image depends on that image alone: dropout is off and batch normalisation uses
     the running statistics.
 
+    Training classifiers guide the head and are not read afterwards: one over z (``hash.fused_classifier``), and one
+    over the hard code (``hash.code_classifier``) and each of its prefixes (``hash.nested``), with straight-through
+    gradients.
+
     Args:
         fusion: The fusion section.
         hash: The hash section; with ``bits`` 0 there is no hash layer and the classifier reads z.
@@ -87,8 +95,15 @@ class Head(BaseHead):
         self.fusion = Fusion(fusion, width)
         self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
         self._hash_reg, self._both = hash.use_hash_reg, fusion.inputs == "both"
-        n_features = hash.bits or fusion.mlp_dims[-1]
-        self.classifier = nn.Linear(n_features, classifier.num_classes, bias=classifier.use_bias)
+        self.classifier = self._linear(hash.bits or fusion.mlp_dims[-1], classifier)
+        fused = hash.fused_classifier and hash.bits > 0
+        self.fused_classifier = self._linear(fusion.mlp_dims[-1], classifier) if fused else None
+        self.prefix_classifiers = nn.ModuleList(self._linear(length, classifier) for length in hash.prefixes)
+        self._prefixes = hash.prefixes
+
+    @staticmethod
+    def _linear(n_features: int, config: ClassifierConfig) -> nn.Linear:
+        return nn.Linear(n_features, config.num_classes, bias=config.use_bias)
 
     @classmethod
     def from_build(cls, build: Mapping[str, Any]) -> Self:
@@ -109,7 +124,17 @@ class Head(BaseHead):
         if self.hash is not None:
             h = self.hash(fused.z)
             read = self.hash.read(h)
-        return HeadOutput(fused.z, h, self.classifier(read), fused.d_img, fused.d_txt, self._hash_reg, self._both)
+        output = HeadOutput(fused.z, h, self.classifier(read), fused.d_img, fused.d_txt, self._hash_reg, self._both)
+        return self._guided(output) if self.training and h is not None else output
+
+    def _guided(self, output: HeadOutput) -> HeadOutput:
+        """The output with the logits of the training classifiers."""
+        assert output.h is not None
+        fused = None if self.fused_classifier is None else self.fused_classifier(output.z)
+        hard = straight_through(output.h) if self._prefixes else output.h
+        readers = zip(self._prefixes, self.prefix_classifiers, strict=True)
+        prefixes = tuple(reader(hard[..., :length]) for length, reader in readers)
+        return output._replace(fused_logits=fused, prefix_logits=prefixes)
 
     def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
         """Take what block normalisation needs from the train split: ``(N, D)`` each, one caption an image."""
@@ -121,7 +146,12 @@ class Head(BaseHead):
         return {
             "fusion": list(self.fusion.parameters()),
             "hash": hash_parameters,
-            "classifier": list(self.classifier.parameters()),
+            "classifier": [
+                parameter
+                for part in (self.classifier, self.fused_classifier, self.prefix_classifiers)
+                if part is not None
+                for parameter in part.parameters()
+            ],
         }
 
 

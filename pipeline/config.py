@@ -83,6 +83,7 @@ class TrainingConfig(Section):
     )
     save_top_k: PositiveInt = Field(default=3, description="checkpoints kept")
     monitor: Literal["knn", "classifier"] = Field(default="knn", description="what val mAP is computed from")
+    mixup: bool = Field(default=False, description="train on mixtures of two images and of their labels")
     ema_decay: Beta | None = Field(
         default=None, description="decay of an exponential moving average of the parameters; null for none"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import InputError
 from ..heads.losses import class_balanced_weights
+from ..heads.mixing import mix_batch, shares
 from ..heads.model import BaseHead
 from .averages import Averages
 from .config import Config
@@ -127,6 +128,8 @@ class Step:
             places = self._at + torch.arange(size, device=self._device)
             at, caption = self._order[..., places], self._caption[..., places]
             batch = self._train.batch(at, caption)
+            if self._config.training.mixup:
+                batch = mix_batch(batch, shares(at, len(self._train)))
             terms = self.members.losses(self._config.loss, batch, self._pos_weight, self._precision)
             self.scaler.scale(terms["loss"].sum() / len(sizes)).backward()  # type: ignore[no-untyped-call]
             self._count(terms)

@@ -72,11 +72,7 @@ def test_no_stray_modules_in_the_root(repo: Path) -> None:
 def test_wheel_owns_one_name_and_holds_every_module(repo: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mmcli"}
-    modules = {
-        f"mmcli/{path.relative_to(repo)}"
-        for folder in (repo, *rooms(repo))
-        for path in folder.glob("*.py")
-    }
+    modules = {f"mmcli/{path.relative_to(repo)}" for folder in (repo, *rooms(repo)) for path in folder.glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "mmcli/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

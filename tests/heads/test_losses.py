@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mmcli.heads.config import HashRegConfig, LossConfig
 from mmcli.heads.losses import (
+    asymmetric_loss,
     balance_loss,
     bce_loss,
     class_balanced_weights,
@@ -211,6 +212,7 @@ def test_the_baseline_has_the_first_term_alone() -> None:
 
 def test_terms_are_float32_under_autocast() -> None:
     plain, y = make_output(), make_batch(0)[1]
+    plain = plain._replace(fused_logits=plain.logits, prefix_logits=(plain.logits,))
     half = plain._replace(logits=plain.logits.bfloat16().float(), h=plain.h.float())
     wanted = total_loss(LossConfig(), half, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -218,3 +220,103 @@ def test_terms_are_float32_under_autocast() -> None:
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b)
+
+
+def asymmetric_loop(x: np.ndarray, y: np.ndarray, gamma_pos: float, gamma_neg: float, shift: float, w: list) -> float:
+    total = 0.0
+    for row, labels in zip(x.tolist(), y.tolist(), strict=True):
+        for logit, label, weight in zip(row, labels, w, strict=True):
+            p = 1 / (1 + math.exp(-logit))
+            shifted = max(p - shift, 0.0)
+            if label:
+                total += -weight * (1 - p) ** gamma_pos * math.log(p)
+            else:
+                total += -(shifted**gamma_neg) * math.log(1 - shifted)
+    return total / x.size
+
+
+@given(
+    seeds, st.sampled_from([0.0, 1.0, 2.5]), st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.0, 0.05, 0.3]),
+    st.booleans(),
+)  # fmt: skip
+def test_asymmetric_equals_the_loop(seed: int, pos: float, neg: float, shift: float, weighted: bool) -> None:
+    x, y = make_batch(seed)
+    w = [0.5, 1.0, 3.0, 7.0] if weighted else [1.0] * 4
+    wanted = asymmetric_loop(x.numpy(), y.numpy(), pos, neg, shift, w)
+    weights = torch.tensor(w) if weighted else None
+    got = asymmetric_loss(x, y, gamma_pos=pos, gamma_neg=neg, shift=shift, pos_weight=weights)
+    assert float(got) == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize(("pos", "neg", "shift"), [(0.0, 4.0, 0.05), (1.0, 2.0, 0.0), (2.0, 0.5, 0.2)])
+def test_the_slope_of_asymmetric_is_that_of_the_loop(pos: float, neg: float, shift: float) -> None:
+    x, y = make_batch(3)
+    leaf = x.clone().requires_grad_()
+    asymmetric_loss(leaf, y, gamma_pos=pos, gamma_neg=neg, shift=shift).backward()
+    step = 1e-6
+    for place in np.ndindex(*x.shape):
+        values = []
+        for sign in (1, -1):
+            moved = x.numpy().copy()
+            moved[place] += sign * step
+            values.append(asymmetric_loop(moved, y.numpy(), pos, neg, shift, [1.0] * 4))
+        assert float(leaf.grad[place]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3, abs=1e-6)
+
+
+@given(seeds, st.sampled_from([0.0, 2.0]))
+def test_asymmetric_without_shift_is_focal_without_alpha(seed: int, gamma: float) -> None:
+    x, y = make_batch(seed)
+    plain = asymmetric_loss(x, y, gamma_pos=gamma, gamma_neg=gamma, shift=0.0)
+    assert float(plain) == pytest.approx(2 * float(focal_loss(x, y, alpha=0.5, gamma=gamma)), rel=1e-5)
+
+
+@pytest.mark.parametrize("neg", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 0.05])
+def test_asymmetric_is_finite_at_extremes_and_easy_negatives_count_nothing(neg: float, shift: float) -> None:
+    y = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+    x = torch.tensor([[1e4, -1e4, -1e4, 1e4]], requires_grad=True)
+    value = asymmetric_loss(x, y, gamma_neg=neg, shift=shift)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(x.grad).all()
+    easy = asymmetric_loss(torch.full((1, 4), -3.0), torch.zeros(1, 4), gamma_neg=neg, shift=0.05)
+    assert easy == 0
+
+
+def test_training_classifiers_reach_the_sum() -> None:
+    y = make_batch(0)[1]
+    fused, short, whole = (make_batch(seed)[0] for seed in (1, 2, 3))
+    output = make_output(fused_logits=fused, prefix_logits=(short, whole))
+    config = LossConfig(fused_weight=0.5, nested_weight=0.25, hash_weight=0.0, cosine_weight=0.0)
+    terms = total_loss(config, output, y)
+    nested = (bce_loss(short, y) + bce_loss(whole, y)) / 2
+    assert float(terms.fused) == pytest.approx(float(bce_loss(fused, y)))
+    assert float(terms.nested) == pytest.approx(float(nested))
+    assert float(terms.total) == pytest.approx(float(terms.bce + 0.5 * terms.fused + 0.25 * nested))
+    lone = total_loss(config, make_output(), y)
+    assert lone.fused is None
+    assert lone.nested is None
+
+
+def test_every_classifier_has_the_loss_that_is_named() -> None:
+    y, fused = make_batch(0)[1], make_batch(1)[0]
+    config = LossConfig(asymmetric_loss=True, asymmetric_gamma_pos=1.0, asymmetric_gamma_neg=2.0, asymmetric_shift=0.1)
+    terms = total_loss(config, make_output(fused_logits=fused, prefix_logits=(fused,)), y)
+    options = {"gamma_pos": 1.0, "gamma_neg": 2.0, "shift": 0.1}
+    assert float(terms.bce) == pytest.approx(float(asymmetric_loss(make_batch(0)[0], y, **options)))
+    assert float(terms.fused) == float(terms.nested) == pytest.approx(float(asymmetric_loss(fused, y, **options)))
+    both = total_loss(LossConfig(focal_loss=True, asymmetric_loss=True), make_output(), y)
+    assert float(both.bce) == pytest.approx(float(focal_loss(make_batch(0)[0], y)))
+
+
+def test_the_weight_of_quantisation_is_its_own() -> None:
+    terms = total_loss(LossConfig(hash_reg=HashRegConfig(lambda_quant=0.0)), make_output(), make_batch(0)[1])
+    assert terms.quant > 0
+    assert float(terms.hash) == pytest.approx(float(0.1 * terms.balance + 0.01 * terms.decorr))
+
+
+@pytest.mark.parametrize("loss", [bce_loss, focal_loss, asymmetric_loss])
+def test_a_mixed_label_has_the_loss_of_both_in_its_shares(loss) -> None:
+    x, y = make_batch(5)
+    mixed = 0.3 * float(loss(x, y)) + 0.7 * float(loss(x, 1 - y))
+    assert float(loss(x, 0.3 * y + 0.7 * (1 - y))) == pytest.approx(mixed, rel=1e-5)

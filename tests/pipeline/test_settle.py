@@ -121,4 +121,4 @@ def test_the_configuration_page_is_the_schema(repo: Path) -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 60
     assert all(cell.strip() for row in rows for cell in (row.split("|")[1], row.split("|")[2], row.split("|")[5]))
-    assert "| `hash.activation` | choice | ste, plan: tanh | tanh, ste |" in page
+    assert "| `hash.batch_norm` | bool | true, plan: false |" in page

@@ -103,6 +103,8 @@ def test_accumulation_equals_the_large_batch() -> None:
         "hash.batch_norm": False,
         "loss.hash_weight": 0.0,
         "fusion.dropout": 0.0,
+        "fusion.input_dropout": 0.0,
+        "training.mixup": False,
         "training.num_epochs": 1,
     }
     large = load_config(options={**plain, "training.batch_size": 40})
@@ -138,6 +140,7 @@ def test_loss_falls_and_the_record_is_whole() -> None:
             "training.batch_size": 10,
             "training.early_stopping_patience": 0,
             "loss.hash_weight": 0.1,
+            "loss.nested_weight": 0.5,
             "optimizer.lr_fusion": 3e-3,
         }
     )
@@ -153,6 +156,8 @@ def test_loss_falls_and_the_record_is_whole() -> None:
         "quant",
         "balance",
         "decorr",
+        "fused",
+        "nested",
         "lr",
         "grad_norm",
         "grad_norm_fusion",
@@ -162,6 +167,7 @@ def test_loss_falls_and_the_record_is_whole() -> None:
     }
     assert wanted <= set(first)
     total = first["bce"] + config.loss.cosine_weight * first["cosine"] + 0.1 * first["hash"]
+    total += first["fused"] + 0.5 * first["nested"]
     assert first["loss"] == pytest.approx(total, rel=1e-4)
 
 
@@ -273,7 +279,9 @@ def test_every_part_of_the_head_takes_its_own_learning_rate() -> None:
         head, _ = run(config, split=split)
         for name, value in head.named_parameters():
             moved = float((value - before[name]).detach().abs().max())
-            assert (moved < 1e-8) == name.startswith(f"{part}."), (part, name, moved)
+            module = name.partition(".")[0]
+            own = "classifier" in module if part == "classifier" else module == part
+            assert (moved < 1e-8) == own, (part, name, moved)
 
 
 @given(
@@ -346,7 +354,7 @@ def plain_training(config: Config, split: Split, seed: int) -> tuple[Head, list[
     n_batches = math.ceil(n / size)
     rates = {"fusion": config.optimizer.lr_fusion, "hash": config.optimizer.lr_hash}
     rates["classifier"] = config.optimizer.lr_classifier
-    groups = [{"params": list(getattr(head, name).parameters()), "lr": rate} for name, rate in rates.items()]
+    groups = [{"params": head.parameter_groups()[name], "lr": rate} for name, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.optimizer.weight_decay, fused=False, foreach=False)
     warmup, total = round(config.scheduler.warmup_epochs * n_batches), epochs * n_batches
     means = []
@@ -363,6 +371,12 @@ def plain_training(config: Config, split: Split, seed: int) -> tuple[Head, list[
                 images.append(split.v_img[row])
                 texts.append(split.v_txt[row, caption])
                 labels.append(split.labels[row].float())
+            if config.training.mixup:
+                parts, share = (images, texts, labels), [batch[k - 2] / n for k in range(len(batch))]
+                images, texts, labels = (
+                    [s * one + (1 - s) * part[k - 1] for k, (s, one) in enumerate(zip(share, part, strict=True))]
+                    for part in parts
+                )
             step = (epoch - 1) * n_batches + len(losses)
             for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
                 done = (step - warmup) / (total - warmup)
@@ -512,3 +526,10 @@ def test_mixed_precision_trains_float32_weights_to_nearly_the_same(monkeypatch: 
         assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+def test_mixtures_are_trained_on_where_asked_for() -> None:
+    options = {**SMALL, "training.early_stopping_patience": 0}
+    losses = [run(load_config(options={**options, "training.mixup": mixup}))[-1] for mixup in (True, True, False)]
+    first, again, plain = ([record["loss"] for record in result.history] for result in losses)
+    assert first == again != plain

@@ -1,0 +1,39 @@
+"""Mixtures of two images of a batch.
+
+Symbols: N images of a batch, D embedding width, C classes, s share of the first image.
+"""
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def mix_batch(batch: Batch, share: Tensor) -> Batch:
+    """Every image mixed with the one before it, the first with the last (mixup: Zhang et al. 2018, eq. 1).
+
+    ``v_n <- s_n v_n + (1 - s_n) v_(n-1)``, image, caption and labels alike. The paper draws s from Beta(a, a), one for
+    a batch; here every image has its own, and a uniform share is a = 1. Batches are shuffled, so the one before is
+    any other.
+
+    Args:
+        batch: Image embeddings ``(..., N, D)``, caption embeddings likewise, labels ``(..., N, C)``.
+        share: s ``(..., N)`` in [0, 1].
+
+    Returns:
+        The same shapes; labels in [0, 1].
+    """
+    v_img, v_txt, y = (torch.lerp(one.roll(1, -2), one, share[..., None]) for one in batch)
+    return v_img, v_txt, y
+
+
+def shares(order: Tensor, n: int) -> Tensor:
+    """Numbers in [0, 1) as good as drawn: for every image the place in the split, over n, of the image two before it.
+
+    A shuffled order holds every place once, so they are uniform, and a training that is repeated has them again.
+
+    Args:
+        order: Places of a batch's images ``(..., N)``, shuffled.
+        n: Images of the split.
+    """
+    return order.roll(2, -1) / n
