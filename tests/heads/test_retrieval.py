@@ -135,7 +135,7 @@ def test_the_interval_is_of_the_mean_over_queries() -> None:
     ("change", "message"),
     [
         ({0: np.zeros((2, 2), np.uint8)}, "in common"), ({1: np.zeros((2, 4))}, "in common"),
-        ({2: np.zeros((3, 1), np.int64)}, "base codes .* int64"), ({3: np.zeros((2, 3))}, "base codes"),
+        ({2: np.zeros((3, 1), np.int64)}, "base codes: .* int64"), ({3: np.zeros((2, 3))}, "base codes"),
         ({0: np.zeros((0, 1), np.uint8), 1: np.zeros((0, 3))}, "must have images"),
     ],
 )  # fmt: skip
