@@ -1,36 +1,34 @@
-"""Stage 3: neighbours in the codes of the train split vote for the tags of another split."""
+"""Stage 3: neighbours in the codes of a run vote for the tags of another split."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import RenderableType
 
 from .. import InputError
 from ..cache import Store
-from ..heads.config import KnnConfig, Metric
-from ..heads.knn import Index, build_index
-from ..heads.voting import vote
-from .codes import Codes, read_codes
+from ..heads.config import KnnConfig
+from ..heads.retrieval import retrieval_row
 from .config import Config
+from .device import pick_device
 from .evaluation import classifier_row, metrics_row, write_scores
+from .knn_codes import Evaluated, fitting_metric
+from .knn_search import Searcher, settings
 from .metrics_file import merge_rows, read_metrics, write_metrics
+from .predictors import check_predictor, hybrid_row
 from .progress import Progress
 from .runs import Run, newest_run, open_run
 from .tables import metrics_table
 
-SINGLE_QUERIES = 200
-WARM_UP = 20
-SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau")
+SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau", "ties", "index_kind")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """The run that was evaluated, where its metrics went, and the row of the neighbours."""
+    """The run that was evaluated, where its metrics went, and the row of the predictor that was asked for."""
 
     run: Run
     metrics_path: Path
@@ -43,8 +41,9 @@ class KnnResult:
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
-        settings = ", ".join(f"{name} {self.metrics[name]}" for name in SHOWN)
-        return [metrics_table([self.metrics, *self.others], settings), f"wrote {self.metrics_path}"]
+        described = ", ".join(f"{name} {self.metrics[name]}" for name in SHOWN if name in self.metrics)
+        table = metrics_table([self.metrics, *self.others], described)
+        return [table, *_lines(self.metrics), f"wrote {self.metrics_path}"]
 
 
 def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None = None) -> Run:
@@ -73,132 +72,80 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     """Search, vote and measure from the codes of a run; towers and store are not read.
 
     Args:
-        config: The knn section is used.
+        config: The knn section and the device are used.
         run: A finished run of ``train-head``.
         split: Whose images are tagged; an image never votes for itself.
         progress: Who to tell.
 
     Raises:
-        InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, or K larger than the
-            index.
+        InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, K larger than the
+            index, or a predictor that the codes do not give.
     """
     progress = progress or Progress()
     known = read_metrics(run.folder)
-    base, val = read_codes(run.folder, "train"), read_codes(run.folder, "val")
-    query = {"train": base, "val": val}.get(split) or read_codes(run.folder, split)
-    knn = config.knn.model_copy(update={"distance_metric": _metric(config.knn, base, run)})
-    _check_size(base, query, split, knn, run)
-    progress.say(f"searching {len(query):,} {split} images among {len(base):,} train codes of {run.folder}")
+    codes = Evaluated.of(run, split)
+    predictor, query, val = config.knn.predictor, codes.query, codes.val
+    check_predictor(predictor, query, val, run)
+    rows: dict[str, dict[str, Any]] = {}
+    if predictor != "classifier":
+        knn = config.knn.model_copy(update={"distance_metric": fitting_metric(config.knn, codes.base, run)})
+        codes.check_k(knn.K, run)
+        rows |= _neighbour_rows(codes, knn, config, run, progress)
+    if query.logits is not None and val.logits is not None:
+        rows["classifier"] = classifier_row(split, query, val=val, run=run)
+    headline = rows.pop(predictor)
+    merged = merge_rows(known, [headline, *rows.values()])
+    path = write_metrics(run.folder, merged)
+    others = tuple(other for other in merged[1:] if other["split"] == split)
+    return KnnResult(run=run, metrics_path=path, metrics=headline, others=others)
+
+
+def _neighbour_rows(
+    codes: Evaluated, knn: KnnConfig, config: Config, run: Run, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """The row of the neighbours, and that of the mix where it was asked for."""
+    base, val, query, split = codes.base, codes.val, codes.query, codes.split
+    progress.say(f"searching {len(query):,} {split} images among {len(base):,} codes of {run.folder}")
+    searcher = Searcher(base, knn, str(pick_device(config.hardware.device)))
     started = time.perf_counter()
-    index = build_index(knn.distance_metric, packed=base.packed, soft=base.soft)
-    build_s = time.perf_counter() - started
-    tag = _Tagger(index, base, knn)
-    scores, seconds = _timed(tag, query)
-    tuned_on = None if split == "val" else (tag(val), val.labels)
-    row = metrics_row("knn", split, scores, query.labels, tuned_on=tuned_on)
-    row |= _settings(knn, base) | {"index_build_s": build_s, "throughput_qps": len(query) / seconds}
-    row |= _latency(tag, query) | _sizes(index, base)
+    found = searcher.find(query, knn.K)
+    scores = searcher.score(found, knn)
+    seconds = time.perf_counter() - started
+    on_val = scores if query is val else searcher.score(searcher.find(val, knn.K), knn)
+    tuned_on = None if split == "val" else (on_val, val.labels)
+    row = metrics_row("knn", split, scores, query.labels, tuned_on=tuned_on, run=run)
+    row |= settings(knn, base, searcher.index.kind)
+    row |= {"index_build_s": searcher.build_s, "throughput_qps": len(query) / seconds}
+    row |= searcher.latency(query, knn) | searcher.sizes() | searcher.recall(query, found, knn)
+    row |= searcher.boundary_facts(found, knn.K) if knn.distance_metric == "hamming" else {}
+    row |= _retrieval(codes, progress)
     write_scores(run.folder, "knn", split, query.image_id, scores)
-    rows = merge_rows(known, [row, *_other_rows(split, query, val)])
-    path = write_metrics(run.folder, rows)
-    others = tuple(other for other in rows[1:] if other["split"] == split)
-    return KnnResult(run=run, metrics_path=path, metrics=row, others=others)
+    rows = {"knn": row}
+    if knn.predictor == "hybrid":
+        rows["hybrid"] = hybrid_row(split, query, val, scores, on_val, run) | settings(knn, base, searcher.index.kind)
+    return rows
 
 
-class _Tagger:
-    """Search and vote; leaves out the query's own image."""
-
-    def __init__(self, index: Index, base: Codes, knn: KnnConfig) -> None:
-        self._index, self._base, self._knn = index, base, knn
-        self._order = np.argsort(base.image_id)
-
-    def __call__(self, query: Codes, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
-        packed = None if query.packed is None else query.packed[rows]
-        own = self._own_rows(query.image_id[rows])
-        found = self._index.search(packed=packed, soft=query.soft[rows], K=self._knn.K, exclude=own)
-        return vote(found, self._base.labels, self._knn)
-
-    def _own_rows(self, image_id: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-        """Row of each query's own image in the index, -1 where it is not there."""
-        at = np.searchsorted(self._base.image_id, image_id, sorter=self._order)
-        candidate = self._order[np.minimum(at, len(self._order) - 1)]
-        own = np.where(self._base.image_id[candidate] == image_id, candidate, -1)
-        return own if (own >= 0).any() else None
+def _retrieval(codes: Evaluated, progress: Progress) -> dict[str, Any]:
+    """How good the codes are for finding images; nothing without hash layer, or of queries that are in the base."""
+    base, query = codes.base, codes.query
+    if base.packed is None or query.packed is None or np.isin(query.image_id, base.image_id).any():
+        return {}
+    progress.say(f"ranking {len(base):,} codes for each of {len(query):,} images")
+    return retrieval_row(query.packed, query.labels, base.packed, base.labels)
 
 
-def _metric(knn: KnnConfig, base: Codes, run: Run) -> Metric:
-    """Without a hash layer neighbours are found by cosine on z; Hamming asked for in so many words is refused."""
-    if base.packed is not None or knn.distance_metric == "cosine":
-        return knn.distance_metric
-    if "distance_metric" in knn.model_fields_set:
-        raise InputError(
-            "no hash layer", where=run.folder, got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
-            do="train with --bits 64, or use --metric cosine",
-        )  # fmt: skip
-    return "cosine"
-
-
-def _check_size(base: Codes, query: Codes, split: str, knn: KnnConfig, run: Run) -> None:
-    usable = len(base) - (1 if query is base else 0)
-    if not len(query):
-        raise InputError(
-            "an empty split", where=run.folder, got=f"no {split} images", wanted="some", do="choose --split"
+def _lines(row: dict[str, Any]) -> list[str]:
+    lines = []
+    if "boundary_tied" in row:
+        how = "all of them share the last votes" if row["ties"] == "average" else "the lower index votes"
+        lines.append(
+            f"ties: for {row['boundary_tied']:.0%} of the images more codes than votes are left stand at the distance"
+            f" of neighbour K ({row['boundary_group_size']:.1f} codes on average); {how}"
         )
-    if usable < knn.K:
-        raise InputError(
-            "K is larger than the index",
-            where=run.folder,
-            got=f"--k {knn.K}",
-            wanted=f"at most {usable}",
-            do="lower --k",
-        )
-
-
-def _timed(tag: Callable[[Codes], npt.NDArray[np.float32]], query: Codes) -> tuple[npt.NDArray[np.float32], float]:
-    started = time.perf_counter()
-    scores = tag(query)
-    return scores, time.perf_counter() - started
-
-
-def _settings(knn: KnnConfig, base: Codes) -> dict[str, Any]:
-    bits = 0 if base.packed is None else 8 * base.packed.shape[1]
-    settings = {
-        "bits": bits, "K": knn.K, "distance_metric": knn.distance_metric, "voting_strategy": knn.voting_strategy,
-        "tau": knn.tau, "theta": knn.theta, "n_index": len(base),
-    }  # fmt: skip
-    # tau acts on 1 - dist/B, so only tau * B says how many bits of distance matter.
-    return settings | ({"tau_bits": knn.tau * bits} if knn.distance_metric == "hamming" else {})
-
-
-def _latency(tag: _Tagger, query: Codes) -> dict[str, float]:
-    """Search and vote of one query at a time, from its code to its scores."""
-    rows = [row % len(query) for row in range(WARM_UP + SINGLE_QUERIES)]
-    times = []
-    for row in rows:
-        started = time.perf_counter()
-        tag(query, slice(row, row + 1))
-        times.append(1e3 * (time.perf_counter() - started))
-    kept = np.array(times[WARM_UP:])
-    return {
-        "query_latency_ms": float(kept.mean()),
-        "query_latency_ms_p50": float(np.percentile(kept, 50)),
-        "query_latency_ms_p95": float(np.percentile(kept, 95)),
-    }
-
-
-def _sizes(index: Index, base: Codes) -> dict[str, float]:
-    """Bytes of the index, and of binary and float codes side by side."""
-    sizes = {"index_bytes": float(index.n_bytes), "float_code_bytes": float(base.soft.nbytes)}
-    if base.packed is not None:
-        sizes |= {
-            "binary_code_bytes": float(base.packed.nbytes),
-            "float_over_binary_bytes": base.soft.nbytes / base.packed.nbytes,
-        }
-    return sizes
-
-
-def _other_rows(split: str, query: Codes, val: Codes) -> list[dict[str, Any]]:
-    """The classifier's row beside the neighbours', where logits were kept with the codes."""
-    if query.logits is None or val.logits is None:
-        return []
-    return [classifier_row(split, query, val=val)]
+    if "hybrid_weight_knn" in row:
+        weight = row["hybrid_weight_knn"]
+        lines.append(f"hybrid: {weight:.2f} neighbours + {1 - weight:.2f} classifier, tuned on val")
+    if "index_recall" in row:
+        lines.append(f"index {row['index_kind']}: {row['index_recall']:.4f} of the exact neighbours found")
+    return lines

@@ -102,7 +102,8 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
         if not len(rows):
             raise InputError(
                 f"no {split} image under the protocol {protocol}", where="the manifest",
-                got=f"{len(listing.paths)} images", wanted=_WANTED[protocol], do="use --protocol karpathy, or prepare the whole data set",
+                got=f"{len(listing.paths)} images", wanted=_WANTED[protocol],
+                do="use --protocol karpathy, or prepare the whole data set",
             )  # fmt: skip
     return {split: rows.astype(np.int64) for split, rows in found.items()}
 

@@ -28,6 +28,7 @@ from .options import (
     finish,
     make_progress,
     read_config,
+    read_sweep,
     show_config,
 )
 
@@ -104,23 +105,46 @@ def train_head(
 
 def knn_eval(
     run: RunDir = None, store: GuardStore = None, split: Split = "test",
-    k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote [default: 20].")] = None,
-    metric: Annotated[Literal["hamming", "cosine", "hybrid"] | None, typer.Option("--metric", help="Distance [default: hamming; cosine without hash].")] = None,
-    vote: Annotated[Literal["softmax", "uniform", "rank", "threshold"] | None, typer.Option("--vote", help="Weights of the votes [default: softmax].")] = None,
-    tau: Annotated[float | None, typer.Option("--tau", help="Temperature of the softmax vote [default: 0.07].")] = None,
-    theta: Annotated[float | None, typer.Option("--theta", help="Least similarity of the threshold vote [default: 0.5].")] = None,
-    config: ConfigFile = None, set_: Set = None, json_: Json = False, quiet: Quiet = False,
+    predictor: Annotated[Literal["knn", "classifier", "hybrid"] | None, typer.Option("--predictor", help="Neighbours, classifier, or their mix, its weight tuned on val [default: knn].")] = None,
+    k: Annotated[str | None, typer.Option("--k", metavar="N,..", help="Neighbours that vote [default: 20].")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", metavar="NAME,..", help="hamming, cosine, hybrid, or all [default: hamming; cosine without hash].")] = None,
+    vote: Annotated[str | None, typer.Option("--vote", metavar="NAME,..", help="softmax, uniform, rank, threshold, or all [default: softmax].")] = None,
+    tau: Annotated[str | None, typer.Option("--tau", metavar="X,..", help="Temperature of the softmax vote [default: 0.07].")] = None,
+    theta: Annotated[str | None, typer.Option("--theta", metavar="X,..", help="Least similarity of the threshold vote [default: 0.5].")] = None,
+    ties: Annotated[Literal["index", "average"] | None, typer.Option("--ties", help="Who votes among equals at the boundary: the lower index, or all of them share [default: index].")] = None,
+    index: Annotated[Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"] | None, typer.Option("--index", help="How packed codes are searched [default: auto, the fastest that is exact].")] = None,
+    protocol: Annotated[Literal["karpathy", "coco14", "hashnet"] | None, typer.Option("--protocol", help="Refuse a run that was trained with another protocol.")] = None,
+    device: Device = None, config: ConfigFile = None, set_: Set = None, json_: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Stage 3: neighbours in the codes of a run vote for the tags; every metric goes to metrics.json."""
+    """Stage 3: neighbours in the codes of a run vote for the tags; every metric goes to metrics.json.
+
+    Where --k, --metric, --vote, --tau or --theta lists several values, every combination is evaluated from one search a
+    metric, into knn_table.json.
+    """
+    from ..config import load_config
     from ..knn_eval import find_run
-    from ..knn_eval import knn_eval as stage
+    from ..protocols import check_protocol
 
     found = find_run(run, store=store)
-    options = {
+    file = config or found.folder / "config.yaml"
+    if protocol is not None:
+        trained = load_config(found.folder / "config.yaml").data.split_type
+        check_protocol(protocol, trained, where=found.folder)
+    # A run may have been trained on a device that this machine does not have.
+    here = device or ("auto" if config is None else None)
+    told = {"knn.predictor": predictor, "knn.ties": ties, "knn.index": index, "hardware.device": here}
+    lists = {
         "knn.K": k, "knn.distance_metric": metric, "knn.voting_strategy": vote, "knn.tau": tau, "knn.theta": theta,
     }  # fmt: skip
-    resolved = read_config(config or found.folder / "config.yaml", set_, options)
-    result = stage(resolved, run=found, split=split, progress=make_progress(quiet))
+    resolved, sweep = read_sweep(file, set_, told, lists)
+    from .. import knn_eval as single
+    from .. import knn_table as table
+
+    result: Any
+    if sweep is None:
+        result = single.knn_eval(resolved, run=found, split=split, progress=make_progress(quiet))
+    else:
+        result = table.knn_table(resolved, sweep, run=found, split=split, progress=make_progress(quiet))
     finish(result.to_json(), json_, *result.summary())
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ..config import Config
+    from ..knn_plan import Sweep
     from ..progress import Progress
 
 
@@ -128,7 +129,8 @@ FLAGS = {
     "loss.class_weights": "--class-weights", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
     "training.early_stopping_patience": "--patience", "training.monitor": "--monitor", "training.ema_decay": "--ema",
     "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote", "knn.tau": "--tau",
-    "knn.theta": "--theta", "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
+    "knn.theta": "--theta", "knn.ties": "--ties", "knn.index": "--index", "knn.predictor": "--predictor",
+    "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
     "hardware.deterministic": "--deterministic",
 }  # fmt: skip
 
@@ -148,6 +150,31 @@ def read_config(file: Path | None, settings: list[str] | None, options: Mapping[
     parsed = parse_settings(settings or [])
     flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
     return load_config(file, options={**given, **parsed}, flags=flags)
+
+
+def read_sweep(
+    file: Path | None, settings: list[str] | None, options: Mapping[str, Any], lists: Mapping[str, str | None]
+) -> "tuple[Config, Sweep | None]":
+    """The configuration, and the values of options that list several; ``None`` where none does.
+
+    Args:
+        file: As for :func:`read_config`.
+        settings: Likewise.
+        options: Options that take one value.
+        lists: Options of the knn section that may list several, by key, as they were given.
+    """
+    from ..knn_plan import split_values, sweep_of
+
+    values = {key: split_values(key.removeprefix("knn."), text) for key, text in lists.items() if text is not None}
+    firsts = {**options, **{key: several[0] for key, several in values.items()}}
+    base = read_config(file, settings, firsts)
+    if all(len(several) == 1 for several in values.values()):
+        return base, None
+    checked = {
+        key.removeprefix("knn."): [read_config(file, settings, {**firsts, key: value}).knn for value in several]
+        for key, several in values.items()
+    }
+    return base, sweep_of(checked, base.knn)
 
 
 def show_config(config: "Config", as_json: bool) -> None:
