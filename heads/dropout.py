@@ -41,7 +41,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self._dropped = round(p * _LEVELS)
+        self._dropped = min(round(p * _LEVELS), _LEVELS - 1)
         self.register_buffer("key", torch.zeros((), dtype=torch.int32), persistent=False)
 
     def reseed(self, seed: int) -> None:

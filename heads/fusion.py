@@ -162,7 +162,7 @@ class Fusion(nn.Module):
     @torch.no_grad()
     def fit_log_norms(self, m: Tensor) -> None:
         """As :meth:`fit`, from log-norms that are known: ``(N, 2)``, image then caption."""
-        m = m.double()
+        m = m.cpu().double()  # MPS has no float64
         self.set_statistics(m.mean(0), m.std(0, correction=0))
 
     @torch.no_grad()

@@ -99,7 +99,7 @@ class HubModule(
             loaded: Self = super().from_pretrained(str(pretrained_model_name_or_path), **words)
         except InputError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
             raise cannot_load(pretrained_model_name_or_path, error) from None
         return loaded
 
@@ -147,6 +147,11 @@ def restore(cls: type[Module], build: Mapping[str, Any], state: Mapping[str, Ten
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             raise ValueError(f"tensor {name} is {_form(other)}, not {_form(one)}")
     head.load_state_dict(dict(state), assign=True)
+    device = next((value.device for value in state.values()), torch.device("cpu"))
+    for module in head.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # what is not saved: it begins where that of a new head does
+                setattr(module, name, torch.zeros_like(buffer, device=device))
     for name, parameter in head.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"NaN or infinity in {name}")
@@ -215,6 +220,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise TypeError(f"{CONFIG} holds a {type(config).__name__}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise cannot_load(folder / CONFIG, error) from None
     return config

@@ -29,7 +29,7 @@ from .progress import Progress
 from .replicas import Replicas
 from .splits import Split
 from .step import Step, count_batches
-from .train_head import Prepared, prepare_training
+from .training_data import Prepared, prepare_training
 
 PLAIN_WORKERS = 4
 PLAIN_BATCH, LARGE_BATCH = 64, 1024
@@ -160,7 +160,7 @@ def _take(step: Iterator[None], n: int, device: torch.device) -> None:
 
 
 def _head(setting: _Setting) -> Any:  # noqa: ANN401
-    return setting.prepared.make_head(setting.config.hardware.seed)
+    return setting.prepared.make_head(setting.config, setting.train)
 
 
 def _ours(setting: _Setting, batch: int, replicas: int) -> Iterator[None]:

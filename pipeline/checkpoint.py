@@ -36,6 +36,7 @@ class CheckpointKeeper:
     def __init__(self, folder: Path, config: Config, *, width: int) -> None:
         self._folder, self._config, self._width = folder, config, width
         self.kept: list[Kept] = []
+        self._gone: list[Kept] = []
 
     def offer(self, head: BaseHead, *, epoch: int, val_mAP: float) -> bool:
         """Write the head if it is among the best ``save_top_k``; the worst of the kept ones goes."""
@@ -46,19 +47,43 @@ class CheckpointKeeper:
         save_head(self._folder / new.file, head, self._config, width=self._width, epoch=epoch, val_mAP=val_mAP)
         # A later epoch that is no better than an earlier one stays behind it.
         self.kept = sorted([*self.kept, new], key=lambda one: (-one.val_mAP, one.epoch))
-        gone = self.kept[keep:]
+        self._gone += self.kept[keep:]
         self.kept = self.kept[:keep]
         write_text(self._folder / INDEX, json.dumps([vars(one) for one in self.kept], indent=1))
-        for one in gone:
-            (self._folder / one.file).unlink(missing_ok=True)
         return True
 
+    def sweep(self) -> None:
+        """Remove the files of what is no longer kept.
+
+        Not before a later epoch can be resumed from: one that goes on before it would want them again.
+        """
+        while self._gone:
+            (self._folder / self._gone.pop().file).unlink(missing_ok=True)
+
     def take_up(self, epoch: int) -> None:
-        """Go on with what was kept up to an epoch; what later epochs left is overwritten when they are done again."""
-        path = self._folder / INDEX
-        if path.is_file():
-            listed = [Kept(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-            self.kept = [one for one in listed if one.epoch <= epoch and (self._folder / one.file).is_file()]
+        """Go on after an epoch, with the best of what is there up to it; what later epochs left is removed.
+
+        Raises:
+            InputError: A checkpoint is damaged.
+        """
+        found = []
+        for path in sorted(self._folder.glob("epoch-*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    note = file.metadata() or {}
+                one = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
+                raise InputError(
+                    "damaged checkpoint", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+                    do="train again, from the start",
+                ) from None  # fmt: skip
+            if one.epoch <= epoch:
+                found.append(one)
+            else:
+                path.unlink()
+        found.sort(key=lambda one: (-one.val_mAP, one.epoch))
+        keep = self._config.training.save_top_k
+        self.kept, self._gone = found[:keep], found[keep:]
 
     @property
     def best(self) -> Path:

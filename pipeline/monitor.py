@@ -3,6 +3,7 @@
 Symbols: n images of a split, B bits, C classes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,8 +21,10 @@ from .splits import Split, encode_split
 # Train images that vote while training goes on; the codes of all of them are written at the end. Encoding every image
 # of COCO after every epoch would cost as much as a quarter of the epoch.
 VOTERS = 16_384
-# A bit that is the same for so many images tells nothing; a code that is so hard passes no gradient on.
-DEAD, SATURATED = 0.98, 0.98
+# A bit whose mean is so large is the same for 98 % of the images; a code that is so hard passes no gradient on.
+DEAD, SATURATED = 0.96, 0.98
+# Of fewer images neither says anything; and so near to the prior, of what lies between it and 1, nothing was learnt.
+ENOUGH, NEAR = 20, 0.02
 # Below this share of the whole gradient, the fusion learns nothing any more.
 GONE = 1e-4
 
@@ -81,12 +84,14 @@ class Alarm:
         bits: B; 0 without hash layer.
         saturates: Whether saturated soft codes stop the gradient: those of ``tanh``.
         prior: Val mAP of the class frequencies.
+        n_val: Images of val.
         told: What was said.
     """
 
     bits: int
     saturates: bool
     prior: float
+    n_val: int
     told: set[str] = field(default_factory=set)
 
     def lines(self, record: Mapping[str, float]) -> list[str]:
@@ -94,16 +99,18 @@ class Alarm:
         epoch = int(record["epoch"])
         dead, hard = record.get("dead_bits", 0.0), record.get("mean_abs_h", 0.0)
         norm, fusion = record.get("grad_norm", 0.0), record.get("grad_norm_fusion", 0.0)
+        enough = self.n_val >= ENOUGH
         signs = {
-            "dead": (self.bits and dead > self.bits / 4, f"{dead:.0f} of {self.bits} bits are the same for all of val"),
+            "dead": (enough and dead > self.bits / 4, f"{dead:.0f} of {self.bits} bits are the same for 98 % of val"),
             "saturated": (
                 self.saturates and hard > SATURATED, f"the soft codes are saturated (mean |h| {hard:.3f})"
             ),
             "gone": (
-                self.bits and fusion < GONE * norm, f"no gradient reaches the fusion ({fusion:.2g} of {norm:.2g})"
+                self.bits and math.isfinite(norm) and fusion < GONE * norm,
+                f"no gradient reaches the fusion ({fusion:.2g} of {norm:.2g})",
             ),
             "prior": (
-                record["val_mAP"] <= self.prior * 1.05 and epoch >= 3,
+                enough and epoch >= 3 and record["val_mAP"] - self.prior < NEAR * (1 - self.prior),
                 f"val mAP {record['val_mAP']:.3f} is that of the class frequencies ({self.prior:.3f})",
             ),
         }  # fmt: skip

@@ -4,17 +4,21 @@ A folder belongs to the process that made it, or its ``run.json``: both are sing
 made must not be there yet, so only one process can be the first.
 """
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .. import InputError
 from .files import make_folder, unwritable
 
-MARK = "run.json"
+MARK, LOCK = "run.json", ".lock"
 # What stages write into a run folder; whatever else lies there is somebody's own.
 WRITTEN = frozenset({
     MARK, "config.yaml", "environment.json", "metrics.json", "history.jsonl", "training.safetensors", "checkpoints",
-    "codes", "scores", "per_class", "model", "tensorboard", "wandb",
+    "codes", "scores", "per_class", "model", "tensorboard", "wandb", LOCK,
 })  # fmt: skip
 
 
@@ -56,13 +60,36 @@ def claim_named(folder: Path, *, force: bool) -> Path:
     try:
         if any(folder.iterdir()):
             _check_replaceable(folder, force=force)
-            _empty(folder)
+            with hold(folder):
+                _empty(folder)
         (folder / MARK).touch(exist_ok=False)
     except (FileExistsError, FileNotFoundError):
         raise _in_use(folder, "a run that another process has just started") from None
     except OSError as error:
         raise unwritable(Path(error.filename or folder), error) from None
     return folder
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the only process that trains in a run folder; the kernel lets it go when the process ends, however it ends.
+
+    Raises:
+        InputError: Another process does.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(
+            "the run is under way", where=folder, got="another process that trains in it", wanted="one at a time",
+            do="wait until it ends, or stop it",
+        ) from None  # fmt: skip
+    try:
+        yield
+    finally:
+        os.close(handle)  # the file stays: who has just opened it would lock what is gone
 
 
 def _check_replaceable(folder: Path, *, force: bool) -> None:

@@ -189,9 +189,13 @@ def all_finite(*tensors: Tensor) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
-def diverged(what: str, *, got: object, where: str | None = None) -> InputError:
-    """The error for a training or a head that gives no numbers."""
-    return InputError(
+class Diverged(InputError):  # noqa: N818 - what a training did, as its statuses are named
+    """A training or a head that gives no numbers."""
+
+
+def diverged(what: str, *, got: object, where: str | None = None) -> Diverged:
+    """The error for it."""
+    return Diverged(
         what, where=where, got=got, wanted="numbers",
         do="lower the learning rates, or check the store with `mmcli cache verify`",
     )  # fmt: skip

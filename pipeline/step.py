@@ -101,7 +101,13 @@ class Step:
         """One step over batches of these sizes, whose gradients add up."""
         if self._device.type != "cuda" or self.scaler.is_enabled():
             self._body(sizes)
-        elif sizes in self._graphs:
+        else:
+            # A graph is captured on the current device, which need not be the one that trains.
+            with torch.cuda.device(self._device):
+                self._run_on_gpu(sizes)
+
+    def _run_on_gpu(self, sizes: tuple[int, ...]) -> None:
+        if sizes in self._graphs:
             self._graphs[sizes].replay()
         elif self._eager < WARM_UP:
             self._eager += 1
@@ -151,7 +157,8 @@ class Step:
             self._sums[name] += value.detach()
 
     def _set_rates(self) -> None:
-        rates = self._rates[self._step]
+        # Indexing with a scalar tensor would fetch it from the device.
+        rates = self._rates.index_select(0, self._step.view(1))[0]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"].copy_(rate)
 

@@ -47,7 +47,7 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 def open_trackers(
-    folder: Path, config: Config, *, tensorboard: bool, wandb: bool, say: Say = log.warning
+    folder: Path, config: Config, *, tensorboard: bool, wandb: bool, after: int | None = None, say: Say = log.warning
 ) -> list[Tracker]:
     """The trackers of one run, open; those that were opened in this folder before are gone on with.
 
@@ -57,6 +57,7 @@ def open_trackers(
         tensorboard: Whether TensorBoard is asked for.
         wandb: Whether Weights & Biases is asked for. ``WANDB_MODE`` and its other variables count; nobody is ever asked
             to log in: without a login it goes offline, and says so.
+        after: Epoch that a resumed run goes on after: what was told of later ones is taken back.
         say: Takes a line for the person who waits.
 
     Raises:
@@ -65,7 +66,7 @@ def open_trackers(
     check_trackers(tensorboard=tensorboard, wandb=wandb)
     trackers: list[Tracker] = []
     if tensorboard:
-        trackers.append(_Guarded("TensorBoard", lambda: _TensorBoard(folder, config), say))
+        trackers.append(_Guarded("TensorBoard", lambda: _TensorBoard(folder, config, after), say))
     if wandb:
         trackers.append(_Guarded("Weights & Biases", lambda: _WeightsAndBiases(folder, config, say), say))
     return trackers
@@ -99,9 +100,10 @@ class _Guarded:
 class _TensorBoard:
     """Event files in ``tensorboard/`` of the run: one scalar a figure, at the epoch's number."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, after: int | None) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(log_dir=str(folder / "tensorboard"))
+        purge = None if after is None else after + 1
+        self._writer = writer(log_dir=str(folder / "tensorboard"), purge_step=purge)
         self._writer.add_text("config", f"```yaml\n{dump_config(config)}```")
         self._last = 0
 

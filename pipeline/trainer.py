@@ -16,7 +16,7 @@ from ..heads.model import BaseHead
 from .config import Config
 from .progress import Task
 from .replicas import Replicas
-from .splits import Split, all_finite, diverged
+from .splits import Diverged, Split, all_finite, diverged
 from .step import Step, count_batches
 from .training_state import TrainingState, gather_state, restore_state
 
@@ -41,6 +41,7 @@ class Member:
         on_epoch: Called after every epoch with the head that was looked at and the epoch's record.
         keep: Called now and then with all that is needed to go on from here.
         resumed: Where to go on; None begins.
+        error: Why it ended before its time.
     """
 
     head: BaseHead
@@ -50,6 +51,7 @@ class Member:
     keep: Keep | None = None
     resumed: TrainingState | None = None
     history: list[Record] = field(default_factory=list)
+    error: Diverged | None = None
 
     @property
     def best(self) -> Record | None:
@@ -57,19 +59,35 @@ class Member:
         return max(self.history, key=lambda record: record["val_mAP"], default=None)
 
     def is_done(self, patience: int) -> bool:
-        """Whether val mAP has not risen for ``patience`` epochs; 0 is never."""
+        """Whether it diverged, or val mAP has not risen for ``patience`` epochs; 0 is never."""
         best = self.best
+        if self.error is not None:
+            return True
         return bool(patience and best and self.history[-1]["epoch"] - best["epoch"] >= patience)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """How a training went: one record an epoch, the best epoch, and whether patience ended it."""
+    """How a training went.
+
+    Attributes:
+        history: One record an epoch.
+        best_epoch: The first of the best; 0 where there is none.
+        best_value: Its val mAP.
+        stopped_early: Whether patience ended it.
+        error: Why it diverged, where it did and others of the same pass did not.
+    """
 
     history: tuple[Record, ...]
     best_epoch: int
     best_value: float
     stopped_early: bool
+    error: Diverged | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all epochs, also of those before it was resumed."""
+        return sum(record["epoch_s"] for record in self.history)
 
 
 def fit(
@@ -86,10 +104,11 @@ def fit(
         stacked: Whether parameters of several heads lie side by side; as many heads as there are ask for by default.
 
     Returns:
-        One result a member.
+        One result a member; a member that diverges beside others leaves them alone.
 
     Raises:
-        InputError: Fewer images than a batch needs, or a loss or a head that is no longer finite.
+        Diverged: No member has a loss and a head that are finite.
+        InputError: Fewer images than a batch needs.
     """
     stacked = len(members) > 1 if stacked is None else stacked
     replicas = Replicas([member.head for member in members], stacked=stacked)
@@ -105,20 +124,18 @@ def fit(
         started = time.perf_counter()
         means = loop.run(epoch, task)
         train_s = time.perf_counter() - started
-        for member, mean in zip(members, means, strict=True):
-            if member not in open_members:
-                continue
-            looked_at = time.perf_counter()
-            head = loop.evaluated(member)
-            record = {"epoch": float(epoch), **mean, "train_s": train_s, **member.monitor(head)}
-            record["epoch_s"] = train_s + time.perf_counter() - looked_at
-            member.history.append(record)
-            member.on_epoch(head, record)
+        for member in open_members:
+            try:
+                loop.look(member, epoch, means[members.index(member)], train_s)
+            except Diverged as error:
+                member.error = error
+        if all(member.error for member in members):
+            raise members[0].error  # type: ignore[misc]
         task.advance(1, _note(open_members))
         if time.perf_counter() - kept_at >= KEEP_EVERY_S:
             loop.keep(epoch)
             kept_at = time.perf_counter()
-    return [_result(member, n_epochs) for member in members]
+    return [summarise(member.history, n_epochs, member.error) for member in members]
 
 
 class _Loop:
@@ -157,11 +174,26 @@ class _Loop:
             if time.perf_counter() - told >= NOTE_EVERY_S:
                 told = time.perf_counter()
                 task.advance(0, f"epoch {epoch}: batch {at:,} of {self._batches:,}")
-        return self._means(epoch)
+        table = self._step.means(self._batches)
+        columns = torch.stack([value.reshape(-1) for value in table.values()]).T.tolist()
+        return [dict(zip(table, column, strict=True)) for column in columns]
 
-    def evaluated(self, member: Member) -> BaseHead:
-        """The head to look at: with a running average of the weights, the averaged one."""
-        return self._step.averaged(self._members.index(member))
+    def look(self, member: Member, epoch: int, means: Record, train_s: float) -> None:
+        """Record an epoch of a member: its means, and what its monitor finds.
+
+        With a running average of the weights, it is the averaged head that is looked at and kept.
+
+        Raises:
+            Diverged: The loss, the gradient or the head is no longer finite.
+        """
+        started = time.perf_counter()
+        self._check(member, epoch, means)
+        head = self._step.averaged(self._members.index(member))
+        record = {"epoch": float(epoch), **means, "lr": self._step.last_rates[0], "train_s": train_s}
+        record |= member.monitor(head)
+        record["epoch_s"] = train_s + time.perf_counter() - started
+        member.history.append(record)
+        member.on_epoch(head, record)
 
     def keep(self, epoch: int) -> None:
         """Offer every member what a resumed training needs."""
@@ -178,21 +210,16 @@ class _Loop:
         # Even batches: every image is seen, and none is left over for a batch of its own.
         return order, (draw * self._train.captions_of).long()[order]
 
-    def _means(self, epoch: int) -> list[Record]:
-        means = self._step.means(self._batches)
-        table = torch.stack([value.reshape(-1) for value in means.values()]).tolist()
-        records = [dict(zip(means, column, strict=True)) for column in zip(*table, strict=True)]
-        for record in records:
-            if not math.isfinite(record["loss"]):
-                raise diverged("the loss is no longer finite", where=f"epoch {epoch}", got=record["loss"])
-            # A loss scaler looks for the largest scale that overflows nothing: then such a norm is no sign of anything.
-            if not math.isfinite(record["grad_norm"]) and not self._step.scaler.is_enabled():
-                raise diverged("the gradient is no longer finite", where=f"epoch {epoch}", got=record["grad_norm"])
-            record["lr"] = self._step.last_rates[0]
+    def _check(self, member: Member, epoch: int, means: Record) -> None:
+        where = f"epoch {epoch}"
+        if not math.isfinite(means["loss"]):
+            raise diverged("the loss is no longer finite", where=where, got=means["loss"])
+        # A loss scaler looks for the largest scale that overflows nothing: then such a norm is no sign of anything.
+        if not math.isfinite(means["grad_norm"]) and not self._step.scaler.is_enabled():
+            raise diverged("the gradient is no longer finite", where=where, got=means["grad_norm"])
         # The loss of a batch is measured before its step: the last step of an epoch shows in the parameters alone.
-        if not all_finite(*self._replicas.parameters):
-            raise diverged("the head is no longer finite", where=f"epoch {epoch}", got="NaN or inf in its parameters")
-        return records
+        if not all_finite(*member.head.parameters()):
+            raise diverged("the head is no longer finite", where=where, got="NaN or inf in its parameters")
 
 
 def set_progress(head: BaseHead, progress: float) -> None:
@@ -204,19 +231,28 @@ def set_progress(head: BaseHead, progress: float) -> None:
 
 
 def _note(members: Sequence[Member]) -> str:
+    going = [member for member in members if member.error is None]
     shown = []
     for name in ("loss", "bce", "hash", "val_mAP"):
-        values = [member.history[-1][name] for member in members if name in member.history[-1]]
+        values = [member.history[-1][name] for member in going if name in member.history[-1]]
         if values:
             shown.append(f"{name.replace('_', ' ')} {sum(values) / len(values):.3f}")
-    best = max(record["val_mAP"] for member in members for record in member.history)
-    return f"{', '.join(shown)}, best {best:.3f}, {members[0].history[-1]['epoch_s']:.2f} s an epoch"
+    best = max((record["val_mAP"] for member in going for record in member.history), default=0.0)
+    seconds = [member.history[-1]["epoch_s"] for member in going]
+    return f"{', '.join(shown)}, best {best:.3f}, {max(seconds, default=0.0):.2f} s an epoch"
 
 
-def _result(member: Member, n_epochs: int) -> FitResult:
-    best = member.best
-    assert best is not None
+def summarise(history: Sequence[Record], n_epochs: int, error: Diverged | None = None) -> FitResult:
+    """How a training went, from its records.
+
+    Args:
+        history: One an epoch.
+        n_epochs: How many there might have been.
+        error: Why it diverged.
+    """
+    best = max(history, key=lambda record: record["val_mAP"], default=None)
     return FitResult(
-        history=tuple(member.history), best_epoch=int(best["epoch"]), best_value=best["val_mAP"],
-        stopped_early=len(member.history) < n_epochs,
+        history=tuple(history), best_epoch=0 if best is None else int(best["epoch"]),
+        best_value=math.nan if best is None else best["val_mAP"], error=error,
+        stopped_early=error is None and len(history) < n_epochs,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from .runs import Run, finish_run
 from .splits import Split, encode_split
 from .tables import metrics_table
 from .trackers import Tracker
-from .trainer import FitResult, Member
+from .trainer import FitResult, Member, summarise
 from .training_state import STATE, TrainingState, write_state
 
 LATENCY_QUERIES = 100
@@ -41,7 +41,6 @@ class TrainResult:
     fit: FitResult
     monitor: str
     metrics: dict[str, Any]
-    seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object."""
@@ -49,13 +48,13 @@ class TrainResult:
             "run": str(self.run.folder), "store": self.run.info.store, "preset": self.run.info.preset,
             "seed": self.run.info.seed, "epochs": len(self.fit.history), "best_epoch": self.fit.best_epoch,
             "best_val_mAP": self.fit.best_value, "monitor": self.monitor, "stopped_early": self.fit.stopped_early,
-            "seconds": self.seconds, **self.metrics,
+            "seconds": self.fit.seconds, **self.metrics,
         }  # fmt: skip
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
         ended = "stopped early" if self.fit.stopped_early else "all epochs done"
-        how = f"{len(self.fit.history)} epochs in {self.seconds:.1f} s ({ended})"
+        how = f"{len(self.fit.history)} epochs in {self.fit.seconds:.1f} s ({ended})"
         best = f"best val mAP of the {self.monitor} {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}"
         return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
 
@@ -64,32 +63,37 @@ class TrainingRun:
     """A run that is under way.
 
     Args:
-        run: Its folder.
+        run: Its folder, which this process holds.
         config: The resolved configuration, with the run's own seed.
         head: To be trained.
         splits: Of the store.
         trackers: Who else is told of every epoch.
         progress: Who is told of a collapse.
-        resumed: Where to go on; None begins.
+        resume: Go on with what is there.
+        state: Where; from the start where none was kept.
     """
 
     def __init__(
         self, run: Run, config: Config, head: BaseHead, splits: Mapping[str, Split], *, width: int,
-        trackers: Sequence[Tracker], progress: Progress, resumed: TrainingState | None = None,
+        trackers: Sequence[Tracker], progress: Progress, resume: bool = False, state: TrainingState | None = None,
     ) -> None:  # fmt: skip
-        self.run, self._config, self._splits = run, config, splits
+        self.run, self.splits, self._config = run, splits, config
         self._trackers, self._progress = trackers, progress
         self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
         monitor = Monitor(config, splits["train"], splits["val"])
         saturates = config.hash.activation == "tanh"
-        self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior)
-        if resumed is not None:
-            self._keeper.take_up(resumed.epoch)
-            write_text(run.folder / HISTORY, "".join(map(_line, resumed.history)))
+        self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior, n_val=len(splits["val"]))
+        if resume:
+            self._keeper.take_up(0 if state is None else state.epoch)
+            write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
         self.member = Member(
-            head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=self._record, resumed=resumed,
-            keep=lambda state: write_state(run.folder / STATE, state),
+            head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=self._record, resumed=state,
+            keep=self._keep,
         )  # fmt: skip
+
+    def _keep(self, state: TrainingState) -> None:
+        write_state(self.run.folder / STATE, state)
+        self._keeper.sweep()
 
     def _record(self, head: BaseHead, record: Mapping[str, float]) -> None:
         with (self.run.folder / HISTORY).open("a", encoding="utf-8") as stream:
@@ -100,31 +104,30 @@ class TrainingRun:
         for line in self._alarm.lines(record):
             self._progress.say(line)
 
-    def finish(self, fit: FitResult, image_ids: Mapping[str, Any], *, started: float) -> TrainResult:
+    def finish(self, fit: FitResult, image_ids: Mapping[str, Any]) -> TrainResult:
         """Write codes, scores, metrics and the model folder of the best epoch, then mark the run as finished.
 
         Args:
             fit: How the training went.
             image_ids: Of every split, ``(n,)`` int64.
-            started: When, on ``time.perf_counter``.
         """
         folder, config = self.run.folder, self._config
-        head = load_head(self._keeper.best, self._splits["test"].device)
+        head = load_head(self._keeper.best, self.splits["test"].device)
         codes = {split: self._write_codes(head, split, image_ids[split]) for split in SPLITS}
-        row = _classifier_row(folder, head, codes, self._splits["test"])
+        row = _classifier_row(folder, head, codes, self.splits["test"])
         write_model_folder(folder, head, config, row)
+        self._keeper.sweep()
         run = finish_run(self.run, [row])
-        (folder / STATE).unlink(missing_ok=True)
         for tracker in self._trackers:
             tracker.finish(row)
-        seconds = time.perf_counter() - started
-        return TrainResult(run=run, fit=fit, monitor=config.training.monitor, metrics=row, seconds=seconds)
+        (folder / STATE).unlink(missing_ok=True)
+        return TrainResult(run=run, fit=fit, monitor=config.training.monitor, metrics=row)
 
     def _write_codes(self, head: BaseHead, split: str, image_id: Any) -> Codes:  # noqa: ANN401
-        soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self._splits[split]))
+        soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self.splits[split]))
         codes = Codes(
             image_id=image_id, soft=soft, packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
-            labels=self._splits[split].own_labels.cpu().numpy(), logits=None if split == "train" else logits,
+            labels=self.splits[split].own_labels.cpu().numpy(), logits=None if split == "train" else logits,
         )  # fmt: skip
         write_codes(self.run.folder, split, codes)
         return codes
@@ -138,12 +141,7 @@ def with_seed(config: Config, seed: int) -> Config:
 def read_fit(run: Run, config: Config) -> FitResult:
     """How the training of a finished run went."""
     text = (run.folder / HISTORY).read_text(encoding="utf-8")
-    history = tuple(json.loads(line) for line in text.splitlines())
-    best = max(history, key=lambda record: record["val_mAP"])
-    return FitResult(
-        history=history, best_epoch=int(best["epoch"]), best_value=best["val_mAP"],
-        stopped_early=len(history) < config.training.num_epochs,
-    )  # fmt: skip
+    return summarise([json.loads(line) for line in text.splitlines()], config.training.num_epochs)
 
 
 def _line(record: Mapping[str, float]) -> str:

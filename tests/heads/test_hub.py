@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.heads.config import ClassifierConfig, FusionConfig, HashConfig
+from mmcli.heads.dropout import reseed_dropout
 from mmcli.heads.model import BaseHead, Head, MlpBaseline, make_head
 
 D, C = 12, 3
@@ -240,3 +241,34 @@ def test_make_head_gives_what_the_configuration_asks_for() -> None:
         head = make(kind, bits=0)
         assert isinstance(head, BaseHead)
         assert head.kind == head.build["head"] == kind
+
+
+def test_a_loaded_head_moves_and_trains_like_the_one_that_was_saved(tmp_path: Path) -> None:
+    head = make(dropout=0.5)
+    head.save_pretrained(tmp_path)
+    loaded = load_head(tmp_path)
+    assert not any(value.is_meta for value in [*loaded.buffers(), *loaded.parameters()])
+    loaded.to("cpu", torch.float64).to(torch.float32)
+    outputs = []
+    for one in (head, loaded):
+        reseed_dropout(one, 3)
+        outputs.append(one.train()(*pair()).logits)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("width", [-5, 10**18])
+def test_a_width_that_no_head_has_is_one_line(tmp_path: Path, width: int) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"width": width}))
+    for load in (load_head, Head.from_pretrained):
+        with pytest.raises(InputError, match="cannot load a head"):
+            load(tmp_path)
+
+
+def test_a_configuration_without_end_is_one_line(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    for load in (load_head, Head.from_pretrained):
+        with pytest.raises(InputError, match="cannot load a head"):
+            load(tmp_path)

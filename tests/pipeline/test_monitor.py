@@ -89,7 +89,7 @@ HEALTHY = {
     ],
 )
 def test_a_collapse_is_said_once(record, said: str | None) -> None:
-    alarm = Alarm(bits=64, saturates=True, prior=0.05)
+    alarm = Alarm(bits=64, saturates=True, prior=0.05, n_val=100)
     lines = alarm.lines(HEALTHY | record)
     assert len(lines) == (said is not None)
     assert said is None or (said in lines[0] and "recommended" in lines[0])
@@ -97,5 +97,5 @@ def test_a_collapse_is_said_once(record, said: str | None) -> None:
 
 
 def test_a_straight_through_code_may_be_saturated() -> None:
-    assert Alarm(bits=64, saturates=False, prior=0.05).lines(HEALTHY | {"mean_abs_h": 0.999}) == []
-    assert Alarm(bits=0, saturates=False, prior=0.05).lines(HEALTHY | {"grad_norm_fusion": 0.0}) == []
+    assert Alarm(bits=64, saturates=False, prior=0.05, n_val=100).lines(HEALTHY | {"mean_abs_h": 0.999}) == []
+    assert Alarm(bits=0, saturates=False, prior=0.05, n_val=100).lines(HEALTHY | {"grad_norm_fusion": 0.0}) == []

@@ -21,7 +21,7 @@ from mmcli.pipeline.codes import read_codes
 from mmcli.pipeline.config import load_config
 from mmcli.pipeline.evaluation import metrics_row
 from mmcli.pipeline.splits import Split
-from mmcli.pipeline.train_head import check_splits
+from mmcli.pipeline.training_data import check_splits
 from mmcli.pipeline.zero_shot import TEMPLATES
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")

@@ -65,7 +65,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.T
 def test_accumulated_steps_are_those_of_a_plain_loop(batches) -> None:
     """Three batches, two a step: the last one makes a step alone, and counts as much as a pair."""
     config = load_config(options={
-        **SMALL, "training.batch_size": 14, "training.accumulation_steps": 2, "training.gradient_clip_norm": 0.05,
+        **SMALL, "preset": "plan", "optimizer.lr_classifier": 3e-3,
+        "training.batch_size": 14, "training.accumulation_steps": 2, "training.gradient_clip_norm": 0.05,
         "hash.batch_norm": False, "fusion.dropout": 0.0, "loss.cosine_weight": 0.0, "loss.hash_weight": 0.0,
     })  # fmt: skip
     split = make_split(42)
@@ -94,7 +95,8 @@ def test_accumulated_steps_are_those_of_a_plain_loop(batches) -> None:
 
 
 def test_the_schedule_may_be_longer_than_the_training() -> None:
-    config = load_config(options={**SMALL, "scheduler.total_epochs": 10, "scheduler.warmup_epochs": 0.5})
+    schedule = {"scheduler.total_epochs": 10, "scheduler.warmup_epochs": 0.5}
+    config = load_config(options={**SMALL, **schedule, "preset": "plan"})
     _, result = train(config, make_split(128))
     for row in result.history:
         last = {"step": int(2 * row["epoch"]) - 1, "steps_per_epoch": 2, "peak": 3e-4, "schedule": config.scheduler}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcli import InputError
 from mmcli.heads.dropout import reseed_dropout
@@ -19,7 +20,9 @@ from mmcli.pipeline.checkpoint import CheckpointKeeper, best_checkpoint, load_he
 from mmcli.pipeline.config import Config, SchedulerConfig, load_config
 from mmcli.pipeline.optimisation import AdamW, learning_rate
 from mmcli.pipeline.progress import Progress
+from mmcli.pipeline.replicas import Replicas
 from mmcli.pipeline.splits import Split, encode_split
+from mmcli.pipeline.step import Step
 from mmcli.pipeline.trainer import Member, fit
 from mmcli.pipeline.training_state import read_state, write_state
 
@@ -183,6 +186,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) ->
     )  # fmt: skip
     assert (len(result.history), result.best_epoch, result.best_value, result.stopped_early) == (5, 2, 0.5, True)
     assert keeper.best.name == "epoch-002.safetensors"
+    keeper.sweep()
     assert {path.name for path in tmp_path.iterdir()} == {
         "epoch-002.safetensors",
         "epoch-004.safetensors",
@@ -533,3 +537,127 @@ def test_mixtures_are_trained_on_where_asked_for() -> None:
     losses = [run(load_config(options={**options, "training.mixup": mixup}))[-1] for mixup in (True, True, False)]
     first, again, plain = ([record["loss"] for record in result.history] for result in losses)
     assert first == again != plain
+
+
+def test_a_member_that_stops_or_diverges_leaves_the_others_alone() -> None:
+    config = load_config(
+        options={**SMALL, "training.num_epochs": 6, "training.early_stopping_patience": 2, "training.batch_size": 16}
+    )
+    split = make_split(45)
+    falling, rising = iter([0.5, 0.4, 0.3]), iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    values = [falling, rising, rising_again := iter([0.1, 0.2])]
+    looks = [lambda _, one=one: {"val_mAP": next(one)} for one in values]
+    members = [member_of(config, split, seed=seed, monitor=look) for seed, look in zip((1, 2, 3), looks, strict=True)]
+    doomed = members[2]
+
+    def spoil(head: Head, record: dict[str, float]) -> None:
+        if record["epoch"] == 2:
+            with torch.no_grad():
+                head.classifier.weight.fill_(math.nan)
+
+    doomed.on_epoch = spoil
+    results = train(config, split, *members)
+    assert [len(result.history) for result in results] == [3, 6, 2]
+    assert [result.stopped_early for result in results] == [True, False, False]
+    assert [result.error is not None for result in results] == [False, False, True]
+    assert next(rising_again, None) is None
+    alone = member_of(config, split, seed=2, monitor=lambda _: {"val_mAP": 0.5})
+    train(
+        load_config(
+            options={
+                **SMALL,
+                "training.num_epochs": 6,
+                "training.early_stopping_patience": 0,
+                "training.batch_size": 16,
+            }
+        ),
+        split,
+        alone,
+    )
+    assert_same_head(alone.head, members[1].head)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preset": "plan"},
+        {
+            "training.accumulation_steps": 2,
+            "training.ema_decay": 0.9,
+            "loss.focal_loss": True,
+            "loss.class_weights": "balanced",
+            "hash.bits": 16,
+            "hash.nested": [8],
+            "hash.beta": 5.0,
+        },
+    ],
+)
+def test_a_step_fetches_nothing_from_the_device(n: int, options) -> None:
+    """A number asked for in the middle of a step would stop a GPU, and cannot be captured into a graph."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            # A fused update on a CPU reads its learning rate, a scalar, where one on a GPU gets a pointer.
+            assert "_local_scalar_dense" not in name or updating, name
+            assert "nonzero" not in name, name
+            return function(*args, **(kwargs or {}))
+
+    updating = False
+    original = AdamW.step
+
+    def update(self: AdamW) -> None:
+        nonlocal updating
+        updating = True
+        original(self)
+        updating = False
+
+    config = load_config(options={**SMALL, "training.batch_size": 16, **options})
+    split = make_split(45)
+    replicas = Replicas([make_head(config, split, seed) for seed in range(n)], stacked=n > 1)
+    step = Step(replicas, split, config, steps=3)
+    replicas.train()
+    shape = (n, 45) if n > 1 else (45,)
+    step.begin(1, torch.arange(45).expand(shape), torch.zeros(shape, dtype=torch.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdamW, "step", update)
+        for _ in range(3):
+            with Watch():
+                step.run((8, 7))
+
+
+def test_checkpoints_wait_for_a_state_before_they_go(tmp_path: Path) -> None:
+    config = load_config(options={**SMALL, "training.save_top_k": 1})
+    head = make_head(config, make_split())
+    keeper = CheckpointKeeper(tmp_path, config, width=D)
+    for epoch, value in ((3, 0.5), (6, 0.6), (7, 0.1)):
+        keeper.offer(head, epoch=epoch, val_mAP=value)
+    again = CheckpointKeeper(tmp_path, config, width=D)
+    again.take_up(5)
+    assert [one.epoch for one in again.kept] == [3]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-003.safetensors"]
+    again.offer(head, epoch=6, val_mAP=0.55)
+    again.sweep()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-006.safetensors"]
+    (tmp_path / "epoch-008.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        again.take_up(9)
+
+
+def test_the_norm_of_the_fusions_gradient_is_its_own() -> None:
+    """One batch an epoch: the norms of a plain backward."""
+    config = load_config(options={**SMALL, "preset": "plan", "training.batch_size": 45, "training.num_epochs": 1})
+    split = make_split(45)
+    _, result = run(config, split=split)
+    head = make_head(config, split)
+    generator = torch.Generator().manual_seed(42 * 1_000_003 + 1)
+    reseed_dropout(head, 42 * 1_000_003 + 1)
+    order = torch.randperm(45, generator=generator)
+    caption = (torch.rand(45, generator=generator) * split.n_captions).long()[order]
+    v_img, v_txt, y = split.batch(order, caption)
+    total_loss(config.loss, head.train()(v_img, v_txt), y).total.backward()
+    norms = [torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (head, head.fusion)]
+    record = result.history[0]
+    assert [record["grad_norm"], record["grad_norm_fusion"]] == pytest.approx([float(n) for n in norms], rel=1e-4)
