@@ -62,3 +62,26 @@ def bench_train(
         progress=make_progress(quiet),
     )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())
+
+
+def bench_knn(
+    sizes: Annotated[str, typer.Option("--sizes", metavar="N,..", help="Codes of each index; 1M is a million.")] = "113287,1M",
+    bits: Annotated[str, typer.Option("--bits", metavar="B,..", help="Bits of a code.")] = "64,128",
+    index: Annotated[str, typer.Option("--index", metavar="NAME,..", help="Indexes: auto, flat, fastscan, torch, gpu, ivf, hnsw, multihash.")] = "auto,flat,ivf,hnsw,multihash",
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours.")] = 20,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Queries of a batch at most.")] = 5000,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
+    rivals: Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time scikit-learn and USearch too.")] = True,
+    device: Device = None, json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    from ..bench_knn import bench_knn as stage
+    from ..bench_sizes import parse_kinds, parse_numbers
+    from ..device import pick_device
+
+    result = stage(
+        sizes=parse_numbers(sizes, "--sizes"), bits=parse_numbers(bits, "--bits"), kinds=parse_kinds(index), K=k,
+        queries=queries, repeats=repeats, rivals=rivals, device=str(pick_device(device or "auto")),
+        progress=make_progress(quiet),
+    )  # fmt: skip
+    finish(result.to_json(), json_, *result.summary())
