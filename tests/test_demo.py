@@ -51,7 +51,7 @@ def test_the_last_table_is_whole_and_the_files_are_there(made) -> None:
     ):
         assert (out / name).is_file(), name
     report = (out / "report.md").read_text()
-    assert all(f"| {row['method']} | {row['mAP']:.3f} |" in report for row in result["rows"])
+    assert all(f"| {row['method']} | {row['mAP']:.3f} [{row['ci']['mAP'][0]:.3f}, " in report for row in result["rows"])
 
 
 def test_every_step_names_its_command_and_the_commands_do_the_same(made, tmp_path: Path) -> None:
