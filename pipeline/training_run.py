@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ class TrainingRun:
         folder, config = self.run.folder, self._config
         head = load_head(self._keeper.best, self.splits["test"].device)
         codes = {split: self._write_codes(head, split, image_ids[split]) for split in SPLITS}
-        row = _classifier_row(folder, head, codes, self.splits["test"])
+        row = _classifier_row(self.run, head, codes, self.splits["test"])
         write_model_folder(folder, head, config, row)
         self._keeper.sweep()
         run = finish_run(self.run, [row])
@@ -150,12 +149,12 @@ def _line(record: Mapping[str, float]) -> str:
     return json.dumps(known, allow_nan=False) + "\n"
 
 
-def _classifier_row(run: Path, head: BaseHead, codes: Mapping[str, Codes], test: Split) -> dict[str, Any]:
+def _classifier_row(run: Run, head: BaseHead, codes: Mapping[str, Codes], test: Split) -> dict[str, Any]:
     for split in ("val", "test"):
         probabilities = codes[split].probabilities
         assert probabilities is not None
-        write_scores(run, "classifier", split, codes[split].image_id, probabilities)
-    row = classifier_row("test", codes["test"], val=codes["val"])
+        write_scores(run.folder, "classifier", split, codes[split].image_id, probabilities)
+    row = classifier_row("test", codes["test"], val=codes["val"], run=run)
     return {**row, "query_latency_ms": _latency_ms(head, test)}
 
 

@@ -343,10 +343,11 @@ def test_killed_at_fifty_points_and_resumed_the_store_is_the_same(miniature, tmp
         assert verify(out).ok, seed
 
 
-def test_memory_does_not_grow_with_the_data(miniature, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [30, pytest.param(2055, marks=pytest.mark.slow)])  # 2,055 times 60 are COCO's 123,287
+def test_memory_does_not_grow_with_the_data(miniature, tmp_path: Path, most: int) -> None:
     """Peak of the process for few images and for many times as many; both within the model and 1.5 GiB."""
     peaks = []
-    for times in (1, 30):
+    for times in (1, most):
         listing = read_manifest(miniature.data / "manifest.parquet")
         n = len(listing) * times
         many = Manifest.from_columns(
