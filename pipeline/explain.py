@@ -1,6 +1,7 @@
 """Why a tag, for a person: the tags of an image with the neighbours that voted for each."""
 
 from collections.abc import Collection
+from pathlib import PurePosixPath
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -49,7 +50,7 @@ def show(tagging: Tagging, *, voters: int = SHOWN_VOTERS, truth: Collection[str]
 
 
 def _who(one: Neighbour) -> Text:
-    name = Text(plain(one.path) if one.path else f"image {one.image_id}", "cyan")
+    name = Text(plain(PurePosixPath(one.path).name) if one.path else f"image {one.image_id}", "cyan")
     return Text.assemble(name, f"  “{plain(one.caption)}”") if one.caption else name
 
 

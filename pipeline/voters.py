@@ -72,12 +72,9 @@ class Voters:
         Raises:
             InputError: K is larger than the index, without the query's own sample where it is there.
         """
-        own = [-1 if query.image_id is None else query.image_id for query in queries]
-        rows = self.index.rows_of(np.array(own, np.int64))
-        # An id of -1 may be somebody's, so who gave none is told apart from who gave that.
-        exclude = np.array(
-            [row if query.image_id is not None else -1 for row, query in zip(rows, queries, strict=True)]
-        )
+        given = np.array([query.image_id is not None for query in queries], bool)
+        rows = self.index.rows_of(np.array([query.image_id or 0 for query in queries], np.int64))
+        exclude = np.where(given, rows, -1)
         K = self.check_k(k, usable=len(self.index) - int((exclude >= 0).any()))
         found = self._search.search(K=K, packed=coded.packed, soft=coded.soft, exclude=exclude)
         scores = vote(found, self.index.labels, self.knn, K)

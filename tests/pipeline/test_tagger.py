@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from safetensors.numpy import load_file
 import mmcli
 from mmcli import InputError, Tagger
 from mmcli.heads.config import KnnConfig
-from mmcli.pipeline.codes import read_codes
+from mmcli.pipeline.codes import Codes, read_codes
 from mmcli.pipeline.config import load_config
 from mmcli.pipeline.knn_eval import knn_eval
 from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.run_encoder import Coded
 from mmcli.pipeline.runs import open_run
+from mmcli.pipeline.tag_index import Origin, TagIndex
+from mmcli.pipeline.tagger import run_store
 from mmcli.pipeline.train_head import train_head
+from mmcli.pipeline.voters import Query, Voters
 
 
 def run_of(folder: Path) -> Path:
@@ -156,6 +161,9 @@ def test_without_the_store_ids_are_shown_and_that_is_said(here, miniature, monke
     assert {near.path for near in one.neighbours} == {near.caption for near in one.neighbours} == {None}
     assert all(near.image_id in read_codes(run, "train").image_id for near in one.neighbours)
     store.with_name("elsewhere").rename(store)
+    opened = open_run(run)
+    assert run_store(opened) is not None
+    assert run_store(replace(opened, info=replace(opened.info, store_digest="0" * 64))) is None  # another one is there
     (run / "run.json").write_text(json.dumps(record | {"store": str(store), "store_digest": "0" * 64}))
     with pytest.raises(InputError, match="another checkpoint"):  # neither the store nor the checkpoint are the run's
         Tagger.load(run, device="cpu")
@@ -176,14 +184,29 @@ def test_another_checkpoint_than_the_runs_is_refused(here, miniature, tmp_path) 
 @pytest.mark.parametrize("strategy", ["threshold", "rank", "uniform"])
 def test_every_metric_and_vote(made, miniature, tagger, metric, strategy) -> None:
     knn = KnnConfig(K=4, distance_metric=metric, voting_strategy=strategy, theta=0.99)
-    other = mmcli.pipeline.voters.Voters(tagger.voters.index, knn)
+    other = Voters(tagger.voters.index, knn)
     coded = tagger.encoder.encode(*(part[:2] for part in pairs(miniature, "test")[:2]))
-    for one in other.tag(coded, [mmcli.pipeline.voters.Query(None, None)] * 2):
+    for one in other.tag(coded, [Query(None, None)] * 2):
         assert one.metric == metric
         assert one.unit == ("bits" if metric == "hamming" else "cosine distance")
         for tag in one.tags:
             assert tag.score == pytest.approx(sum(n.weight for n in tag.voters), abs=1e-6)
             assert all(n.weight > 0 for n in tag.voters)
+
+
+def test_a_neighbour_without_weight_is_no_voter() -> None:
+    soft = np.array([[1, 0], [1, 0.1], [-1, 1]], np.float32)
+    origin = Origin(head="h", store="s", model="m", patches=1)
+    codes = Codes(image_id=np.arange(3), soft=soft, packed=None, labels=np.ones((3, 1), np.uint8), logits=None)
+    knn = KnnConfig(K=3, distance_metric="cosine", voting_strategy="threshold", theta=0.9)
+    voters = Voters(TagIndex.from_codes(codes, ["x"], origin), knn)
+    (one, own) = voters.tag(Coded(soft[[0, 0]], None), [Query("q", None), Query(None, None)])
+    assert [near.image_id for near in one.neighbours] == [0, 1, 2]
+    assert [near.image_id for near in one.tags[0].voters] == [0, 1]
+    assert [near.weight for near in own.neighbours] == [0.5, 0.5, 0]
+    (one, own) = voters.tag(Coded(soft[[0, 0]], None), [Query("q", None, 0), Query("q", None)], k=2)
+    assert [near.image_id for near in one.neighbours] == [1, 2]  # not itself; an id that was not given is not 0
+    assert [near.image_id for near in own.neighbours] == [0, 1]
 
 
 def test_heads_without_bits_and_of_images_alone(made, miniature, tmp_path) -> None:
