@@ -141,10 +141,10 @@ class HammingIndex:
         queries = fitting_queries(packed, self.bits // 8, "packed")
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = K if exclude is None else K + 1
-        # Counting is a third faster than the heap where it does not take too much memory.
+        # Counting is a third faster than the heap for many queries, where it does not take too much memory.
         most = COUNTING_BYTES // ((self.bits + 1) * wide * 8)
-        self._index.use_heap = most < QUERY_BLOCK
-        self._index.query_batch_size = QUERY_BLOCK if most < QUERY_BLOCK else min(most, MOST_QUERIES)
+        self._index.use_heap = min(most, len(queries)) < QUERY_BLOCK
+        self._index.query_batch_size = QUERY_BLOCK if self._index.use_heap else min(most, MOST_QUERIES)
         distance, index = self._index.search(np.ascontiguousarray(queries), wide)
         found = as_neighbours(index, distance, self.bits)
         return found if exclude is None else without(found, exclude, K)
