@@ -91,10 +91,29 @@ def predict(
     Raises:
         InputError: An image cannot be read, a caption is missing, or k is larger than the index.
     """
-    progress = progress or Progress()
     check_panel(panel)
     tagger.encoder.check_captions([one.path for one in requests], [one.caption for one in requests])
     ids = _own_ids(tagger, requests, data)
+    found, bad = _tag(tagger, requests, ids, k, top, on_error, progress or Progress())
+    notes = tagger.notes
+    if panel is not None:
+        draw(panel, found, data=data)
+        if len(found) > PANELS:
+            notes += (f"{panel} shows the first {PANELS} of {len(found):,} images",)
+    own = sum(known is not None for known in ids)
+    if own:
+        notes += (f"{own:,} of the images are in the index themselves, and did not vote for themselves",)
+    return PredictResult(
+        tagger=tagger, index=index, k=tagger.voters.knn.K if k is None else k, images=tuple(found),
+        skipped=tuple(bad[row] for row in sorted(bad)), voters=voters, panel=panel, notes=notes,
+    )  # fmt: skip
+
+
+def _tag(
+    tagger: Tagger, requests: Sequence[Request], ids: Sequence[int | None], k: int | None, top: int,
+    on_error: Literal["stop", "skip"], progress: Progress,
+) -> tuple[list[Tagging], dict[int, str]]:  # fmt: skip
+    """Taggings of the images that can be read, and why the others cannot; at least one can."""
     found: list[Tagging] = []
     bad: dict[int, str] = {}
     with progress.task("images", len(requests)) as task:
@@ -109,18 +128,7 @@ def predict(
             task.advance(len(part))
     if not found:
         raise InputError(f"no image that can be read, and this is the first: {bad[0]}")
-    notes = tagger.notes
-    if panel is not None:
-        draw(panel, found, data=data)
-        if len(found) > PANELS:
-            notes += (f"{panel} shows the first {PANELS} of {len(found):,} images",)
-    own = sum(known is not None for known in ids)
-    if own:
-        notes += (f"{own:,} of the images are in the index themselves, and did not vote for themselves",)
-    return PredictResult(
-        tagger=tagger, index=index, k=tagger.voters.knn.K if k is None else k, images=tuple(found),
-        skipped=tuple(bad[row] for row in sorted(bad)), voters=voters, panel=panel, notes=notes,
-    )  # fmt: skip
+    return found, bad
 
 
 def _own_ids(tagger: Tagger, requests: Sequence[Request], data: Path) -> list[int | None]:

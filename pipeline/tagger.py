@@ -104,8 +104,7 @@ class Tagger:
         ids = [None] * len(images) if image_ids is None else list(image_ids)
         if len(ids) != len(images):
             raise InputError("one image id an image", got=f"{len(images)} images, {len(ids)} ids")
-        names = [str(image) if isinstance(image, str | PathLike) else None for image in images]
-        queries = [Query(*known) for known in zip(names, texts, ids, strict=True)]
+        queries = [Query(_name(image), text, id_) for image, text, id_ in zip(images, texts, ids, strict=True)]
         found = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
@@ -115,6 +114,10 @@ class Tagger:
             if unreadable is not None and bad:
                 unreadable |= {start + row: reason for row, reason in bad.items()}
         return found
+
+
+def _name(image: Picture) -> str | None:
+    return str(image) if isinstance(image, str | PathLike) else None
 
 
 def _without(queries: Sequence[Query], rows: Collection[int]) -> list[Query]:
