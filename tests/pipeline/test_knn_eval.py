@@ -13,7 +13,8 @@ from mmcli.heads.ranking import mean_average_precision
 from mmcli.pipeline import knn_table as table_module
 from mmcli.pipeline.codes import Codes, read_codes, write_codes
 from mmcli.pipeline.knn_search import Searcher
-from mmcli.pipeline.predictors import GRID, mix, tune_mix
+from mmcli.pipeline.predictors import GRID, hybrid_row, mix, tune_mix
+from mmcli.pipeline.runs import open_run
 
 
 def run_of(folder: Path) -> Path:
@@ -80,6 +81,24 @@ def test_the_weight_follows_whoever_is_right_on_val() -> None:
     assert tune_mix(labels.astype(np.float32), noise, labels) > 0.5
     assert tune_mix(labels.astype(float), labels.astype(float), labels) == 0.5
     np.testing.assert_array_equal(mix(1.0, noise, labels), noise)
+
+
+def test_the_mix_is_what_val_wants_whatever_test_wants(here: Path) -> None:
+    """On val the neighbours are right and the classifier guesses, on test the other way round."""
+    rng = np.random.default_rng(0)
+
+    def codes(right: bool) -> tuple[Codes, np.ndarray]:
+        labels = rng.integers(0, 2, (40, 80)).astype(np.uint8)
+        guess = rng.normal(size=labels.shape)
+        logits = (8.0 * labels - 4.0 if right else 4 * guess).astype(np.float32)
+        nothing = np.zeros((40, 8), np.float32)
+        knn = rng.random(labels.shape) if right else labels.astype(float)
+        return Codes(image_id=np.arange(40), soft=nothing, packed=None, labels=labels, logits=logits), knn
+
+    (val, on_val), (test, scores) = codes(False), codes(True)
+    row = hybrid_row("test", test, val, scores, on_val, open_run(run_of(here)))
+    assert row["hybrid_weight_knn"] > 0.5
+    assert row["mAP"] < 1
 
 
 @pytest.mark.parametrize("kind", ["flat", "fastscan", "torch"])
