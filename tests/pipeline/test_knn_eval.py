@@ -92,7 +92,7 @@ def test_the_mix_is_what_val_wants_whatever_test_wants(here: Path) -> None:
         guess = rng.normal(size=labels.shape)
         logits = (8.0 * labels - 4.0 if right else 4 * guess).astype(np.float32)
         nothing = np.zeros((40, 8), np.float32)
-        knn = rng.random(labels.shape) if right else labels.astype(float)
+        knn = rng.random(labels.shape) if right else 0.2 * labels
         return Codes(image_id=np.arange(40), soft=nothing, packed=None, labels=labels, logits=logits), knn
 
     (val, on_val), (test, scores) = codes(False), codes(True)
