@@ -28,6 +28,7 @@ from ..heads.config import (
 )
 from .config_errors import one_of, readable
 from .presets import PRESETS, Preset
+from .protocols import ProtocolName
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
@@ -93,7 +94,8 @@ class DataConfig(Section):
     """Where samples come from and how images are read ahead of the model."""
 
     dataset: str = Field(default="coco", description="name of the data set")
-    split_type: Literal["karpathy"] = Field(default="karpathy", description="protocol of the splits")
+    split_type: ProtocolName = Field(default="karpathy", description="protocol: which images train, tune and test")
+    protocol_lists: str | None = Field(default=None, description="folder of the lists of hashnet; null for the others")
     num_workers: NonNegativeInt | None = Field(
         default=None, description="processes that read images; chosen for the machine where null"
     )

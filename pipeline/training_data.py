@@ -9,10 +9,10 @@ import torch
 
 from .. import InputError
 from ..heads.model import BaseHead, Head, make_head
-from .codes import SPLITS
 from .config import Config
 from .device import pick_device, seed_everything
 from .progress import Progress
+from .protocols import read_lists, select
 from .settle import settle
 from .splits import Split
 from .stores import LabelledStore, Reading, find_store, read_store, resolve_config
@@ -37,8 +37,8 @@ class Prepared:
     @property
     def image_ids(self) -> dict[str, npt.NDArray[Any]]:
         """Of every split, ``(n,)`` int64."""
-        listing = self.labelled.listing
-        return {split: listing.image_ids[listing.rows(split)] for split in SPLITS}
+        ids = self.labelled.listing.image_ids
+        return {name: ids[split.rows.cpu().numpy()] for name, split in self.splits.items()}
 
     def splits_of(self, config: Config) -> dict[str, Split]:
         """The splits as a run reads them: with ``fusion.magnitude: shuffled`` norms are shuffled, by the run's seed."""
@@ -74,19 +74,25 @@ def prepare_training(
     labelled = read_store(folder, config, reading)
     progress.say(f"training from {folder} on {device.type}" + ("" if store else " (the newest store)"))
     config = settle(resolve_config(config, labelled))
-    splits = place_splits(labelled, device)
+    splits = place_splits(labelled, config, device)
     check_splits(splits, config, folder)
     return Prepared(config=config, labelled=labelled, splits=splits, device=device)
 
 
-def place_splits(labelled: LabelledStore, device: torch.device) -> dict[str, Split]:
-    """The three splits on a device, in arrays that they share."""
+def place_splits(labelled: LabelledStore, config: Config, device: torch.device) -> dict[str, Split]:
+    """The splits of the protocol on a device, in arrays that they share: train, val, test, and database if it has one.
+
+    Raises:
+        InputError: The store or the lists do not give them.
+    """
     arrays, listing = labelled.embeddings, labelled.listing
     whole = Split.place(
         arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device,
         norms=(arrays.norm_img, arrays.norm_txt),
     )  # fmt: skip
-    return {split: whole.part(listing.rows(split)) for split in SPLITS}
+    data = config.data
+    lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
+    return {split: whole.part(rows) for split, rows in select(data.split_type, listing, lists).items()}
 
 
 def fit_statistics(head: BaseHead, train: Split) -> None:

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from ..heads.hashing import binarise, pack_codes
 from ..heads.model import BaseHead
 from .checkpoint import CheckpointKeeper, load_head
-from .codes import SPLITS, Codes, write_codes
+from .codes import Codes, write_codes
 from .config import Config
 from .evaluation import classifier_row, write_scores
 from .files import write_text
@@ -112,7 +112,7 @@ class TrainingRun:
         """
         folder, config = self.run.folder, self._config
         head = load_head(self._keeper.best, self.splits["test"].device)
-        codes = {split: self._write_codes(head, split, image_ids[split]) for split in SPLITS}
+        codes = {split: self._write_codes(head, split, image_ids[split]) for split in self.splits}
         row = _classifier_row(self.run, head, codes, self.splits["test"])
         write_model_folder(folder, head, config, row)
         self._keeper.sweep()
@@ -126,7 +126,7 @@ class TrainingRun:
         soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self.splits[split]))
         codes = Codes(
             image_id=image_id, soft=soft, packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
-            labels=self.splits[split].own_labels.cpu().numpy(), logits=None if split == "train" else logits,
+            labels=self.splits[split].own_labels.cpu().numpy(), logits=logits if split in {"val", "test"} else None,
         )  # fmt: skip
         write_codes(self.run.folder, split, codes)
         return codes

@@ -55,6 +55,8 @@ def train_head(
     deterministic: Annotated[bool | None, typer.Option("--deterministic/--no-deterministic", rich_help_panel="Device and seed", help="Same bits twice, at some cost.")] = None,
     preset: PresetName = None, config: ConfigFile = None, set_: Set = None,
     print_config: Annotated[bool, typer.Option("--print-config", rich_help_panel="Configuration", help="Print the resolved configuration as YAML, train nothing.")] = False,
+    protocol: Annotated[Literal["karpathy", "coco14", "hashnet"] | None, typer.Option("--protocol", rich_help_panel="Store and run", help="Which images train, tune and test [default: karpathy].")] = None,
+    protocol_lists: Annotated[str | None, typer.Option("--protocol-lists", metavar="DIR", rich_help_panel="Store and run", help="Folder with database.txt, train.txt and test.txt of hashnet.")] = None,
     store: Store = None, model: Model = None, out: RunOut = None, force: Force = False,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", rich_help_panel="Store and run", help="Go on with an interrupted run, as it was configured.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard, in the run folder.")] = False,
@@ -68,6 +70,7 @@ def train_head(
         "loss.hash_weight": gamma, "loss.focal_loss": focal, "loss.class_weights": class_weights,
         "training.num_epochs": epochs, "training.batch_size": batch_size, "training.early_stopping_patience": patience,
         "training.monitor": monitor, "training.ema_decay": ema, "model.siglip2_variant": model,
+        "data.split_type": protocol, "data.protocol_lists": protocol_lists,
         "hardware.device": device, "hardware.seed": seed, "hardware.deterministic": deterministic,
     }  # fmt: skip
     if resume is not None:

@@ -131,7 +131,8 @@ FLAGS = {
     "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote", "knn.tau": "--tau",
     "knn.theta": "--theta", "knn.ties": "--ties", "knn.index": "--index", "knn.predictor": "--predictor",
     "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
-    "hardware.deterministic": "--deterministic",
+    "hardware.deterministic": "--deterministic", "data.split_type": "--protocol",
+    "data.protocol_lists": "--protocol-lists",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from mmcli.cache import Store
 from mmcli.pipeline.bench_store import make_full_store
 from mmcli.pipeline.codes import read_codes
 from mmcli.pipeline.config import load_config
@@ -253,6 +254,39 @@ def test_checkpoints_are_of_the_averaged_weights(mmcli, here) -> None:
     assert not np.array_equal(
         ema["epoch-001.safetensors"]["classifier.weight"], plain["epoch-001.safetensors"]["classifier.weight"]
     )
+
+
+def test_protocols_train_tune_and_test_on_their_own_images(mmcli, here) -> None:
+    code, _, err = mmcli("train-head", *TINY, "--protocol", "coco14", "--out", "runs/coco14", "--set", "knn.K=2")
+    assert code == 0, err
+    store = Store.open(next((here / "data" / "cache").iterdir()))
+    folder = {int(row["image_id"]): row["path"].split("/")[-2] for row in store.index.to_pylist()}
+    codes = {split: read_codes(here / "runs" / "coco14", split) for split in ("train", "val", "test")}
+    for split, wanted in (("train", "train2014"), ("val", "train2014"), ("test", "val2014")):
+        assert {folder[int(one)] for one in codes[split].image_id} == {wanted}
+        assert codes[split].labels.any(axis=1).all()
+    code, _, err = mmcli("knn-eval", "--run", "runs/coco14", "--protocol", "coco14", "--k", 2)
+    assert code == 0, err
+    code, _, err = mmcli("knn-eval", "--run", "runs/coco14", "--protocol", "karpathy")
+    assert (code, "another protocol" in err) == (2, True)
+
+
+def test_a_database_of_its_own_is_searched(mmcli, here) -> None:
+    store = Store.open(next((here / "data" / "cache").iterdir()))
+    rows = store.index.to_pylist()
+    listed = {"test": rows[:12], "train": rows[12:36], "database": rows[12:]}
+    for name, some in listed.items():
+        lines = [f"{row['path']} {' '.join('1' if c in row['labels'] else '0' for c in range(80))}\n" for row in some]
+        (here / f"{name}.txt").write_text("".join(lines))
+    words = ("--protocol", "hashnet", "--protocol-lists", ".", "--out", "runs/hashnet")
+    code, _, err = mmcli("train-head", *TINY, *words)
+    assert code == 0, err
+    database = read_codes(here / "runs" / "hashnet", "database")
+    assert sorted(database.image_id) == sorted(row["image_id"] for row in listed["database"])
+    assert database.logits is None
+    code, out, err = mmcli("knn-eval", "--run", "runs/hashnet", "--json")
+    assert code == 0, err
+    assert json.loads(out)["n_images"] == 12 if "n_images" in json.loads(out) else True
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:

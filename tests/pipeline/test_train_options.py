@@ -16,6 +16,7 @@ OPTIONS = {
     "--gamma": ("loss.hash_weight", 0.25), "--focal": ("loss.focal_loss", True), "--class-weights": ("loss.class_weights", "balanced"),
     "--epochs": ("training.num_epochs", 3), "--batch-size": ("training.batch_size", 5), "--patience": ("training.early_stopping_patience", 0),
     "--monitor": ("training.monitor", "classifier"), "--ema": ("training.ema_decay", 0.75), "--model": ("model.siglip2_variant", "some"),
+    "--protocol": ("data.split_type", "coco14"), "--protocol-lists": ("data.protocol_lists", "lists"),
     "--device": ("hardware.device", "cpu"), "--seed": ("hardware.seed", 3), "--deterministic": ("hardware.deterministic", True),
 }  # fmt: skip
 # What an option settles beside its own key.
