@@ -15,7 +15,7 @@ from rich.text import Text
 from .. import InputError, __version__
 from ..heads.config import KnnConfig
 from .codes import Codes, read_codes
-from .config import Config, ModelConfig
+from .config import Config, ModelConfig, load_config
 from .device import pick_device
 from .explain import show
 from .extract import ExtractPlan, extract
@@ -93,10 +93,11 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
         progress,
         5,
         "train a 64-bit head from the store",
-        f"train-head --store {store} --bits 64 --epochs {EPOCHS} --patience 0",
+        f"train-head --store {store} --preset small --bits 64 --epochs {EPOCHS} --patience 0",
     )
-    training = config.training.model_copy(update={"num_epochs": EPOCHS, "early_stopping_patience": 0})
-    config = config.model_copy(update={"training": training})
+    training = {"training.num_epochs": EPOCHS, "training.early_stopping_patience": 0}
+    kept = {"model": config.model, "hardware": config.hardware}
+    config = load_config(options={"preset": "small", "hash.bits": 64, **training}).model_copy(update=kept)
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
     _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
     voted = knn_eval(config, run=trained.run, progress=progress)
