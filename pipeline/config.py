@@ -28,12 +28,13 @@ from ..heads.config import (
 )
 from .config_errors import one_of, readable
 from .presets import PRESETS, Preset
-from .protocols import ProtocolName
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 Decay = Annotated[float, Field(ge=0.0, le=1e6)]
+# What each of them selects is in protocols.py.
+ProtocolName = Literal["karpathy", "coco14", "hashnet"]
 Epochs = Annotated[int, Field(gt=0, le=1_000_000)]
 DEFAULT_MODEL = "google/siglip2-base-patch16-naflex"
 

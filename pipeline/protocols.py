@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
+from .config import ProtocolName
 
-ProtocolName = Literal["karpathy", "coco14", "hashnet"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 Rows = npt.NDArray[np.int64]
 
