@@ -172,7 +172,8 @@ def _words(packed: Packed) -> Words:
 
 def _interval(values: Floats) -> list[float]:
     """95% bootstrap interval of the mean over queries."""
-    low, high, _ = interval(values @ draw(len(values), RESAMPLES, seed=SEED) / len(values))
+    means = values @ draw(len(values), RESAMPLES, seed=SEED) / len(values)
+    low, high, _ = interval(means, figure=float(values.mean()))
     return [low, high]
 
 

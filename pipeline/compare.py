@@ -198,7 +198,7 @@ def _figures(side: _Side, threshold: Threshold) -> tuple[dict[str, float], dict[
 def _figure(key: str, ending: str, a: tuple[Any, Any], b: tuple[Any, Any]) -> Figure:
     name = key + ending if key in OF_THRESHOLD else key
     A, B = float(a[0][key]), float(b[0][key])
-    found = difference(a[1][key], b[1][key])
+    found = difference(a[1][key], b[1][key], figure=A - B)
     if np.isnan([A, B, found.p]).any():
         known = [None if np.isnan(value) else value for value in (A, B)]
         return Figure(figure=name, A=known[0], B=known[1], difference=None, ci=None, p=None, verdict="undefined")

@@ -109,7 +109,7 @@ def with_intervals(
         ``ci_undefined``.
     """
     resampled = resample(scores, labels, thresholds, n=n, seed=seed)
-    found = {key: interval(values) for key, values in resampled.items() if row.get(key) is not None}
+    found = {key: interval(values, figure=row[key]) for key, values in resampled.items() if row.get(key) is not None}
     ci = {key: [one.low, one.high] for key, one in found.items() if one.n_undefined < n}
     undefined = {key: one.n_undefined for key, one in found.items() if one.n_undefined}
     return {**row, "n_resamples": n, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -121,8 +122,12 @@ def _idle(key: str, strategy: str) -> bool:
 def readable(rows: tuple[dict[str, Any], ...], split: str) -> Table:
     """One line an evaluation."""
     bits = rows[0]["bits"]
-    table = Table(title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer")
-    for name in ("metric", "K", "vote", "tau", "tau * B", "theta", "mAP", "F1_micro*", "P@5", "boundary tied"):
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer",
+    )
+    for name in ("metric", "K", "vote", "tau", "tau*B", "theta", "mAP", "F1*", "P@5", "tied"):
         table.add_column(name, justify="left" if name in ("metric", "vote") else "right")
     before = None
     for row in rows:
@@ -130,11 +135,9 @@ def readable(rows: tuple[dict[str, Any], ...], split: str) -> Table:
         if before is not None and group != before:
             table.add_section()
         before = group
-        interval = row.get("ci", {}).get("mAP")
-        ends = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         table.add_row(
             row["distance_metric"], str(row["K"]), row["voting_strategy"], _cell(row, "tau", "{:g}"),
-            _cell(row, "tau_bits", "{:.2f}"), _cell(row, "theta", "{:g}"), _cell(row, "mAP", "{:.3f}") + ends,
+            _cell(row, "tau_bits", "{:.2f}"), _cell(row, "theta", "{:g}"), _cell(row, "mAP", "{:.3f}"),
             _cell(row, "F1_micro_tuned", "{:.3f}"), _cell(row, "P@5", "{:.3f}"), _cell(row, "boundary_tied", "{:.0%}"),
         )  # fmt: skip
     return table

@@ -28,6 +28,9 @@ Keep = Callable[[TrainingState], None]
 NOTE_EVERY_S = 1.0
 # What is kept for a resumed training is as large as three heads: not after every epoch of a second.
 KEEP_EVERY_S = 10.0
+# The first codes are random projections, and good ones; training has to get past them before a val mAP that does not
+# rise means anything. With few images that takes many epochs.
+PATIENT_STEPS = 1000
 
 
 @dataclass(kw_only=True)
@@ -58,12 +61,12 @@ class Member:
         """The record of the best epoch, the first of equals."""
         return max(self.history, key=lambda record: record["val_mAP"], default=None)
 
-    def is_done(self, patience: int) -> bool:
-        """Whether it diverged, or val mAP has not risen for ``patience`` epochs; 0 is never."""
+    def is_done(self, patience: int, after: int) -> bool:
+        """Whether it diverged, or val mAP has not risen for ``patience`` epochs since epoch ``after``; 0 is never."""
         best = self.best
         if self.error is not None:
             return True
-        return bool(patience and best and self.history[-1]["epoch"] - best["epoch"] >= patience)
+        return bool(patience and best and self.history[-1]["epoch"] - max(best["epoch"], after) >= patience)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +121,7 @@ def fit(
     patience, n_epochs = config.training.early_stopping_patience, config.training.num_epochs
     kept_at = time.perf_counter()
     for epoch in range(first, n_epochs + 1):
-        open_members = [member for member in members if not member.is_done(patience)]
+        open_members = [member for member in members if not member.is_done(patience, loop.settled_at)]
         if not open_members:
             break
         started = time.perf_counter()
@@ -147,6 +150,11 @@ class _Loop:
         self._every = config.training.accumulation_steps
         self._n_epochs = config.training.num_epochs
         self._step = Step(replicas, train, config, steps=math.ceil(self._batches / self._every))
+
+    @property
+    def settled_at(self) -> int:
+        """The epoch that patience counts from: that of the ``PATIENT_STEPS``-th step."""
+        return math.ceil(PATIENT_STEPS / math.ceil(self._batches / self._every))
 
     def resume(self) -> int:
         """Go on from the members' states, where they have one; the first epoch to do."""

@@ -101,6 +101,21 @@ def test_the_interval_is_of_percentiles() -> None:
     assert interval(np.arange(1001.0), level=0.5)[:2] == pytest.approx((250.0, 750.0))
 
 
+def test_the_interval_holds_the_figure_where_classes_are_rare() -> None:
+    """Two positives a class: an image drawn twice raises AP, and the resamples' mean lies above the figure."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((200, 40), int)
+    for column in labels.T:
+        column[rng.choice(200, 2, replace=False)] = 1
+    scores = rng.normal(size=labels.shape) + 2 * labels
+    figure, values = evaluate(scores, labels)["mAP"], resample(scores, labels)["mAP"]
+    assert values.mean() > figure + 0.02
+    low, high, _ = interval(values, figure=figure)
+    assert low < figure < high
+    assert high - low == pytest.approx(np.diff(interval(values)[:2])[0])
+    assert difference(values, np.zeros(1000), figure=0.0).p > 0.5
+
+
 def test_p_by_hand() -> None:
     d = np.r_[np.full(990, 0.1), np.full(9, -0.1)]
     for a, b in ((d, np.zeros(999)), (np.zeros(999), d)):
@@ -162,7 +177,8 @@ def test_intervals_cover_what_they_promise(key: str) -> None:
         return 1 / (1 + np.exp(-(rng.normal(size=labels.shape) + 2 * labels - 1))), labels
 
     truth = evaluate(*sample(400_000))[key]
-    intervals = [interval(resample(*sample(500))[key]) for _ in range(400)]
+    samples = [sample(500) for _ in range(400)]
+    intervals = [interval(resample(*one)[key], figure=evaluate(*one)[key]) for one in samples]
     coverage = np.mean([low <= truth <= high for low, high, _ in intervals])
     assert 0.92 <= coverage <= 0.98, coverage
 
@@ -175,6 +191,8 @@ def test_equal_methods_are_called_different_one_time_in_twenty() -> None:
     for _ in range(400):
         labels = rng.random((300, 3)) < 0.2
         shared = rng.normal(size=labels.shape) + 1.5 * labels
-        a, b = (resample(shared + rng.normal(size=labels.shape), labels, n=400)["mAP"] for _ in "ab")
-        found += difference(a, b).p < 0.05
+        scores = [shared + rng.normal(size=labels.shape) for _ in "ab"]
+        a, b = (resample(one, labels, n=400)["mAP"] for one in scores)
+        A, B = (evaluate(one, labels)["mAP"] for one in scores)
+        found += difference(a, b, figure=A - B).p < 0.05
     assert 0.02 <= found / 400 <= 0.08, found / 400

@@ -174,6 +174,24 @@ def test_loss_falls_and_the_record_is_whole() -> None:
     assert first["loss"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.fixture
+def patient_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience counts from the first step on."""
+    monkeypatch.setattr("mmcli.pipeline.trainer.PATIENT_STEPS", 0)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(0, 4), (3, 4), (5, 7), (1000, 9)])
+def test_patience_counts_from_a_number_of_steps_on(monkeypatch, steps: int, epochs: int) -> None:
+    """One step an epoch, the best epoch is the second, patience 2."""
+    monkeypatch.setattr("mmcli.pipeline.trainer.PATIENT_STEPS", steps)
+    values = iter([0.1, 0.5, *[0.4] * 9])
+    options = {"training.num_epochs": 9, "training.early_stopping_patience": 2}
+    monitor = lambda _: {"val_mAP": next(values)}  # noqa: E731
+    _, result = run(load_config(options={**SMALL, **options, "training.batch_size": 64}), monitor=monitor)
+    assert len(result.history) == max(epochs, 2 + steps if steps < 9 else 9)
+
+
+@pytest.mark.usefixtures("patient_at_once")
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
     values = iter([0.1, 0.5, 0.4, 0.5, 0.3, 0.2, 0.9])
     config = load_config(
@@ -539,6 +557,7 @@ def test_mixtures_are_trained_on_where_asked_for() -> None:
     assert first == again != plain
 
 
+@pytest.mark.usefixtures("patient_at_once")
 def test_a_member_that_stops_or_diverges_leaves_the_others_alone() -> None:
     config = load_config(
         options={**SMALL, "training.num_epochs": 6, "training.early_stopping_patience": 2, "training.batch_size": 16}
