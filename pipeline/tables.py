@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,10 +28,10 @@ FOOTNOTE = (
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per method under a title, with the ceilings of P@5 and R@5 where they are known."""
-    table = Table()
-    table.add_column("method", style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("method", style="bold", no_wrap=True)
     for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(str(row["method"]), *cells(row))
     ceilings = {"P@5": rows[0].get("P@5_ceiling"), "R@5": rows[0].get("R@5_ceiling")}
@@ -55,10 +56,10 @@ def _interval(row: Mapping[str, Any], key: str) -> str:
 
 def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per seed of one method, then mean and standard deviation of every column."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("seed", style="bold")
     for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(str(row["seed"]), *cells(row))
     table.add_section()
@@ -70,7 +71,7 @@ def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTyp
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> RenderableType:
     """A figure a line: its value for A and for B, their difference with its interval, p, and the verdict."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("figure", *names, "A - B", "95% interval", "p", "A is"):
         table.add_column(name, justify="left" if name in {"figure", "A is"} else "right")
     for row in rows:
