@@ -59,7 +59,7 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")] = "float16",
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
     resizer: Annotated[Literal["pillow", "torch"], typer.Option("--resizer", help="pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there.")] = "pillow",
-    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass of a new store [default: 1024 on a CPU, 32768 on a GPU].")] = None,
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", min=1, help="Patches or text tokens of a forward pass of a new store [default: 1024 or 2048 on a CPU, by its caches; 32768 on a GPU].")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray).")] = "local",

@@ -13,6 +13,7 @@ from transformers import (
     SiglipModel,
 )
 
+from mmcli.pipeline.encoder import tokens_of_a_pass
 from mmcli.pipeline.patches import Grid, PatchSpec, cut, resize
 from mmcli.pipeline.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower
 
@@ -133,3 +134,11 @@ def test_position_embeddings_are_kept_for_a_bounded_number_of_grids() -> None:
     for columns in range(1, GRIDS_KEPT + 10):
         tower(torch.zeros(1, columns, 192, dtype=torch.uint8), Grid(1, columns))
     assert len(tower._kept) == GRIDS_KEPT
+
+
+@pytest.mark.parametrize(("cache", "wanted"), [(512 << 10, 1024), (2 << 20, 2048), (None, 1024)])
+def test_a_cpu_takes_as_many_tokens_as_its_caches_hold(monkeypatch: pytest.MonkeyPatch, cache, wanted: int) -> None:
+    known = {} if cache is None else {"l2_cache_size": cache}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert tokens_of_a_pass(torch.device("cpu")) == wanted
+    assert tokens_of_a_pass(torch.device("cuda")) == 32768
