@@ -47,7 +47,7 @@ def train_head(
     class_weights: Annotated[Literal["none", "balanced"] | None, typer.Option("--class-weights", rich_help_panel="Loss", help="Weights of positives [default: none].")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", rich_help_panel="Training", help="Epochs at most [default: 30].")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", rich_help_panel="Training", help="Images per step [default: the preset's].")] = None,
-    patience: Annotated[int | None, typer.Option("--patience", rich_help_panel="Training", help="Epochs without a better val mAP before it stops; 0 never stops [default: 5].")] = None,
+    patience: Annotated[int | None, typer.Option("--patience", rich_help_panel="Training", help="Epochs without a better val mAP, from the 1,000th step on, before it stops; 0 never stops [default: 5].")] = None,
     monitor: Annotated[Literal["knn", "classifier"] | None, typer.Option("--monitor", rich_help_panel="Training", help="What val mAP is computed from [default: knn].")] = None,
     ema: Annotated[float | None, typer.Option("--ema", metavar="DECAY", rich_help_panel="Training", help="Moving average of the parameters, as 0.999 [default: off].")] = None,
     device: Device = None, seed: Seed = None,
