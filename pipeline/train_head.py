@@ -58,6 +58,7 @@ class Replicas:
 def train_head(
     config: Config, *, store: Path | None = None, out: Path | None = None, runs: Path = RUNS, force: bool = False,
     tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None, reading: Reading | None = None,
+    prepared: Prepared | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train a head on the train split of a store.
 
@@ -71,13 +72,14 @@ def train_head(
         wandb: Log every epoch for Weights & Biases, likewise.
         progress: Who to tell.
         reading: The store, where reading it has begun already.
+        prepared: The store, where an earlier training of this process has read it; its protocol and device count.
 
     Raises:
         InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, fewer train images
             than neighbours, or a loss that diverges.
     """
     with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
-        prepared = prepare_training(config, store, work.progress, reading)
+        prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress, reading)
         _note(prepared.config, work.progress)
         place = _Place(out=out, runs=runs, force=force)
         return work.train([work.begin(prepared, place, prepared.config)], prepared)[0]
@@ -86,6 +88,7 @@ def train_head(
 def train_replicas(
     config: Config, *, seeds: int, store: Path | None = None, out: Path | None = None, runs: Path = RUNS,
     force: bool = False, tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+    prepared: Prepared | None = None,
 ) -> Replicas:  # fmt: skip
     """Train heads that differ in the seed alone, each a run of its own: on a GPU in one pass.
 
@@ -99,6 +102,7 @@ def train_replicas(
         tensorboard: Likewise.
         wandb: Likewise.
         progress: Likewise.
+        prepared: Likewise.
 
     Raises:
         InputError: As of :func:`train_head`.
@@ -109,7 +113,7 @@ def train_replicas(
             "no name for run folders", where="--out", got=out, wanted="a folder with a name", do="name one"
         )
     with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
-        prepared = prepare_training(config, store, work.progress)
+        prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress)
         _note(prepared.config, work.progress)
         opened = []
         for seed in wanted:  # all folders are taken before anything is trained
@@ -126,7 +130,7 @@ def train_replicas(
 
 def resume_training(
     folder: Path, *, store: Path | None = None, tensorboard: bool = False, wandb: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, prepared: Prepared | None = None,
 ) -> TrainResult:  # fmt: skip
     """Go on with a run that was interrupted, as it was configured; a finished one is left as it is.
 
@@ -136,6 +140,7 @@ def resume_training(
         tensorboard: As of :func:`train_head`.
         wandb: Likewise.
         progress: Who to tell.
+        prepared: As of :func:`train_head`.
 
     Raises:
         InputError: No run of a head, another store, a damaged state, or one of another precision; or as of
@@ -152,7 +157,9 @@ def resume_training(
             row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
             return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
         work.hold(run)
-        prepared = prepare_training(config, store or Path(info.store), work.progress)
+        if prepared is None:
+            prepared = prepare_training(config, store or Path(info.store), work.progress)
+        prepared = prepared.configured(config)
         digest = prepared.labelled.store.key.digest
         if digest != info.store_digest:
             raise InputError(

@@ -1,6 +1,6 @@
 """What a training reads: a store, its splits on the device, and a head that fits them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ class Prepared:
         """Of every split, ``(n,)`` int64."""
         ids = self.labelled.listing.image_ids
         return {name: ids[split.rows.cpu().numpy()] for name, split in self.splits.items()}
+
+    def configured(self, config: Config) -> "Prepared":
+        """The same store and splits for a further training, which may differ in all but protocol and device.
+
+        Raises:
+            InputError: As of :func:`prepare_training`, but for the store.
+        """
+        config = settle(resolve_config(config, self.labelled))
+        check_splits(self.splits, config, self.labelled.store.folder)
+        return replace(self, config=config)
 
     def splits_of(self, config: Config) -> dict[str, Split]:
         """The splits as a run reads them: with ``fusion.magnitude: shuffled`` norms are shuffled, by the run's seed."""
