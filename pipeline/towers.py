@@ -8,7 +8,11 @@ al. 2023), rearranged where that changes no more than rounding:
   embeddings are resized once per grid and kept;
 - uint8 pixels are scaled and normalised on the device;
 - only the last position of a text is pooled, so the last layer attends, and runs its MLP, for that position alone;
-- the pooling head's query is a constant;
+- the padding of a text is the same in every text before the first layer has attended: its queries, keys and values are
+  computed once;
+- the pooling head's query is a constant, so keys and values need not be made of every patch: attention weighs the
+  patches themselves, and the values are made of H weighted means;
+- on a CPU in float32 the GELU is computed inside the product that feeds it (oneDNN), where its results are in cache;
 - frozen weights are cast to the compute dtype once, and not in every forward pass as under autocast.
 
 The residual stream and the normalisations stay float32 whatever the compute dtype.
@@ -47,8 +51,9 @@ class _Linear:
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach().to(dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def __call__(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        bias = None if self.bias is None else self.bias[rows]
+        return F.linear(x.to(self.weight.dtype), self.weight[rows], bias)
 
 
 class _Norm:
@@ -62,13 +67,45 @@ class _Norm:
         return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
 
 
-class _Mlp:
-    def __init__(self, mlp: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
-        self._fc1 = _Linear(mlp.fc1.weight, mlp.fc1.bias, dtype)
-        self._fc2 = _Linear(mlp.fc2.weight, mlp.fc2.bias, dtype)
-        self._activation = ACT2FN[mlp.config.hidden_act]
+class _GeluLinear:
+    """A frozen linear layer and its tanh-GELU in one call of oneDNN, float32 on a CPU.
+
+    PyTorch's own compiler emits these calls; they are not part of its public interface, so :meth:`works` asks first.
+    """
+
+    # oneDNN lays the weights out for about so many rows; any number may come.
+    ROWS = 2048
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), self.ROWS)  # noqa: SLF001
+        self._bias = bias.detach()
+
+    @staticmethod
+    def works(device: torch.device, dtype: torch.dtype, activation: str) -> bool:
+        """Whether this layer may take the place of two."""
+        return (
+            activation == "gelu_pytorch_tanh" and device.type == "cpu" and dtype == torch.float32
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+        )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "gelu", [], "tanh")  # noqa: SLF001
+        return made
+
+
+class _Mlp:
+    def __init__(self, mlp: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        weight, bias, activation = mlp.fc1.weight, mlp.fc1.bias, mlp.config.hidden_act
+        self._fused = _GeluLinear(weight, bias) if _GeluLinear.works(weight.device, dtype, activation) else None
+        self._fc1 = _Linear(weight, bias, dtype) if self._fused is None else None
+        self._activation = ACT2FN[activation]
+        self._fc2 = _Linear(mlp.fc2.weight, mlp.fc2.bias, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._fused is not None:
+            return self._fc2(self._fused(x))
+        assert self._fc1 is not None
         return self._fc2(self._activation(self._fc1(x)))
 
 
@@ -84,33 +121,60 @@ class _Layer:
         self._norm1, self._norm2 = _Norm(layer.layer_norm1), _Norm(layer.layer_norm2)
         self._mlp = _Mlp(layer.mlp, dtype)
 
-    def __call__(self, x: Tensor, *, last: bool = False) -> Tensor:
-        n, T, D = x.shape
-        q, k, v = self._qkv(self._norm1(x)).view(n, T, 3, self._heads, D // self._heads).permute(2, 0, 3, 1, 4)
-        if last:
-            q, x = q[:, :, -1:], x[:, -1:]
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.attend(x, self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values ``(..., 3 D)`` of ``x (..., D)``."""
+        return self._qkv(self._norm1(x))
+
+    def attend(self, x: Tensor, qkv: Tensor) -> Tensor:
+        """The layer's output ``(n, T, D)``, where its queries, keys and values are known."""
+        q, k, v = self._by_head(qkv, 3)
+        return self._finish(x, q, k, v)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The layer's output at the last position alone, ``(n, 1, D)``."""
+        normed, D = self._norm1(x), x.shape[-1]
+        q = self._by_head(self._qkv(normed[:, -1:], rows=slice(None, D)), 1)[0]
+        k, v = self._by_head(self._qkv(normed, rows=slice(D, None)), 2)
+        return self._finish(x[:, -1:], q, k, v)
+
+    def _finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = x + self._out(_attend(q, k, v))
         return x + self._mlp(self._norm2(x))
 
+    def _by_head(self, made: Tensor, parts: int) -> Tensor:
+        """``(n, T, parts D)`` to ``(parts, n, H, T, D / H)``."""
+        n, T, _ = made.shape
+        return made.view(n, T, parts, self._heads, -1).permute(2, 0, 3, 1, 4)
+
 
 class _Pool:
-    """SigLIP's pooling head: one learned query attends to all patches, then an MLP."""
+    """SigLIP's pooling head: one learned query attends to all patches, then an MLP.
+
+    With ``k_p = W_k x_p + b_k`` and a constant query, the score of a patch is ``(W_k^T q) . x_p`` plus what is the
+    same for every patch, which softmax does not see; and ``sum_p a_p (W_v x_p + b_v) = W_v (sum_p a_p x_p) + b_v``.
+    """
 
     def __init__(self, head: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
         attention = head.attention
-        D, self._heads = attention.embed_dim, attention.num_heads
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        query = F.linear(head.probe.detach().float(), weight[:D].float(), bias[:D].float())
-        self._query = query.detach().view(1, 1, self._heads, D // self._heads).transpose(1, 2).to(dtype)
-        self._kv = _Linear(weight[D:], bias[D:], dtype)
+        D, H = attention.embed_dim, attention.num_heads
+        weight, bias = attention.in_proj_weight.detach().float(), attention.in_proj_bias.detach().float()
+        q = F.linear(head.probe.detach().float(), weight[:D], bias[:D]).view(H, 1, D // H)
+        self._query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0].to(dtype)
+        self._value = weight[2 * D :].view(H, D // H, D).transpose(1, 2).to(dtype).contiguous()
+        self._value_bias = bias[2 * D :]
         self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias, dtype)
         self._norm, self._mlp = _Norm(head.layernorm), _Mlp(head.mlp, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        n, P, D = x.shape
-        k, v = self._kv(x).view(n, P, 2, self._heads, D // self._heads).permute(2, 0, 3, 1, 4)
-        pooled = self._out(_attend(self._query.expand(n, -1, -1, -1), k, v)).float()
-        return (pooled + self._mlp(self._norm(pooled)))[:, 0].float()
+        x = x.to(self._query.dtype)
+        weights = (x @ self._query.T).float().softmax(1).transpose(1, 2)  # (n, H, P)
+        means = weights.to(x.dtype) @ x  # (n, H, D)
+        values = torch.einsum("nhd,hde->nhe", means, self._value).flatten(1).float() + self._value_bias
+        pooled = self._out(values).float()
+        return (pooled + self._mlp(self._norm(pooled))).float()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,8 +247,22 @@ class TextTower:
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
-        x = F.embedding(ids, self._token).float() + self._position[: ids.shape[1]]
-        for layer in self._layers[:-1]:
+        position = self._position[: ids.shape[1]]
+        x = F.embedding(ids, self._token).float() + position
+        if len(self._layers) > 1:
+            x = self._layers[0].attend(x, self._project_first(x, ids, position))
+        for layer in self._layers[1:-1]:
             x = layer(x)
-        x = self._layers[-1](x, last=True)
+        x = self._layers[-1].last(x)
         return self._head(self._norm(x[:, -1])).float()
+
+    def _project_first(self, x: Tensor, ids: Tensor, position: Tensor) -> Tensor:
+        """Queries, keys and values of the first layer, ``(n, T, 3 D)``, those of the padding made once."""
+        layer = self._layers[0]
+        if ids.device.type != "cpu":  # which tokens are padding is known on the device alone, and asking it stalls it
+            return layer.project(x)
+        padding = ids[:, -1].mode().values
+        other = ids != padding
+        qkv = layer.project(F.embedding(padding, self._token).float() + position).repeat(len(ids), 1, 1)
+        qkv[other] = layer.project(x[other])
+        return qkv
