@@ -12,7 +12,7 @@ al. 2023), rearranged where that changes no more than rounding:
   computed once;
 - the pooling head's query is a constant, so keys and values need not be made of every patch: attention weighs the
   patches themselves, and the values are made of H weighted means;
-- on a CPU in float32 the GELU is computed inside the product that feeds it (oneDNN), where its results are in cache;
+- on a CPU with AVX-512, in float32, GELU is computed inside the product before it (oneDNN), its results in cache;
 - frozen weights are cast to the compute dtype once, and not in every forward pass as under autocast.
 
 The residual stream and the normalisations stay float32 whatever the compute dtype.
@@ -85,6 +85,7 @@ class _GeluLinear:
         """Whether this layer may take the place of two."""
         return (
             activation == "gelu_pytorch_tanh" and device.type == "cpu" and dtype == torch.float32
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"  # with AVX2 two calls were faster
             and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
         )  # fmt: skip
