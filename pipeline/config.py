@@ -7,12 +7,13 @@ Nothing here imports torch.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from .. import InputError
 from ..heads.config import (
@@ -46,7 +47,9 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub checkpoint")
     max_num_patches: PositiveInt = Field(default=256, description="patch budget of a NaFlex checkpoint")
     text_max_length: PositiveInt = Field(default=64, description="tokens of a caption")
-    freeze_towers: Literal[True] = Field(default=True, description="towers are not trained from a store")
+    freeze_towers: bool = Field(
+        default=True, description="whether the towers stay as they are; only `mmcli finetune` can train them"
+    )
 
 
 class OptimizerConfig(Section):
@@ -79,7 +82,9 @@ class TrainingConfig(Section):
     num_epochs: Epochs = Field(default=30, description="epochs at most")
     gradient_clip_norm: Positive | None = Field(default=1.0, description="largest gradient norm; null clips nothing")
     mixed_precision: bool = Field(default=True, description="half precision where the device has it")
-    accumulation_steps: PositiveInt = Field(default=1, description="batches an optimiser step")
+    accumulation_steps: PositiveInt = Field(
+        default=1, description="batches an optimiser step; to `mmcli finetune` they are the parts of one large batch"
+    )
     early_stopping_patience: NonNegativeInt = Field(
         default=5, description="epochs without a better val mAP before training stops; 0 never stops"
     )
@@ -89,6 +94,34 @@ class TrainingConfig(Section):
     ema_decay: Beta | None = Field(
         default=None, description="decay of an exponential moving average of the parameters; null for none"
     )
+
+
+class FinetuneConfig(Section):
+    """What `mmcli finetune` trains of the towers, and how; no other command reads it."""
+
+    unfreeze: str = Field(
+        default="last-2", description="none, all, or last-N: the last N blocks of a tower, its last norm and its head"
+    )
+    towers: Literal["both", "image", "text"] = Field(default="both", description="which towers")
+    layer_decay: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="factor of the learning rate from a block to the one below it"
+    )
+    augment: bool = Field(default=False, description="random crops of the image's own aspect ratio, and flips")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute a block's activations again in the backward pass instead of keeping them"
+    )
+    batch_tokens: PositiveInt | None = Field(
+        default=None, description="patches or text tokens of one pass; what suits the device where null"
+    )
+    start: str | None = Field(default=None, description="run whose head, and towers if it has any, it begins with")
+
+    @field_validator("unfreeze", mode="before")
+    @classmethod
+    def _what_of_a_tower(cls, unfreeze: object) -> object:
+        unfreeze = "none" if unfreeze is None else unfreeze.lower() if isinstance(unfreeze, str) else unfreeze
+        if not isinstance(unfreeze, str) or not re.fullmatch(r"none|all|last-[1-9]\d{0,3}", unfreeze):
+            raise ValueError("none, last-N with N from 1 on, or all")
+        return unfreeze
 
 
 class DataConfig(Section):
@@ -141,6 +174,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     training: TrainingConfig = TrainingConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     knn: KnnConfig = KnnConfig()
     data: DataConfig = DataConfig()
     hardware: HardwareConfig = HardwareConfig()

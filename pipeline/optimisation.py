@@ -1,7 +1,8 @@
 """The optimiser of a head, and its learning rate at every step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,23 @@ def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, 
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters beside the head's that share a learning rate and a weight decay.
+
+    Attributes:
+        name: For messages.
+        parameters: Trained.
+        rate: Their highest learning rate.
+        decay: Their weight decay.
+    """
+
+    name: str
+    parameters: list[Tensor]
+    rate: float
+    decay: float
+
+
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019), one fused kernel a part of the head: ``torch.optim.AdamW``'s numbers.
 
@@ -42,29 +60,40 @@ class AdamW:
     Args:
         parts: Parameters of ``fusion``, ``hash`` and ``classifier``; a part without any is left out.
         config: The optimiser section.
+        more: Groups of other parameters.
 
     Attributes:
-        param_groups: One a part: its name, ``params``, and ``lr``, a scalar tensor that can be filled on the device.
+        param_groups: One a part, then the others: its name, ``params``, ``decay``, and ``lr``, a scalar tensor that can
+            be filled on the device.
         peaks: The highest learning rate of each group.
         state: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter.
     """
 
-    def __init__(self, parts: Mapping[str, list[Tensor]], config: OptimizerConfig) -> None:
+    def __init__(
+        self, parts: Mapping[str, list[Tensor]], config: OptimizerConfig, more: Sequence[Group] = ()
+    ) -> None:  # fmt: skip
         rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
-        self._betas, self._decay = config.betas, config.weight_decay
-        used = {name: parameters for name, parameters in parts.items() if parameters}
-        self.param_groups: list[dict[str, Any]] = [
-            {"name": name, "params": parameters, "lr": torch.tensor(rates[name], device=parameters[0].device)}
-            for name, parameters in used.items()
+        self._betas = config.betas
+        own = [
+            Group(name=name, parameters=parameters, rate=rates[name], decay=config.weight_decay)
+            for name, parameters in parts.items()
         ]
-        self.peaks = [rates[name] for name in used]
+        groups = [group for group in (*own, *more) if group.parameters]
+        self.param_groups: list[dict[str, Any]] = [
+            {
+                "name": group.name, "params": group.parameters, "decay": group.decay,
+                "lr": torch.tensor(group.rate, device=group.parameters[0].device),
+            }
+            for group in groups
+        ]  # fmt: skip
+        self.peaks = [group.rate for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {
             parameter: {
                 "step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-            for parameters in used.values()
-            for parameter in parameters
+            for group in groups
+            for parameter in group.parameters
         }  # fmt: skip
 
     @torch.no_grad()
@@ -78,7 +107,7 @@ class AdamW:
             torch._fused_adamw_(
                 parameters, [one.grad for one in parameters], [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states], [], steps, lr=group["lr"], beta1=self._betas[0],
-                beta2=self._betas[1], weight_decay=self._decay, eps=EPS, amsgrad=False, maximize=False,
+                beta2=self._betas[1], weight_decay=group["decay"], eps=EPS, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     def zero_grad(self) -> None:

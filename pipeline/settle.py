@@ -31,6 +31,19 @@ def settle(config: Config) -> Config:
     return _settle_metric(_settle_mlp(config))
 
 
+def check_frozen(config: Config) -> None:
+    """Refuse to train towers where a store is read.
+
+    Raises:
+        InputError: ``model.freeze_towers`` is false.
+    """
+    if not config.model.freeze_towers:
+        raise InputError(
+            "towers are not trained from a store", where="model.freeze_towers", got="false", wanted="true",
+            do="leave it out, or train them with `mmcli finetune`",
+        )  # fmt: skip
+
+
 def notices(config: Config) -> list[str]:
     """What a person should know before training: keys that were given and change nothing, or are taken otherwise.
 

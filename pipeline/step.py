@@ -6,7 +6,7 @@ by one would take longer than computing them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..heads.model import BaseHead
 from .averages import Averages
 from .config import Config
 from .device import autocast
-from .optimisation import AdamW, learning_rate
+from .optimisation import AdamW, Group, learning_rate
 from .replicas import Replicas
 from .splits import Split
 
@@ -41,7 +41,7 @@ class Step:
         self.members, self._train, self._config = members, train, config
         self._device, self._steps = train.device, steps
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
-        self.optimizer = AdamW(members.groups(), config.optimizer)
+        self.optimizer = AdamW(members.groups(), config.optimizer, self._more_groups())
         self._precision = autocast(self._device, config.training.mixed_precision, on_cpu=True)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.dtype == torch.float16)
         decay = config.training.ema_decay
@@ -64,6 +64,15 @@ class Step:
     def precision(self) -> str:
         """The name of the precision that the forward pass computes in."""
         return self._precision.name
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """What is trained beside the heads, by name: nothing here."""
+        return {}
+
+    def _more_groups(self) -> Sequence[Group]:
+        """How the optimiser steps on it."""
+        return ()
 
     def averaged(self, place: int) -> BaseHead:
         """The head to evaluate: the running average where there is one."""
@@ -132,14 +141,22 @@ class Step:
     def _body(self, sizes: tuple[int, ...]) -> None:
         for size in sizes:
             places = self._at + torch.arange(size, device=self._device)
-            at, caption = self._order[..., places], self._caption[..., places]
-            batch = self._train.batch(at, caption)
-            if self._config.training.mixup:
-                batch = mix_batch(batch, shares(at, len(self._train)))
-            terms = self.members.losses(self._config.loss, batch, self._pos_weight, self._precision)
-            self.scaler.scale(terms["loss"].sum() / len(sizes)).backward()  # type: ignore[no-untyped-call]
-            self._count(terms)
+            self._backward(self._order[..., places], self._caption[..., places], len(sizes))
             self._at += size
+        self._update()
+
+    def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
+        """Add the gradient of one batch, of so many of a step."""
+        self._backward_of(self._train.batch(at, caption), at, parts)
+
+    def _backward_of(self, batch: tuple[Tensor, Tensor, Tensor], at: Tensor, parts: int) -> None:
+        if self._config.training.mixup:
+            batch = mix_batch(batch, shares(at, len(self._train)))
+        terms = self.members.losses(self._config.loss, batch, self._pos_weight, self._precision)
+        self.scaler.scale(terms["loss"].sum() / parts).backward()  # type: ignore[no-untyped-call]
+        self._count(terms)
+
+    def _update(self) -> None:
         self._set_rates()
         self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         self._count(self._clip())
@@ -180,7 +197,8 @@ class Step:
         return {"grad_norm": norm, "grad_norm_fusion": squares[0].sqrt()}
 
     def _shorten(self, factor: Tensor) -> None:
-        gradients = [parameter.grad for parameter in self.members.parameters if parameter.grad is not None]
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.members.stacked:
             factors = [factor.view(-1, *(1,) * (gradient.dim() - 1)) for gradient in gradients]
             torch._foreach_mul_(gradients, factors)

@@ -13,7 +13,7 @@ from .config import Config
 from .device import pick_device, seed_everything
 from .progress import Progress
 from .protocols import read_lists, select
-from .settle import settle
+from .settle import check_frozen, settle
 from .splits import Split
 from .stores import LabelledStore, Reading, find_store, read_store, resolve_config
 
@@ -46,6 +46,7 @@ class Prepared:
         Raises:
             InputError: As of :func:`prepare_training`, but for the store.
         """
+        check_frozen(config)
         config = settle(resolve_config(config, self.labelled))
         check_splits(self.splits, config, self.labelled.store.folder)
         return replace(self, config=config)
@@ -58,9 +59,7 @@ class Prepared:
 
     def make_head(self, config: Config, train: Split) -> BaseHead:
         """A head whose parameters were drawn by the seed of a run, its statistics fitted to what the run trains on."""
-        seed_everything(config.hardware.seed, deterministic=config.hardware.deterministic)
-        width = self.labelled.store.width
-        head = make_head(config.head, config.fusion, config.hash, config.classifier, width=width).to(self.device)
+        head = draw_head(config, width=self.labelled.store.width, device=self.device)
         fit_statistics(head, train)
         return head
 
@@ -79,6 +78,7 @@ def prepare_training(
     Raises:
         InputError: As of :func:`train_head`, as far as the store and the configuration go.
     """
+    check_frozen(config)
     folder = find_store(store) if reading is None else reading.folder
     device = pick_device(config.hardware.device)
     labelled = read_store(folder, config, reading)
@@ -103,6 +103,12 @@ def place_splits(labelled: LabelledStore, config: Config, device: torch.device) 
     data = config.data
     lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
     return {split: whole.part(rows) for split, rows in select(data.split_type, listing, lists).items()}
+
+
+def draw_head(config: Config, *, width: int, device: torch.device) -> BaseHead:
+    """A head whose parameters were drawn by the seed of a run, its statistics not fitted."""
+    seed_everything(config.hardware.seed, deterministic=config.hardware.deterministic)
+    return make_head(config.head, config.fusion, config.hash, config.classifier, width=width).to(device)
 
 
 def fit_statistics(head: BaseHead, train: Split) -> None:

@@ -110,7 +110,10 @@ def _views(step: "Step", place: int) -> dict[str, Tensor]:
     """Everything of one head that a step changes, by name."""
     members = step.members
     views = {f"head.{name}": value for name, value in members.heads[place].state_dict().items()}
-    for name, parameter in zip(members.names, members.parameters, strict=True):
+    others = {f"other.{name}": value.detach() for name, value in step.others.items()}
+    views |= others
+    trained = [*zip(members.names, members.parameters, strict=True), *zip(others, step.others.values(), strict=True)]
+    for name, parameter in trained:
         moments = step.optimizer.state[parameter]
         views[f"adam.step.{name}"] = moments["step"]
         for moment in _MOMENTS:
