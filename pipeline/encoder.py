@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,39 @@ def tokens_of_a_pass(device: torch.device) -> int:
     return BATCH_TOKENS[device.type] * (2 if caches >= LARGE_CACHE_BYTES else 1)
 
 
+class EncoderParts(NamedTuple):
+    """What an encoder is made of; the weights may be trained, and an encoder made again.
+
+    Attributes:
+        model: The model of ``transformers`` on its device, float32, in ``eval()`` mode.
+        settings: Those of its image processor that change a number.
+        tokenizer: Its tokenizer.
+        identity: Names for the key of a store.
+        device: Where it is.
+        spec: What is done to an image before the tower sees it.
+    """
+
+    model: Any
+    settings: Mapping[str, Any]
+    tokenizer: Any
+    identity: Identity
+    device: torch.device
+    spec: PatchSpec
+
+    @property
+    def scale(self) -> PixelScale:
+        """How pixels are normalised."""
+        return PixelScale(
+            factor=float(self.settings["rescale_factor"]), mean=tuple(self.settings["image_mean"]),
+            std=tuple(self.settings["image_std"]),
+        )  # fmt: skip
+
+
 class Encoder:
     """The towers of one checkpoint on one device.
+
+    Args:
+        parts: What :meth:`parts` gives.
 
     Attributes:
         identity: Names for the key of a store.
@@ -61,28 +92,17 @@ class Encoder:
         batch_tokens: Most tokens of a forward pass; halved when the device runs out of memory.
     """
 
-    def __init__(
-        self,
-        model: Any,  # noqa: ANN401
-        settings: Mapping[str, Any],
-        tokenizer: Any,  # noqa: ANN401
-        identity: Identity,
-        device: torch.device,
-        spec: PatchSpec,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self.identity, self.device = identity, device
-        self.spec = spec
+    def __init__(self, parts: EncoderParts) -> None:
+        model, device = parts.model, parts.device
+        self._tokenizer = parts.tokenizer
+        self.identity, self.device = parts.identity, device
+        self.spec = parts.spec
         self.width = int(model.config.text_config.projection_size or model.config.text_config.hidden_size)
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.logit_bias = float(model.logit_bias.detach().float())
         self.batch_tokens = tokens_of_a_pass(device)
-        dtype = getattr(torch, identity.compute_dtype)
-        scale = PixelScale(
-            factor=float(settings["rescale_factor"]), mean=tuple(settings["image_mean"]),
-            std=tuple(settings["image_std"]),
-        )  # fmt: skip
-        self._image = ImageTower(model.vision_model, scale, dtype)
+        dtype = getattr(torch, parts.identity.compute_dtype)
+        self._image = ImageTower(model.vision_model, parts.scale, dtype)
         self._text = TextTower(model.text_model, dtype)
         self._check_tokenizer()
 
@@ -97,7 +117,22 @@ class Encoder:
         resizer: Resizer = "pillow",
         device: torch.device,
     ) -> "Encoder":
-        """Load a checkpoint through the Auto classes of ``transformers``.
+        """Load a checkpoint; arguments and errors are those of :meth:`parts`."""
+        return cls(
+            cls.parts(name, revision=revision, patches=patches, text_length=text_length, resizer=resizer, device=device)
+        )
+
+    @staticmethod
+    def parts(
+        name: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        patches: int = 256,
+        text_length: int = 64,
+        resizer: Resizer = "pillow",
+        device: torch.device,
+    ) -> EncoderParts:
+        """What a checkpoint gives, loaded through the Auto classes of ``transformers``.
 
         Args:
             name: A local folder in ``save_pretrained`` form, or a hub id.
@@ -144,7 +179,7 @@ class Encoder:
             text_length=text_length,
             compute_dtype=autocast(device).name,
         )
-        return cls(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device, spec)
+        return EncoderParts(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device, spec)
 
     def image_features(self, patches: Pixels, grid: Grid) -> Tensor:
         """Run the image tower.

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from .images import load_image, open_rgb
 
 Pixels = npt.NDArray[np.uint8]
 Resizer = Literal["pillow", "torch"]
+# A part of an image: left, upper, right and lower edge, as shares of its width and height.
+Box = tuple[float, float, float, float]
 TORCH_MODES = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 # The bounds of the search for the scale, as SigLIP2's image processor has them: other bounds may give another grid.
 SCALE_MIN, SCALE_MAX, SCALE_EPS = 1e-6, 100.0, 1e-5
@@ -108,7 +110,7 @@ def naflex_grid(height: int, width: int, side: int, budget: int) -> Grid:
     return Grid(scaled(low, height) // side, scaled(low, width) // side)
 
 
-def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels) -> None:
+def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels, box: Box | None = None) -> None:
     """Decode an image, resize it to its grid and cut it into patches.
 
     Args:
@@ -116,17 +118,24 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels) -> None:
         grid: Its grid, planned from the header.
         spec: The processor's settings.
         out: Where to write: ``(P, 3 p^2)`` uint8; a patch is ``(p, p, 3)`` row-major, as the processor's.
+        box: The part of the image that is read; all of it when not given. Pillow resizes it, whatever the resizer.
 
     Raises:
         InputError: The file cannot be decoded, or is no longer the one whose header was read.
     """
-    image = open_rgb(path) if spec.resizer == "pillow" else load_image(path)
+    image = open_rgb(path) if spec.resizer == "pillow" or box is not None else load_image(path)
     if spec.grid(*_size(image)) != grid:
         raise InputError(
             "cannot read an image", where=path, got="another image than a moment ago", wanted="files that stay",
             do="run `mmcli extract` again when nothing writes the data folder",
         )  # fmt: skip
-    out[...] = cut(resize(image, grid, spec), grid, spec.side)
+    out[...] = cut(resize(image, grid, spec) if box is None else _resize_part(image, box, grid, spec), grid, spec.side)
+
+
+def _resize_part(image: Any, box: Box, grid: Grid, spec: PatchSpec) -> Pixels:  # noqa: ANN401
+    height, width = spec.size or (grid.rows * spec.side, grid.columns * spec.side)
+    edges = (box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height)
+    return np.asarray(image.resize((width, height), Image.Resampling(spec.resample), box=edges))
 
 
 def resize(image: Image.Image | Pixels, grid: Grid, spec: PatchSpec) -> Pixels:

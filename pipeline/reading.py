@@ -25,7 +25,7 @@ import numpy as np
 
 from .. import InputError
 from .images import image_size
-from .patches import Grid, PatchSpec, Pixels, read_patches
+from .patches import Box, Grid, PatchSpec, Pixels, read_patches
 from .planner import Batch, plan
 from .safe_paths import resolve_image
 
@@ -64,12 +64,18 @@ def measure(data: Path, paths: Sequence[str], spec: PatchSpec) -> list[Grid | st
     return found
 
 
-def fill(pixels: Pixels, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:
-    """Read a batch of images into ``pixels``, ``(n, P, 3 p^2)`` uint8; those that cannot be read are zero and named."""
+def fill(
+    pixels: Pixels, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec, boxes: Sequence[Box] | None = None
+) -> Bad:
+    """Read a batch of images into ``pixels``, ``(n, P, 3 p^2)`` uint8; those that cannot be read are zero and named.
+
+    Of every image the part in its box is read, where boxes are given.
+    """
     bad: Bad = {}
     for at, path in enumerate(paths):
         try:
-            read_patches(resolve_image(data, path), grid, spec, pixels[at])
+            box = None if boxes is None else boxes[at]
+            read_patches(resolve_image(data, path), grid, spec, pixels[at], box)
         except InputError as error:
             bad[at] = str(error)
             pixels[at] = 0
@@ -124,18 +130,21 @@ class ImageReader:
         chunks = (paths[at : at + HEADERS_A_TASK] for at in range(0, len(paths), HEADERS_A_TASK))
         return [self._pool.submit(measure, self._data, list(chunk), self._spec) for chunk in chunks]
 
-    def read(self, lists: Sequence[Sequence[str]]) -> Iterator[Piece]:
+    def read(
+        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None = None
+    ) -> Iterator[Piece]:  # fmt: skip
         """Pieces of every list in turn.
 
         Args:
             lists: Paths from a manifest; a plan covers one list.
+            boxes: The part of each image that is read, at the grid of the whole one; all of it when not given.
 
         Raises:
             InputError: A worker process was killed.
         """
         free = deque(range(self._n_slots))
         waiting: deque[tuple[_Work, int | None, Future[Bad]]] = deque()
-        works = self._works(lists)
+        works = self._works(lists, boxes)
         try:
             while True:
                 for work in itertools.islice(works, len(free)):
@@ -153,7 +162,9 @@ class ImageReader:
                 wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
             ) from None  # fmt: skip
 
-    def _works(self, lists: Sequence[Sequence[str]]) -> "Iterator[_Work]":
+    def _works(
+        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None
+    ) -> "Iterator[_Work]":  # fmt: skip
         """Batches of every list; headers are read one list ahead."""
         upcoming: deque[list[Future[list[Grid | str]]]] = deque()
         for number, paths in enumerate(lists):
@@ -168,7 +179,9 @@ class ImageReader:
                 yield _Work(number, None, (), bad, last=True)
             for at, batch in enumerate(batches):
                 chosen = tuple(paths[row] for row in batch.rows)
-                yield _Work(number, batch, chosen, bad if at == 0 else {}, last=at == len(batches) - 1)
+                parts = None if boxes is None else tuple(boxes[number][row] for row in batch.rows)
+                last = at == len(batches) - 1
+                yield _Work(number, batch, chosen, bad if at == 0 else {}, last=last, boxes=parts)
 
     def _start(self, work: "_Work", free: deque[int]) -> "tuple[_Work, int | None, Future[Bad]]":
         if work.batch is None:
@@ -177,7 +190,8 @@ class ImageReader:
             return work, None, nothing
         assert self._pool is not None
         slot = free.popleft()
-        return work, slot, self._pool.submit(_fill, slot, self._data, work.paths, work.batch.grid, self._spec)
+        asked = (slot, self._data, work.paths, work.batch.grid, self._spec, work.boxes)
+        return work, slot, self._pool.submit(_fill, *asked)
 
     def _piece(self, work: "_Work", slot: int | None, bad: Bad) -> Piece:
         width = self._spec.width
@@ -196,6 +210,7 @@ class _Work(NamedTuple):
     paths: tuple[str, ...]
     bad: Bad
     last: bool
+    boxes: tuple[Box, ...] | None = None
 
 
 class _Here(Executor):
@@ -261,5 +276,7 @@ def _shared_memory(size: int) -> SharedMemory:
     return SharedMemory(create=True, size=size)
 
 
-def _fill(slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec) -> Bad:
-    return fill(_view(_slots, slot * _slot_bytes, len(paths), grid, spec.width), data, paths, grid, spec)
+def _fill(
+    slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec, boxes: Sequence[Box] | None
+) -> Bad:  # fmt: skip
+    return fill(_view(_slots, slot * _slot_bytes, len(paths), grid, spec.width), data, paths, grid, spec, boxes)

@@ -211,23 +211,35 @@ class ImageTower:
     @torch.inference_mode()
     def __call__(self, patches: Tensor, grid: Grid) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 of patches ``(n, P, 3 p^2)`` uint8, all of one grid."""
-        x = patches.float().mul_(self._factor).sub_(self._offset)
-        x = self._patch(x).float() + self._positions(grid)
+        return self._pool(self._norm(self.hidden(patches, grid)))
+
+    def hidden(self, patches: Tensor, grid: Grid) -> Tensor:
+        """What leaves the last block, ``(n, P, D)`` float32."""
+        x = self._patch(self.scaled(patches)).float() + self._positions(grid)
         for layer in self._layers:
             x = layer(x)
-        return self._pool(self._norm(x))
+        return x
+
+    def scaled(self, patches: Tensor) -> Tensor:
+        """Pixels as the tower was trained on them, float32."""
+        return patches.float().mul_(self._factor).sub_(self._offset)
 
     def _positions(self, grid: Grid) -> Tensor:
         """Position embeddings ``(P, D)`` at the size of a grid."""
         if grid not in self._kept:
-            side = round(len(self._position) ** 0.5)
-            square = self._position.view(side, side, -1).permute(2, 0, 1)[None]
-            resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
-            self._kept[grid] = resized[0].flatten(1).T.contiguous()
+            self._kept[grid] = resize_positions(self._position, grid).contiguous()
             if len(self._kept) > GRIDS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(grid)
         return self._kept[grid]
+
+
+def resize_positions(position: Tensor, grid: Grid) -> Tensor:
+    """Position embeddings of a square ``(S^2, D)`` at the size of a grid, ``(P, D)``."""
+    side = round(len(position) ** 0.5)
+    square = position.view(side, side, -1).permute(2, 0, 1)[None]
+    resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
+    return resized[0].flatten(1).T
 
 
 class TextTower:
@@ -248,14 +260,18 @@ class TextTower:
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
+        x = self._layers[-1].last(self.hidden(ids, len(self._layers) - 1))
+        return self._head(self._norm(x[:, -1])).float()
+
+    def hidden(self, ids: Tensor, blocks: int) -> Tensor:
+        """What leaves the first so many blocks, ``(n, T, D)`` float32."""
         position = self._position[: ids.shape[1]]
         x = F.embedding(ids, self._token).float() + position
-        if len(self._layers) > 1:
+        if blocks:
             x = self._layers[0].attend(x, self._project_first(x, ids, position))
-        for layer in self._layers[1:-1]:
+        for layer in self._layers[1:blocks]:
             x = layer(x)
-        x = self._layers[-1].last(x)
-        return self._head(self._norm(x[:, -1])).float()
+        return x
 
     def _project_first(self, x: Tensor, ids: Tensor, position: Tensor) -> Tensor:
         """Queries, keys and values of the first layer, ``(n, T, 3 D)``, those of the padding made once."""

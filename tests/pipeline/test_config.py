@@ -170,7 +170,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("grid_search: {tau: [0.1, .inf]}", ("grid_search.tau.1", "got inf")),
         ("- a\n- b", ("got list", "sections")),
         ("hash: {bits: 64", ("line 1", "YAML")),
-        ("finetune: {unfreeze: last-0}", ("finetune.unfreeze", "got last-0")),
+        ("finetune: {unfreeze: last-0}", ("finetune.unfreeze", "got 'last-0'")),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
