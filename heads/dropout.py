@@ -66,6 +66,13 @@ class Dropout(nn.Module):
         return f"p={self._dropped / _LEVELS:g}"
 
 
+def skip_dropout(module: nn.Module, passes: int) -> None:
+    """Move the masks of every dropout layer of a module on, as so many forward passes in training do."""
+    for layer in module.modules():
+        if isinstance(layer, Dropout):
+            layer.key.add_(_signed(_GOLDEN * passes))
+
+
 def reseed_dropout(module: nn.Module, seed: int) -> None:
     """Begin the masks of every dropout layer of a module; each takes a sequence of its own."""
     layers = [layer for layer in module.modules() if isinstance(layer, Dropout)]

@@ -119,6 +119,7 @@ class FinetuneConfig(Section):
     @classmethod
     def _what_of_a_tower(cls, unfreeze: object) -> object:
         unfreeze = "none" if unfreeze is None else unfreeze.lower() if isinstance(unfreeze, str) else unfreeze
+        unfreeze = {"frozen": "none", "full": "all"}.get(str(unfreeze), unfreeze)
         if not isinstance(unfreeze, str) or not re.fullmatch(r"none|all|last-[1-9]\d{0,3}", unfreeze):
             raise ValueError("none, last-N with N from 1 on, or all")
         return unfreeze

@@ -56,7 +56,7 @@ class Step:
         self.last_rates: list[float] = []
         self._at = torch.zeros((), dtype=torch.int64, device=self._device)
         self._step = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._eager = 0
 
@@ -78,13 +78,15 @@ class Step:
         """The head to evaluate: the running average where there is one."""
         return (self.members if self.averages is None else self.averages).heads[place]
 
-    def begin(self, epoch: int, order: Tensor, caption: Tensor) -> None:
+    def begin(self, epoch: int, order: Tensor, caption: Tensor, *, done: int = 0, images: int = 0) -> None:
         """Set out on an epoch.
 
         Args:
             epoch: From 1 on.
             order: Places in the split in the order of training, ``(n,)``, or ``(R, n)`` where stacked.
             caption: Which caption goes with each, likewise.
+            done: Steps of this epoch that were done before; their sums are as :func:`restore_state` put them.
+            images: Images that these steps saw.
         """
         first = (epoch - 1) * self._steps
         rates = [
@@ -101,9 +103,9 @@ class Step:
         self.last_rates = rates[-1]
         self._order.copy_(order)
         self._caption.copy_(caption)
-        self._at.zero_()
-        self._step.zero_()
-        for value in self._sums.values():
+        self._at.fill_(images)
+        self._step.fill_(done)
+        for value in self.sums.values() if not done else ():
             value.zero_()
 
     def run(self, sizes: tuple[int, ...]) -> None:
@@ -135,8 +137,8 @@ class Step:
 
     def means(self, n_batches: int) -> dict[str, Tensor]:
         """Mean of each term over the epoch's batches, and of the gradient's norms over its steps."""
-        norms = {name: value / self._steps for name, value in self._sums.items() if name.startswith("grad_norm")}
-        return {name: value / n_batches for name, value in self._sums.items()} | norms
+        norms = {name: value / self._steps for name, value in self.sums.items() if name.startswith("grad_norm")}
+        return {name: value / n_batches for name, value in self.sums.items()} | norms
 
     def _body(self, sizes: tuple[int, ...]) -> None:
         for size in sizes:
@@ -169,9 +171,9 @@ class Step:
 
     def _count(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(value)
-            self._sums[name] += value.detach()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value)
+            self.sums[name] += value.detach()
 
     def _set_rates(self) -> None:
         # Indexing with a scalar tensor would fetch it from the device.

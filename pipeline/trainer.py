@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..heads.dropout import reseed_dropout
+from ..heads.dropout import reseed_dropout, skip_dropout
 from ..heads.model import BaseHead
 from .config import Config
 from .progress import Task
@@ -24,6 +24,7 @@ Record = dict[str, float]
 Monitor = Callable[[BaseHead], Mapping[str, float]]
 OnEpoch = Callable[[BaseHead, Record], None]
 Keep = Callable[[TrainingState], None]
+MakeStep = Callable[..., Step]
 
 NOTE_EVERY_S = 1.0
 # What is kept for a resumed training is as large as three heads: not after every epoch of a second.
@@ -94,8 +95,9 @@ class FitResult:
 
 
 def fit(
-    members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None
-) -> list[FitResult]:
+    members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None,
+    make_step: MakeStep = Step, keep_within_s: float = math.inf,
+) -> list[FitResult]:  # fmt: skip
     """Train heads in place, several of one configuration in one pass.
 
     Args:
@@ -105,6 +107,8 @@ def fit(
             has its own.
         task: Counts epochs.
         stacked: Whether parameters of several heads lie side by side; as many heads as there are ask for by default.
+        make_step: Makes the steps, of :class:`Step`'s arguments.
+        keep_within_s: Seconds after which a state is kept in the middle of an epoch.
 
     Returns:
         One result a member; a member that diverges beside others leaves them alone.
@@ -115,7 +119,7 @@ def fit(
     """
     stacked = len(members) > 1 if stacked is None else stacked
     replicas = Replicas([member.head for member in members], stacked=stacked)
-    loop = _Loop(replicas, members, train, config)
+    loop = _Loop(replicas, members, train, config, make_step=make_step, keep_within_s=keep_within_s)
     first = loop.resume()
     task.advance(first - 1)
     patience, n_epochs = config.training.early_stopping_patience, config.training.num_epochs
@@ -144,12 +148,16 @@ def fit(
 class _Loop:
     """One epoch at a time; the random draws of an epoch depend on the seed and the epoch alone."""
 
-    def __init__(self, replicas: Replicas, members: Sequence[Member], train: Split, config: Config) -> None:
+    def __init__(
+        self, replicas: Replicas, members: Sequence[Member], train: Split, config: Config, *, make_step: MakeStep,
+        keep_within_s: float,
+    ) -> None:  # fmt: skip
         self._replicas, self._members, self._train = replicas, members, train
         self._batches = count_batches(members[0].head, len(train), config.training.batch_size)
         self._every = config.training.accumulation_steps
         self._n_epochs = config.training.num_epochs
-        self._step = Step(replicas, train, config, steps=math.ceil(self._batches / self._every))
+        self._step = make_step(replicas, train, config, steps=math.ceil(self._batches / self._every))
+        self._keep_within_s, self._done = keep_within_s, 0
 
     @property
     def settled_at(self) -> int:
@@ -157,16 +165,17 @@ class _Loop:
         return math.ceil(PATIENT_STEPS / math.ceil(self._batches / self._every))
 
     def resume(self) -> int:
-        """Go on from the members' states, where they have one; the first epoch to do."""
+        """Go on from the members' states, where they have one; the first epoch to do, some of it perhaps done."""
         states = [member.resumed for member in self._members]
         for place, (member, state) in enumerate(zip(self._members, states, strict=True)):
             if state is not None:
                 restore_state(self._step, place, state)
                 member.history = [dict(record) for record in state.history]
+                self._done = state.batches
         return 1 + max((state.epoch for state in states if state is not None), default=0)
 
     def run(self, epoch: int, task: Task) -> list[Record]:
-        """Train one epoch; mean of each loss term, the last learning rate and mean norms, of every member."""
+        """Train one epoch, or what is left of it; mean of each loss term, the last learning rate and mean norms, of every member."""
         drawn = [self._draw(member, epoch) for member in self._members]
         order, caption = (torch.stack([one[at] for one in drawn]) for at in (0, 1))
         if not self._replicas.stacked:
@@ -174,14 +183,21 @@ class _Loop:
         self._replicas.train()
         for member in self._members:
             set_progress(member.head, (epoch - 1) / max(1, self._n_epochs - 1))
-        self._step.begin(epoch, order, caption)
         sizes = [len(part) for part in torch.tensor_split(torch.empty(len(self._train)), self._batches)]
-        told = time.perf_counter()
-        for at in range(0, self._batches, self._every):
+        first, self._done = self._done, 0
+        for member in self._members if first else ():
+            skip_dropout(member.head, first)
+        self._step.begin(epoch, order, caption, done=first // self._every, images=sum(sizes[:first]))
+        told = kept = time.perf_counter()
+        for at in range(first, self._batches, self._every):
             self._step.run(tuple(sizes[at : at + self._every]))
-            if time.perf_counter() - told >= NOTE_EVERY_S:
-                told = time.perf_counter()
+            now = time.perf_counter()
+            if now - told >= NOTE_EVERY_S:
+                told = now
                 task.advance(0, f"epoch {epoch}: batch {at:,} of {self._batches:,}")
+            if now - kept >= self._keep_within_s:
+                self.keep(epoch - 1, batches=at + self._every)
+                kept = time.perf_counter()
         table = self._step.means(self._batches)
         columns = torch.stack([value.reshape(-1) for value in table.values()]).T.tolist()
         return [dict(zip(table, column, strict=True)) for column in columns]
@@ -203,11 +219,11 @@ class _Loop:
         member.history.append(record)
         member.on_epoch(head, record)
 
-    def keep(self, epoch: int) -> None:
-        """Offer every member what a resumed training needs."""
+    def keep(self, epoch: int, *, batches: int = 0) -> None:
+        """Offer every member what a resumed training needs, after an epoch and so many batches of the next."""
         for place, member in enumerate(self._members):
             if member.keep is not None:
-                member.keep(gather_state(self._step, place, epoch, member.history))
+                member.keep(gather_state(self._step, place, epoch, member.history, batches=batches))
 
     def _draw(self, member: Member, epoch: int) -> tuple[Tensor, Tensor]:
         seed = member.seed * 1_000_003 + epoch

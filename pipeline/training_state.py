@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STATE = "training.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_SUM = "sum."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainingState:
 
     Attributes:
         epoch: Epochs that are done.
+        batches: Batches of the next one that are done as well.
         history: Their records.
         tensors: Weights, averages and moments by name, on the CPU.
         precision: What the forward pass computes in; a training that goes on in another gives other weights.
@@ -42,14 +44,18 @@ class TrainingState:
     tensors: Mapping[str, Tensor]
     precision: str
     scaler: Mapping[str, Any]
+    batches: int = 0
 
 
-def gather_state(step: "Step", place: int, epoch: int, history: Sequence[Mapping[str, float]]) -> TrainingState:
-    """The state of one head of a training."""
-    tensors = {name: value.detach().cpu().clone() for name, value in _views(step, place).items()}
+def gather_state(
+    step: "Step", place: int, epoch: int, history: Sequence[Mapping[str, float]], *, batches: int = 0
+) -> TrainingState:
+    """The state of one head of a training, after an epoch and so many batches of the next."""
+    views = _views(step, place) | ({f"{_SUM}{name}": value for name, value in step.sums.items()} if batches else {})
+    tensors = {name: value.detach().cpu().clone() for name, value in views.items()}
     return TrainingState(
         epoch=epoch, history=tuple(dict(record) for record in history), tensors=tensors, precision=step.precision,
-        scaler=step.scaler.state_dict(),
+        scaler=step.scaler.state_dict(), batches=batches,
     )  # fmt: skip
 
 
@@ -66,10 +72,14 @@ def restore_state(step: "Step", place: int, state: TrainingState) -> None:
             do="resume it where it was begun, or train again",
         )  # fmt: skip
     views = _views(step, place)
-    if views.keys() != state.tensors.keys() or any(views[name].shape != state.tensors[name].shape for name in views):
+    sums = {name: value for name, value in state.tensors.items() if name.startswith(_SUM)}
+    known = {name: value for name, value in state.tensors.items() if name not in sums}
+    if views.keys() != known.keys() or any(views[name].shape != known[name].shape for name in views):
         raise InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
     for name, view in views.items():
-        view.copy_(state.tensors[name])
+        view.copy_(known[name])
+    for name, value in sums.items():  # of an epoch that is half done, which a training of several heads keeps none of
+        step.sums[name.removeprefix(_SUM)] = value.to(step.members.parameters[0].device)
     if state.scaler:
         step.scaler.load_state_dict(dict(state.scaler))
 
@@ -78,7 +88,7 @@ def write_state(path: Path, state: TrainingState) -> None:
     """Write a state, whole or not at all."""
     note = {
         "epoch": str(state.epoch), "history": json.dumps(state.history), "precision": state.precision,
-        "scaler": json.dumps(state.scaler),
+        "scaler": json.dumps(state.scaler), "batches": str(state.batches),
     }  # fmt: skip
     write_whole(path, lambda temporary: save_file(dict(state.tensors), temporary, metadata=note))
 
@@ -96,7 +106,7 @@ def read_state(path: Path) -> TrainingState | None:
             note = file.metadata() or {}
             return TrainingState(
                 epoch=int(note["epoch"]), history=tuple(json.loads(note["history"])), precision=note["precision"],
-                scaler=json.loads(note["scaler"]),
+                scaler=json.loads(note["scaler"]), batches=int(note.get("batches", 0)),
                 tensors={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
             )  # fmt: skip
     except (OSError, SafetensorError, KeyError, ValueError) as error:

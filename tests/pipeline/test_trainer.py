@@ -680,3 +680,22 @@ def test_the_norm_of_the_fusions_gradient_is_its_own() -> None:
     norms = [torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (head, head.fusion)]
     record = result.history[0]
     assert [record["grad_norm"], record["grad_norm_fusion"]] == pytest.approx([float(n) for n in norms], rel=1e-4)
+
+
+def test_a_training_that_goes_on_in_the_middle_of_an_epoch_is_the_same() -> None:
+    """A state is kept after every batch; whichever it goes on from, it ends with the same head and records."""
+    config = load_config(options={**SMALL, "training.batch_size": 10, "fusion.input_dropout": 0.2})
+    split = make_split(45)
+    states = []
+    whole = member_of(config, split, keep=states.append)
+    result = train(config, split, whole, keep_within_s=0.0)[0]
+    assert [(state.epoch, state.batches) for state in states[:5]] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5)]
+    for state in states[:: len(states) // 4]:
+        again = member_of(config, split, seed=42)
+        again.resumed = state
+        resumed = train(config, split, again)[0]
+        assert_same_head(again.head, whole.head)
+        for mine, theirs in zip(resumed.history, result.history, strict=True):
+            assert {k: v for k, v in mine.items() if k[-2:] != "_s"} == {
+                k: v for k, v in theirs.items() if k[-2:] != "_s"
+            }
