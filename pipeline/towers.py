@@ -239,7 +239,8 @@ def resize_positions(position: Tensor, grid: Grid) -> Tensor:
     side = round(len(position) ** 0.5)
     square = position.view(side, side, -1).permute(2, 0, 1)[None]
     resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
-    return resized[0].flatten(1).T
+    flat: Tensor = resized[0].flatten(1).T
+    return flat
 
 
 class TextTower:
@@ -266,7 +267,7 @@ class TextTower:
     def hidden(self, ids: Tensor, blocks: int) -> Tensor:
         """What leaves the first so many blocks, ``(n, T, D)`` float32."""
         position = self._position[: ids.shape[1]]
-        x = F.embedding(ids, self._token).float() + position
+        x: Tensor = F.embedding(ids, self._token).float() + position
         if blocks:
             x = self._layers[0].attend(x, self._project_first(x, ids, position))
         for layer in self._layers[1:blocks]:

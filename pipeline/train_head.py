@@ -1,12 +1,10 @@
 """Stage 2: train a head from a store, keep the best checkpoints, and write the codes of every split."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -14,17 +12,16 @@ from .. import InputError
 from .config import Config, load_config
 from .metrics_file import read_metrics
 from .progress import Progress
-from .run_folders import hold
-from .runs import Run, mark, read_info, start_run
+from .runs import Run, mark, read_info
 from .settle import notices
 from .splits import Diverged
 from .stores import Reading, describe_run
 from .tables import spread_table
-from .trackers import check_trackers, open_trackers
 from .trainer import fit
 from .training_data import Prepared, prepare_training
 from .training_run import TrainingRun, TrainResult, read_fit, with_seed
-from .training_state import STATE, TrainingState, read_state
+from .training_state import TrainingState
+from .training_work import Place, Work
 
 KIND, RUNS = "train-head", Path("runs")
 MOST_SEEDS = 2**32
@@ -81,7 +78,7 @@ def train_head(
     with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
         prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress, reading)
         _note(prepared.config, work.progress)
-        place = _Place(out=out, runs=runs, force=force)
+        place = Place(out=out, runs=runs, force=force)
         return work.train([work.begin(prepared, place, prepared.config)], prepared)[0]
 
 
@@ -119,7 +116,7 @@ def train_replicas(
         for seed in wanted:  # all folders are taken before anything is trained
             suffix = f"-seed{seed}"
             named = None if out is None else out.with_name(out.name + suffix)
-            place = _Place(out=named, runs=runs, force=force, suffix=suffix)
+            place = Place(out=named, runs=runs, force=force, suffix=suffix)
             opened.append(work.begin(prepared, place, with_seed(prepared.config, seed)))
         # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.
         # Shuffled magnitudes are other data for every seed.
@@ -183,71 +180,29 @@ def _seeds(first: int, n: int) -> range:
     return range(first, first + n)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a run goes."""
+class _Work(Work):
+    """Begins, goes on with and finishes runs of heads."""
 
-    out: Path | None
-    runs: Path
-    force: bool
-    suffix: str = ""
-
-
-class _Work:
-    """Begins, goes on with and finishes runs. Each is held while it is open; one that ends too early says so."""
-
-    def __init__(self, progress: Progress, *, tensorboard: bool, wandb: bool) -> None:
-        check_trackers(tensorboard=tensorboard, wandb=wandb)
-        self.progress, self._trackers = progress, {"tensorboard": tensorboard, "wandb": wandb}
-        self._open: list[Run] = []
-        self._held = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._held:
-            for run in self._open:
-                if error is not None and read_info(run.folder).status == "running":
-                    mark(run, "interrupted")
-
-    def begin(self, prepared: Prepared, place: _Place, config: Config) -> TrainingRun:
+    def begin(self, prepared: Prepared, place: Place, config: Config) -> TrainingRun:
         """Start a run in a folder of its own."""
         name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
-        run = start_run(
-            describe_run(KIND, config, prepared.labelled), config, label=name + place.suffix, out=place.out,
-            runs=place.runs, device=str(prepared.device), force=place.force,
-        )  # fmt: skip
-        self._take(run)
+        info = describe_run(KIND, config, prepared.labelled)
+        run = self.start(info, config, place, name=name, device=str(prepared.device))
         return self._make(prepared, run, config, None, resume=False)
 
     def go_on(self, prepared: Prepared, run: Run, config: Config) -> TrainingRun:
         """Go on with a run that this process holds."""
-        state = read_state(run.folder / STATE)
-        self.progress.say(f"going on after epoch {state.epoch}" if state else "no epoch was kept: from the start")
-        return self._make(prepared, mark(run, "running"), config, state, resume=True)
-
-    def hold(self, run: Run) -> None:
-        """Keep other processes from a run until this work ends."""
-        self._held.enter_context(hold(run.folder))
-
-    def _take(self, run: Run) -> None:
-        self.hold(run)
-        self._open.append(run)
+        run, state = self.take_up(run)
+        return self._make(prepared, run, config, state, resume=True)
 
     def _make(
         self, prepared: Prepared, run: Run, config: Config, state: TrainingState | None, *, resume: bool
     ) -> TrainingRun:  # fmt: skip
-        if run not in self._open:
-            self._open.append(run)
         splits = prepared.splits_of(config)
         after = (0 if state is None else state.epoch) if resume else None
         return TrainingRun(
             run, config, prepared.make_head(config, splits["train"]), splits, width=prepared.labelled.store.width,
-            progress=self.progress, resume=resume, state=state,
-            trackers=open_trackers(run.folder, config, **self._trackers, after=after, say=self.progress.say),
+            progress=self.progress, resume=resume, state=state, trackers=self.trackers(run, config, after=after),
         )  # fmt: skip
 
     def train(self, opened: Sequence[TrainingRun], prepared: Prepared) -> list[TrainResult]:

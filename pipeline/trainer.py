@@ -175,7 +175,7 @@ class _Loop:
         return 1 + max((state.epoch for state in states if state is not None), default=0)
 
     def run(self, epoch: int, task: Task) -> list[Record]:
-        """Train one epoch, or what is left of it; mean of each loss term, the last learning rate and mean norms, of every member."""
+        """Train one epoch, or what is left of it; mean of each loss term and of the norms, of every member."""
         drawn = [self._draw(member, epoch) for member in self._members]
         order, caption = (torch.stack([one[at] for one in drawn]) for at in (0, 1))
         if not self._replicas.stacked:

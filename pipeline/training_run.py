@@ -1,11 +1,12 @@
-"""One run of ``train-head``: its folder, what is written after every epoch, and what is written at the end."""
+"""One run of a training: its folder, what is written after every epoch, and what is written at the end."""
 
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,19 @@ class TrainResult:
         return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
 
 
+class Looker(Protocol):
+    """Looks at a head in training, as :class:`~mmcli.pipeline.monitor.Monitor` does."""
+
+    @property
+    def prior(self) -> float:
+        """Val mAP of scores that are the same for every image."""
+        ...
+
+    def __call__(self, head: BaseHead) -> Mapping[str, float]:
+        """``val_mAP`` and what else is recorded."""
+        ...
+
+
 class TrainingRun:
     """A run that is under way.
 
@@ -70,16 +84,18 @@ class TrainingRun:
         progress: Who is told of a collapse.
         resume: Go on with what is there.
         state: Where; from the start where none was kept.
+        monitor: Looks at the head after every epoch; a :class:`~mmcli.pipeline.monitor.Monitor` when not given.
     """
 
     def __init__(
         self, run: Run, config: Config, head: BaseHead, splits: Mapping[str, Split], *, width: int,
         trackers: Sequence[Tracker], progress: Progress, resume: bool = False, state: TrainingState | None = None,
+        monitor: Looker | None = None,
     ) -> None:  # fmt: skip
         self.run, self.splits, self._config = run, splits, config
         self._trackers, self._progress = trackers, progress
         self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
-        monitor = Monitor(config, splits["train"], splits["val"])
+        monitor = monitor or Monitor(config, splits["train"], splits["val"])
         saturates = config.hash.activation == "tanh"
         self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior, n_val=len(splits["val"]))
         if resume:
@@ -102,6 +118,11 @@ class TrainingRun:
             tracker.epoch(record)
         for line in self._alarm.lines(record):
             self._progress.say(line)
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint of the head."""
+        return self._keeper.best
 
     def finish(self, fit: FitResult, image_ids: Mapping[str, Any]) -> TrainResult:
         """Write codes, scores, metrics and the model folder of the best epoch, then mark the run as finished.

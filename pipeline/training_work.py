@@ -1,0 +1,95 @@
+"""What trainings have in common around the training itself: run folders that are held, marked and gone on with."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from .config import Config
+from .progress import Progress
+from .run_folders import hold
+from .runs import Run, RunInfo, mark, read_info, start_run
+from .trackers import Tracker, check_trackers, open_trackers
+from .training_state import STATE, TrainingState, read_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run goes.
+
+    Attributes:
+        out: Its folder; a new one below ``runs`` when not given.
+        runs: The folder of all runs.
+        force: Replace an existing run in ``out``.
+        suffix: Ends the name of a new folder.
+    """
+
+    out: Path | None
+    runs: Path
+    force: bool
+    suffix: str = ""
+
+
+class Work:
+    """Begins, holds and goes on with runs; one that ends too early says so.
+
+    Args:
+        progress: Who to tell.
+        tensorboard: Whether every epoch is logged for TensorBoard.
+        wandb: Whether every epoch is logged for Weights & Biases.
+
+    Raises:
+        InputError: A tracker that is not installed.
+    """
+
+    def __init__(self, progress: Progress, *, tensorboard: bool, wandb: bool) -> None:
+        check_trackers(tensorboard=tensorboard, wandb=wandb)
+        self.progress, self._trackers = progress, {"tensorboard": tensorboard, "wandb": wandb}
+        self._open: list[Run] = []
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held:
+            for run in self._open:
+                if error is not None and read_info(run.folder).status == "running":
+                    mark(run, "interrupted")
+
+    def start(self, info: RunInfo, config: Config, place: Place, *, name: str, device: str) -> Run:
+        """Start a run in a folder of its own, which this process holds.
+
+        Raises:
+            InputError: As of :func:`~mmcli.pipeline.runs.start_run`.
+        """
+        run = start_run(
+            info, config, label=name + place.suffix, out=place.out, runs=place.runs, device=device, force=place.force
+        )
+        self.hold(run)
+        self._open.append(run)
+        return run
+
+    def take_up(self, run: Run) -> tuple[Run, TrainingState | None]:
+        """Go on with a run that this process holds: the run, and where it stood.
+
+        Raises:
+            InputError: A damaged state.
+        """
+        state = read_state(run.folder / STATE)
+        after = f"going on after epoch {state.epoch}" if state else "no epoch was kept: from the start"
+        self.progress.say(after + (f" and {state.batches} batches" if state and state.batches else ""))
+        run = mark(run, "running")
+        self._open.append(run)
+        return run, state
+
+    def hold(self, run: Run) -> None:
+        """Keep other processes from a run until this work ends."""
+        self._held.enter_context(hold(run.folder))
+
+    def trackers(self, run: Run, config: Config, *, after: int | None) -> list[Tracker]:
+        """Who else is told of every epoch; ``after`` which one, where the run goes on."""
+        return list(open_trackers(run.folder, config, **self._trackers, after=after, say=self.progress.say))
