@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import InputError, __version__
-from .pipeline.commands import bench, cache, compare, data, heads, index, predict
+from .pipeline.commands import ablate, bench, cache, compare, data, heads, index, predict
 from .pipeline.commands.options import Panels
 
 INTERRUPTED = 130
@@ -57,6 +57,7 @@ app.command("train-head", cls=Panels)(heads.train_head)
 app.command("knn-eval")(heads.knn_eval)
 app.command("zero-shot")(heads.zero_shot)
 app.command()(compare.compare)
+app.command("ablate", cls=Panels)(ablate.ablate)
 app.command("predict")(predict.predict)
 index_app.command("build")(index.index_build)
 index_app.command("add")(index.index_add)

@@ -1,0 +1,122 @@
+"""Who does the units of an ablation: this process, or several of this machine, each with its share of threads."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from .. import InputError
+from .ablate_plan import flat_config
+from .ablate_records import Record, failed, write_record
+from .ablate_work import Unit, Worker, Workplace
+from .reading import end_with_parent
+
+Stop = Callable[[], bool]
+# A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
+ATTEMPTS = 2
+
+_worker: Worker | None = None
+
+
+def in_this_process(place: Workplace, units: Sequence[Unit], stop: Stop) -> Iterator[tuple[Unit, Record | None]]:
+    """Do units one after another.
+
+    Args:
+        place: Where everything is.
+        units: In the order in which they are done.
+        stop: Asked before a unit is begun; after the first yes none is.
+
+    Yields:
+        Every record as soon as it is kept; and a unit with None when it is done.
+    """
+    worker = Worker(place)
+    for unit in units:
+        if stop():
+            return
+        for record in worker.do(unit):
+            yield unit, record
+        yield unit, None
+
+
+def in_processes(
+    place: Workplace, units: Sequence[Unit], stop: Stop, *, workers: int
+) -> Iterator[tuple[Unit, Record | None]]:
+    """The same in several processes; a unit whose process is killed is tried once more, then fails."""
+    waiting, attempts = list(units), dict.fromkeys(range(len(units)), 0)
+    number = {id(unit): at for at, unit in enumerate(units)}
+    while waiting and not stop():
+        broken = False
+        for unit, records in _pooled(place, waiting, stop, workers):
+            if records is None:
+                broken = True
+                attempts[number[id(unit)]] += 1
+                if attempts[number[id(unit)]] < ATTEMPTS:
+                    continue
+            waiting = [other for other in waiting if other is not unit]
+            for record in killed(place, unit) if records is None else records:
+                yield unit, record
+            yield unit, None
+        if not broken:
+            return
+        workers = 1 if max(attempts.values()) else workers  # alone, a unit has all of the memory
+
+
+def _pooled(
+    place: Workplace, units: Sequence[Unit], stop: Stop, workers: int
+) -> Iterator[tuple[Unit, list[Record] | None]]:
+    """What each unit gave, as they end; None where the processes died under it."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    left, running = list(units), {}  # type: ignore[var-annotated]
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(place, threads))
+    try:
+        while True:
+            while left and len(running) < workers and not stop():
+                unit = left.pop(0)
+                running[pool.submit(_do, unit)] = unit
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), _result(future)
+    except BrokenProcessPool:
+        return
+    finally:
+        for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: "Future[list[Record]]") -> list[Record] | None:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return None
+
+
+def _begin(place: Workplace, threads: int) -> None:
+    """What each process does first."""
+    global _worker  # noqa: PLW0603 - a process of a pool has no other place to keep what it read
+    end_with_parent()
+    import torch
+
+    torch.set_num_threads(threads)
+    _worker = Worker(place)
+
+
+def _do(unit: Unit) -> list[Record]:
+    assert _worker is not None
+    return list(_worker.do(unit))
+
+
+def killed(place: Workplace, unit: Unit) -> list[Record]:
+    """Keep a unit as failed because its process was killed, most likely for the memory that it took."""
+    error = InputError(
+        "a worker was killed", got="most likely too little memory", wanted="room for the store in each",
+        do="give fewer --workers; what was finished is kept",
+    )  # fmt: skip
+    records = [failed(one.key, one.training, error, flat_config(one.config)) for one in unit.evaluations]
+    for record in records:
+        write_record(place.out, record)
+    return records

@@ -1,0 +1,111 @@
+"""Tables of an ablation for a person: one an experiment, and what a dry run would do."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .ablate_estimate import Estimate
+from .ablate_plan import Plan, Row
+
+MOST_GRID_ROWS, MOST_TRAININGS, MOST_SHOWN = 20, 40, 4
+FOOT = (
+    "mAP: mean over seeds; spread: standard deviation over seeds; interval: 95% bootstrap over the test images, mean of"
+    " the ends over seeds. F1 at the one threshold that is best on val."
+)
+
+
+def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
+    """A line a value of one experiment."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("value", style="bold")
+    for name in ("seeds", "mAP", "spread", "interval", "F1_micro*", "P@5", "train"):
+        table.add_column(name, justify="right", no_wrap=True)
+    notes: dict[str, None] = {}
+    values = list(dict.fromkeys((row["order"], row["value"]) for row in rows))
+    for order, value in values[:MOST_GRID_ROWS]:
+        own = [row for row in rows if (row["order"], row["value"]) == (order, value)]
+        table.add_row(value, *_cells(own))
+        notes |= {f"{value}: {row['note']}": None for row in own if row.get("note")}
+    parts: list[RenderableType] = [Text(title, "bold"), table]
+    if len(values) > MOST_GRID_ROWS:
+        parts.append(Text(f"and {len(values) - MOST_GRID_ROWS} more values, in the table", "dim"))
+    parts += [Text(f"  {note}", "dim") for note in list(notes)[:MOST_GRID_ROWS]]
+    return Group(*parts)
+
+
+def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
+    """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is there already."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name, justify in (
+        ("training", "left"),
+        ("kind", "left"),
+        ("seeds", "right"),
+        ("rows", "right"),
+        ("for", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("state", overflow="fold")
+    groups: dict[str, list[str]] = {}
+    for key, one in plan.trainings.items():
+        groups.setdefault(one.group, []).append(key)
+    rows: dict[str, list[Row]] = {}
+    for row in plan.rows:
+        rows.setdefault(row.training, []).append(row)
+    for group, keys in list(groups.items())[:MOST_TRAININGS]:
+        own = [row for key in keys for row in rows.get(key, ())]
+        shown = list(dict.fromkeys(f"{row.experiment} {row.value}" for row in own))
+        more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+        states = ", ".join(dict.fromkeys(status[key] for key in keys))
+        kind = plan.trainings[keys[0]].kind
+        table.add_row(group[:8], kind, str(len(keys)), str(len(own)), ", ".join(shown[:MOST_SHOWN]) + more, states)
+    if len(groups) > MOST_TRAININGS:
+        table.add_row("", "", "", "", f"and {len(groups) - MOST_TRAININGS} more configurations", "")
+    return table
+
+
+def counts(plan: Plan, estimate: Estimate, *, missing: int, found: int, evaluations: int, stores: int) -> list[str]:
+    """What a plan comes to, in lines."""
+    asked, rows = plan.asked, len(plan.rows)
+    collapsed = f", {asked - rows:,} of {asked:,} collapsed into others" if asked > rows else ""
+    refused = sum(row.status == "failed" for row in plan.rows)
+    trained, baselines = plan.count("head", "finetune"), plan.count("zero-shot", "prior")
+    return [
+        f"{rows:,} rows{collapsed}" + (f", {refused:,} refused" if refused else ""),
+        f"{trained:,} trainings ({plan.count('finetune'):,} of towers) and {baselines:,} baselines:"
+        f" {found:,} are there, {missing:,} to be made",
+        f"{len(plan.evaluations):,} evaluations, {plan.searches:,} searches, {plan.votes:,} votes;"
+        f" {evaluations:,} evaluations to be made",
+        f"{stores:,} stores to be extracted (images alone: captions are shared)" if stores else "no store to extract",
+        f"about {duration(estimate.seconds)} on this machine, of which evaluations {duration(estimate.evaluate_s)};"
+        f" by {estimate.basis}",
+    ]  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    done = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
+    if not done:
+        return ["0", *["failed" if rows else "-"], *["-"] * 5]
+    maps = [row["mAP"] for row in done]
+    ends = [row["ci"]["mAP"] for row in done if row.get("ci") and row["ci"].get("mAP")]
+    interval = f"[{mean(e[0] for e in ends):.3f}, {mean(e[1] for e in ends):.3f}]" if ends else "-"
+    return [
+        str(len(done)), f"{mean(maps):.3f}", f"{stdev(maps):.3f}" if len(maps) > 1 else "-", interval,
+        _mean(done, "F1_micro_tuned"), _mean(done, "P@5"), _mean(done, "train_s", "{:.1f} s"),
+    ]  # fmt: skip
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str = "{:.3f}") -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return form.format(mean(values)) if values else "-"

@@ -1,0 +1,208 @@
+"""What a worker of an ablation does: make a run where there is none, evaluate it, keep every result at once.
+
+A worker keeps the store that it read for the next training. Whatever goes wrong with one training or evaluation is
+kept as its result, and the next one is done; only the end of the process ends the work.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from .ablate_evaluate import Measured, evaluate_run
+from .ablate_facts import SPLIT, facts_of, prior, zero_shot_row
+from .ablate_plan import Evaluation, Training, flat_config
+from .ablate_records import Record, failed, keep_scores, write_record
+from .ablate_runs import KINDS, own_folder, own_stem, resumable
+from .device import pick_device
+from .progress import Progress
+from .runs import open_run
+from .training_data import Prepared, prepare_training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Work that is done in one go: one training, or the seeds of one configuration, and what is evaluated of them.
+
+    Attributes:
+        trainings: Of one configuration.
+        evaluations: That are still to be done.
+        runs: Runs that are there, by key of the training.
+    """
+
+    trainings: tuple[Training, ...]
+    evaluations: tuple[Evaluation, ...]
+    runs: Mapping[str, Path]
+
+    @property
+    def missing(self) -> tuple[Training, ...]:
+        """What has to be made."""
+        return tuple(one for one in self.trainings if one.key not in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """What every worker is told.
+
+    Attributes:
+        out: The folder of the table.
+        stores: Folders of stores by digest.
+        data: Folder of the images, for what trains towers.
+    """
+
+    out: Path
+    stores: Mapping[str, Path]
+    data: Path
+
+
+class Worker:
+    """Does units in this process.
+
+    Args:
+        place: Where everything is.
+        device: Where to compute, in the place of the configuration's: a cluster gives each worker its own.
+    """
+
+    def __init__(self, place: Workplace, *, device: str | None = None) -> None:
+        self._place, self._device = place, device
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    def do(self, unit: Unit) -> Iterator[Record]:
+        """Make what is missing, evaluate it; every record is kept before it is given."""
+        unit, runs = self._here(unit), dict(unit.runs)
+        for part in _together(unit.missing):
+            try:
+                runs |= self._make(part)
+            except Exception as error:  # noqa: BLE001 - kept with its rows, and the rest goes on
+                yield from self._failed(unit, part, error)
+        for training in unit.trainings:
+            wanted = [one for one in unit.evaluations if one.training == training.key]
+            if wanted and (training.key in runs or training.kind == "prior"):
+                yield from self._evaluate(training, runs.get(training.key), wanted)
+
+    def _here(self, unit: Unit) -> Unit:
+        """The unit on this worker's device."""
+        if self._device is None:
+            return unit
+        trainings = []
+        for one in unit.trainings:
+            hardware = one.config.hardware.model_copy(update={"device": self._device})
+            trainings.append(replace(one, config=one.config.model_copy(update={"hardware": hardware})))
+        return replace(unit, trainings=tuple(trainings))
+
+    def _make(self, part: Sequence[Training]) -> dict[str, Path]:
+        """Train what goes in one pass; folders by key."""
+        from .train_head import resume_training, train_head, train_replicas
+
+        first = part[0]
+        if first.kind == "prior":
+            return {}
+        folder, told = own_folder(self._place.out, first), Progress()
+        if first.kind == "zero-shot":
+            from .zero_shot import zero_shot
+
+            if first.config.data.split_type != "karpathy":
+                raise InputError(
+                    "zero-shot is scored on the karpathy protocol alone", got=first.config.data.split_type,
+                    wanted="karpathy",
+                )  # fmt: skip
+            zero_shot(first.config, store=self._store(first), out=folder, force=True, progress=told)
+        elif first.kind == "finetune":
+            from .finetune import finetune  # type: ignore[import-not-found, unused-ignore]
+
+            finetune(first.config, data=self._place.data, unfreeze=first.towers, out=folder, force=True, progress=told)
+        elif len(part) > 1:
+            stem = self._place.out / folder.parent.name / own_stem(first)
+            train_replicas(
+                first.config, seeds=len(part), store=self._store(first), out=stem, force=True, progress=told,
+                prepared=self._prepare(first),
+            )  # fmt: skip
+        elif resumable(folder, first):
+            resume_training(folder, store=self._store(first), progress=told, prepared=self._prepare(first))
+        else:
+            train_head(
+                first.config, store=self._store(first), out=folder, force=True, progress=told,
+                prepared=self._prepare(first),
+            )  # fmt: skip
+        return {one.key: own_folder(self._place.out, one) for one in part}
+
+    def _evaluate(self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]) -> Iterator[Record]:
+        try:
+            for found in self._measure(training, folder, wanted):
+                yield self._keep(training, folder, found)
+        except Exception as error:  # noqa: BLE001 - damaged codes fail every row of the run
+            for one in wanted:
+                yield self._fail(one, training, error)
+
+    def _measure(
+        self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]
+    ) -> Iterator[Measured | tuple[Evaluation, Exception]]:
+        if training.kind == "prior":
+            yield from (prior(one, self._prepare(training)) for one in wanted)
+            return
+        assert folder is not None
+        run = open_run(folder, kind=KINDS[training.kind])
+        if training.kind == "zero-shot":
+            yield from (zero_shot_row(one, run) for one in wanted)
+            return
+        yield from evaluate_run(run, wanted, split=SPLIT, device=str(pick_device(training.config.hardware.device)))
+
+    def _keep(self, training: Training, folder: Path | None, found: Measured | tuple[Evaluation, Exception]) -> Record:
+        if isinstance(found, tuple):
+            return self._fail(found[0], training, found[1])
+        one, out = found.evaluation, self._place.out
+        scores = keep_scores(out, one.key, found.image_id, found.scores, found.labels)
+        record = Record(
+            key=one.key, training=training.key, status="finished", method=one.method, split=SPLIT,
+            run="" if folder is None else _relative(folder, out), scores=scores, figures=dict(found.figures),
+            facts={**facts_of(training, folder), **found.facts}, config=flat_config(one.config),
+        )  # fmt: skip
+        write_record(out, record)
+        return record
+
+    def _fail(self, one: Evaluation, training: Training, error: Exception) -> Record:
+        record = failed(one.key, training.key, error, flat_config(one.config))
+        write_record(self._place.out, record)
+        return record
+
+    def _failed(self, unit: Unit, part: Sequence[Training], error: Exception) -> Iterator[Record]:
+        for training in part:
+            for one in unit.evaluations:
+                if one.training == training.key:
+                    yield self._fail(one, training, error)
+
+    def _store(self, training: Training) -> Path:
+        found = self._place.stores.get(training.store)
+        if found is None:
+            raise InputError(
+                "no store of this budget", got=f"none of {training.patches} patches", wanted="one that is extracted",
+                do="see the first error of the extraction",
+            )  # fmt: skip
+        return found
+
+    def _prepare(self, training: Training) -> Prepared:
+        """The store on the device, read once for all trainings."""
+        config = training.config
+        key = (training.store, config.data.split_type, config.data.protocol_lists, config.hardware.device)
+        if key not in self._prepared:
+            self._prepared.clear()  # the arrays of one store fill enough memory
+            self._prepared[key] = prepare_training(config, self._store(training), Progress())
+        return self._prepared[key]
+
+
+def _together(missing: Sequence[Training]) -> list[list[Training]]:
+    """Trainings cut into what one call makes: replicas have seeds in a row."""
+    parts: list[list[Training]] = []
+    for one in sorted(missing, key=lambda training: training.seed):
+        follows = parts and parts[-1][-1].seed + 1 == one.seed and one.kind == "head"
+        if follows:
+            parts[-1].append(one)
+        else:
+            parts.append([one])
+    return parts
+
+
+def _relative(folder: Path, out: Path) -> str:
+    return Path(os.path.relpath(folder, out)).as_posix()
