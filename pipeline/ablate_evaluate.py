@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import InputError
 from ..heads.retrieval import retrieval_row
 from .ablate_plan import Evaluation, search_of
 from .evaluation import classifier_row, metrics_row
@@ -69,6 +70,11 @@ def evaluate_run(
             except Exception as error:  # noqa: BLE001 - kept with its row
                 yield one, error
         else:
+            try:
+                codes.check_k(one.config.knn.K, run)
+            except InputError as error:
+                yield one, error
+                continue
             searches.setdefault(found, []).append(one)
     retrieval: dict[str, Any] = {}
     for parts in searches.values():
@@ -92,7 +98,6 @@ class _Search:
     def __init__(self, codes: Evaluated, evaluations: Sequence[Evaluation], run: Run, device: str) -> None:
         self._codes, self._run = codes, run
         knn = max((one.config.knn for one in evaluations), key=lambda section: section.K)
-        codes.check_k(knn.K, run)
         self._searcher = Searcher(codes.base, knn, device)
         started = time.perf_counter()
         self._found = self._searcher.find(codes.query, knn.K)

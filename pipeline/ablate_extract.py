@@ -64,4 +64,7 @@ def extract_at(patches: int, digest: str, store: Path, places: Places, config: C
             "another store than was planned", where=folder, got=f"key {result.digest[:12]}", wanted=digest[:12],
             do="name the checkpoint, the data and the device that made the store",
         )  # fmt: skip
+    progress.say(
+        f"  {result.n_encoded:,} images encoded, {result.reused_text_shards} shards of captions taken over: {folder}"
+    )
     return folder.absolute()

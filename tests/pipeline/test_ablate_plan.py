@@ -175,7 +175,7 @@ def test_a_saved_configuration_has_the_key_of_its_plan(name, preset) -> None:
         if one.kind == "head":
             saved = yaml.safe_load(dump_config(one.config))
             saved["data"]["num_workers"], saved["hardware"]["device"], saved["preset"] = 3, "cuda:1", "plan"
-            again = load_config(options={k: v for k, v in _flat(saved).items()})
+            again = load_config(options=_flat(saved))
             assert training_key(settle(again), one.store) == one.key
 
 
