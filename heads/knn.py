@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .. import InputError
 from . import approximate
+from .asymmetric import AsymmetricIndex
 from .config import IndexKind, Metric
 from .cosine import CosineIndex, normalise, rerank
 from .fastscan import MAX_BITS, FastScanIndex, keeps_order
@@ -51,7 +52,7 @@ def build_index(
 
     Args:
         metric: ``hamming`` reads ``packed``; ``cosine`` reads ``soft``; ``hybrid`` reads both: the Hamming top 100
-            (top K where K is larger), reranked by cosine.
+            (top K where K is larger), reranked by cosine; ``asymmetric`` reads ``packed``, and soft codes of queries.
         packed: Hard codes ``(N, B // 8)`` uint8.
         soft: Soft codes ``(N, F)`` float32, not necessarily of unit length.
         kind: How packed codes are searched. ``auto`` takes the fastest that is exact: ``torch`` on a GPU, else
@@ -63,12 +64,14 @@ def build_index(
         InputError: The codes that the metric reads are missing, there are none, FAISS is not installed, or the kind
             does not fit the metric or the codes.
     """
-    if metric == "cosine":
+    if metric in ("cosine", "asymmetric"):
         if kind not in ("auto", "flat"):
             raise InputError(
-                "an index of packed codes", where="--index", got=f"{kind} with metric cosine", wanted="auto or flat",
-                do="use --metric hamming or hybrid, or leave --index out",
+                "an index of Hamming distances", where="--index", got=f"{kind} with metric {metric}",
+                wanted="auto or flat", do="use --metric hamming or hybrid, or leave --index out",
             )  # fmt: skip
+        if metric == "asymmetric":
+            return AsymmetricIndex(_present(packed, "packed", metric))
         return CosineIndex(_present(soft, "soft", metric))
     hamming = build_hamming(_present(packed, "packed", metric), kind, device)
     return hamming if metric == "hamming" else HybridIndex(hamming, _present(soft, "soft", metric))

@@ -34,7 +34,7 @@ class Index(Protocol):
 
     @property
     def kind(self) -> str:
-        """How it searches, in a word: ``flat``, ``fastscan``, ``torch``, ``gpu``, ``ivf``, ``hnsw``, ``multihash``."""
+        """How it searches: ``flat``, ``fastscan``, ``pq``, ``torch``, ``gpu``, ``ivf``, ``hnsw`` or ``multihash``."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class Index(Protocol):
         Args:
             K: Neighbours a query.
             packed: Hard codes of the queries ``(Q, B // 8)`` uint8; for hamming and hybrid.
-            soft: Soft codes of the queries ``(Q, F)``; for cosine and hybrid.
+            soft: Soft codes of the queries ``(Q, F)``; for cosine, hybrid and asymmetric.
             exclude: For each query the row that must not be returned ``(Q,)``, -1 for none: its own image.
 
         Raises:

@@ -64,7 +64,7 @@ class Tagging:
         neighbours: All K neighbours, the nearest first.
         scores: Of every category ``(C,)`` float32, in class order.
         category_names: C names, in class order.
-        metric: ``hamming``, ``cosine`` or ``hybrid``.
+        metric: ``hamming``, ``cosine``, ``hybrid`` or ``asymmetric``.
     """
 
     image: str | None

@@ -110,7 +110,7 @@ def knn_eval(
     run: RunDir = None, store: GuardStore = None, split: Split = "test",
     predictor: Annotated[Literal["knn", "classifier", "hybrid"] | None, typer.Option("--predictor", help="Neighbours, classifier, or their mix, its weight tuned on val [default: knn].")] = None,
     k: Annotated[str | None, typer.Option("--k", metavar="N,..", help="Neighbours that vote [default: 20].")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", metavar="NAME,..", help="hamming, cosine, hybrid, or all [default: hamming; cosine without hash].")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", metavar="NAME,..", help="hamming, cosine, hybrid, asymmetric, or all [default: hamming; cosine without hash].")] = None,
     vote: Annotated[str | None, typer.Option("--vote", metavar="NAME,..", help="softmax, uniform, rank, threshold, or all [default: softmax].")] = None,
     tau: Annotated[str | None, typer.Option("--tau", metavar="X,..", help="Temperature of the softmax vote [default: 0.07].")] = None,
     theta: Annotated[str | None, typer.Option("--theta", metavar="X,..", help="Least similarity of the threshold vote [default: 0.5].")] = None,

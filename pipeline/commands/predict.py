@@ -18,7 +18,7 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="Tags of an image at most.")] = 5,
     neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="Neighbours shown a tag; --json has all.")] = 3,
     k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote [default: the run's, 20].")] = None,
-    metric: Annotated[Literal["hamming", "cosine", "hybrid"] | None, typer.Option("--metric", help="Distance [default: the run's; cosine without hash].")] = None,
+    metric: Annotated[Literal["hamming", "cosine", "hybrid", "asymmetric"] | None, typer.Option("--metric", help="Distance [default: the run's; cosine without hash].")] = None,
     vote: Annotated[Literal["softmax", "uniform", "rank", "threshold"] | None, typer.Option("--vote", help="Weights of the votes [default: the run's].")] = None,
     tau: Annotated[float | None, typer.Option("--tau", help="Temperature of the softmax vote [default: the run's].")] = None,
     theta: Annotated[float | None, typer.Option("--theta", help="Least similarity of the threshold vote [default: the run's].")] = None,

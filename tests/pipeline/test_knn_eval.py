@@ -158,8 +158,8 @@ def test_a_list_gives_a_table_and_leaves_metrics_alone(mmcli, here: Path) -> Non
     assert (run / "metrics.json").read_bytes() == before
     saved = json.loads((run / "knn_table.json").read_text())
     assert saved["rows"] == result["rows"]
-    assert saved["n_searches"] == 3
-    assert len(saved["rows"]) == 3 * 2 * (2 + 3)
+    assert saved["n_searches"] == 4
+    assert len(saved["rows"]) == 4 * 2 * (2 + 3)
     one = next(
         row for row in saved["rows"] if (row["distance_metric"], row["K"], row.get("tau")) == ("hamming", 3, 0.2)
     )

@@ -1,0 +1,112 @@
+"""Asymmetric search: the query keeps its soft code, the index keeps bits.
+
+Symbols: N codes of the index, Q queries, K neighbours, B bits, b hard code, h soft code, w weights of a query's bits.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from .cosine import normalise
+from .neighbours import Neighbours, Packed, Rows, Soft, check_search, fitting_queries, load_faiss, without
+
+# Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
+MARGINS = (32, 1024)
+# float32 holds every whole number up to here, so sums of whole weights come out the same in any order.
+EXACT = 1 << 24
+CHUNK_BYTES = 1 << 26
+
+Weights = npt.NDArray[np.float32]
+
+
+class AsymmetricIndex:
+    """Exhaustive search of packed codes by the cosine of the query's soft code with each hard code.
+
+    ``s = h . b / (|h| sqrt(B))``: the query is not binarised, the index is (Gordo, Perronnin, Gong and Lazebnik 2014,
+    "Asymmetric Distances for Binary Embeddings"). It costs no byte of the index and takes back a part of what hard
+    queries lose.
+
+    FAISS's product quantiser scans the codes: its 256 centroids of eight dimensions are the patterns of a byte, so its
+    table of a byte holds the share of the sum that each pattern has. A query's weights are rounded to whole numbers
+    (18 bits of them at B = 64), for which float32 sums are exact: equal codes tie exactly, on every machine and number
+    of threads, and ties are settled by index.
+    """
+
+    kind = "pq"
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = np.ascontiguousarray(packed)
+        self.bits = 8 * packed.shape[1]
+        faiss = load_faiss()
+        self._index = faiss.IndexPQ(self.bits, packed.shape[1], 8, faiss.METRIC_INNER_PRODUCT)
+        patterns = 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1.0
+        faiss.copy_array_to_vector(np.tile(patterns.ravel(), packed.shape[1]), self._index.pq.centroids)
+        self._index.is_trained = True
+        self._index.add_sa_codes(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @property
+    def n_bytes(self) -> int:
+        """N * B / 8."""
+        return self._packed.nbytes
+
+    def search(
+        self,
+        *,
+        K: int,
+        packed: Packed | None = None,  # noqa: ARG002
+        soft: Soft | None = None,
+        exclude: Rows | None = None,
+    ) -> Neighbours:
+        """See :class:`~mmcli.heads.neighbours.Index`; ``packed`` is not read."""
+        weights = whole_weights(fitting_queries(soft, self.bits, "soft"))
+        exclude = check_search(K, len(self), len(weights), exclude)
+        wide = K if exclude is None else K + 1
+        index, score = self._nearest(weights, wide)
+        n = np.sqrt(np.square(weights.astype(np.float64)).sum(axis=1, keepdims=True) * self.bits)
+        similarity = (score / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32)
+        found = Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
+        return found if exclude is None else without(found, exclude, K)
+
+    def _nearest(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
+        """Rows and whole scores of the K best, ``(Q, K)`` each."""
+        index, score = np.empty((len(weights), K), np.int64), np.empty((len(weights), K), np.float32)
+        pending = np.arange(len(weights))
+        for margin in MARGINS:
+            M = min(len(self), K + margin)
+            rough, candidates = self._index.search(weights[pending], M)
+            order = np.lexsort((candidates, -rough), axis=-1)[:, :K]
+            index[pending] = np.take_along_axis(candidates, order, axis=1)
+            score[pending] = np.take_along_axis(rough, order, axis=1)
+            # Every row that FAISS left out scores at most as much as its last candidate.
+            pending = pending[(rough[:, -1] >= score[pending, -1]) & (len(self) > M)]
+            if not len(pending):
+                return index, score
+        for row in pending:
+            index[row], score[row] = self._exhaustive(weights[row], K)
+        return index, score
+
+    def _exhaustive(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
+        """The same of one query ``(B,)`` over all rows, where ties reach beyond the candidates."""
+        scores = np.empty(len(self), np.float32)
+        step = max(1, CHUNK_BYTES // (4 * self.bits))
+        for start in range(0, len(self), step):
+            rows = slice(start, start + step)
+            scores[rows] = (2.0 * np.unpackbits(self._packed[rows], axis=1).astype(np.float32) - 1.0) @ weights
+        chosen = np.argsort(-scores, kind="stable")[:K]
+        return chosen, scores[chosen]
+
+
+def whole_weights(soft: Soft) -> Weights:
+    """Soft codes ``(Q, B)`` as whole numbers in float32, as large as their sums stay exact.
+
+    A row is scaled so that its largest value becomes ``2^24 / B``; a row of zeros stays zero.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    unit = normalise(soft).astype(np.float64)
+    largest = np.abs(unit).max(axis=1, keepdims=True)
+    weights: Weights = np.rint(unit * (EXACT // soft.shape[1] / np.where(largest > 0, largest, 1.0))).astype(np.float32)
+    return weights
