@@ -22,11 +22,14 @@ def bce_loss(logits: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Ten
     ``L = mean_nc(-w_c y_nc log s(x_nc) - (1 - y_nc) log(1 - s(x_nc)))`` with the sigmoid s, from logits.
 
     Args:
-        logits: x ``(N, C)``.
+        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
         y: ``(N, C)`` of 0 and 1.
         pos_weight: w ``(C,)``; all 1 when not given.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), y.float(), pos_weight=pos_weight)
+    x = logits.float()
+    return F.binary_cross_entropy_with_logits(
+        x, y.float().expand_as(x), pos_weight=pos_weight, reduction="none"
+    ).mean((-2, -1))  # fmt: skip
 
 
 def focal_loss(
@@ -38,7 +41,7 @@ def focal_loss(
     ``1 - s(x)`` and ``1 - alpha`` for a negative.
 
     Args:
-        logits: x ``(N, C)``.
+        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
         y: ``(N, C)`` of 0 and 1.
         alpha: Weight of positives.
         gamma: How much easy examples are turned down; 0 leaves weighted cross-entropy.
@@ -51,7 +54,7 @@ def focal_loss(
     if pos_weight is not None:
         positive = pos_weight * positive
     negative = (1 - alpha) * torch.exp(-gamma * F.softplus(-x)) * F.softplus(x)
-    return (y * positive + (1 - y) * negative).mean()
+    return (y * positive + (1 - y) * negative).mean((-2, -1))
 
 
 def asymmetric_loss(
@@ -70,7 +73,7 @@ def asymmetric_loss(
     classes. With a zero shift and equal focusing it is the focal loss without its alpha.
 
     Args:
-        logits: x ``(N, C)``.
+        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
         y: ``(N, C)`` of 0 and 1.
         gamma_pos: Focusing of positives.
         gamma_neg: Focusing of negatives.
@@ -78,7 +81,9 @@ def asymmetric_loss(
         pos_weight: Weight of positives w ``(C,)``; all 1 when not given.
     """
     x, y = logits.float(), y.float()
-    positive = torch.exp(-gamma_pos * F.softplus(x)) * F.softplus(-x)
+    positive = F.softplus(-x)
+    if gamma_pos > 0:
+        positive = torch.exp(-gamma_pos * F.softplus(x)) * positive
     if pos_weight is not None:
         positive = pos_weight * positive
     if shift == 0:
@@ -88,7 +93,7 @@ def asymmetric_loss(
         # for an exponent below 1.
         p = (torch.sigmoid(x) - shift).clamp_min(1e-12)
         negative = torch.where(p > 1e-12, p.pow(gamma_neg) * -torch.log1p(-p), 0.0)
-    return (y * positive + (1 - y) * negative).mean()
+    return (y * positive + (1 - y) * negative).mean((-2, -1))
 
 
 def class_balanced_weights(counts: Tensor, n: int, *, cap: float = WEIGHT_CAP) -> Tensor:
@@ -182,10 +187,13 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         pos_weight: Weights of positives ``(C,)``, as of :func:`class_balanced_weights`.
     """
     with torch.autocast(output.logits.device.type, enabled=False):
-        bce = _classification(config, output.logits, y, pos_weight)
-        fused = None if output.fused_logits is None else _classification(config, output.fused_logits, y, pos_weight)
-        prefixes = [_classification(config, logits, y, pos_weight) for logits in output.prefix_logits]
-        nested = torch.stack(prefixes).mean(0) if prefixes else None
+        own = 1 if output.fused_logits is None else 2
+        logits = [output.logits, output.fused_logits, *output.prefix_logits]
+        # All classifiers in one go: these are many small operations.
+        losses = _classification(config, torch.stack([one for one in logits if one is not None]), y, pos_weight)
+        bce, *others = losses.unbind()
+        fused = others[0] if own == 2 else None
+        nested = losses[own:].mean() if output.prefix_logits else None
         cosine = quant = balance = decorr = hashed = None
         if output.d_img is not None and output.d_txt is not None:
             cosine = cosine_loss(output.d_img, output.d_txt)
@@ -203,7 +211,7 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
 
 
 def _classification(config: LossConfig, logits: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """The loss of a classifier, of the kind that the configuration names."""
+    """The losses ``(R,)`` of R classifiers ``(R, N, C)``, of the kind that the configuration names."""
     if config.focal_loss:
         return focal_loss(logits, y, alpha=config.focal_alpha, gamma=config.focal_gamma, pos_weight=pos_weight)
     if config.asymmetric_loss:

@@ -188,10 +188,12 @@ class Step:
         for group in self.optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             if stacked:
-                norms = [gradient.float().flatten(1).norm(dim=1) for gradient in gradients]
+                parts = [gradient.float().flatten(1).square().sum(1) for gradient in gradients]
+            elif self._device.type == "cpu":  # BLAS takes half the time of a norm
+                parts = [torch.dot(flat, flat) for flat in (gradient.flatten() for gradient in gradients)]
             else:
-                norms = list(torch._foreach_norm(gradients))  # noqa: SLF001
-            squares.append(torch.stack(norms).square().sum(0))
+                parts = [norm.square() for norm in torch._foreach_norm(gradients)]  # noqa: SLF001
+            squares.append(torch.stack(parts).sum(0))
         norm = torch.stack(squares).sum(0).sqrt()
         limit = self._config.training.gradient_clip_norm
         if limit is not None:
