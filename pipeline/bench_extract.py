@@ -20,9 +20,8 @@ from ..cache import StoreKey, StoreWriter
 from .bench import BenchResult, Case, best_of
 from .bench_data import draw_photographs, make_base_checkpoint, write_captions
 from .config import Config
-from .device import autocast, pick_device
+from .device import autocast, pick_device, reader_count
 from .encoder import Encoder
-from .extract import reader_count
 from .images import image_size
 from .manifest import Manifest
 from .patches import Resizer, read_patches
@@ -116,8 +115,8 @@ def _set_up(
     model = transformers.AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
     return _Setting(
         encoder=encoder, model=model, processor=transformers.AutoProcessor.from_pretrained(name), data=data,
-        paths=tuple(found[:n_images]), captions=tuple(captions), workers=reader_count(config, device), scratch=scratch,
-        threads=torch.get_num_threads(),
+        paths=tuple(found[:n_images]), captions=tuple(captions), scratch=scratch,
+        workers=reader_count(config.data.num_workers, device), threads=torch.get_num_threads(),
     )  # fmt: skip
 
 

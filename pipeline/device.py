@@ -101,3 +101,11 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def reader_count(wanted: int | None, device: torch.device) -> int:
+    """Processes that read images, if not as many as wanted: on a CPU few, because the model computes on its cores."""
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 8) if device.type == "cpu" else cores

@@ -4,7 +4,6 @@ One process fills a whole store or one stripe of its shards; several of them, on
 together, and whoever ends last finishes it.
 """
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,13 @@ import transformers
 from .. import __version__
 from ..cache import StoreKey, StoreWriter, is_remote
 from .config import Config
-from .device import pick_device
+from .device import pick_device, reader_count
 from .encoder import Encoder
 from .extract_plan import ExtractPlan, ExtractResult, parse_stripe
 from .manifest import Manifest, read_manifest
 from .progress import Progress
 from .shard_jobs import CAPTIONS, ShardJobs, count_captions
-from .siglip import Identity
+from .siglip import Identity, model_path
 from .unreadable import Unreadable
 
 __all__ = ["ExtractPlan", "ExtractResult", "extract", "parse_stripe"]
@@ -69,7 +68,7 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
         reused = reuse_text(writer, writer.folder.parent)
         unreadable = Unreadable(plan.data, listing.paths, plan.on_error, encoder.spec)
         jobs = ShardJobs(
-            encoder, listing, writer, unreadable, workers=reader_count(config, encoder.device),
+            encoder, listing, writer, unreadable, workers=reader_count(config.data.num_workers, encoder.device),
             ahead=config.data.prefetch_factor, progress=progress,
         )  # fmt: skip
         unreadable.retry(writer)
@@ -99,14 +98,6 @@ def clear(config: Config, plan: ExtractPlan) -> ExtractPlan:
     listing, encoder, key, plan = _load(config, plan)
     with open_store(config, plan, listing, encoder, key):
         return replace(plan, force=False)
-
-
-def reader_count(config: Config, device: torch.device) -> int:
-    """Processes that read images: on a CPU few, because the model computes on the same cores."""
-    if config.data.num_workers is not None:
-        return config.data.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // 8) if device.type == "cpu" else cores
 
 
 def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Encoder:
@@ -149,11 +140,6 @@ def headline(encoder: Described, writer: StoreWriter, n_images: int) -> str:
     what = f"{n_images:,} images" if n_images else "captions"
     how = f"{identity.compute_dtype}, {identity.patches} patches"
     return f"encoding {what} with {identity.model} on {encoder.device} ({how}) into {writer.folder}"
-
-
-def model_path(name: str) -> str:
-    """What finds the checkpoint again: a hub id as it is, a folder from wherever the next command runs."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def reuse_text(writer: StoreWriter, siblings: Path) -> int:

@@ -11,8 +11,8 @@ import torch
 from .. import InputError
 from ..cache import Stripe
 from .config import Config
-from .device import pick_device
-from .extract import ExtractPlan, ExtractResult, clear, extract, reader_count
+from .device import pick_device, reader_count
+from .extract import ExtractPlan, ExtractResult, clear, extract
 from .progress import ConsoleProgress, Progress
 from .reading import end_with_parent
 from .shard_jobs import Clock
@@ -83,7 +83,8 @@ def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool)
     """What runs in each process."""
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
-    readers = max(1, reader_count(config, torch.device(device)) // n) if config.data.num_workers is None else None
+    wanted = config.data.num_workers
+    readers = max(1, reader_count(None, torch.device(device)) // n) if wanted is None else None
     data = config.data if readers is None else config.data.model_copy(update={"num_workers": readers})
     hardware = config.hardware.model_copy(update={"device": device})
     config = config.model_copy(update={"hardware": hardware, "data": data})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..heads.hashing import binarise, pack_codes
 from ..heads.knn import build_index
@@ -42,6 +43,17 @@ class Monitor:
         self._config, self._val = config, val
         self._voters = train.sample(max(VOTERS, config.knn.K), config.hardware.seed)
         self._labels = {name: split.own_labels.cpu().numpy() for name, split in (("train", self._voters), ("val", val))}
+
+    @property
+    def voters(self) -> Split:
+        """The train images that vote."""
+        return self._voters
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Rows of the store that are looked at, ascending."""
+        rows: npt.NDArray[np.int64] = np.unique(torch.cat([self._voters.rows, self._val.rows]).cpu().numpy())
+        return rows
 
     @property
     def prior(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from .. import InputError
 from ..cache import StoreWriter, Stripe
 from .config import Config
-from .extract import headline, model_path, open_store, reuse_text, with_key
+from .extract import headline, open_store, reuse_text, with_key
 from .extract_plan import ExtractPlan, ExtractResult
 from .manifest import read_manifest
 from .progress import Progress
@@ -22,6 +22,7 @@ from .ray_actor import Description, Done, EncodeShards, Work, describe
 from .ray_cluster import Shares, cluster, quiet_data, share_out
 from .shard_jobs import Clock, count_captions
 from .shard_reading import PATHS, SHARD, read_row
+from .siglip import model_path
 from .unreadable import Unreadable
 
 # Shards that an actor has: one that it encodes, and one whose pixels travel to it meanwhile.

@@ -131,20 +131,21 @@ class ImageReader:
         return [self._pool.submit(measure, self._data, list(chunk), self._spec) for chunk in chunks]
 
     def read(
-        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None = None
-    ) -> Iterator[Piece]:  # fmt: skip
+        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None = None, *, tokens: int | None = None
+    ) -> Iterator[Piece]:
         """Pieces of every list in turn.
 
         Args:
             lists: Paths from a manifest; a plan covers one list.
             boxes: The part of each image that is read, at the grid of the whole one; all of it when not given.
+            tokens: Most patches of a batch, where these lists are to have smaller ones.
 
         Raises:
             InputError: A worker process was killed.
         """
         free = deque(range(self._n_slots))
         waiting: deque[tuple[_Work, int | None, Future[Bad]]] = deque()
-        works = self._works(lists, boxes)
+        works = self._works(lists, boxes, min(self._tokens, tokens or self._tokens))
         try:
             while True:
                 for work in itertools.islice(works, len(free)):
@@ -163,8 +164,8 @@ class ImageReader:
             ) from None  # fmt: skip
 
     def _works(
-        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None
-    ) -> "Iterator[_Work]":  # fmt: skip
+        self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None, tokens: int
+    ) -> "Iterator[_Work]":
         """Batches of every list; headers are read one list ahead."""
         upcoming: deque[list[Future[list[Grid | str]]]] = deque()
         for number, paths in enumerate(lists):
@@ -174,7 +175,7 @@ class ImageReader:
                 upcoming.append(self.measure(lists[number + 1]))
             measured = [one for future in upcoming.popleft() for one in future.result()]
             bad = {row: one for row, one in enumerate(measured) if isinstance(one, str)}
-            batches = plan([None if isinstance(one, str) else one for one in measured], tokens=self._tokens)
+            batches = plan([None if isinstance(one, str) else one for one in measured], tokens=tokens)
             if not batches:
                 yield _Work(number, None, (), bad, last=True)
             for at, batch in enumerate(batches):

@@ -32,6 +32,8 @@ from .splits import all_finite
 from .tag_index import Origin
 
 HEAD_ROWS = 4096
+# Where a run keeps towers that it trained.
+TOWERS = "towers"
 
 
 class Coded(NamedTuple):
@@ -77,7 +79,7 @@ class RunEncoder:
         """Load what a run's codes were made with.
 
         Args:
-            run: A finished run of ``train-head``.
+            run: A finished run of ``train-head`` or ``finetune``; towers that it trained are read from the run.
             device: Where to compute.
             model: Where the checkpoint is, if no longer where the run says: a folder or a hub id.
 
@@ -92,6 +94,8 @@ class RunEncoder:
             )  # fmt: skip
         place = pick_device(device)
         head = load_head(run.folder, place)
+        own = run.folder / TOWERS
+        model = str(own) if model is None and own.is_dir() else model
         encoder = Encoder.load(
             model or config.model.siglip2_variant, revision=_revision(config, model),
             patches=config.model.max_num_patches, text_length=config.model.text_max_length, device=place,

@@ -18,7 +18,7 @@ MARK, LOCK = "run.json", ".lock"
 # What stages write into a run folder; whatever else lies there is somebody's own.
 WRITTEN = frozenset({
     MARK, "config.yaml", "environment.json", "metrics.json", "history.jsonl", "training.safetensors", "checkpoints",
-    "codes", "scores", "per_class", "model", "tensorboard", "wandb", LOCK,
+    "codes", "scores", "per_class", "model", "tensorboard", "wandb", "towers", "finetune.json", LOCK,
 })  # fmt: skip
 
 

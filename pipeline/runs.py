@@ -23,6 +23,8 @@ from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new
 
 RUN_VERSION = 1
+# Runs with a head and codes: where one of train-head is asked for, any of them will do.
+TRAINED = ("train-head", "finetune")
 PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "faiss-gpu", "scikit-learn")
 
 
@@ -31,15 +33,15 @@ class RunInfo:
     """What ``run.json`` says.
 
     Attributes:
-        kind: The command that made the run: ``train-head`` or ``zero-shot``.
+        kind: The command that made the run: ``train-head``, ``finetune`` or ``zero-shot``.
         status: ``running`` until everything is written, then ``finished``; ``interrupted`` or ``failed`` where it
             ended before that and could still say so.
         created: UTC, ISO 8601.
         config_digest: Digest of the resolved configuration.
         preset: Name of the preset.
         seed: The seed.
-        store: The store that was read.
-        store_digest: Digest of its key.
+        store: The store that was read; of ``finetune`` the manifest.
+        store_digest: Digest of its key; of ``finetune`` that of the store in float32 that the run's towers would fill.
         model: Checkpoint the store was made with.
         patches: Patch budget of the store.
         manifest_sha256: Content hash of the manifest.
@@ -110,15 +112,16 @@ def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
 
 
 def open_run(folder: Path, *, kind: str = "train-head") -> Run:
-    """Read a finished run.
+    """Read a finished run; where one of ``train-head`` is asked for, one of ``finetune`` is as good.
 
     Raises:
         InputError: No such folder, no run, an unfinished run, or a run of another kind.
     """
     info = read_info(folder, kind=kind)
-    if info.kind != kind or info.status != "finished" or info.version != RUN_VERSION:
-        begun = info.kind == "train-head" and info.status in {"running", "interrupted"}
-        do = f"finish it with `mmcli train-head --resume {folder}`" if begun else f"run `mmcli {kind}`"
+    kinds = TRAINED if kind in TRAINED else (kind,)
+    if info.kind not in kinds or info.status != "finished" or info.version != RUN_VERSION:
+        begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
+        do = f"finish it with `mmcli {info.kind} --resume {folder}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
             wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
@@ -151,7 +154,7 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
 
 
 def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
-    """The finished run of one kind that was made last.
+    """The finished run of one kind that was made last, as :func:`open_run` takes it.
 
     Raises:
         InputError: There is none.

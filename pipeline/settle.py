@@ -111,7 +111,7 @@ def _cosine_notices(config: Config) -> list[str]:
             f"note: with --inputs {inputs} the cosine term would train on the other modality, so it takes no part: it"
             " is logged, but alpha changes nothing"
         ]
-    if config.fusion.adapter == "none":
+    if config.fusion.adapter == "none" and config.model.freeze_towers:
         return [
             "note: the towers are frozen and there is no adapter, so the cosine term has no trainable input: it is"
             " logged, but alpha changes nothing (--adapter linear makes it live)"

@@ -115,3 +115,8 @@ def local_digest(folder: Path) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
+
+
+def model_path(name: str) -> str:
+    """What finds the checkpoint again: a hub id as it is, a folder from wherever the next command runs."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

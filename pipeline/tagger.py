@@ -17,6 +17,7 @@ from .checkpoint import load_head
 from .codes import read_codes
 from .config import load_config
 from .index_file import read_index
+from .manifest import read_manifest
 from .pixels import Picture
 from .run_encoder import RunEncoder, encoder_digest, head_digest
 from .runs import Run, open_run
@@ -137,12 +138,15 @@ def run_index(run: Run) -> TagIndex:
         InputError: The run has no codes or no head.
     """
     codes = read_codes(run.folder, "train")
-    head, store = head_digest(load_head(run.folder)), run_store(run)
+    head = head_digest(load_head(run.folder))
+    store = None if run.info.kind == "finetune" else run_store(run)
     origin = Origin(
         head=head, store=run.info.store_digest, model=run.info.model, patches=run.info.patches,
         encoder="" if store is None else encoder_digest(store.key),
     )  # fmt: skip
     paths, captions = (None, None) if store is None else _texts(store, codes.image_id)
+    if run.info.kind == "finetune":
+        paths, captions = _texts_of_manifest(run, codes.image_id)
     return TagIndex.from_codes(codes, run.info.category_names, origin, paths=paths, captions=captions)
 
 
@@ -176,3 +180,19 @@ def _texts(store: Store, image_id: npt.NDArray[np.int64]) -> tuple[pa.StringArra
     except (StoreError, KeyError, pa.ArrowException):
         return None, None
     return paths, captions
+
+
+def _texts_of_manifest(
+    run: Run, image_id: npt.NDArray[np.int64]
+) -> tuple[pa.StringArray | None, pa.StringArray | None]:
+    """Paths and first captions of some images of the manifest that a run was finetuned on, if it is still the same."""
+    try:
+        listing = read_manifest(Path(run.info.store))
+    except InputError:
+        return None, None
+    if listing.sha256 != run.info.manifest_sha256:
+        return None, None
+    place_of = {int(one): row for row, one in enumerate(listing.image_ids)}
+    rows = [place_of[int(one)] for one in image_id]
+    texts = ([listing.paths[row] for row in rows], [listing.captions[row][0] for row in rows])
+    return pa.array(texts[0], pa.string()), pa.array(texts[1], pa.string())

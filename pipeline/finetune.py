@@ -1,0 +1,265 @@
+"""Train head and towers from the images themselves; a run like any other comes out, with towers of its own.
+
+What does not change is embedded once: with ``--unfreeze none`` everything, with ``--towers image`` every caption. The
+rest goes through the towers in every step (:mod:`~mmcli.pipeline.finetune_feed`) and is embedded anew to look at val.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from ..heads.model import BaseHead
+from .config import Config, load_config
+from .finetune_feed import Feed
+from .finetune_memory import is_shortage, short_of_memory
+from .finetune_save import TowerKeeper, base_of, save_towers, write_record
+from .finetune_set_up import Live, describe, digest_of, set_up
+from .finetune_settings import WhichTowers, settle_finetune, with_memory
+from .finetune_step import TowerStep
+from .finetune_team import open_team
+from .metrics_file import read_metrics
+from .monitor import Monitor
+from .progress import Progress
+from .runs import Run, mark, open_run, read_info, write_info
+from .settle import notices
+from .siglip import local_digest
+from .splits import Diverged
+from .step import Step
+from .trainer import FitResult, Member, Record, fit
+from .training_run import TrainingRun, TrainResult, read_fit
+from .training_state import STATE, TrainingState, read_state
+from .training_work import Place, Work
+
+KIND, RUNS = "finetune", Path("runs")
+# A state is as large as three times what is trained, and an epoch may take hours.
+KEEP_WITHIN_S = 300.0
+
+
+def finetune(
+    config: Config, *, data: Path, unfreeze: str = "last-2", towers: WhichTowers = "both", start: Path | None = None,
+    out: Path | None = None, runs: Path = RUNS, force: bool = False, tensorboard: bool = False, wandb: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a head, and the towers below it, on the images and captions of a manifest.
+
+    Started in several processes (``accelerate launch``), each calls this and takes a share of every batch; the first
+    one writes.
+
+    Args:
+        config: Everything is used; the arguments here override its finetune section.
+        data: The data set's folder, with ``manifest.parquet``.
+        unfreeze: ``none``, ``last-N`` (the last N blocks with the last norm and the head of a tower) or ``all``.
+        towers: Which of them.
+        start: A finished run of ``train-head`` or ``finetune`` whose head, and towers if it has any, are begun with.
+        out: The run folder; a new one below ``runs`` when not given.
+        runs: The folder of all runs.
+        force: Replace an existing run in ``out``.
+        tensorboard: Log every epoch for TensorBoard, below the run folder.
+        wandb: Log every epoch for Weights & Biases, likewise.
+        progress: Who to tell.
+
+    Raises:
+        InputError: A bad manifest, image or checkpoint, keys that do not go together, a start of another encoder or
+            data set, too little memory, or a loss that diverges.
+    """
+    config = settle_finetune(config, unfreeze=unfreeze, towers=towers, start=start)
+    place = Place(out=out, runs=runs, force=force)
+    with _at_work(config, data, progress, tensorboard=tensorboard, wandb=wandb) as (work, live):
+        for line in (*notices(live.config), *live.towers.summary()):
+            work.progress.say(line)
+        run = None
+        if live.team.first:
+            head = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
+            name = f"{head}-{config.finetune.unfreeze}"
+            run = work.start(describe(KIND, live), live.config, place, name=name, device=str(live.team.device))
+        return _Training(work, live, run).finish(None, resume=False)
+
+
+def resume_finetuning(
+    folder: Path, *, data: Path | None = None, memory: Mapping[str, Any] | None = None, tensorboard: bool = False,
+    wandb: bool = False, progress: Progress | None = None,
+) -> TrainResult:  # fmt: skip
+    """Go on with a finetuning that was interrupted, as it was configured; a finished one is left as it is.
+
+    Args:
+        folder: The run; every process has to see it.
+        data: Where its data set is now; where it was when not given.
+        memory: As of :func:`~mmcli.pipeline.finetune_settings.with_memory`.
+        tensorboard: As of :func:`finetune`.
+        wandb: Likewise.
+        progress: Who to tell.
+
+    Raises:
+        InputError: No run of ``finetune``, another data set or checkpoint, a damaged state; or as of :func:`finetune`.
+    """
+    info = read_info(folder, kind=KIND)
+    if info.kind != KIND:
+        raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
+    config = with_memory(load_config(folder / "config.yaml"), memory or {}, folder)
+    if info.status == "finished":
+        (progress or Progress()).say(f"{folder} is finished already")
+        return _read_result(folder, config)
+    run = Run(folder=folder, info=info)
+    data = data or Path(info.store).parent
+    with _at_work(config, data, progress, tensorboard=tensorboard, wandb=wandb, held=run) as (work, live):
+        if digest_of(live, live.towers.parts.identity) != base_of(folder, info).get("store_digest"):
+            raise InputError(
+                "cannot resume", where=folder, got="another data set or checkpoint", wanted="those of the run",
+                do="name the data set's folder with --data, or train again",
+            )  # fmt: skip
+        state = read_state(folder / STATE)
+        live.team.wait()  # nobody reads it while the first process writes it anew
+        if live.team.first:
+            run, state = work.take_up(run)
+        return _Training(work, live, run if live.team.first else None).finish(state, resume=True)
+
+
+@contextmanager
+def _at_work(
+    config: Config, data: Path, progress: Progress | None, *, tensorboard: bool, wandb: bool, held: Run | None = None
+) -> Iterator[tuple[Work, Live]]:
+    """The processes are together, a run to go on with is held by the first of them, and everything is loaded."""
+    with open_team(config.hardware.device) as team:
+        told = (progress or Progress()) if team.first else Progress()
+        with Work(told, tensorboard=tensorboard, wandb=wandb) as work:
+            if held is not None and team.first:
+                work.hold(held)
+            with set_up(config, data, team, told) as live:
+                yield work, live
+
+
+class _LiveMonitor:
+    """As :class:`~mmcli.pipeline.monitor.Monitor`, of towers that change."""
+
+    def __init__(self, live: Live, inner: Monitor) -> None:
+        self._live, self._inner, self.prior = live, inner, inner.prior
+
+    def __call__(self, head: BaseHead) -> dict[str, float]:
+        """``val_mAP`` and facts of the codes, from embeddings of the towers as they are now."""
+        store, sides = self._live.store, self._live.towers.sides
+        if sides:
+            store.renew()
+        if "image" in sides:
+            store.embed_images(self._inner.rows, None)
+        if "text" in sides:
+            store.embed_captions(self._inner.rows, None)
+        return self._inner(head)
+
+
+class _Training:
+    """One finetuning, as one of its processes goes through it; that of the first has the run."""
+
+    def __init__(self, work: Work, live: Live, run: Run | None) -> None:
+        self._work, self._live, self._run = work, live, run
+        self._team, self._config = live.team, live.config
+        self._folder = Path(live.team.tell("" if run is None else str(run.folder)))
+        self._keeper = TowerKeeper(self._folder / "checkpoints", live.towers)
+        self._writer: TrainingRun | None = None
+
+    def finish(self, state: TrainingState | None, *, resume: bool) -> TrainResult:
+        """Train, embed everything with the best towers, and write all that a run has."""
+        live, team = self._live, self._team
+        live.embed()
+        member = self._member(state, resume=resume)
+        fitted = self._fit(member)
+        team.wait()
+        if live.towers.trained:
+            self._keeper.restore(fitted.best_epoch)
+            live.store.renew()
+            if self._writer is not None:
+                self._writer.run = self._save(self._writer.run)
+        for side in live.changing:
+            embed = live.store.embed_images if side == "image" else live.store.embed_captions
+            embed(live.store.used)
+        result = None
+        if self._writer is not None:
+            result = self._writer.finish(fitted, live.store.image_ids)
+            self._keeper.remove()
+        team.wait()
+        return result or _read_result(self._folder, self._config)
+
+    def _member(self, state: TrainingState | None, *, resume: bool) -> Member:
+        live, config = self._live, self._config
+        splits = live.splits()
+        inner = Monitor(config, splits["train"], splits["val"])
+        head, monitor = live.first_head(inner), _LiveMonitor(live, inner)
+        self._keeper.take_up(_best_epoch(state))
+        if self._run is None:
+            return Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)
+        base = {"model": self._run.info.model, "revision": live.towers.parts.identity.revision}
+        write_record(
+            self._folder, config, live.towers, {**base, "store_digest": digest_of(live, live.towers.parts.identity)}
+        )
+        after = (0 if state is None else state.epoch) if resume else None
+        self._writer = TrainingRun(
+            self._run, config, head, splits, width=live.store.encoder.width, progress=self._work.progress,
+            resume=resume, state=state, monitor=monitor, trackers=self._work.trackers(self._run, config, after=after),
+        )  # fmt: skip
+        member = self._writer.member
+        record, keep = member.on_epoch, member.keep
+        best = state.history if state is not None else ()
+        values = [float(one["val_mAP"]) for one in best]
+
+        def on_epoch(head: BaseHead, told: Record) -> None:
+            record(head, told)
+            if live.towers.trained:
+                self._keeper.offer(int(told["epoch"]), best=told["val_mAP"] > max(values, default=-1.0))
+            values.append(told["val_mAP"])
+
+        def on_keep(state: TrainingState) -> None:
+            assert keep is not None
+            keep(state)
+            self._keeper.sweep()
+
+        member.on_epoch, member.keep = on_epoch, on_keep
+        return member
+
+    def _fit(self, member: Member) -> FitResult:
+        """Train; a batch is all that one optimiser step sees."""
+        live, config = self._live, self._config
+        training = config.training
+        whole = {"batch_size": training.batch_size * training.accumulation_steps, "accumulation_steps": 1}
+        config = config.model_copy(update={"training": training.model_copy(update=whole)})
+        make_step: Any = Step
+        if live.changing:
+            make_step = partial(TowerStep, feed=Feed(live.towers, live.store, self._config))
+        train = self._writer.splits["train"] if self._writer is not None else live.splits()["train"]
+        try:
+            with self._work.progress.task("epochs", training.num_epochs) as task:
+                return fit([member], train, config, task=task, make_step=make_step, keep_within_s=KEEP_WITHIN_S)[0]
+        except Diverged:
+            if self._run is not None:
+                mark(self._run, "failed")
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            raise short_of_memory(self._config, self._team.device) from None
+
+    def _save(self, run: Run) -> Run:
+        """Write the best towers, and let the run say whose codes it has."""
+        folder = save_towers(run.folder, self._live.towers, self._config)
+        identity = replace(self._live.towers.parts.identity, revision=local_digest(folder))
+        saved = replace(run, info=replace(run.info, store_digest=digest_of(self._live, identity)))
+        write_info(saved)
+        return saved
+
+
+def _read_result(folder: Path, config: Config) -> TrainResult:
+    """What a finished run says."""
+    run = open_run(folder, kind=KIND)
+    row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
+    return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
+
+
+def _best_epoch(state: TrainingState | None) -> int:
+    best = max(state.history if state else (), key=lambda record: record["val_mAP"], default=None)
+    return 0 if best is None else int(best["epoch"])
+
+
+def _nothing(head: BaseHead, record: Record) -> None:
+    """Other processes than the first write nothing."""

@@ -1,0 +1,180 @@
+"""Batches of a training whose towers take part: pieces of one patch grid in, one batch of embeddings out, and back.
+
+The head and its losses look at a whole batch at once (batch normalisation, bit balance, covariance, mixtures), the
+towers at pieces of it. So the embeddings of a batch are leaves of the head's graph, and the gradient that arrives at
+them goes on into the towers piece by piece (GradCache: Gao et al. 2021, section 3). With ``accumulation_steps`` the
+first pass keeps no graph and every piece is computed again: memory of one piece, the gradient of the whole batch.
+
+Symbols: n images of a batch, D embedding width.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .config import Config
+from .device import autocast
+from .finetune_augment import draw_views, flip
+from .finetune_data import LiveStore, refuse_unreadable
+from .finetune_towers import Towers
+from .patches import Grid, Pixels
+from .reading import Piece
+from .splits import Split
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """What goes through one tower in one pass.
+
+    Attributes:
+        side: ``image`` or ``text``.
+        places: Its places in the batch.
+        given: Patches or token ids, on the CPU.
+        grid: Of patches.
+        made: Embeddings, with their graph where it is kept.
+    """
+
+    side: str
+    places: Tensor
+    given: Tensor
+    grid: Grid | None = None
+    made: Tensor | None = None
+
+
+class Feed:
+    """Gives batches of embeddings, and takes their gradients.
+
+    Args:
+        towers: What is trained.
+        store: Images, captions, and embeddings of what is not.
+        config: Finetune, training and hardware sections are used.
+    """
+
+    def __init__(self, towers: Towers, store: LiveStore, config: Config) -> None:
+        self.towers, self._store, self._team = towers, store, store.team
+        self._augment, self._seed = config.finetune.augment, config.hardware.seed
+        self._live = set(towers.sides) | ({"image"} if self._augment else set())
+        self._keeps_graph = config.training.accumulation_steps == 1
+        most = config.finetune.batch_tokens or store.encoder.batch_tokens
+        budget = store.encoder.spec.most_tokens
+        self._tokens = {"image": most, "text": most}
+        if not self._keeps_graph:
+            largest = config.training.batch_size
+            self._tokens = {"image": min(most, largest * budget), "text": min(most, largest * _text_length(store))}
+        self._precision = autocast(store.team.device, config.training.mixed_precision)
+        self._pieces: Iterator[Piece] = iter(())
+        self._mirrored: list[npt.NDArray[np.bool_]] = []
+        self._parts: list[_Part] = []
+        self._leaves: dict[str, Tensor] = {}
+
+    def begin(self, epoch: int, batches: Sequence[Rows]) -> None:
+        """Set out on an epoch, or on what is left of it: rows of each batch."""
+        mine = [rows[self._team.share(len(rows))] for rows in batches]
+        boxes = None
+        if self._augment:
+            views = [draw_views(rows, seed=self._seed, epoch=epoch) for rows in mine]
+            boxes, self._mirrored = [view.boxes for view in views], [view.mirrored for view in views]
+        if "image" in self._live:
+            self._pieces = self._store.read(mine, boxes, tokens=self._tokens["image"])
+
+    def embed(self, train: Split, at: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch as :meth:`~mmcli.pipeline.splits.Split.batch` gives it, what is live made anew.
+
+        Args:
+            train: The train split.
+            at: Places in it ``(n,)``.
+            caption: Which caption of each ``(n,)``.
+        """
+        rows = train.rows[at]
+        read = caption.clamp(max=train.v_txt.shape[1] - 1)
+        v_img, v_txt, y = train.batch(at, read)
+        self._parts = [*self._image_parts(len(at)), *self._text_parts(rows, caption)]
+        made = {"image": v_img, "text": v_txt}
+        for side in self._live:
+            made[side] = torch.zeros_like(made[side])
+        for part in self._parts:
+            keeps = self._keeps_graph and part.side in self.towers.sides
+            with contextlib.nullcontext() if keeps else torch.no_grad():
+                found = self._run(part)
+            part.made = found if keeps else None
+            made[part.side][part.places] = found.detach()
+        if self._live:
+            self._team.sum_([made[side] for side in sorted(self._live)])
+        self._leaves = {side: made[side].requires_grad_() for side in self.towers.sides}
+        return made["image"], made["text"], y
+
+    def backward(self) -> None:
+        """Send the gradient at the embeddings of the last batch through the towers, and sum it over all processes."""
+        kept, slopes = [], []
+        for part in self._parts:
+            if part.side not in self.towers.sides:
+                continue
+            slope = self._leaves[part.side].grad
+            if slope is None:
+                continue
+            if part.made is None:
+                torch.autograd.backward(self._run(part), slope[part.places])
+            else:
+                kept.append(part.made)
+                slopes.append(slope[part.places])
+        if kept:
+            torch.autograd.backward(kept, slopes)
+        self._parts, self._leaves = [], {}
+        if self._team.size > 1:
+            self._share_gradients()
+
+    def _share_gradients(self) -> None:
+        for parameter in self.towers.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._team.sum_([p.grad for p in self.towers.trained.values() if p.grad is not None])
+
+    def _image_parts(self, n: int) -> Iterator[_Part]:
+        if "image" not in self._live:
+            return
+        mine = torch.arange(n)[self._team.share(n)]
+        for piece in self._pieces if len(mine) else ():
+            refuse_unreadable(piece.bad)
+            if piece.batch is not None:
+                inside = list(piece.batch.rows)
+                pixels = self._seen(piece.pixels, piece.batch.grid, piece.number, inside)
+                yield _Part(
+                    side="image", places=mine[inside].to(self._team.device), given=torch.from_numpy(pixels),
+                    grid=piece.batch.grid,
+                )  # fmt: skip
+            if piece.last:
+                return
+
+    def _seen(self, pixels: Pixels, grid: Grid, number: int, rows: Sequence[int]) -> Pixels:
+        return flip(pixels, grid, self._mirrored[number][rows]) if self._augment else pixels
+
+    def _text_parts(self, rows: Tensor, caption: Tensor) -> Iterator[_Part]:
+        mine = torch.arange(len(rows))[self._team.share(len(rows))]
+        if "text" not in self._live or not len(mine):
+            return
+        chosen = zip(rows[mine].tolist(), caption[mine].tolist(), strict=True)
+        ids = self._store.encoder.tokenize([self._store.listing.captions[row][which] for row, which in chosen])
+        most = max(1, self._tokens["text"] // ids.shape[1])
+        for places, given in zip(torch.split(mine, most), torch.split(ids, most), strict=True):
+            yield _Part(side="text", places=places.to(self._team.device), given=given)
+
+    def _run(self, part: _Part) -> Tensor:
+        given = part.given.to(self._team.device, non_blocking=True)
+        tower: Any = self.towers.sides.get(part.side)
+        if tower is None:
+            return self._store.encoder.image_features(part.given.numpy(), part.grid)  # type: ignore[arg-type]
+        with self._precision:
+            found: Tensor = tower(given) if part.grid is None else tower(given, part.grid)
+        return found
+
+
+def _text_length(store: LiveStore) -> int:
+    return int(store.encoder.identity.text_length)

@@ -1,0 +1,130 @@
+"""Towers that were trained as files: the best of a training while it lasts, and a whole checkpoint at its end."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import InputError
+from .config import Config
+from .files import unwritable, write_text, write_whole
+from .finetune_towers import Towers
+from .run_encoder import TOWERS
+from .runs import RunInfo
+from .siglip import load_part
+
+RECORD = "finetune.json"
+
+
+class TowerKeeper:
+    """Keeps the trained parameters of the best epoch beside the checkpoints of the head.
+
+    Args:
+        folder: ``checkpoints`` of a run.
+        towers: What is trained.
+    """
+
+    def __init__(self, folder: Path, towers: Towers) -> None:
+        self._folder, self._towers = folder, towers
+        self._best = 0
+
+    def take_up(self, best: int) -> None:
+        """Go on where an epoch is the best so far; 0 for none."""
+        self._best = best
+
+    def offer(self, epoch: int, *, best: bool) -> None:
+        """Write them if an epoch is the best so far."""
+        if best:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self._towers.trained.items()}
+            write_whole(self._path(epoch), lambda temporary: save_file(tensors, temporary))
+            self._best = epoch
+
+    def sweep(self) -> None:
+        """Remove those of other epochs; not before a later epoch can be resumed from."""
+        for path in self._folder.glob("towers-*.safetensors"):
+            if path != self._path(self._best):
+                path.unlink()
+
+    @torch.no_grad()
+    def restore(self, epoch: int) -> None:
+        """Put those of an epoch back into the towers.
+
+        Raises:
+            InputError: They are gone or damaged.
+        """
+        path = self._path(epoch)
+        try:
+            found: Mapping[str, Tensor] = load_file(path)
+            for name, parameter in self._towers.trained.items():
+                parameter.copy_(found[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise InputError(
+                "cannot read trained towers", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+                do="train again, from the start",
+            ) from None  # fmt: skip
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        for path in self._folder.glob("towers-*.safetensors"):
+            path.unlink()
+
+    def _path(self, epoch: int) -> Path:
+        return self._folder / f"towers-{epoch:03d}.safetensors"
+
+
+def save_towers(run: Path, towers: Towers, config: Config) -> Path:
+    """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, whole or not at all.
+
+    Returns:
+        ``run/towers``; one that is there already is replaced.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    folder, model = run / TOWERS, config.model
+    processor = load_part("the image processor", transformers.AutoImageProcessor, model.siglip2_variant, model.revision)
+    try:
+        with tempfile.TemporaryDirectory(dir=run, prefix=f".{TOWERS}.") as scratch:
+            made = Path(scratch) / "new"
+            for part in (towers.parts.model, processor, towers.parts.tokenizer):
+                part.save_pretrained(made)
+            if folder.exists():
+                folder.rename(Path(scratch) / "old")
+            made.rename(folder)
+    except (OSError, SafetensorError, shutil.Error) as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
+def base_of(run: Path, info: RunInfo) -> dict[str, Any]:
+    """What a run began with: ``model``, ``revision`` and ``store_digest`` of its checkpoint."""
+    try:
+        base: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {"model": info.model, "store_digest": info.store_digest}  # killed before it was written
+    return base
+
+
+def write_record(run: Path, config: Config, towers: Towers, identity: Mapping[str, Any]) -> None:
+    """Write ``finetune.json``: what was trained, by name, and of which checkpoint.
+
+    Args:
+        run: The run folder.
+        config: The resolved configuration.
+        towers: What is trained.
+        identity: Of the checkpoint it began with: ``model``, ``revision``, and its ``store_digest``.
+    """
+    section = config.finetune
+    record = {
+        "unfreeze": section.unfreeze, "towers": section.towers, "start": section.start, "base": dict(identity),
+        "trained": list(towers.trained), "n_trained": sum(one.numel() for one in towers.trained.values()),
+    }  # fmt: skip
+    write_text(run / RECORD, json.dumps(record, indent=1))

@@ -1,0 +1,53 @@
+"""One optimiser step of a head and the towers below it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .finetune_feed import Feed
+from .optimisation import Group
+from .replicas import Replicas
+from .splits import Split
+from .step import Step
+
+
+class TowerStep(Step):
+    """As :class:`~mmcli.pipeline.step.Step`, its batches made by towers that are trained with the head.
+
+    Args:
+        members: One head.
+        train: The train split.
+        config: As of ``Step``, and the finetune section; a batch is a whole optimiser step.
+        steps: Optimiser steps in an epoch.
+        feed: Makes the batches.
+    """
+
+    def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int, feed: Feed) -> None:
+        assert not members.stacked
+        self._feed, self._towers = feed, feed.towers
+        super().__init__(members, train, config, steps=steps)
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Trained parameters of the towers by name."""
+        return self._towers.trained
+
+    def _more_groups(self) -> Sequence[Group]:
+        return self._towers.groups(self._config.optimizer)
+
+    def begin(self, epoch: int, order: Tensor, caption: Tensor, *, done: int = 0, images: int = 0) -> None:
+        """Set out on an epoch; images are read ahead from here on."""
+        super().begin(epoch, order, caption, done=done, images=images)
+        rows = self._train.rows[order].cpu()
+        batches = [part.numpy() for part in torch.tensor_split(rows, self._steps)]
+        self._feed.begin(epoch, batches[done:])
+
+    def run(self, sizes: tuple[int, ...]) -> None:
+        """One step, launched piece by piece: every batch has other grids, so there is no graph to replay."""
+        self._body(sizes)
+
+    def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
+        self._backward_of(self._feed.embed(self._train, at, caption), at, parts)
+        self._feed.backward()

@@ -1,0 +1,129 @@
+"""The processes that finetune together, as one sees them: which one it is, and sums over all.
+
+One process needs nothing. Several are started by ``accelerate launch`` or by ``mmcli finetune --num-processes``, and
+Accelerate (extra ``finetune``) finds out how they reach each other: NCCL between GPUs, gloo between CPUs.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import InputError
+from .device import pick_device
+
+# Gradients are summed in pieces of so many numbers: a call each would wait on the network again and again.
+BUCKET = 1 << 24
+
+
+class Team:
+    """One process by itself; the interface of several.
+
+    Attributes:
+        rank: Which process this is.
+        size: How many there are.
+        device: Where this one computes.
+    """
+
+    rank, size = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """Which of n things are this process's."""
+        return slice(self.rank, n, self.size)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over all processes, in place."""
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Give all processes the first one's tensors, in place."""
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+    def tell(self, text: str) -> str:
+        """The first process's text, in all of them."""
+        return text
+
+
+class _Several(Team):
+    def __init__(self, state: Any) -> None:  # noqa: ANN401
+        super().__init__(state.device)
+        self._state = state
+        self.rank, self.size = state.process_index, state.num_processes
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            torch.distributed.all_reduce(flat)
+            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        self._state.wait_for_everyone()
+
+    def tell(self, text: str) -> str:
+        coded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor(len(coded), device=self.device)
+        self.broadcast_([length])
+        coded = coded if self.first else torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        self.broadcast_([coded])
+        return bytes(coded.tolist()).decode()
+
+
+@contextmanager
+def open_team(device: str) -> Iterator[Team]:
+    """The processes of this run, as their launcher says in the environment.
+
+    Args:
+        device: As configured; with several processes ``auto``, ``cpu`` or ``cuda``, of which each takes its own.
+
+    Raises:
+        InputError: Several processes without Accelerate, or a device that several cannot share.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team(pick_device(device))
+        return
+    if ":" in device:
+        raise InputError(
+            "one device for several processes", where="--device", got=device, wanted="auto, cpu or cuda",
+            do="leave it out: every process takes its own",
+        )  # fmt: skip
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise InputError(
+            "Accelerate is not installed", where="several processes", wanted="the extra finetune",
+            do="pip install -c constraints.txt -e '.[finetune]'",
+        ) from None  # fmt: skip
+    state = PartialState(cpu=pick_device(device).type == "cpu")
+    try:
+        yield _Several(state)
+    finally:
+        state.destroy_process_group()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if buckets[-1] and (held + tensor.numel() > BUCKET or tensor.dtype != buckets[-1][-1].dtype):
+            buckets.append([])
+            held = 0
+        buckets[-1].append(tensor)
+        held += tensor.numel()
+    return [bucket for bucket in buckets if bucket]

@@ -1,0 +1,251 @@
+"""The towers of a checkpoint in training: what is frozen below runs without a graph, what is trained above with one.
+
+The arithmetic is that of :mod:`~mmcli.pipeline.towers` on live weights, and so are its savings where they change no
+more than rounding: one grid a batch and no mask, the last position of a text alone in the last block, a pooling head
+that weighs patches before it makes values of them. Towers have no dropout: a second pass gives the same numbers.
+
+Symbols: n images or texts, P patches, T tokens, D width, H heads, L blocks of a tower.
+"""
+
+import re
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from .. import InputError
+from .config import FinetuneConfig, OptimizerConfig
+from .encoder import EncoderParts
+from .optimisation import Group
+from .patches import Grid
+from .towers import ImageTower, PixelScale, TextTower, resize_positions
+
+TOWERS = {"image": "vision_model", "text": "text_model"}
+# What leaves a tower belongs to it as its last block does.
+_TOP = {"image": ("post_layernorm", "head"), "text": ("final_layer_norm", "head")}
+
+
+class _Block(nn.Module):
+    """One block of ``transformers``, without a mask."""
+
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, last: bool = False) -> Tensor:
+        """``(n, T, D)`` to the same, or to ``(n, 1, D)`` where only the last position is wanted."""
+        attention = self.layer.self_attn
+        normed = self.layer.layer_norm1(x)
+        asked = normed[:, -1:] if last else normed
+        q, k, v = (
+            project(part).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for project, part in ((attention.q_proj, asked), (attention.k_proj, normed), (attention.v_proj, normed))
+        )
+        made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = (x[:, -1:] if last else x) + attention.out_proj(made)
+        out: Tensor = x + self.layer.mlp(self.layer.layer_norm2(x))
+        return out
+
+
+class _Pool(nn.Module):
+    """The last norm and the pooling head of an image tower; see :class:`mmcli.pipeline.towers._Pool`."""
+
+    def __init__(self, vision: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.norm, self.head = vision.post_layernorm, vision.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(n, P, D)`` to raw embeddings ``(n, D)`` float32."""
+        x, attention = self.norm(x), self.head.attention
+        D, H = attention.embed_dim, attention.num_heads
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        q = F.linear(self.head.probe, weight[:D], bias[:D]).view(H, 1, D // H)
+        query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0]
+        weights = (x @ query.T).float().softmax(1).transpose(1, 2)  # (n, H, P)
+        means = weights @ x  # (n, H, D)
+        value = weight[2 * D :].view(H, D // H, D)
+        values = torch.einsum("nhd,hed->nhe", means, value).flatten(1) + bias[2 * D :]
+        pooled = attention.out_proj(values).float()
+        out: Tensor = pooled + self.head.mlp(self.head.layernorm(pooled)).float()
+        return out
+
+
+class ImageSide(nn.Module):
+    """An image tower whose upper part is trained.
+
+    Args:
+        vision: The vision model of ``transformers``.
+        scale: How pixels are normalised.
+        dtype: What the frozen part computes in.
+        first: The first trained block; None where the embeddings are trained too.
+        checkpointing: Whether activations within a block are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, vision: Any, scale: PixelScale, dtype: torch.dtype, first: int | None, *, checkpointing: bool  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        super().__init__()
+        layers = vision.encoder.layers
+        self._first, self._checkpointing = first, checkpointing
+        self._below = ImageTower(_cut_off(vision, layers[: first or 0]), scale, dtype)
+        self.embeddings = vision.embeddings if first is None else None
+        self.blocks = nn.ModuleList(_Block(layer) for layer in layers[first or 0 :])
+        self.pool = _Pool(vision)
+
+    def forward(self, patches: Tensor, grid: Grid) -> Tensor:
+        """Raw embeddings ``(n, D)`` float32 of patches ``(n, P, 3 p^2)`` uint8, all of one grid."""
+        with torch.no_grad():
+            x = self._below.scaled(patches) if self.embeddings is not None else self._below.hidden(patches, grid)
+        if self.embeddings is not None:
+            x = self._embed(x, grid)
+        for block in self.blocks:
+            x = _run(block, x, checkpointing=self._checkpointing)
+        out: Tensor = self.pool(x)
+        return out
+
+    def _embed(self, x: Tensor, grid: Grid) -> Tensor:
+        assert self.embeddings is not None
+        patch = self.embeddings.patch_embedding
+        weight = patch.weight.permute(0, 2, 3, 1).flatten(1) if patch.weight.ndim == 4 else patch.weight
+        position = resize_positions(self.embeddings.position_embedding.weight, grid)
+        return F.linear(x, weight, patch.bias).float() + position
+
+
+class TextSide(nn.Module):
+    """A text tower whose upper part is trained; arguments as of :class:`ImageSide`."""
+
+    def __init__(self, text: Any, dtype: torch.dtype, first: int | None, *, checkpointing: bool) -> None:  # noqa: ANN401
+        super().__init__()
+        layers = text.encoder.layers
+        self._first, self._checkpointing = first, checkpointing
+        self._below = TextTower(_cut_off(text, layers[: first or 0]), dtype)
+        self.embeddings = text.embeddings if first is None else None
+        self.blocks = nn.ModuleList(_Block(layer) for layer in layers[first or 0 :])
+        self.norm, self.head = text.final_layer_norm, text.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
+        if self.embeddings is None:
+            with torch.no_grad():
+                x = self._below.hidden(ids, self._first or 0)
+        else:
+            x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
+        for block in self.blocks[:-1]:
+            x = _run(block, x, checkpointing=self._checkpointing)
+        x = _run(self.blocks[-1], x, True, checkpointing=self._checkpointing)
+        out: Tensor = self.head(self.norm(x[:, -1])).float()
+        return out
+
+
+class Towers:
+    """Both towers of a checkpoint, and what of them is trained.
+
+    Args:
+        parts: The checkpoint; ``requires_grad`` of its parameters is set here.
+        config: The finetune section.
+
+    Attributes:
+        sides: What is trained, by ``image`` and ``text``.
+        trained: Trained parameters by their names in the model of ``transformers``.
+
+    Raises:
+        InputError: More blocks than a tower has.
+    """
+
+    def __init__(self, parts: EncoderParts, config: FinetuneConfig) -> None:
+        self.parts, self._config = parts, config
+        dtype = getattr(torch, parts.identity.compute_dtype)
+        self.depth = {name: len(self._tower(name).encoder.layers) for name in TOWERS}
+        chosen = () if config.unfreeze == "none" else ("image", "text") if config.towers == "both" else (config.towers,)
+        first = {name: self._first_block(name) for name in chosen}
+        self.trained: dict[str, nn.Parameter] = {}
+        for name, parameter in parts.model.named_parameters():
+            if any(_is_trained(name, tower, first[tower]) for tower in chosen):
+                self.trained[name] = parameter.requires_grad_()
+        options: dict[str, Any] = {"checkpointing": config.gradient_checkpointing}
+        self.sides: dict[str, nn.Module] = {}
+        if "image" in chosen:
+            vision = self._tower("image")
+            self.sides["image"] = ImageSide(vision, parts.scale, dtype, first["image"], **options)
+        if "text" in chosen:
+            self.sides["text"] = TextSide(self._tower("text"), dtype, first["text"], **options)
+
+    def groups(self, optimizer: OptimizerConfig) -> list[Group]:
+        """Trained parameters by learning rate and weight decay.
+
+        ``lr_towers * layer_decay^k`` for what lies k blocks below the top (Clark et al. 2020, section 2; Bao et al.
+        2022); norms and biases do not decay.
+        """
+        found: dict[tuple[str, int, bool], list[Tensor]] = {}
+        for name, parameter in self.trained.items():
+            tower = next(tower for tower, prefix in TOWERS.items() if name.startswith(prefix))
+            found.setdefault((tower, self._below_top(name, tower), parameter.ndim > 1), []).append(parameter)
+        return [
+            Group(
+                name=f"{tower} -{below}", parameters=parameters,
+                rate=optimizer.lr_towers * self._config.layer_decay**below,
+                decay=optimizer.weight_decay if decays else 0.0,
+            )
+            for (tower, below, decays), parameters in found.items()
+        ]  # fmt: skip
+
+    def summary(self) -> list[str]:
+        """What is trained, a line a part."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.trained.items():
+            found = re.match(r"\w+\.(encoder\.layers\.\d+|\w+)", name)
+            part = found.group() if found else name
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        total = sum(parameter.numel() for parameter in self.parts.model.parameters())
+        lines = [f"  {part}: {count:,} parameters" for part, count in counts.items()]
+        return [f"training {sum(counts.values()):,} of {total:,} parameters of the towers", *lines]
+
+    def _tower(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self.parts.model, TOWERS[name])
+
+    def _first_block(self, tower: str) -> int | None:
+        if self._config.unfreeze == "all":
+            return None
+        n, depth = int(self._config.unfreeze.removeprefix("last-")), self.depth[tower]
+        if n > depth:
+            raise InputError(
+                f"the {tower} tower has not so many blocks", where="--unfreeze", got=f"last-{n}",
+                wanted=f"at most last-{depth}, or all", do="lower it, or give --unfreeze all",
+            )  # fmt: skip
+        return depth - n
+
+    def _below_top(self, name: str, tower: str) -> int:
+        """How many blocks lie above a parameter's, 0 for what follows the last block."""
+        block = re.match(r"\w+\.encoder\.layers\.(\d+)\.", name)
+        if block:
+            return self.depth[tower] - int(block.group(1))
+        return self.depth[tower] + 1 if name.startswith(f"{TOWERS[tower]}.embeddings.") else 0
+
+
+def _is_trained(name: str, tower: str, first: int | None) -> bool:
+    prefix = TOWERS[tower]
+    if not name.startswith(f"{prefix}."):
+        return False
+    block = re.match(rf"{prefix}\.encoder\.layers\.(\d+)\.", name)
+    if first is None or block is None:
+        return first is None or name.startswith(tuple(f"{prefix}.{part}." for part in _TOP[tower]))
+    return int(block.group(1)) >= first
+
+
+def _cut_off(tower: Any, layers: Sequence[Any]) -> SimpleNamespace:  # noqa: ANN401
+    """A tower without the blocks above some."""
+    own = ("embeddings", "post_layernorm", "final_layer_norm", "head")
+    parts = {name: getattr(tower, name) for name in own if hasattr(tower, name)}
+    return SimpleNamespace(**parts, encoder=SimpleNamespace(layers=list(layers)))
+
+
+def _run(block: nn.Module, x: Tensor, *words: bool, checkpointing: bool) -> Tensor:
+    if checkpointing and torch.is_grad_enabled():
+        kept: Tensor = checkpoint(block, x, *words, use_reentrant=False)
+        return kept
+    made: Tensor = block(x, *words)
+    return made
