@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .blas import one_blas_thread
 from .ranking import (
     TAGS_OF_TOP,
     TOP_KS,
@@ -95,7 +96,7 @@ def resample(
         AP = np.stack([ranked.average_precision(W) for ranked in of_class])
         return {"mAP": _mean_of_defined(AP, axis=0), **of_images(W), **of_counts(W)}
 
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         chunks = list(pool.map(chunk, range(0, n, CHUNK)))
     return {key: np.concatenate([part[key] for part in chunks]) for key in chunks[0]}
 

@@ -57,7 +57,9 @@ def extract_at(patches: int, digest: str, store: Path, places: Places, config: C
             "text_max_length": key.text_length,
         }
     )  # fmt: skip
-    plan = ExtractPlan(data=places.data, out=folder, dtype=key.dtype)
+    # Shards of captions are taken over where they are of the same rows.
+    rows = opened.columns(["shard"])["shard"].to_pylist().count(0)
+    plan = ExtractPlan(data=places.data, out=folder, dtype=key.dtype, shard_rows=rows)
     result = extract_here(config.model_copy(update={"model": model}), plan, progress=progress)
     if result.digest != digest:
         raise InputError(
