@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import InputError, __version__
-from .pipeline.commands import ablate, bench, cache, compare, data, heads, index, predict
+from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict
 from .pipeline.commands.options import Panels
 
 INTERRUPTED = 130
@@ -56,6 +56,7 @@ app.command()(data.extract)
 app.command("train-head", cls=Panels)(heads.train_head)
 app.command("knn-eval")(heads.knn_eval)
 app.command("zero-shot")(heads.zero_shot)
+app.command("finetune", cls=Panels)(finetune.finetune)
 app.command()(compare.compare)
 app.command("ablate", cls=Panels)(ablate.ablate)
 app.command("predict")(predict.predict)

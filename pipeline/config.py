@@ -192,6 +192,7 @@ def load_config(
     *,
     options: Mapping[str, Any] | None = None,
     flags: Mapping[str, str] | None = None,
+    under: Mapping[str, Any] | None = None,
 ) -> Config:
     """Resolve a configuration.
 
@@ -199,6 +200,7 @@ def load_config(
         file: A YAML file with the sections of :class:`Config`; ``None`` for none.
         options: Dotted keys (``hash.bits``) to the values that were given; ``None`` is one of them, YAML's null.
         flags: Dotted keys to the option's name on the command line, for messages.
+        under: Sections that count where neither file nor options say otherwise.
 
     Returns:
         The checked configuration.
@@ -206,7 +208,7 @@ def load_config(
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value is refused.
     """
-    given = _read_yaml(file) if file is not None else {}
+    given = _merge(under or {}, _read_yaml(file) if file is not None else {})
     chosen = dict(options or {})
     preset = chosen.get("preset", given.get("preset", Config.model_fields["preset"].default))
     preset = preset.lower() if isinstance(preset, str) else preset

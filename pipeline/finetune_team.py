@@ -19,6 +19,11 @@ from .device import pick_device
 BUCKET = 1 << 24
 
 
+def is_first() -> bool:
+    """Whether this process is the one of its launcher that writes and tells."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Team:
     """One process by itself; the interface of several.
 

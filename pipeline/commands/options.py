@@ -132,7 +132,10 @@ FLAGS = {
     "knn.theta": "--theta", "knn.ties": "--ties", "knn.index": "--index", "knn.predictor": "--predictor",
     "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
     "hardware.deterministic": "--deterministic", "data.split_type": "--protocol",
-    "data.protocol_lists": "--protocol-lists",
+    "data.protocol_lists": "--protocol-lists", "finetune.unfreeze": "--unfreeze", "finetune.towers": "--towers",
+    "finetune.layer_decay": "--layer-decay", "finetune.augment": "--augment",
+    "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
+    "finetune.start": "--from", "optimizer.lr_towers": "--lr-towers", "training.accumulation_steps": "--accumulation",
 }  # fmt: skip
 
 
@@ -143,14 +146,19 @@ def make_progress(quiet: bool) -> "Progress":
     return Progress() if quiet else ConsoleProgress()
 
 
-def read_config(file: Path | None, settings: list[str] | None, options: Mapping[str, Any]) -> "Config":
-    """The configuration of a file, settings of ``--set`` and options by key; those that are None were not given."""
+def read_config(
+    file: Path | None, settings: list[str] | None, options: Mapping[str, Any], *, under: Mapping[str, Any] | None = None
+) -> "Config":
+    """The configuration of a file, settings of ``--set`` and options by key; those that are None were not given.
+
+    What is ``under`` the file, sections by name, counts where neither says otherwise.
+    """
     from ..config import load_config, parse_settings
 
     given = {key: value for key, value in options.items() if value is not None}
     parsed = parse_settings(settings or [])
     flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
-    return load_config(file, options={**given, **parsed}, flags=flags)
+    return load_config(file, options={**given, **parsed}, flags=flags, under=under)
 
 
 def read_sweep(
