@@ -105,14 +105,36 @@ def vote_shared(
     Raises:
         InputError: K is larger than the search's.
     """
+    w = shared_weights(neighbours, config, boundary, K)
+    K = w.shape[1]
+    distance = neighbours.distance[:, :K]
+    scores = _scores(neighbours.index[:, :K], np.where(distance == distance[:, -1:], 0.0, w), labels)
+    scores += w[:, -1:] * boundary.labels
+    return scores.clip(0.0, 1.0).astype(np.float32)
+
+
+def shared_weights(neighbours: Neighbours, config: KnnConfig, boundary: "Boundary", K: int | None = None) -> Weights:
+    """The weight of each listed neighbour where ties share their votes, as of :func:`vote_shared`.
+
+    Args:
+        neighbours: As there.
+        config: Likewise.
+        boundary: Likewise.
+        K: Likewise.
+
+    Returns:
+        ``(Q, K)`` float64. Members of the group at the boundary that are not listed have the weight of the last one, so
+        the sum may be below 1.
+
+    Raises:
+        InputError: K is larger than the search's.
+    """
     K = _checked(config.K if K is None else K, neighbours)
-    index, distance = neighbours.index[:, :K], neighbours.distance[:, :K]
+    distance = neighbours.distance[:, :K]
     w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
     last = distance == distance[:, -1:]
     share = np.where(last, w, 0.0).sum(axis=1) / boundary.size
-    scores = _scores(index, np.where(last, 0.0, _averaged(w, distance)), labels)
-    scores += share[:, None] * boundary.labels
-    return scores.clip(0.0, 1.0).astype(np.float32)
+    return np.where(last, share[:, None], _averaged(w, distance))
 
 
 def label_sums(query: npt.NDArray[np.int64], index: npt.NDArray[np.int64], labels: Labels, Q: int) -> Any:  # noqa: ANN401

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
-from .config import ProtocolName
+from .config import DataConfig, ProtocolName
 
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 Rows = npt.NDArray[np.int64]
@@ -106,6 +106,16 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
                 do="use --protocol karpathy, or prepare the whole data set",
             )  # fmt: skip
     return {split: rows.astype(np.int64) for split, rows in found.items()}
+
+
+def chosen(data: DataConfig, listing: Listing) -> dict[str, Rows]:
+    """The rows of :func:`select` for the protocol of a configuration, its lists read.
+
+    Raises:
+        InputError: As of :func:`select` and :func:`read_lists`.
+    """
+    lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
+    return select(data.split_type, listing, lists)
 
 
 _WANTED = {

@@ -12,7 +12,7 @@ from ..heads.model import BaseHead, Head, make_head
 from .config import Config
 from .device import pick_device, seed_everything
 from .progress import Progress
-from .protocols import read_lists, select
+from .protocols import chosen
 from .settle import check_frozen, settle
 from .splits import Split
 from .stores import LabelledStore, Reading, find_store, read_store, resolve_config
@@ -100,9 +100,7 @@ def place_splits(labelled: LabelledStore, config: Config, device: torch.device) 
         arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device,
         norms=(arrays.norm_img, arrays.norm_txt),
     )  # fmt: skip
-    data = config.data
-    lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
-    return {split: whole.part(rows) for split, rows in select(data.split_type, listing, lists).items()}
+    return {split: whole.part(rows) for split, rows in chosen(config.data, listing).items()}
 
 
 def draw_head(config: Config, *, width: int, device: torch.device) -> BaseHead:

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
+from ..heads.boundary import BoundaryIndex
 from ..heads.config import KnnConfig, Metric
-from ..heads.knn import build_index
-from ..heads.voting import vote, weights
+from ..heads.knn import Neighbours, build_index
+from ..heads.voting import shared_weights, vote, vote_shared, weights
+from .knn_search import check_ties
 from .run_encoder import Coded
 from .tag_index import TagIndex
 from .tagging import Neighbour, Tag, Tagging
@@ -37,13 +39,16 @@ class Voters:
         knn: The same with the metric that is used.
 
     Raises:
-        InputError: Hamming distance was asked for, and the codes have no bits.
+        InputError: Hamming distance, or ties that share their votes, were asked for, and the codes have no bits.
     """
 
     def __init__(self, index: TagIndex, knn: KnnConfig) -> None:
         self.index = index
         self.knn = knn.model_copy(update={"distance_metric": _metric(index, knn)})
+        check_ties(self.knn)
         self._search = build_index(self.knn.distance_metric, packed=index.packed, soft=index.soft)
+        packed = index.packed if self.knn.ties == "average" else None
+        self._boundary = None if packed is None else BoundaryIndex(packed, index.labels)
 
     def check_k(self, k: int | None, *, usable: int | None = None) -> int:
         """K: what was asked for, else as configured.
@@ -77,8 +82,7 @@ class Voters:
         exclude = np.where(given, rows, -1)
         K = self.check_k(k, usable=len(self.index) - int((exclude >= 0).any()))
         found = self._search.search(K=K, packed=coded.packed, soft=coded.soft, exclude=exclude)
-        scores = vote(found, self.index.labels, self.knn, K)
-        shares = weights(found.similarity, self.knn.voting_strategy, tau=self.knn.tau, theta=self.knn.theta)
+        scores, shares = self._vote(found, coded, exclude)
         return [
             self._tagging(query, scores[at], [
                 self._neighbour(int(row), float(distance), float(similarity), float(share))
@@ -88,6 +92,18 @@ class Voters:
             ], top)
             for at, query in enumerate(queries)
         ]  # fmt: skip
+
+    def _vote(
+        self, found: Neighbours, coded: Coded, exclude: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Scores ``(Q, C)``, and the weight of every neighbour ``(Q, K)``."""
+        labels, K = self.index.labels, found.index.shape[1]
+        if self._boundary is None or not len(found.index):
+            shares = weights(found.similarity, self.knn.voting_strategy, tau=self.knn.tau, theta=self.knn.theta)
+            return vote(found, labels, self.knn, K), shares
+        assert coded.packed is not None
+        groups = self._boundary.groups(coded.packed, found.distance[:, -1].astype(np.int32), exclude)
+        return vote_shared(found, labels, self.knn, groups, K), shared_weights(found, self.knn, groups, K)
 
     def _neighbour(self, row: int, distance: float, similarity: float, weight: float) -> Neighbour:
         index = self.index

@@ -20,8 +20,10 @@ from .config import Config, ModelConfig
 from .device import pick_device
 from .encoder import Encoder
 from .evaluation import Labels, Scores, metrics_row, write_scores
+from .manifest import Manifest
 from .progress import Progress
 from .prompts import GAP, TEMPLATES
+from .protocols import chosen
 from .runs import Run, finish_run, start_run
 from .siglip import load_part
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
@@ -82,7 +84,7 @@ def zero_shot(
     progress = progress or Progress()
     labelled = _read(find_store(store), config)
     config, listing = resolve_config(config, labelled), labelled.listing
-    rows = {name: listing.rows(name) for name in (split, "val") if name == split or (listing.splits == name).any()}
+    rows = _rows(config, listing, split)
     _check_captions(labelled, rows, inputs)
     encoder = _matching_encoder(config, labelled)
     names = listing.category_names
@@ -123,6 +125,14 @@ class _Scorer:
             parts.append((self._embeddings.v_txt[rows, 0], "caption embedding"))
         cosines = [zero_shot_scores(v.astype(np.float32), self._prototypes, name=name) for v, name in parts]
         return mean_logits(cosines, self._scale, self._bias)
+
+
+def _rows(config: Config, listing: Manifest, split: str) -> dict[str, npt.NDArray[np.int64]]:
+    """Rows of a split and of val under the protocol; a manifest's own splits may lack val."""
+    if config.data.split_type != "karpathy":
+        found = chosen(config.data, listing)
+        return {name: found[name] for name in dict.fromkeys((split, "val"))}
+    return {name: listing.rows(name) for name in (split, "val") if name == split or (listing.splits == name).any()}
 
 
 def _row(run: Run, split: str, logits: Mapping[str, Scores], labels: Mapping[str, Labels]) -> dict[str, Any]:

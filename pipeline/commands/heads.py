@@ -155,6 +155,8 @@ def zero_shot(
     store: Store = None, split: Split = "test",
     inputs: Annotated[Literal["image", "text", "both"], typer.Option("--inputs", help="What is compared with the prompts: the image, its caption, or both.")] = "image",
     prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Templates in the place of ours, one a line, with {} for the name.")] = None,
+    protocol: Annotated[Literal["karpathy", "coco14", "hashnet"] | None, typer.Option("--protocol", help="Which images are tagged, and which tune thresholds [default: karpathy].")] = None,
+    protocol_lists: Annotated[str | None, typer.Option("--protocol-lists", metavar="DIR", help="Folder with database.txt, train.txt and test.txt of hashnet.")] = None,
     print_prompts: Annotated[bool, typer.Option("--print-prompts", help="Print the templates, score nothing.")] = False,
     out: RunOut = None, model: Model = None, revision: Revision = None,
     device: Device = None, config: ConfigFile = None, set_: Set = None,
@@ -167,7 +169,10 @@ def zero_shot(
     if print_prompts:
         print(json.dumps({"prompts": templates}) if json_ else "\n".join(templates))
         return
-    options = {"model.siglip2_variant": model, "model.revision": revision, "hardware.device": device}
+    options = {
+        "model.siglip2_variant": model, "model.revision": revision, "hardware.device": device,
+        "data.split_type": protocol, "data.protocol_lists": protocol_lists,
+    }  # fmt: skip
     resolved = read_config(config, set_, options)
     from ..zero_shot import zero_shot as stage
 

@@ -22,6 +22,7 @@ def predict(
     vote: Annotated[Literal["softmax", "uniform", "rank", "threshold"] | None, typer.Option("--vote", help="Weights of the votes [default: the run's].")] = None,
     tau: Annotated[float | None, typer.Option("--tau", help="Temperature of the softmax vote [default: the run's].")] = None,
     theta: Annotated[float | None, typer.Option("--theta", help="Least similarity of the threshold vote [default: the run's].")] = None,
+    ties: Annotated[Literal["index", "average"] | None, typer.Option("--ties", help="Who votes among equals at the boundary: the lower index, or all of them share [default: the run's].")] = None,
     panel: Annotated[Path | None, typer.Option("--panel", metavar="FILE", help="Draw images and neighbours into a PNG file.")] = None,
     data: Data = Path("data/coco"),
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
@@ -34,6 +35,7 @@ def predict(
     found = find_run(run)
     options = {
         "knn.K": k, "knn.distance_metric": metric, "knn.voting_strategy": vote, "knn.tau": tau, "knn.theta": theta,
+        "knn.ties": ties,
     }  # fmt: skip
     resolved = read_config(found.folder / "config.yaml", None, options)
     from ..panel import check_panel

@@ -180,7 +180,7 @@ def test_another_checkpoint_than_the_runs_is_refused(here, miniature, tmp_path) 
         Tagger.load(run, model=str(moved), device="cpu")
 
 
-@pytest.mark.parametrize("metric", ["cosine", "hybrid", "hamming"])
+@pytest.mark.parametrize("metric", ["cosine", "hybrid", "hamming", "asymmetric"])
 @pytest.mark.parametrize("strategy", ["threshold", "rank", "uniform"])
 def test_every_metric_and_vote(made, miniature, tagger, metric, strategy) -> None:
     knn = KnnConfig(K=4, distance_metric=metric, voting_strategy=strategy, theta=0.99)
@@ -192,6 +192,32 @@ def test_every_metric_and_vote(made, miniature, tagger, metric, strategy) -> Non
         for tag in one.tags:
             assert tag.score == pytest.approx(sum(n.weight for n in tag.voters), abs=1e-6)
             assert all(n.weight > 0 for n in tag.voters)
+
+
+@pytest.mark.parametrize("strategy", ["softmax", "rank"])
+def test_shared_ties_do_not_depend_on_the_order_of_the_index(strategy) -> None:
+    rng = np.random.default_rng(0)
+    n, C = 40, 5
+    packed, labels = rng.integers(0, 4, (n, 1), np.uint8), rng.integers(0, 2, (n, C)).astype(np.uint8)
+    origin = Origin(head="h", store="s", model="m", patches=1)
+    coded = Coded(soft=np.zeros((3, 8), np.float32), packed=packed[:3])
+    queries = [Query(None, None, 0), Query(None, None), Query(None, None, 2)]
+    found = []
+    for order in (np.arange(n), rng.permutation(n)):
+        codes = Codes(
+            image_id=order, soft=np.zeros((n, 8), np.float32), packed=packed[order], labels=labels[order], logits=None
+        )
+        index = TagIndex.from_codes(codes, tuple("abcde"), origin)
+        voters = Voters(index, KnnConfig(K=7, voting_strategy=strategy, ties="average"))
+        found.append(voters.tag(coded, queries))
+        plain = Voters(index, KnnConfig(K=7, voting_strategy=strategy)).tag(coded, queries)
+        assert any((a.scores != b.scores).any() for a, b in zip(found[-1], plain, strict=True))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert sum(near.weight for near in one.neighbours) <= 1 + 1e-9
+        assert sorted(near.weight for near in one.neighbours) == sorted(near.weight for near in other.neighbours)
+    with pytest.raises(InputError, match="only Hamming distances tie"):
+        Voters(index, KnnConfig(K=7, distance_metric="cosine", ties="average"))
 
 
 def test_a_neighbour_without_weight_is_no_voter() -> None:

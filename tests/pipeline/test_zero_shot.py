@@ -59,6 +59,20 @@ def test_scores_are_siglips_probabilities_of_what_was_asked_for(mmcli, here: Pat
     assert {line["category"] for line in classes} >= {"person", "dog"}
 
 
+def test_a_protocol_picks_the_images(mmcli, here: Path) -> None:
+    code, out, err = mmcli("zero-shot", "--protocol", "coco14", "--out", "zs", "--json")
+    assert code == 0, err
+    store = Store.open(store_of(here))
+    table = store.columns(["image_id", "path", "labels"])
+    rows = zip(*(table.column(name).to_pylist() for name in ("image_id", "path", "labels")), strict=True)
+    wanted = sorted(id_ for id_, path, labels in rows if "val2014/" in path and labels)
+    kept = load_file(here / "zs" / "scores" / "zero-shot-test.safetensors")
+    assert sorted(kept["image_id"].tolist()) == wanted
+    assert json.loads(out)["n_images"] == len(wanted)
+    code, _, err = mmcli("zero-shot", "--protocol", "hashnet")
+    assert (code, "--protocol-lists" in err) == (2, True)
+
+
 def test_our_prompts_are_the_default_and_are_shown(mmcli, here: Path) -> None:
     code, out, err = mmcli("zero-shot", "--json")
     assert code == 0, err
