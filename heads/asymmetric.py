@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cosine import normalise
-from .neighbours import Neighbours, Packed, Rows, Soft, check_search, fitting_queries, load_faiss, without
+from .neighbours import ExhaustiveIndex, Neighbours, Packed, Rows, Soft, load_faiss
 
 # Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
 MARGINS = (32, 1024)
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 26
 Weights = npt.NDArray[np.float32]
 
 
-class AsymmetricIndex:
+class AsymmetricIndex(ExhaustiveIndex):
     """Exhaustive search of packed codes by the cosine of the query's soft code with each hard code.
 
     ``s = h . b / (|h| sqrt(B))``: the query is not binarised, the index is (Gordo, Perronnin, Gong and Lazebnik 2014,
@@ -31,11 +31,11 @@ class AsymmetricIndex:
     of threads, and ties are settled by index.
     """
 
-    kind = "pq"
+    kind, reads = "pq", "soft"
 
     def __init__(self, packed: Packed) -> None:
         self._packed = np.ascontiguousarray(packed)
-        self.bits = 8 * packed.shape[1]
+        self.bits = self.width = 8 * packed.shape[1]
         faiss = load_faiss()
         self._index = faiss.IndexPQ(self.bits, packed.shape[1], 8, faiss.METRIC_INNER_PRODUCT)
         patterns = 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1.0
@@ -51,25 +51,14 @@ class AsymmetricIndex:
         """N * B / 8."""
         return self._packed.nbytes
 
-    def search(
-        self,
-        *,
-        K: int,
-        packed: Packed | None = None,  # noqa: ARG002
-        soft: Soft | None = None,
-        exclude: Rows | None = None,
-    ) -> Neighbours:
-        """See :class:`~mmcli.heads.neighbours.Index`; ``packed`` is not read."""
-        weights = whole_weights(fitting_queries(soft, self.bits, "soft"))
-        exclude = check_search(K, len(self), len(weights), exclude)
-        wide = K if exclude is None else K + 1
-        index, score = self._nearest(weights, wide)
+    def _nearest(self, queries: Soft, K: int) -> Neighbours:
+        weights = whole_weights(queries)
+        index, score = self._best(weights, K)
         n = np.sqrt(np.square(weights.astype(np.float64)).sum(axis=1, keepdims=True) * self.bits)
         similarity = (score / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32)
-        found = Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
-        return found if exclude is None else without(found, exclude, K)
+        return Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
 
-    def _nearest(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
+    def _best(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
         """Rows and whole scores of the K best, ``(Q, K)`` each."""
         index, score = np.empty((len(weights), K), np.int64), np.empty((len(weights), K), np.float32)
         pending = np.arange(len(weights))

@@ -6,14 +6,14 @@ Symbols: N codes of the index, Q queries, K neighbours, M candidates, F features
 import numpy as np
 import numpy.typing as npt
 
-from .neighbours import Neighbours, Packed, Rows, Soft, check_search, fitting_queries, load_faiss, without
+from .neighbours import ExhaustiveIndex, Neighbours, Rows, Soft, load_faiss
 
 # Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
 MARGINS = (32, 1024)
 CHUNK_BYTES = 1 << 26
 
 
-class CosineIndex:
+class CosineIndex(ExhaustiveIndex):
     """Exhaustive cosine search with FAISS ``IndexFlatIP``; order (-similarity, index).
 
     A blocked float32 product gives equal rows products that differ in the last bit, so their order would depend on
@@ -21,10 +21,10 @@ class CosineIndex:
     to float32. Where ties may reach beyond the candidates, every row is looked at for that query.
     """
 
-    kind = "flat"
+    kind, reads = "flat", "soft"
 
     def __init__(self, soft: Soft) -> None:
-        self._unit = normalise(soft)
+        self._unit, self.width = normalise(soft), soft.shape[1]
         self._index = load_faiss().IndexFlatIP(self._unit.shape[1])
         self._index.add(self._unit)
 
@@ -36,22 +36,8 @@ class CosineIndex:
         """N * F * 4."""
         return self._unit.nbytes
 
-    def search(
-        self,
-        *,
-        K: int,
-        packed: Packed | None = None,  # noqa: ARG002
-        soft: Soft | None = None,
-        exclude: Rows | None = None,
-    ) -> Neighbours:
-        """See :class:`~mmcli.heads.neighbours.Index`; ``packed`` is not read."""
-        queries = normalise(fitting_queries(soft, self._unit.shape[1], "soft"))
-        exclude = check_search(K, len(self), len(queries), exclude)
-        wide = K if exclude is None else K + 1
-        found = self._nearest(queries, wide)
-        return found if exclude is None else without(found, exclude, K)
-
     def _nearest(self, queries: Soft, K: int) -> Neighbours:
+        queries = normalise(queries)
         found = Neighbours(
             np.empty((len(queries), K), np.int64), *(np.empty((len(queries), K), np.float32) for _ in range(2))
         )

@@ -12,17 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .neighbours import (
-    Neighbours,
-    Packed,
-    Rows,
-    Soft,
-    as_neighbours,
-    check_search,
-    fitting_queries,
-    load_faiss,
-    without,
-)
+from .neighbours import ExhaustiveIndex, Neighbours, Packed, Soft, as_neighbours, load_faiss
 
 # FAISS rounds tables to bytes. Squared distances of +-1 nibbles are 0, 4, .. 16; one more nibble, 0 in every code, has
 # a table that reaches 17, so that the scale is 255 / 17 = 15 and nothing is rounded. Sums stay below 2**16 up to here.
@@ -33,7 +23,7 @@ PATTERNS = (2 * ((np.arange(16)[:, None] >> np.arange(4)) & 1) - 1).astype(np.fl
 LONGEST = (4.0, 1.0, 0.0, 0.0)  # squared length 17
 
 
-class FastScanIndex:
+class FastScanIndex(ExhaustiveIndex):
     """Exhaustive Hamming search, ties by index.
 
     Raises:
@@ -43,7 +33,8 @@ class FastScanIndex:
     kind = "fastscan"
 
     def __init__(self, packed: Packed) -> None:
-        self.bits: int = 8 * packed.shape[1]
+        self.width: int = packed.shape[1]
+        self.bits = 8 * self.width
         if self.bits > MAX_BITS:
             raise ValueError(f"codes of {self.bits} bits are too long for the fast scan, which takes {MAX_BITS}")
         self._index = _load(packed)
@@ -56,26 +47,14 @@ class FastScanIndex:
         """N * (B / 8 + 1), N rounded up to blocks of 32."""
         return -(-len(self) // 32) * 32 * (self.bits // 8 + 1)
 
-    def search(
-        self,
-        *,
-        K: int,
-        packed: Packed | None = None,
-        soft: Soft | None = None,  # noqa: ARG002
-        exclude: Rows | None = None,
-    ) -> Neighbours:
-        """See :class:`~mmcli.heads.neighbours.Index`; ``soft`` is not read."""
-        queries = fitting_queries(packed, self.bits // 8, "packed")
-        exclude = check_search(K, len(self), len(queries), exclude)
-        wide = K if exclude is None else K + 1
-        index = np.empty((len(queries), wide), np.int64)
-        distance = np.empty((len(queries), wide), np.int32)
+    def _nearest(self, queries: Packed, K: int) -> Neighbours:
+        index = np.empty((len(queries), K), np.int64)
+        distance = np.empty((len(queries), K), np.int32)
         for start in range(0, len(queries), QUERY_BLOCK):
             rows = slice(start, start + QUERY_BLOCK)
-            squared, index[rows] = self._index.search(_signs(queries[rows]), wide)
+            squared, index[rows] = self._index.search(_signs(queries[rows]), K)
             distance[rows] = np.rint(squared / 4)
-        found = as_neighbours(index, distance, self.bits)
-        return found if exclude is None else without(found, exclude, K)
+        return as_neighbours(index, distance, self.bits)
 
 
 def _load(packed: Packed) -> Any:  # noqa: ANN401 - faiss has no types

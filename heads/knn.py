@@ -15,6 +15,7 @@ from .config import IndexKind, Metric
 from .cosine import CosineIndex, normalise, rerank
 from .fastscan import MAX_BITS, FastScanIndex, keeps_order
 from .neighbours import (
+    ExhaustiveIndex,
     Index,
     Neighbours,
     Packed,
@@ -24,7 +25,6 @@ from .neighbours import (
     check_search,
     fitting_queries,
     load_faiss,
-    without,
 )
 
 __all__ = ["HammingIndex", "HybridIndex", "Index", "Neighbours", "build_index"]
@@ -109,7 +109,7 @@ def _present(codes: npt.NDArray[T] | None, name: str, metric: Metric) -> npt.NDA
     return codes
 
 
-class HammingIndex:
+class HammingIndex(ExhaustiveIndex):
     """Exhaustive Hamming search over packed codes with FAISS ``IndexBinaryFlat``.
 
     FAISS keeps the order asked for by itself: one thread scans the rows of a query upwards, its counting mode lists
@@ -120,7 +120,8 @@ class HammingIndex:
     kind = "flat"
 
     def __init__(self, packed: Packed) -> None:
-        self.bits: int = 8 * packed.shape[1]
+        self.width: int = packed.shape[1]
+        self.bits = 8 * self.width
         self._index = load_faiss().IndexBinaryFlat(self.bits)
         self._index.add(np.ascontiguousarray(packed))
 
@@ -132,25 +133,13 @@ class HammingIndex:
         """N * B / 8."""
         return len(self) * (self.bits // 8)
 
-    def search(
-        self,
-        *,
-        K: int,
-        packed: Packed | None = None,
-        soft: Soft | None = None,  # noqa: ARG002
-        exclude: Rows | None = None,
-    ) -> Neighbours:
-        """See :class:`Index`; ``soft`` is not read."""
-        queries = fitting_queries(packed, self.bits // 8, "packed")
-        exclude = check_search(K, len(self), len(queries), exclude)
-        wide = K if exclude is None else K + 1
+    def _nearest(self, queries: Packed, K: int) -> Neighbours:
         # Counting is a third faster than the heap for many queries, where it does not take too much memory.
-        most = COUNTING_BYTES // ((self.bits + 1) * wide * 8)
+        most = COUNTING_BYTES // ((self.bits + 1) * K * 8)
         self._index.use_heap = min(most, len(queries)) < QUERY_BLOCK
         self._index.query_batch_size = QUERY_BLOCK if self._index.use_heap else min(most, MOST_QUERIES)
-        distance, index = self._index.search(np.ascontiguousarray(queries), wide)
-        found = as_neighbours(index, distance, self.bits)
-        return found if exclude is None else without(found, exclude, K)
+        distance, index = self._index.search(np.ascontiguousarray(queries), K)
+        return as_neighbours(index, distance, self.bits)
 
 
 class HybridIndex:

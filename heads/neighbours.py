@@ -3,7 +3,8 @@
 Symbols: N codes of the index, Q queries, K neighbours, B bits, F features of a soft code (B, or the width of z).
 """
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,34 @@ class Index(Protocol):
             ValueError: Codes of another width, or rows to exclude that the index does not have.
         """
         ...
+
+
+class ExhaustiveIndex(ABC):
+    """What indexes that look at every code have in common: a search for the K nearest, and one more to leave out a row.
+
+    Attributes:
+        reads: Which codes of a query.
+        width: Bytes of a packed code, or features of a soft one.
+    """
+
+    reads: Literal["packed", "soft"] = "packed"
+    width: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def search(
+        self, *, K: int, packed: Packed | None = None, soft: Soft | None = None, exclude: Rows | None = None
+    ) -> Neighbours:
+        """See :class:`Index`; codes that :attr:`reads` does not name are not read."""
+        queries = fitting_queries(packed if self.reads == "packed" else soft, self.width, self.reads)
+        exclude = check_search(K, len(self), len(queries), exclude)
+        found = self._nearest(queries, K if exclude is None else K + 1)
+        return found if exclude is None else without(found, exclude, K)
+
+    @abstractmethod
+    def _nearest(self, queries: Any, K: int) -> Neighbours:  # noqa: ANN401 - bytes or floats
+        """The K nearest of queries ``(Q, width)``, K at most the codes of the index."""
 
 
 def fitting_queries(given: npt.NDArray[Any] | None, width: int, name: str) -> npt.NDArray[Any]:

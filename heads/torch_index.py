@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .neighbours import Neighbours, Packed, Rows, Soft, as_neighbours, check_search, fitting_queries, without
+from .neighbours import ExhaustiveIndex, Neighbours, Packed, as_neighbours
 
 CHUNK_BYTES = 1 << 30  # of the key of every pair of a chunk, on a GPU
 CPU_CHUNK_BYTES = 1 << 26
@@ -16,7 +16,7 @@ QUERIES = 1024
 HALF_EXACT = 2048
 
 
-class TorchIndex:
+class TorchIndex(ExhaustiveIndex):
     """Exhaustive Hamming search, ties by index.
 
     ``dist = (B - b1 . b2) / 2`` (SPEC section 8); the product is one of tensor cores in half precision on a GPU. Ties
@@ -31,7 +31,8 @@ class TorchIndex:
     kind = "torch"
 
     def __init__(self, packed: Packed, device: torch.device | str = "cpu") -> None:
-        self.bits: int = 8 * packed.shape[1]
+        self.width: int = packed.shape[1]
+        self.bits = 8 * self.width
         self.device = torch.device(device)
         self._packed = torch.from_numpy(np.ascontiguousarray(packed)).to(self.device)
         half = self.device.type == "cuda" and self.bits <= HALF_EXACT
@@ -45,27 +46,15 @@ class TorchIndex:
         """N * B / 8; a chunk is unpacked while it is searched."""
         return self._packed.numel()
 
-    def search(
-        self,
-        *,
-        K: int,
-        packed: Packed | None = None,
-        soft: Soft | None = None,  # noqa: ARG002
-        exclude: Rows | None = None,
-    ) -> Neighbours:
-        """See :class:`~mmcli.heads.neighbours.Index`; ``soft`` is not read."""
-        queries = fitting_queries(packed, self.bits // 8, "packed")
-        exclude = check_search(K, len(self), len(queries), exclude)
-        wide = K if exclude is None else K + 1
-        keys = np.empty((len(queries), wide), np.int64)
+    def _nearest(self, queries: Packed, K: int) -> Neighbours:
+        keys = np.empty((len(queries), K), np.int64)
         with torch.inference_mode():
             for start in range(0, len(queries), QUERIES):
                 block = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES])).to(self.device)
-                keys[start : start + QUERIES] = self._nearest(signs(block, self._dtype), wide).cpu().numpy()
-        found = as_neighbours(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
-        return found if exclude is None else without(found, exclude, K)
+                keys[start : start + QUERIES] = self._keys(signs(block, self._dtype), K).cpu().numpy()
+        return as_neighbours(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
 
-    def _nearest(self, queries: Tensor, K: int) -> Tensor:
+    def _keys(self, queries: Tensor, K: int) -> Tensor:
         """Keys ``dist * N + index`` of the K nearest ``(Q, K)`` int64, ascending."""
         N, n = len(self), self._chunk(len(queries), K)
         best = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
