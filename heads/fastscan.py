@@ -34,7 +34,7 @@ class FastScanIndex(ExhaustiveIndex):
 
     def __init__(self, packed: Packed) -> None:
         self.width: int = packed.shape[1]
-        self.bits = 8 * self.width
+        self.bits: int = 8 * self.width
         if self.bits > MAX_BITS:
             raise ValueError(f"codes of {self.bits} bits are too long for the fast scan, which takes {MAX_BITS}")
         self._index = _load(packed)

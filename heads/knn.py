@@ -121,7 +121,7 @@ class HammingIndex(ExhaustiveIndex):
 
     def __init__(self, packed: Packed) -> None:
         self.width: int = packed.shape[1]
-        self.bits = 8 * self.width
+        self.bits: int = 8 * self.width
         self._index = load_faiss().IndexBinaryFlat(self.bits)
         self._index.add(np.ascontiguousarray(packed))
 

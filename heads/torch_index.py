@@ -32,7 +32,7 @@ class TorchIndex(ExhaustiveIndex):
 
     def __init__(self, packed: Packed, device: torch.device | str = "cpu") -> None:
         self.width: int = packed.shape[1]
-        self.bits = 8 * self.width
+        self.bits: int = 8 * self.width
         self.device = torch.device(device)
         self._packed = torch.from_numpy(np.ascontiguousarray(packed)).to(self.device)
         half = self.device.type == "cuda" and self.bits <= HALF_EXACT
