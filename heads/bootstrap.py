@@ -7,7 +7,7 @@ change with W, so each class is sorted once, and every resample is two cumulativ
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -246,3 +246,49 @@ def figures_of_counts(tp: Floats, n_predicted: Floats, n_true: Floats) -> dict[s
 def _mean_of_defined(values: Floats, axis: int = 1) -> Floats:
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis))
+
+
+def resample_classes(scores: Scores, labels: Labels, *, n: int = RESAMPLES, seed: int = SEED) -> Floats:
+    """AP of every class in the very resamples of :func:`resample`; the mean over classes is its ``mAP``.
+
+    Args:
+        scores: ``(N, C)`` in class order.
+        labels: ``(N, C)`` of 0 and 1.
+        n: Resamples, R.
+        seed: Of the draws.
+
+    Returns:
+        ``(R, C)`` float64; NaN where a class has no positive.
+
+    Raises:
+        ValueError: As :func:`~mmcli.heads.ranking.average_precision`.
+    """
+    s, y = checked(scores, labels)
+    ranked = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])]
+
+    def chunk(start: int) -> Floats:
+        W = draw(len(s), min(CHUNK, n - start), seed=(seed, start))
+        return np.stack([one.average_precision(W) for one in ranked], axis=1)
+
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return np.concatenate(list(pool.map(chunk, range(0, n, CHUNK))))
+
+
+def mean_difference(a: Sequence[Floats], b: Sequence[Floats], level: float = LEVEL, *, figure: float) -> Difference:
+    """Paired bootstrap of the mean over seeds of A less that of B: images are resampled, seeds are not.
+
+    Resample r draws the same images for every seed and for both, so what all of them find hard cancels. The interval
+    is that of these seeds' mean; how far seeds differ among themselves is not in it, and is to be shown beside it.
+
+    Args:
+        a: A figure of A in every resample, ``(R,)`` for each seed.
+        b: The same of B, of the same resamples; its seeds may be others, or of another number.
+        level: Nominal coverage.
+        figure: ``A - B`` of the images as they are, means over seeds.
+
+    Raises:
+        ValueError: No seed of one of them, or other numbers of resamples.
+    """
+    if not a or not b:
+        raise ValueError("no seed of one of the two")
+    return difference(np.mean(np.stack(a), axis=0), np.mean(np.stack(b), axis=0), level, figure=figure)

@@ -25,6 +25,9 @@ class Codes:
         packed: Hard codes, ``(n, B/8)`` uint8, eight bits a byte; ``None`` without hash layer.
         labels: ``(n, C)`` uint8, 0 or 1.
         logits: The classifier's, ``(n, C)`` float32; ``None`` for the train split.
+        norm_img: Norms of the image embeddings as the head read them ``(n,)`` float32; ``None`` in runs of before
+            they were kept.
+        norm_txt: Those of the first captions, likewise.
     """
 
     image_id: npt.NDArray[np.int64]
@@ -32,6 +35,8 @@ class Codes:
     packed: npt.NDArray[np.uint8] | None
     labels: npt.NDArray[np.uint8]
     logits: npt.NDArray[np.float32] | None
+    norm_img: npt.NDArray[np.float32] | None = None
+    norm_txt: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -82,5 +87,5 @@ def read_codes(run: Path, split: str) -> Codes:
         raise InputError("damaged codes", where=f"{path}, row {row}", got="NaN or inf", wanted="numbers", do=do)
     return Codes(
         image_id=arrays["image_id"], soft=arrays["soft"], packed=arrays.get("packed"), labels=arrays["labels"],
-        logits=arrays.get("logits"),
+        logits=arrays.get("logits"), norm_img=arrays.get("norm_img"), norm_txt=arrays.get("norm_txt"),
     )  # fmt: skip

@@ -142,10 +142,13 @@ class Split:
         norms = {"norm_img": self.norm_img * stretch_img, "norm_txt": self.norm_txt * stretch_txt}
         return replace(self, stretch_img=stretch_img, stretch_txt=stretch_txt, **norms)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Norms of every image and of its first caption, ``(n,)`` float32 each, as the head will see them."""
+        return self.norm_img[self.rows], self.norm_txt[self.rows, 0]
+
     def log_norms(self) -> Tensor:
         """M of every image and its first caption, ``(n, 2)`` float32, as the head will see them at the start."""
-        norms = torch.stack([self.norm_img[self.rows], self.norm_txt[self.rows, 0]], dim=-1)
-        return torch.log(norms + EPS)
+        return torch.log(torch.stack(self.norms(), dim=-1) + EPS)
 
 
 def _norms(v: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

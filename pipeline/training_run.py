@@ -145,9 +145,11 @@ class TrainingRun:
 
     def _write_codes(self, head: BaseHead, split: str, image_id: Any) -> Codes:  # noqa: ANN401
         soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self.splits[split]))
+        norm_img, norm_txt = (norm.cpu().numpy() for norm in self.splits[split].norms())
         codes = Codes(
             image_id=image_id, soft=soft, packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
             labels=self.splits[split].own_labels.cpu().numpy(), logits=logits if split in {"val", "test"} else None,
+            norm_img=norm_img, norm_txt=norm_txt,
         )  # fmt: skip
         write_codes(self.run.folder, split, codes)
         return codes

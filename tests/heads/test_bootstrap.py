@@ -196,3 +196,31 @@ def test_equal_methods_are_called_different_one_time_in_twenty() -> None:
         A, B = (evaluate(one, labels)["mAP"] for one in scores)
         found += difference(a, b, figure=A - B).p < 0.05
     assert 0.02 <= found / 400 <= 0.08, found / 400
+
+
+@settings(max_examples=20)
+@given(cases)
+def test_the_mean_over_classes_is_the_resampled_mAP(case) -> None:
+    scores, labels = case
+    by_class = bootstrap.resample_classes(scores, labels, n=70, seed=3)
+    assert by_class.shape == (70, labels.shape[1])
+    whole = resample(scores, labels, n=70, seed=3)["mAP"]
+    for r in range(70):
+        defined = by_class[r][~np.isnan(by_class[r])]
+        wanted = defined.mean() if len(defined) else np.nan
+        assert whole[r] == pytest.approx(wanted, abs=1e-12, nan_ok=True)
+
+
+def test_a_difference_of_means_over_seeds_is_paired_in_images_and_not_in_seeds() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=400)  # what every seed of both finds hard in a resample
+    a = [hard + 0.3 + 0.01 * rng.normal(size=400) for _ in range(3)]
+    b = [hard + 0.2 + 0.01 * rng.normal(size=400) for _ in range(2)]
+    found = bootstrap.mean_difference(a, b, figure=0.1)
+    by_hand = difference(sum(a) / 3, sum(b) / 2, figure=0.1)
+    assert found == pytest.approx(by_hand)
+    assert 0.05 < found.low < 0.1 < found.high < 0.15
+    alone = bootstrap.mean_difference(a, [rng.permutation(one) for one in b], figure=0.1)
+    assert alone.low < 0 < alone.high  # not of the same resamples: what is hard does not cancel
+    with pytest.raises(ValueError, match="no seed"):
+        bootstrap.mean_difference([], b, figure=0.0)

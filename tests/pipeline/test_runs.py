@@ -200,11 +200,16 @@ def make_codes(n: int = 6, bits: int = 16) -> Codes:
     return Codes(
         image_id=np.arange(n), soft=rng.normal(size=(n, bits)).astype(np.float32), packed=rng.integers(0, 256, (n, bits // 8)).astype(np.uint8),
         labels=rng.integers(0, 2, (n, 3)).astype(np.uint8), logits=rng.normal(size=(n, 3)).astype(np.float32) * 100,
+        norm_img=rng.random(n).astype(np.float32), norm_txt=rng.random(n).astype(np.float32),
     )  # fmt: skip
 
 
 def test_codes_read_back_equal_with_and_without_hash(tmp_path: Path) -> None:
-    for codes in (make_codes(), replace(make_codes(), packed=None, logits=None)):
+    for codes in (
+        make_codes(),
+        replace(make_codes(), packed=None, logits=None),
+        replace(make_codes(), norm_img=None, norm_txt=None),
+    ):
         write_codes(tmp_path, "test", codes)
         again = read_codes(tmp_path, "test")
         for name, value in vars(codes).items():

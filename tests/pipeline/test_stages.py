@@ -146,6 +146,22 @@ def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Pat
                 np.testing.assert_allclose(head(*one).h[0].numpy(), codes.soft[position], rtol=1e-4, atol=1e-5)
 
 
+def test_codes_keep_the_norms_that_the_head_read(mmcli, here: Path) -> None:
+    """Of the image and of its first caption, as the store has them; permuted over the split where they are shuffled."""
+    store = Store.open(store_of(here))
+    arrays, ids = store.load(), store.index["image_id"].to_numpy()
+    row_of = {int(image): row for row, image in enumerate(ids)}
+    run = next((here / "runs").iterdir())
+    assert mmcli("train-head", "--epochs", 1, "--magnitude", "shuffled", "--out", "runs/shuffled", "--quiet")[0] == 0
+    for split in ("train", "val", "test"):
+        codes, shuffled = read_codes(run, split), read_codes(here / "runs" / "shuffled", split)
+        rows = [row_of[int(image)] for image in codes.image_id]
+        np.testing.assert_array_equal(codes.norm_img, arrays.norm_img[rows])
+        np.testing.assert_array_equal(codes.norm_txt, arrays.norm_txt[rows, 0])
+        assert not np.array_equal(shuffled.norm_img, codes.norm_img)
+        np.testing.assert_allclose(np.sort(shuffled.norm_img), np.sort(codes.norm_img), rtol=1e-5)
+
+
 def test_codes_are_those_of_the_best_epoch_not_of_the_last(mmcli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.9, 0.5, 0.4])
     monkeypatch.setattr("mmcli.pipeline.monitor.Monitor.__call__", lambda *_: {"val_mAP": next(values)})
