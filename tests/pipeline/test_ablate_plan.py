@@ -23,7 +23,7 @@ FROM_STORE = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4", "M0", "M1", 
 def base_of(patches: int = 256, **options) -> Base:
     return Base(
         resolve=lambda settings: load_config(options={**options, **settings}),
-        store_digest=lambda budget: f"store-{budget}", patches=patches,
+        store_digest=lambda budget: f"store-{budget}", images_digest=lambda budget: f"images-{budget}", patches=patches,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_values_that_are_one_configuration_are_one_row() -> None:
 def test_a_refused_value_is_a_failed_row_and_the_rest_is_planned() -> None:
     plan = plan_of("A2", "C2", seeds=(42,), **{"fusion.adapter": "linear", "head": "fusion", "hash.bits": 0})
     failed = [(row.experiment, row.value) for row in plan.rows if row.status == "failed"]
-    assert failed == [("C2", "hamming"), ("C2", "hybrid")]
+    assert failed == [("C2", "hamming"), ("C2", "hybrid"), ("C2", "asymmetric")]
     assert "no hash layer" in next(row.note for row in plan.rows if row.status == "failed")
 
 
