@@ -172,7 +172,7 @@ class _Training:
             live.store.renew()
             if self._writer is not None:
                 self._writer.run = self._save(self._writer.run)
-        for side in live.changing:
+        for side in sorted(live.changing):  # in one order in all processes
             embed = live.store.embed_images if side == "image" else live.store.embed_captions
             embed(live.store.used)
         result = None

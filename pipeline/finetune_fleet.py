@@ -9,13 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 OPTION = "--num-processes"
 LOOK_EVERY_S = 0.1
 # How long the others may take to end by themselves when one has ended.
 GRACE_S = 30.0
+# How long the first one may take to meet the error that another has met.
+SAME_S = 3.0
 
 
 def launch(n: int, words: Sequence[str] | None = None) -> int:
@@ -33,35 +38,61 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
         "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n))),
     }  # fmt: skip
-    processes = [
-        subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", __package__.partition(".")[0], *words],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=None if rank == 0 else subprocess.DEVNULL,
-        )
-        for rank in range(n)
-    ]  # fmt: skip
-    try:
-        return _wait(processes)
-    except KeyboardInterrupt:
-        _end(processes, signal.SIGINT)
-        raise
+    with tempfile.TemporaryDirectory() as scratch:
+        team = [_Process(rank, words, common, Path(scratch) / str(rank)) for rank in range(n)]
+        try:
+            return _wait(team)
+        except KeyboardInterrupt:
+            _end(team, signal.SIGINT)
+            raise
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
+class _Process:
+    """One of them. What the first says is passed on, what another says only if it is the one that fails."""
+
+    def __init__(self, rank: int, words: Sequence[str], common: Mapping[str, str], told: Path) -> None:
+        self._told, self.passes_on = told, rank == 0
+        with told.open("wb") as stream:
+            self.process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", __package__.partition(".")[0], *words],
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE if rank == 0 else stream,
+            )  # fmt: skip
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def complain(self) -> None:
+        """Say what this process said, if nobody heard it."""
+        self._thread.join(GRACE_S)
+        sys.stderr.write(self._told.read_text(encoding="utf-8", errors="replace"))
+
+    def _pass_on(self) -> None:
+        for line in self.process.stderr or ():
+            if self.passes_on:
+                sys.stderr.write(line.decode(errors="replace"))
+                sys.stderr.flush()
+
+
+def _wait(team: Sequence[_Process]) -> int:
     while True:
-        codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if failed:
-            # Who waits for one that has gone would wait for ever.
-            _end(processes, signal.SIGTERM)
-            return failed[0] if failed[0] > 0 else 1
+        codes = [one.process.poll() for one in team]
+        if any(codes):
+            # Who waits for one that has gone would wait for ever; but the same error may be on its way in all of them.
+            deadline = time.monotonic() + SAME_S
+            while team[0].process.poll() is None and time.monotonic() < deadline:
+                time.sleep(LOOK_EVERY_S)
+            failed = team[0] if team[0].process.poll() else next(one for one in team if one.process.poll())
+            team[0].passes_on = failed is team[0]
+            _end(team, signal.SIGTERM)
+            failed.complain()
+            return code if (code := failed.process.returncode) > 0 else 1
         if None not in codes:
             return 0
         time.sleep(LOOK_EVERY_S)
 
 
-def _end(processes: Sequence["subprocess.Popen[bytes]"], sign: int) -> None:
+def _end(team: Sequence[_Process], sign: int) -> None:
+    processes = [one.process for one in team]
     for process in processes:
         if process.poll() is None:
             process.send_signal(sign)

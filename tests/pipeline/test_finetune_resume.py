@@ -1,0 +1,139 @@
+"""A finetuning that is killed goes on to the same weights, and several processes give what one gives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from mmcli.pipeline.codes import read_codes
+from mmcli.pipeline.runs import read_info
+
+WORDS = (
+    "--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0,
+    "--lr-towers", 1e-3, "--patience", 0,
+)  # fmt: skip
+# The command line with training kept after every step.
+EAGER = (
+    "from mmcli.pipeline import finetune, trainer; trainer.KEEP_EVERY_S = finetune.KEEP_WITHIN_S = 0;"
+    "from mmcli.cli import main; main()"
+)
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name[-2:] != "_s"} for record in records]
+
+
+def kept_batches(run: Path) -> int:
+    """How many batches of its epoch the kept state has done; 0 where none is kept."""
+    try:
+        with safe_open(run / "training.safetensors", framework="np") as file:
+            return int(file.metadata()["batches"])
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("options", [("--unfreeze", "last-1"), ("--unfreeze", "all", "--augment", "--accumulation", 2)])
+def test_killed_in_the_middle_of_an_epoch_and_resumed_it_is_the_same_run(mmcli, miniature, tmp_path, options) -> None:
+    words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, *options]
+    words += ["--batch-size", 4]
+    assert mmcli(*words, "--out", "whole")[0] == 0
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", EAGER, *map(str, words), "--out", "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not (run / "history.jsonl").exists() or not history(run) or not 1 <= kept_batches(run) <= 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < kept_batches(run) < 10
+    assert read_info(run).status == "running"
+    code, _, err = mmcli("knn-eval", "--run", run)
+    assert (code, "mmcli finetune --resume" in err) == (2, True)
+    code, _, err = mmcli("finetune", "--resume", run)
+    assert code == 0, err
+    assert "batches" in err
+    assert history(run) == history(tmp_path / "whole")
+    towers = [load_file(tmp_path / name / "towers" / "model.safetensors") for name in ("whole", "killed")]
+    assert all(np.array_equal(towers[0][name], towers[1][name]) for name in towers[0])
+    for split in ("train", "val", "test"):
+        soft = [read_codes(tmp_path / name, split).soft for name in ("whole", "killed")]
+        assert np.array_equal(*soft)
+    assert not list((run / "checkpoints").glob("towers-*"))
+    code, _, err = mmcli("finetune", "--resume", run)
+    assert (code, "finished already" in err) == (0, True)
+
+
+def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp_path, monkeypatch) -> None:
+    """A shortage is one line that says what helps; the run goes on with it, from what was kept."""
+    words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 3]
+    words += ["--unfreeze", "last-1", "--batch-size", 8]
+    assert mmcli(*words, "--out", "whole")[0] == 0
+    from mmcli.pipeline import trainer
+    from mmcli.pipeline.finetune_feed import Feed
+
+    backward, calls = Feed.backward, []
+
+    def short(feed: Feed) -> None:
+        calls.append(feed)
+        if len(calls) == 8:  # the third of five batches of the second epoch
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        backward(feed)
+
+    monkeypatch.setattr(Feed, "backward", short)
+    monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0)
+    code, out, err = mmcli(*words, "--quiet", "--out", "short")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for option in ("--gradient-checkpointing", "--batch-size 4 --accumulation 2", "--patches", "--resume"):
+        assert option in err
+    assert read_info(tmp_path / "short").status == "interrupted"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for more in (("--batch-size", 4), ("--accumulation", 2), ("--lr-towers", 1)):
+        code, _, err = mmcli("finetune", "--quiet", "--resume", "short", *more)
+        assert (code, err.count("\n")) == (2, 1), err
+    less = ("--batch-size", 4, "--accumulation", 2, "--gradient-checkpointing")
+    code, _, err = mmcli("finetune", "--resume", "short", *less)
+    assert code == 0, err
+    assert "going on after epoch 1" in err
+    for mine, theirs in zip(history(tmp_path / "short"), history(tmp_path / "whole"), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("options", [("--unfreeze", "last-2", "--augment"), ("--unfreeze", "none")])
+def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) -> None:
+    """Batch norm, balance, covariance and mixtures are those of the whole batch, in whose parts the processes share."""
+    words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 2, *options]
+    words += ["--batch-size", 13, "--preset", "recommended"]
+    assert mmcli(*words, "--out", "one")[0] == 0
+    command = [sys.executable, "-m", "mmcli", *map(str, words), "--out", "two", "--num-processes", "2", "--json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "two"
+    for mine, theirs in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
+    for split in ("train", "test"):
+        one, two = (read_codes(tmp_path / name, split) for name in ("one", "two"))
+        assert np.array_equal(one.image_id, two.image_id)
+        np.testing.assert_allclose(one.soft, two.soft, atol=5e-3)
+
+
+def test_an_error_of_several_processes_is_one_line(miniature, tmp_path) -> None:
+    words = ["finetune", "--data", str(tmp_path), "--model", str(miniature.model), "--num-processes=2", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmcli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "no manifest" in done.stderr
