@@ -200,7 +200,9 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         if output.h is not None and output.hash_reg:
             h, reg = output.h, config.hash_reg
             quant, balance, decorr = quantisation_loss(h), balance_loss(h), decorrelation_loss(h)
-            hashed = reg.lambda_quant * quant + reg.lambda_balance * balance + reg.lambda_decorr * decorr
+            weighted = ((reg.lambda_quant, quant), (reg.lambda_balance, balance), (reg.lambda_decorr, decorr))
+            parts = [weight * term for weight, term in weighted if weight > 0]
+            hashed = torch.stack(parts).sum(0) if parts else torch.zeros_like(quant)
         total = config.bce_weight * bce
         alpha = config.cosine_weight if output.both else 0.0
         guides = ((config.fused_weight, fused), (config.nested_weight, nested))

@@ -173,7 +173,8 @@ class Step:
         for name, value in terms.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value)
-            self.sums[name] += value.detach()
+        with torch.no_grad():
+            torch._foreach_add_([self.sums[name] for name in terms], list(terms.values()))  # noqa: SLF001
 
     def _set_rates(self) -> None:
         # Indexing with a scalar tensor would fetch it from the device.
