@@ -174,7 +174,7 @@ class Step:
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value)
         with torch.no_grad():
-            torch._foreach_add_([self.sums[name] for name in terms], list(terms.values()))  # noqa: SLF001
+            torch._foreach_add_([self.sums[name] for name in terms], list(terms.values()))
 
     def _set_rates(self) -> None:
         # Indexing with a scalar tensor would fetch it from the device.
