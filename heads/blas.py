@@ -13,7 +13,8 @@ from threadpoolctl import ThreadpoolController
 
 def one_blas_thread() -> AbstractContextManager[Any]:
     """A context in which products run on the thread that asks for them; results do not depend on it."""
-    return _controller().limit(limits=1, user_api="blas")
+    limits: AbstractContextManager[Any] = _controller().limit(limits=1, user_api="blas")
+    return limits
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cache import Store
+from ..cache import Store, is_remote
 from .ablate_estimate import Estimate, estimate
 from .ablate_order import Order, Ordered, place_order
 from .ablate_plan import Plan, Training
@@ -125,12 +125,18 @@ def look(plan: Plan, store: Path, means: Means) -> State:
         records = {key: record for key, record in found if record is not None and record.finished}
         runs = find_runs(plan.trainings, (means.out / OWN, means.runs))
     digests = plan.stores
-    stores = find_stores(digests, (means.out / STORES, store.parent, DEFAULT_CACHE))
+    beside = () if is_remote(store) else (store.parent,)
+    stores = find_stores(digests, (means.out / STORES, *beside, DEFAULT_CACHE))
     own = Store.open(store).key.digest
     stores |= {own: store}
     needed = {one.training for key, one in plan.evaluations.items() if key not in records}
     missing = tuple(one for key, one in plan.trainings.items() if key in needed and key not in runs)
     return State(records=records, runs=runs, stores=stores, missing=missing)
+
+
+def anywhere(store: Path) -> Path:
+    """A store's place from whatever folder; a URL is one already."""
+    return store if is_remote(store) else store.absolute()
 
 
 class _Work:
@@ -191,12 +197,13 @@ class _Work:
 
     def _engine(self, units: Sequence[Any]) -> Iterator[tuple[Any, Record | None]]:
         from .ablate_engines import in_processes, in_this_process
-        from .ablate_work import Workplace
+        from .ablate_work import BASE, Workplace
 
         if not units:
             return
         means = self._means
-        place = Workplace(out=means.out.absolute(), stores=self._extracted(units), data=means.data.absolute())
+        stores = self._extracted(units) | {BASE: anywhere(self._order.store)}
+        place = Workplace(out=means.out.absolute(), stores=stores, data=means.data.absolute())
         if means.engine == "ray":
             from .ablate_ray import on_ray
 
@@ -208,7 +215,7 @@ class _Work:
 
     def _extracted(self, units: Sequence[Any]) -> dict[str, Path]:
         """Every store that is needed; one that cannot be extracted fails the rows that need it."""
-        stores = {digest: path.absolute() for digest, path in self._state.stores.items()}
+        stores = {digest: anywhere(path) for digest, path in self._state.stores.items()}
         needed = {one.store: one.patches for unit in units for one in unit.missing if one.kind != "finetune"}
         for digest, patches in needed.items():
             if digest in stores or self._stop():

@@ -13,7 +13,7 @@ import yaml
 from .. import InputError
 from ..cache import Store
 from .ablate_planner import Base
-from .config import Config, load_config
+from .config import Config, ModelConfig, load_config
 from .identity import flatten
 from .prompts import TEMPLATES
 
@@ -69,15 +69,28 @@ def make_base(told: Told, store: Path) -> Base:
             do="name another --store, or leave model.max_num_patches out: experiment B3 varies it",
         )  # fmt: skip
 
-    def digest(patches: int) -> str:
-        if patches != key.patches and "imported" in extra:
+    def digest(patches: int, **others: Any) -> str:  # noqa: ANN401
+        if (patches != key.patches or others) and "imported" in extra:
             raise InputError(
-                "cannot extract at another budget", where=store, got="a store that was imported",
-                wanted="one of `mmcli extract`", do="leave experiments with patches out",
+                "no images and towers behind this store", where=store, got="a store that was imported",
+                wanted="one of `mmcli extract`", do="leave experiments with patches and towers out",
             )  # fmt: skip
-        return replace(key, patches=patches).digest
+        return replace(key, patches=patches, **others).digest
 
-    return Base(resolve=frozen.resolve, store_digest=digest, patches=key.patches, prompts=TEMPLATES)
+    return Base(
+        resolve=frozen.resolve, store_digest=digest, patches=key.patches, prompts=TEMPLATES,
+        images_digest=lambda patches: digest(patches, dtype="float32"),
+    )  # fmt: skip
+
+
+def model_of(store: Store, config: Config, patches: int) -> ModelConfig:
+    """The checkpoint of a store, where another path to it was not given, at a patch budget."""
+    key, given = store.key, "siglip2_variant" in config.model.model_fields_set
+    return ModelConfig(
+        siglip2_variant=config.model.siglip2_variant if given else str(store.extra.get("model_path", key.model)),
+        revision=config.model.revision or (None if key.revision.startswith("sha256:") else key.revision),
+        max_num_patches=patches, text_max_length=key.text_length,
+    )  # fmt: skip
 
 
 def _flat_file(file: Path | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from .. import InputError
 from ..cache import Store, is_remote
+from .ablate_base import model_of
 from .ablate_runs import STORES
 from .config import Config
 from .extract import ExtractPlan
@@ -48,15 +49,7 @@ def extract_at(patches: int, digest: str, store: Path, places: Places, config: C
         if not beside.exists():
             beside.unlink(missing_ok=True)
             beside.symlink_to(store.resolve(), target_is_directory=True)
-    given = "siglip2_variant" in config.model.model_fields_set
-    name = config.model.siglip2_variant if given else str(opened.extra.get("model_path", key.model))
-    revision = config.model.revision or (None if key.revision.startswith("sha256:") else key.revision)
-    model = config.model.model_copy(
-        update={
-            "siglip2_variant": name, "revision": revision, "max_num_patches": patches,
-            "text_max_length": key.text_length,
-        }
-    )  # fmt: skip
+    model = model_of(opened, config, patches)
     # Shards of captions are taken over where they are of the same rows.
     rows = opened.columns(["shard"])["shard"].to_pylist().count(0)
     plan = ExtractPlan(data=places.data, out=folder, dtype=key.dtype, shard_rows=rows)

@@ -13,6 +13,7 @@ from .. import InputError
 from .ablate_plan import TRAINED, Evaluation, Kind, Plan, Row, Training, with_seed
 from .config import Config
 from .experiments import Choice
+from .finetune_settings import settle_finetune
 from .identity import (
     FROZEN,
     evaluation_identity,
@@ -32,12 +33,14 @@ class Base:
     Attributes:
         resolve: The configuration of the base with some dotted keys over it, checked; it is not settled.
         store_digest: Digest of the store for a patch budget.
+        images_digest: The same for what is trained from the images themselves.
         patches: Budget of the store that was named.
         prompts: What zero-shot is asked, hashed into its key.
     """
 
     resolve: Callable[[Mapping[str, Any]], Config]
     store_digest: Callable[[int], str]
+    images_digest: Callable[[int], str]
     patches: int
     prompts: tuple[str, ...] = ()
 
@@ -95,8 +98,8 @@ class _Builder:
             base=digest,
         )  # fmt: skip
         try:
-            config = settle(self._base.resolve(choice.settings))
-            trained = self._trained_with(config)
+            config = _settled(self._base.resolve(choice.settings), choice.towers)
+            trained = self._trained_with(config, choice.towers)
             group = self._group(choice, trained)
         except InputError as error:
             for seed in self._seeds:
@@ -127,13 +130,13 @@ class _Builder:
             rows=tuple(rows), trainings={one.key: one for one in trainings}, evaluations=dict(self._evaluations)
         )
 
-    def _trained_with(self, config: Config) -> Config:
+    def _trained_with(self, config: Config, towers: str) -> Config:
         """The same with the base's knn section: what a row votes with is no reason to train again."""
         metric = {} if config.hash.bits else {"distance_metric": "cosine"}
-        return settle(config.model_copy(update={"knn": self._plain_knn.model_copy(update=metric)}))
+        return _settled(config.model_copy(update={"knn": self._plain_knn.model_copy(update=metric)}), towers)
 
     def _group(self, choice: Choice, config: Config) -> str:
-        store = self._base.store_digest(self._patches(choice))
+        store = self._store(choice)
         if choice.method is not None:
             prompts = {"prompts": self._base.prompts} if choice.method == "zero-shot" else {}
             data = {"split_type": config.data.split_type, "lists": config.data.protocol_lists}
@@ -154,9 +157,13 @@ class _Builder:
         # Baselines without training do not depend on a seed.
         key = key_of({"group": group, "seed": config.hardware.seed}) if kind in TRAINED else group
         return Training(
-            key=key, group=group, kind=kind, store=self._base.store_digest(patches), patches=patches,
+            key=key, group=group, kind=kind, store=self._store(choice), patches=patches,
             towers=choice.towers, config=config,
         )  # fmt: skip
+
+    def _store(self, choice: Choice) -> str:
+        digest = self._base.store_digest if choice.towers == FROZEN else self._base.images_digest
+        return digest(self._patches(choice))
 
     def _patches(self, choice: Choice) -> int:
         return int(choice.settings.get("model.max_num_patches", self._base.patches))
@@ -164,6 +171,13 @@ class _Builder:
     def _put(self, row: Row, choice: Choice) -> None:
         found = self._rows.setdefault((row.experiment, row.seed, row.key), _Candidate(row=row))
         found.choices.append(choice)
+
+
+def _settled(config: Config, towers: str) -> Config:
+    """The configuration as the stage that trains it will have it."""
+    if towers == FROZEN:
+        return settle(config)
+    return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
 
 
 def _collapsed(found: _Candidate) -> Row:

@@ -14,10 +14,11 @@ from ..cache import Store, list_stores
 from .ablate_plan import Training, training_key
 from .codes import SPLITS, codes_path
 from .config import load_config
+from .identity import FROZEN
 from .metrics_file import read_metrics
 from .prompts import TEMPLATES
 from .run_folders import MARK
-from .runs import Run, open_run, read_info
+from .runs import Run, RunInfo, open_run, read_info
 
 OWN, STORES = "runs", "stores"
 KINDS = {"head": "train-head", "finetune": "finetune", "zero-shot": "zero-shot"}
@@ -74,11 +75,12 @@ def resumable(folder: Path, training: Training) -> bool:
     try:
         info = read_info(folder)
         config = load_config(folder / "config.yaml")
-    except InputError:
+        towers, store = _began_with(folder, info)
+    except (InputError, OSError, ValueError, LookupError):
         return False
-    if info.kind != "train-head" or info.status not in {"running", "interrupted"}:
+    if info.kind not in {KINDS["head"], KINDS["finetune"]} or info.status not in {"running", "interrupted"}:
         return False
-    return training_key(config, info.store_digest) == training.key
+    return training_key(config, store, towers) == training.key
 
 
 def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Path]:
@@ -96,7 +98,8 @@ def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
     """The training that a run is, if it is finished, whole and one of those wanted."""
     try:
         info = read_info(folder)
-        if info.status != "finished" or info.store_digest not in wanted.stores:
+        towers, store = _began_with(folder, info)
+        if info.status != "finished" or store not in wanted.stores:
             return None
         run = open_run(folder, kind=info.kind)
         if info.kind == "zero-shot":
@@ -105,18 +108,18 @@ def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
             codes_path(folder, s).is_file() for s in SPLITS
         ):
             return None
-        key = training_key(load_config(folder / "config.yaml"), info.store_digest, _towers(run))
-    except (InputError, OSError, ValueError):
+        key = training_key(load_config(folder / "config.yaml"), store, towers)
+    except (InputError, OSError, ValueError, LookupError):
         return None  # half-written, of another version, or somebody's own
     return key if key in wanted.trainings else None
 
 
-def _towers(run: Run) -> str:
-    """What of the towers a run trained."""
-    if run.info.kind != KINDS["finetune"]:
-        return "frozen"
-    record = json.loads((run.folder / "finetune.json").read_text(encoding="utf-8"))
-    return str(record["unfreeze"])
+def _began_with(folder: Path, info: RunInfo) -> tuple[str, str]:
+    """What of the towers a run trained, and the digest of the store that it, or its towers, began with."""
+    if info.kind != KINDS["finetune"]:
+        return FROZEN, info.store_digest
+    record = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    return str(record["unfreeze"]), str(record["base"]["store_digest"])
 
 
 def _zero_shot(run: Run, wanted: Wanted) -> str | None:
@@ -124,7 +127,10 @@ def _zero_shot(run: Run, wanted: Wanted) -> str | None:
     rows = [row for row in read_metrics(run.folder) if row["split"] == "test"]
     if not rows or rows[0].get("inputs") != "image" or tuple(rows[0].get("prompts", ())) != TEMPLATES:
         return None
-    same = [
-        one.key for one in wanted.trainings.values() if one.kind == "zero-shot" and one.store == run.info.store_digest
-    ]
-    return same[0] if same else None
+    data = load_config(run.folder / "config.yaml").data
+    own = (run.info.store_digest, data.split_type, data.protocol_lists)
+    for one in wanted.trainings.values():
+        read = one.config.data
+        if one.kind == "zero-shot" and (one.store, read.split_type, read.protocol_lists) == own:
+            return one.key
+    return None

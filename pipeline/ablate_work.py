@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..cache import Store
+from .ablate_base import model_of
 from .ablate_evaluate import Measured, evaluate_run
 from .ablate_facts import SPLIT, facts_of, prior, zero_shot_row
 from .ablate_plan import Evaluation, Training, flat_config
@@ -20,6 +22,8 @@ from .device import pick_device
 from .progress import Progress
 from .runs import open_run
 from .training_data import Prepared, prepare_training
+
+BASE = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Workplace:
 
     Attributes:
         out: The folder of the table.
-        stores: Folders of stores by digest.
+        stores: Folders of stores by digest; under ``base`` the one that was named.
         data: Folder of the images, for what trains towers.
     """
 
@@ -103,16 +107,9 @@ class Worker:
         if first.kind == "zero-shot":
             from .zero_shot import zero_shot
 
-            if first.config.data.split_type != "karpathy":
-                raise InputError(
-                    "zero-shot is scored on the karpathy protocol alone", got=first.config.data.split_type,
-                    wanted="karpathy",
-                )  # fmt: skip
             zero_shot(first.config, store=self._store(first), out=folder, force=True, progress=told)
         elif first.kind == "finetune":
-            from .finetune import finetune  # type: ignore[import-not-found, unused-ignore]
-
-            finetune(first.config, data=self._place.data, unfreeze=first.towers, out=folder, force=True, progress=told)
+            self._finetune(first, folder)
         elif len(part) > 1:
             stem = self._place.out / folder.parent.name / own_stem(first)
             train_replicas(
@@ -127,6 +124,21 @@ class Worker:
                 prepared=self._prepare(first),
             )  # fmt: skip
         return {one.key: own_folder(self._place.out, one) for one in part}
+
+    def _finetune(self, training: Training, folder: Path) -> None:
+        from .finetune import finetune, resume_finetuning
+
+        data = self._place.data
+        if resumable(folder, training):
+            resume_finetuning(folder, data=data)
+            return
+        config = training.config
+        store = Store.open(self._place.stores[BASE])
+        model = model_of(store, config, training.patches).model_copy(update={"freeze_towers": False})
+        finetune(
+            config.model_copy(update={"model": model}), data=data, unfreeze=training.towers,
+            towers=config.finetune.towers, out=folder, force=True,
+        )  # fmt: skip
 
     def _evaluate(self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]) -> Iterator[Record]:
         try:

@@ -22,6 +22,8 @@ _ASIDE = (
     "data.dataset", "data.num_workers", "data.prefetch_factor", "data.pin_memory", "hardware.device", "grid_search",
     "knn.ties", "knn.index", "knn.predictor", "knn.top_n_tags",
 )  # fmt: skip
+# Of a training of towers: what is said by ``towers``, and what memory it takes.
+_OF_MEMORY = ("finetune.unfreeze", "finetune.gradient_checkpointing", "finetune.batch_tokens")
 _FOCAL = ("loss.focal_alpha", "loss.focal_gamma")
 _ASYMMETRIC = ("loss.asymmetric_gamma_pos", "loss.asymmetric_gamma_neg", "loss.asymmetric_shift")
 _OF_HASH = (
@@ -47,7 +49,7 @@ def training_identity(config: Config, towers: str = FROZEN) -> dict[str, Any]:
         tree["scheduler"]["total_epochs"] = tree["training"]["num_epochs"]
     lists = config.data.protocol_lists
     tree["data"]["protocol_lists"] = None if lists is None else _lists_digest(Path(lists))
-    left = (*_ASIDE, *training_idle(config, towers))
+    left = (*_ASIDE, *(("finetune",) if towers == FROZEN else _OF_MEMORY), *training_idle(config, towers))
     kept = {key: value for key, value in flatten(tree).items() if not _below(key, left)}
     return kept | {"towers": towers}
 

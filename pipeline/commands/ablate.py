@@ -1,7 +1,7 @@
 """``mmcli ablate``: experiments and grids."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +14,6 @@ from .options import (
     Force,
     Json,
     Model,
-    Panels,
     PresetName,
     Quiet,
     Seed,
@@ -24,7 +23,8 @@ from .options import (
     make_progress,
 )
 
-__all__ = ["Panels", "ablate"]
+if TYPE_CHECKING:
+    from ..ablate_base import Told
 
 
 def ablate(
@@ -51,21 +51,14 @@ def ablate(
     """
     if ray_address is not None and engine != "ray":
         raise InputError("--ray-address without Ray", got=ray_address, wanted="--engine ray", do="give both or neither")
-    options: dict[str, Any] = {
-        "preset": preset, "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed,
-    }  # fmt: skip
-    from ..ablate_base import Told
+    options = {"preset": preset, "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed}
     from ..ablate_order import Order, parse_duration
-    from ..config import parse_settings
     from ..stores import find_store
 
-    given = {key: value for key, value in options.items() if value is not None}
-    parsed = parse_settings(set_ or [])
-    flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
     order = Order(
         names=tuple(experiments or ()), grid=grid, experiments=file, values=tuple(set_values or ()),
         only=tuple(only or ()), seeds=seeds, store=find_store(store),
-        told=Told(file=config, options={**given, **parsed}, flags=flags, tree={}),
+        told=_told(config, set_, options),
     )  # fmt: skip
     from .. import ablate as stage
 
@@ -75,3 +68,38 @@ def ablate(
     )  # fmt: skip
     result: Any = stage.dry_run(order, means) if dry_run else stage.ablate(order, means, make_progress(quiet))
     finish(result.to_json(), json_, *result.summary())
+
+
+def bench_ablate(
+    names: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT...", help="Experiments that a store alone serves [default: A1 A2 A3 B2 B4 C1 C2 C3 C4].", show_default=False)] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Rows of N seeds.")] = 1,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of a training at most [default: 30].")] = None,
+    n_train: Annotated[int | None, typer.Option("--n-train", min=2048, help="Train images of the made store [default: COCO's 113,287].")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, each with its share of threads.")] = 1,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Store to read [default: one that is made, of COCO's size].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep the table and its runs here [default: thrown away].")] = None,
+    preset: PresetName = None, device: Device = None, config: ConfigFile = None, set_: Set = None,
+    json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Experiments on a store of COCO's size: seconds of planning, training, evaluating, beside a loop that shares nothing."""
+    options = {"preset": preset, "hardware.device": device, "training.num_epochs": epochs}
+    told = _told(config, set_, options)
+    from ..bench_ablate import NAMES
+    from ..bench_ablate import bench_ablate as stage
+
+    result = stage(
+        told, names=names or NAMES, store=store, n_train=n_train, seeds=seeds, workers=workers, out=out,
+        progress=make_progress(quiet),
+    )  # fmt: skip
+    finish(result.to_json(), json_, *result.summary())
+
+
+def _told(file: Path | None, settings: list[str] | None, options: dict[str, Any]) -> "Told":
+    """The configuration as it was given; it is resolved for every row."""
+    from ..ablate_base import Told
+    from ..config import parse_settings
+
+    given = {key: value for key, value in options.items() if value is not None}
+    parsed = parse_settings(settings or [])
+    flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
+    return Told(file=file, options={**given, **parsed}, flags=flags, tree={})

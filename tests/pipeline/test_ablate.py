@@ -292,3 +292,44 @@ def test_two_workers_make_the_same_table(
     assert [(row["experiment"], row["value"], row["status"], row["mAP"]) for row in one] == [
         (row["experiment"], row["value"], row["status"], row["mAP"]) for row in two
     ]
+
+
+def blocks_of_loops(repo: Path) -> list[str]:
+    """The shell of docs/ablations.md, for a very small store and one seed."""
+    import re
+
+    text = (repo / "docs" / "ablations.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 6
+    small = " ".join(SET)
+    first = f'OPTIONS="--preset small {small}"\nSEEDS="42"\n'
+    last = blocks[-1].replace("--store demo/store --preset small --set training.num_epochs=100 --seeds 3",
+                              f"--preset small {small} --set-values C1=5,10,20 --json")  # fmt: skip
+    assert last != blocks[-1]
+    return [first, *(block.replace("5,10,20,50", "5,10,20") for block in blocks[1:-1]), last]
+
+
+def test_the_loops_of_the_docs_make_every_run(here: Path, mmcli, repo: Path, tmp_path_factory) -> None:
+    """The shell runs a stand-in that writes the words down; the words run here, where torch is loaded once."""
+    shutil.rmtree("runs")
+    stand_in = tmp_path_factory.mktemp("bin") / "mmcli"
+    stand_in.write_text('#!/bin/sh\n{ for word in "$@"; do printf "%s\\037" "$word"; done; echo; } >> "$CALLS"\n')
+    stand_in.chmod(0o755)
+    script = "set -eu\n" + "".join(blocks_of_loops(repo))
+    environment = {**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", "CALLS": str(here / "calls")}
+    subprocess.run(["bash", "-c", script], env=environment, check=True)
+    calls = [line.split("\x1f")[:-1] for line in (here / "calls").read_text().splitlines()]
+    assert [calls[0][0], calls[-1][0]] == ["train-head", "ablate"]
+    for words in calls:
+        code, out, err = mmcli(*words)
+        assert code == 0, (words, err)
+    told = json.loads(out)
+    heads = sum(words[0] == "train-head" for words in calls)
+    assert heads == 6 + 3 + 7 + 4 + 4
+    failed = {(row["experiment"], row["value"]) for row in told["rows"] if row["status"] == "failed"}
+    assert failed <= {("base", "zero-shot")}  # its checkpoint is not beside this copy of the store
+    assert told["open"] == 0
+    own = (
+        {path.name for path in Path("runs/ablations/runs").iterdir()} if Path("runs/ablations/runs").is_dir() else set()
+    )
+    assert not [name for name in own if "zero-shot" not in name]
