@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# The exit code of a process whose others have gone: they have said why.
+LOST = 75
 OPTION = "--num-processes"
 LOOK_EVERY_S = 0.1
 # How long the others may take to end by themselves when one has ended.
@@ -76,18 +78,20 @@ class _Process:
 def _wait(team: Sequence[_Process]) -> int:
     while True:
         codes = [one.process.poll() for one in team]
+        if None not in codes and not any(codes):
+            return 0
         if any(codes):
             # Who waits for one that has gone would wait for ever; but the same error may be on its way in all of them.
             deadline = time.monotonic() + SAME_S
-            while team[0].process.poll() is None and time.monotonic() < deadline:
+            while None in codes and time.monotonic() < deadline:
                 time.sleep(LOOK_EVERY_S)
-            failed = team[0] if team[0].process.poll() else next(one for one in team if one.process.poll())
+                codes = [one.process.poll() for one in team]
+            ended = [one for one in team if one.process.poll()]
+            failed = next((one for one in ended if one.process.returncode != LOST), ended[0])
             team[0].passes_on = failed is team[0]
             _end(team, signal.SIGTERM)
             failed.complain()
             return code if (code := failed.process.returncode) > 0 else 1
-        if None not in codes:
-            return 0
         time.sleep(LOOK_EVERY_S)
 
 

@@ -85,18 +85,9 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
-        names = (
-            "n_parameters",
-            "n_trained",
-            "fixed_bytes",
-            "free_bytes",
-            "device",
-            "batch",
-            "parts",
-            "n_images",
-            "fits",
-        )
-        return {name: getattr(self, name) for name in names} | {"needs": [vars(need) for need in self.needs]}
+        left = ("what", "needs", "chosen")
+        plain = {name: value for name, value in vars(self).items() if name not in left}
+        return plain | {"fits": self.fits, "needs": [vars(need) for need in self.needs]}
 
     def summary(self) -> list[RenderableType]:
         """What a person reads."""

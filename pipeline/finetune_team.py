@@ -5,6 +5,7 @@ Accelerate (extra ``finetune``) finds out how they reach each other: NCCL betwee
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import InputError
 from .device import pick_device
+from .finetune_fleet import LOST
 
 # Gradients are summed in pieces of so many numbers: a call each would wait on the network again and again.
 BUCKET = 1 << 24
@@ -61,6 +63,20 @@ class Team:
         return text
 
 
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Leave without a word where another process has left."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _GONE):
+            sys.exit(LOST)
+        raise
+
+
 class _Several(Team):
     def __init__(self, state: Any) -> None:  # noqa: ANN401
         super().__init__(state.device)
@@ -70,16 +86,19 @@ class _Several(Team):
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            torch.distributed.all_reduce(flat)
+            with _together():
+                torch.distributed.all_reduce(flat)
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0)
+            with _together():
+                torch.distributed.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        self._state.wait_for_everyone()
+        with _together():
+            self._state.wait_for_everyone()
 
     def tell(self, text: str) -> str:
         coded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,16 @@ def kept_batches(run: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("options", [("--unfreeze", "last-1"), ("--unfreeze", "all", "--augment", "--accumulation", 2)])
+ALL = pytest.param(("--unfreeze", "all", "--augment", "--accumulation", 2), marks=pytest.mark.slow)
+NONE = pytest.param(("--unfreeze", "none"), marks=pytest.mark.slow)
+
+
+def run_command(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.parametrize("options", [("--unfreeze", "last-1"), ALL])
 def test_killed_in_the_middle_of_an_epoch_and_resumed_it_is_the_same_run(mmcli, miniature, tmp_path, options) -> None:
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, *options]
     words += ["--batch-size", 4]
@@ -110,16 +120,14 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("options", [("--unfreeze", "last-2", "--augment"), ("--unfreeze", "none")])
+@pytest.mark.parametrize("options", [("--unfreeze", "last-2", "--augment"), NONE])
 def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) -> None:
     """Batch norm, balance, covariance and mixtures are those of the whole batch, in whose parts the processes share."""
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 2, *options]
     words += ["--batch-size", 13, "--preset", "recommended"]
     assert mmcli(*words, "--out", "one")[0] == 0
     command = [sys.executable, "-m", "mmcli", *map(str, words), "--out", "two", "--num-processes", "2", "--json"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-    )
+    done = run_command(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == "two"
     for mine, theirs in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
@@ -130,10 +138,18 @@ def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) 
         np.testing.assert_allclose(one.soft, two.soft, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_an_error_of_several_processes_is_one_line(miniature, tmp_path) -> None:
-    words = ["finetune", "--data", str(tmp_path), "--model", str(miniature.model), "--num-processes=2", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mmcli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert "no manifest" in done.stderr
+    """Of all of them, or of the second alone, which reads every other image of a batch."""
+
+    def fail(data: Path) -> str:
+        words = ["finetune", "--data", data, "--model", miniature.model, *WORDS, "--quiet", "--num-processes=2"]
+        done = run_command([sys.executable, "-m", "mmcli", *map(str, words), "--out", "no"], tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        return done.stderr
+
+    assert "no manifest" in fail(tmp_path)
+    shutil.copytree(miniature.data, tmp_path / "data")
+    broken = next((tmp_path / "data" / "val2014").iterdir())
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert broken.name in fail(tmp_path / "data")
