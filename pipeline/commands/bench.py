@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ... import InputError
 from .options import (
     ConfigFile,
     Device,
@@ -84,4 +85,33 @@ def bench_knn(
         queries=queries, repeats=repeats, rivals=rivals, device=str(pick_device(device or "auto")),
         progress=make_progress(quiet),
     )  # fmt: skip
+    finish(result.to_json(), json_, *result.summary())
+
+
+def bench_finetune(
+    patches: Annotated[int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Checkpoint [default: base-size towers, random weights].")] = None,
+    n_images: Annotated[int, typer.Option("--n-images", min=8, help="Images of a round.")] = 48,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Images of a step, in both ways.")] = 16,
+    unfreeze: Annotated[str, typer.Option("--unfreeze", metavar="NAME,..", help="Of frozen, last-2, full.")] = "frozen,last-2,full",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 2,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images.")] = None,
+    preset: PresetName = None, device: Device = None, config: ConfigFile = None, set_: Set = None,
+    json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Finetuning images a second and peak memory: a plain transformers loop, and ours."""
+    options = {
+        "preset": preset, "model.max_num_patches": patches, "training.batch_size": batch_size,
+        "hardware.device": device, "data.num_workers": workers,
+    }  # fmt: skip
+    resolved = read_config(config, set_, options)
+    names = [name.strip() for name in unfreeze.split(",")]
+    from ..bench_finetune import UNFROZEN
+    from ..bench_finetune import bench_finetune as stage
+
+    if set(names) - set(UNFROZEN):
+        raise InputError("nothing to time", where="--unfreeze", got=unfreeze, wanted=f"of {', '.join(UNFROZEN)}")
+    result = stage(
+        resolved, checkpoint=model, n_images=n_images, repeats=repeats, unfreeze=names, progress=make_progress(quiet)
+    )
     finish(result.to_json(), json_, *result.summary())
