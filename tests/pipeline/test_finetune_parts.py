@@ -31,7 +31,7 @@ def test_views_are_of_the_aspect_ratio_and_of_seed_epoch_and_row_alone(rows: lis
         assert 0 <= left < right <= 1
         assert 0 <= upper < lower <= 1
         assert right - left == pytest.approx(lower - upper, abs=1e-9)
-        assert LEAST - 1e-9 <= right - left
+        assert right - left >= LEAST - 1e-9
     alone = draw_views(np.array(rows[-1:]), seed=seed, epoch=3)
     assert (alone.boxes[0], alone.mirrored[0]) == (views.boxes[-1], views.mirrored[-1])
     assert draw_views(np.array(rows), seed=seed, epoch=4).boxes != views.boxes
