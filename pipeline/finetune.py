@@ -16,6 +16,7 @@ from ..heads.model import BaseHead
 from .config import Config, load_config
 from .finetune_feed import Feed
 from .finetune_memory import is_shortage, short_of_memory
+from .finetune_monitor import LiveMonitor
 from .finetune_save import TowerKeeper, base_of, save_towers, write_record
 from .finetune_set_up import Live, describe, digest_of, set_up
 from .finetune_settings import WhichTowers, settle_finetune, with_memory
@@ -132,24 +133,6 @@ def _at_work(
                 yield work, live
 
 
-class _LiveMonitor:
-    """As :class:`~mmcli.pipeline.monitor.Monitor`, of towers that change."""
-
-    def __init__(self, live: Live, inner: Monitor) -> None:
-        self._live, self._inner, self.prior = live, inner, inner.prior
-
-    def __call__(self, head: BaseHead) -> dict[str, float]:
-        """``val_mAP`` and facts of the codes, from embeddings of the towers as they are now."""
-        store, sides = self._live.store, self._live.towers.sides
-        if sides:
-            store.renew()
-        if "image" in sides:
-            store.embed_images(self._inner.rows, None)
-        if "text" in sides:
-            store.embed_captions(self._inner.rows, None)
-        return self._inner(head)
-
-
 class _Training:
     """One finetuning, as one of its processes goes through it; that of the first has the run."""
 
@@ -186,7 +169,7 @@ class _Training:
         live, config = self._live, self._config
         splits = live.splits()
         inner = Monitor(config, splits["train"], splits["val"])
-        head, monitor = live.first_head(inner), _LiveMonitor(live, inner)
+        head, monitor = live.first_head(inner), LiveMonitor(live, inner, self._work.progress)
         self._keeper.take_up(_best_epoch(state))
         if self._run is None:
             return Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)

@@ -17,6 +17,7 @@ from mmcli.pipeline.extract import ExtractPlan, extract
 from mmcli.pipeline.finetune import finetune
 from mmcli.pipeline.finetune_towers import Towers
 from mmcli.pipeline.patches import Grid
+from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.runs import read_info
 from mmcli.pipeline.train_head import train_head
 
@@ -84,7 +85,7 @@ def test_towers_that_take_part_untrained_change_nothing(miniature, tmp_path: Pat
     views = told(frozen.fit.history), told(live.fit.history)
     for mine, theirs in zip(*views, strict=True):
         assert mine["grad_norm"] < theirs["grad_norm"]  # that of the towers counts
-        same = {name: value for name, value in theirs.items() if name != "grad_norm"}
+        same = {name: value for name, value in theirs.items() if name in mine and name != "grad_norm"}
         assert (mine | same == pytest.approx(mine, rel=1e-4, abs=1e-5)) is (not augment)
 
 
@@ -163,7 +164,13 @@ def test_embeddings_and_gradients_are_those_of_transformers(miniature, unfreeze:
 @pytest.mark.parametrize("towers", ["both", "image", "text"])
 def test_the_cosine_term_alone_trains_the_towers(miniature, tmp_path: Path, towers) -> None:
     """Nothing else weighs anything; what was no gradient with frozen towers brings image and caption together."""
-    only = {"loss.bce_weight": 0.0, "loss.hash_weight": 0.0, "loss.fused_weight": 0.0, "loss.nested_weight": 0.0}
+    only = {
+        "loss.cosine_weight": 1.0,
+        "loss.bce_weight": 0.0,
+        "loss.hash_weight": 0.0,
+        "loss.fused_weight": 0.0,
+        "loss.nested_weight": 0.0,
+    }
     config = configure(miniature.model, **only, **{"training.num_epochs": 6, "scheduler.warmup_epochs": 0})
     live = finetune(config, data=miniature.data, unfreeze="last-1", towers=towers, out=tmp_path / "live")
     cosines = [record["cosine"] for record in live.fit.history]
@@ -277,3 +284,20 @@ def test_mistakes_are_one_line(mmcli, miniature, here) -> None:
     code, _, err = mmcli("train-head", "--quiet", "--set", "model.freeze_towers=false", "--out", "runs/no")
     assert (code, "mmcli finetune" in err) == (2, True)
     assert not (here / "runs" / "no").exists()
+
+
+def test_it_says_when_the_cosine_term_draws_everything_together(miniature, tmp_path: Path) -> None:
+    lines = []
+
+    class Told(Progress):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    config = configure(miniature.model, **{"training.num_epochs": 12, "scheduler.warmup_epochs": 0})
+    for alpha in (100.0, 0.0):
+        lines.clear()
+        weighed = config.model_copy(update={"loss": config.loss.model_copy(update={"cosine_weight": alpha})})
+        live = finetune(weighed, data=miniature.data, out=tmp_path / str(alpha), progress=Told())
+        said = [line for line in lines if "--alpha" in line and line.startswith("warning")]
+        assert len(said) == (1 if alpha else 0), lines
+        assert {"alike_img", "alike_txt"} <= live.fit.history[0].keys()
