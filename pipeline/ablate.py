@@ -150,6 +150,7 @@ class _Work:
         self._known = read_rows(means.out)
         self._written = 0.0
         self._left = 0
+        self._refused: dict[str, str] = {}
 
     def run(self) -> AblateResult:
         found, trained = len(self._records), 0
@@ -203,7 +204,9 @@ class _Work:
             return
         means = self._means
         stores = self._extracted(units) | {BASE: anywhere(self._order.store)}
-        place = Workplace(out=means.out.absolute(), stores=stores, data=means.data.absolute())
+        place = Workplace(
+            out=means.out.absolute(), stores=stores, data=means.data.absolute(), refused=self._refused
+        )  # fmt: skip
         if means.engine == "ray":
             from .ablate_ray import on_ray
 
@@ -227,6 +230,7 @@ class _Work:
                     patches, digest, self._order.store, self._means, self._config, self._progress
                 )
             except Exception as error:  # noqa: BLE001 - its rows say so
+                self._refused[digest] = " ".join(str(error).split())
                 self._progress.say(f"no store of {patches} patches: {error}")
         return stores
 

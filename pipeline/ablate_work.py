@@ -6,7 +6,7 @@ kept as its result, and the next one is done; only the end of the process ends t
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,13 @@ class Workplace:
         out: The folder of the table.
         stores: Folders of stores by digest; under ``base`` the one that was named.
         data: Folder of the images, for what trains towers.
+        refused: Why a store that is needed is not there, by digest.
     """
 
     out: Path
     stores: Mapping[str, Path]
     data: Path
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -188,10 +190,8 @@ class Worker:
     def _store(self, training: Training) -> Path:
         found = self._place.stores.get(training.store)
         if found is None:
-            raise InputError(
-                "no store of this budget", got=f"none of {training.patches} patches", wanted="one that is extracted",
-                do="see the first error of the extraction",
-            )  # fmt: skip
+            why = self._place.refused.get(training.store, "it was not extracted")
+            raise InputError(f"no store of {training.patches} patches: {why}")
         return found
 
     def _prepare(self, training: Training) -> Prepared:

@@ -201,10 +201,11 @@ def test_shipped_files_resolve(file: str) -> None:
     assert not [row.note for row in plan.rows if row.status == "failed"]
 
 
-def test_the_miniature_differs_in_its_patches_alone() -> None:
+def test_the_miniature_differs_in_towers_and_patches() -> None:
     ours, others = read_experiments("miniature"), read_experiments()
-    assert [name for name in ours if ours[name] != others.get(name)] == ["B3"]
+    assert [name for name in ours if ours[name] != others.get(name)] == ["B1", "B3"]
     assert [choice.value for choice in ours["B3"].choices] == ["36", "64", "100"]
+    assert ours["B1"].needs_images
     assert ours["B3"].needs_images
 
 
