@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from . import InputError, __version__
-from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict
+from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
 from .pipeline.commands.options import Panels
 
 INTERRUPTED = 130
@@ -60,6 +60,8 @@ app.command("finetune", cls=Panels)(finetune.finetune)
 app.command()(compare.compare)
 app.command("ablate", cls=Panels)(ablate.ablate)
 app.command("predict")(predict.predict)
+app.command("report")(report.report)
+app.command("samples")(report.samples)
 index_app.command("build")(index.index_build)
 index_app.command("add")(index.index_add)
 index_app.command("remove")(index.index_remove)

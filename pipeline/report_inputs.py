@@ -1,0 +1,186 @@
+"""What a report reads: run folders, the rows of the experiments, and the data set's captions and pictures.
+
+A folder that is no finished run is left out and counted; nothing here computes anything.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from .ablate_table import ROWS, read_rows
+from .codes import codes_path
+from .evaluation import scores_path
+from .manifest import Manifest, read_manifest
+from .metrics_file import read_metrics
+from .report_arms import Arm, Sample
+from .report_pictures import Pictures
+from .run_folders import MARK
+from .runs import TRAINED, Run, read_info
+
+SPLIT = "test"
+DEFAULT_DATA = Path("data/coco")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A finished run: its rows of test, its history by epoch, its environment and its configuration as text."""
+
+    run: Run
+    rows: tuple[Mapping[str, Any], ...]
+    history: tuple[Mapping[str, Any], ...]
+    environment: Mapping[str, Any]
+    config: str
+
+    @property
+    def best_val(self) -> float:
+        """The highest val mAP of its training; -1 where it was not trained."""
+        return max((float(line["val_mAP"]) for line in self.history if line.get("val_mAP") is not None), default=-1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """All of it.
+
+    Attributes:
+        runs: Finished runs by name, those below ``runs`` first.
+        own: How many of them lie below ``runs`` itself.
+        rows: Of the experiments; none where no experiment was made.
+        ablations: The folder that their paths are relative to.
+        pictures: Of the data set, empty where there is none.
+        listing: Its manifest.
+        n_unfinished: Folders that hold a run that is not finished.
+    """
+
+    runs: Mapping[str, Known]
+    own: int
+    rows: tuple[Mapping[str, Any], ...]
+    ablations: Path
+    pictures: Pictures
+    listing: Manifest | None
+    n_unfinished: int
+
+    def arms(self, experiment: str) -> list[Arm]:
+        """The values of an experiment in their order, with the seeds that have figures."""
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for row in sorted(self.rows, key=lambda row: (row["order"], row["seed"])):
+            if row["experiment"] == experiment:
+                found.setdefault(row["value"], []).append(row)
+        return [self._arm(value, rows) for value, rows in found.items()]
+
+    def _arm(self, value: str, rows: list[Mapping[str, Any]]) -> Arm:
+        notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+        done = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
+        samples = tuple(
+            Sample(
+                seed=row["seed"], row=row, scores=self.ablations / row["scores"] if row.get("scores") else None,
+            )
+            for row in done
+        )  # fmt: skip
+        return Arm(name=value, samples=samples, note="; ".join(notes))
+
+
+def read_inputs(runs: Path, ablations: Path, data: Path | None) -> Inputs:
+    """Find and read.
+
+    Args:
+        runs: Folder of the runs.
+        ablations: Folder of the experiments' table.
+        data: The data set's folder; the default place when not given, where it is there.
+
+    Raises:
+        InputError: Neither runs nor experiments, or a data folder that was named and has no manifest.
+    """
+    found, unfinished = _runs(runs)
+    own = len(found)
+    extra, more = _runs(ablations / "runs")
+    found |= {name: known for name, known in extra.items() if name not in found}
+    rows = read_rows(ablations)
+    if not found and not rows:
+        raise InputError(
+            "nothing to report", where=runs, got=f"no finished run, and no {ROWS} in {ablations}",
+            wanted="at least one", do="run `mmcli train-head` and `mmcli knn-eval` first, or name --runs",
+        )  # fmt: skip
+    listing = _listing(data)
+    pictures = Pictures(DEFAULT_DATA if data is None else data, listing)
+    return Inputs(
+        runs=found, own=own, rows=tuple(rows), ablations=ablations, pictures=pictures, listing=listing,
+        n_unfinished=unfinished + more,
+    )  # fmt: skip
+
+
+def arm_of(known: Known, row: Mapping[str, Any], name: str) -> Arm:
+    """A method of a run folder as an arm of one seed."""
+    folder = known.run.folder
+    labels = codes_path(folder, SPLIT)
+    scores = scores_path(folder, str(row["method"]), SPLIT)
+    sample = Sample(seed=known.run.info.seed, row=row, scores=scores, labels=labels if labels.is_file() else None)
+    return Arm(name=name, samples=(sample,))
+
+
+def has_codes(known: Known) -> bool:
+    """Whether neighbours can be found in what a run keeps."""
+    voters = any(codes_path(known.run.folder, split).is_file() for split in ("database", "train"))
+    return known.run.info.kind in TRAINED and voters and codes_path(known.run.folder, SPLIT).is_file()
+
+
+def read_known(folder: Path) -> Known:
+    """A run folder.
+
+    Raises:
+        InputError: No run, not a finished one, or damaged metrics.
+    """
+    info = read_info(folder)
+    if info.status != "finished":
+        raise InputError(
+            "cannot report this run", where=folder, got=f"a run that is {info.status}", wanted="a finished run",
+            do=f"finish it with `mmcli {info.kind} --resume {folder}`, or name another --run",
+        )  # fmt: skip
+    rows = tuple(row for row in read_metrics(folder) if row["split"] == SPLIT)
+    return Known(
+        run=Run(folder=folder, info=info), rows=rows, history=tuple(_history(folder)),
+        environment=_environment(folder), config=_text(folder / "config.yaml"),
+    )  # fmt: skip
+
+
+def _runs(folder: Path) -> tuple[dict[str, Known], int]:
+    """Finished runs of a folder by name, and how many others there are."""
+    found, others = {}, 0
+    for path in sorted(folder.glob(f"*/{MARK}")):
+        try:
+            found[path.parent.name] = read_known(path.parent)
+        except InputError:
+            others += 1
+    return found, others
+
+
+def _listing(data: Path | None) -> Manifest | None:
+    path = (DEFAULT_DATA if data is None else data) / "manifest.parquet"
+    return None if data is None and not path.is_file() else read_manifest(path)
+
+
+def _history(folder: Path) -> list[Mapping[str, Any]]:
+    found = []
+    for line in _text(folder / "history.jsonl").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that is still written
+    return [line for line in found if isinstance(line, dict) and "epoch" in line]
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(_text(folder / "environment.json") or "{}")
+    except ValueError:
+        return {}
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
