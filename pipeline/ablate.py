@@ -5,7 +5,8 @@ one goes on where it was. The table is made anew from what was kept.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from .ablate_runs import OWN, STORES, find_runs, find_stores
 from .ablate_table import lines_of, merge, read_rows, write_rows
 from .ablate_views import counts
 from .files import make_folder
-from .progress import Progress
+from .progress import NoteOf, Progress
 from .run_folders import hold
 from .stores import DEFAULT_CACHE
 
@@ -151,6 +152,7 @@ class _Work:
         self._written = 0.0
         self._left = 0
         self._refused: dict[str, str] = {}
+        self._epochs = NoteOf()
 
     def run(self) -> AblateResult:
         found, trained = len(self._records), 0
@@ -161,8 +163,9 @@ class _Work:
             f" be made, {found} evaluations are there"
         )
         try:
-            with progress.task("trainings", len(units)) as task:
-                for unit, record in self._engine(units):
+            with progress.task("trainings", len(units)) as task, closing(self._engine(units)) as done:
+                self._epochs.task_of_all = task
+                for unit, record in done:
                     if record is None:
                         trained += len(unit.missing)
                         task.advance(1)
@@ -196,7 +199,7 @@ class _Work:
             )  # fmt: skip
         return units
 
-    def _engine(self, units: Sequence[Any]) -> Iterator[tuple[Any, Record | None]]:
+    def _engine(self, units: Sequence[Any]) -> Generator[tuple[Any, Record | None]]:
         from .ablate_engines import in_processes, in_this_process
         from .ablate_work import BASE, Workplace
 
@@ -214,7 +217,7 @@ class _Work:
         elif means.workers > 1:
             yield from in_processes(place, units, self._stop, workers=min(means.workers, len(units)))
         else:
-            yield from in_this_process(place, units, self._stop)
+            yield from in_this_process(place, units, self._stop, told=self._epochs)
 
     def _extracted(self, units: Sequence[Any]) -> dict[str, Path]:
         """Every store that is needed; one that cannot be extracted fails the rows that need it."""

@@ -10,6 +10,7 @@ from .. import InputError
 from .ablate_plan import flat_config
 from .ablate_records import Record, failed, write_record
 from .ablate_work import Unit, Worker, Workplace
+from .progress import Progress
 from .reading import end_with_parent
 
 Stop = Callable[[], bool]
@@ -19,18 +20,21 @@ ATTEMPTS = 2
 _worker: Worker | None = None
 
 
-def in_this_process(place: Workplace, units: Sequence[Unit], stop: Stop) -> Iterator[tuple[Unit, Record | None]]:
+def in_this_process(
+    place: Workplace, units: Sequence[Unit], stop: Stop, *, told: Progress | None = None
+) -> Iterator[tuple[Unit, Record | None]]:
     """Do units one after another.
 
     Args:
         place: Where everything is.
         units: In the order in which they are done.
         stop: Asked before a unit is begun; after the first yes none is.
+        told: Who is told of epochs.
 
     Yields:
         Every record as soon as it is kept; and a unit with None when it is done.
     """
-    worker = Worker(place)
+    worker = Worker(place, told=told)
     for unit in units:
         if stop():
             return

@@ -69,10 +69,11 @@ class Worker:
     Args:
         place: Where everything is.
         device: Where to compute, in the place of the configuration's: a cluster gives each worker its own.
+        told: Who is told of epochs; a training of hours should not be silent.
     """
 
-    def __init__(self, place: Workplace, *, device: str | None = None) -> None:
-        self._place, self._device = place, device
+    def __init__(self, place: Workplace, *, device: str | None = None, told: Progress | None = None) -> None:
+        self._place, self._device, self._told = place, device, told or Progress()
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
     def do(self, unit: Unit) -> Iterator[Record]:
@@ -105,7 +106,7 @@ class Worker:
         first = part[0]
         if first.kind == "prior":
             return {}
-        folder, told = own_folder(self._place.out, first), Progress()
+        folder, told = own_folder(self._place.out, first), self._told
         if first.kind == "zero-shot":
             from .zero_shot import zero_shot
 
@@ -132,14 +133,14 @@ class Worker:
 
         data = self._place.data
         if resumable(folder, training):
-            resume_finetuning(folder, data=data)
+            resume_finetuning(folder, data=data, progress=self._told)
             return
         config = training.config
         store = Store.open(self._place.stores[BASE])
         model = model_of(store, config, training.patches).model_copy(update={"freeze_towers": False})
         finetune(
             config.model_copy(update={"model": model}), data=data, unfreeze=training.towers,
-            towers=config.finetune.towers, out=folder, force=True,
+            towers=config.finetune.towers, out=folder, force=True, progress=self._told,
         )  # fmt: skip
 
     def _evaluate(self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]) -> Iterator[Record]:

@@ -31,6 +31,8 @@ _OF_HASH = (
     "hash.fused_classifier", "loss.hash_weight", "loss.hash_reg", "loss.fused_weight", "loss.nested_weight",
     "optimizer.lr_hash",
 )  # fmt: skip
+# Where any of these is left, all of them are, and the hash terms count.
+_OF_TERMS = ("loss.hash_weight", "loss.hash_reg", "hash.use_hash_reg")
 _OF_FUSION = ("fusion.type", "fusion.block_norm", "fusion.adapter")
 _OF_MONITOR = ("knn.K", "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta")
 Rule = tuple[bool, str, tuple[str, ...]]
@@ -122,8 +124,8 @@ def _hash_rules(config: Config) -> tuple[Rule, ...]:
     silent = bool(bits and terms and not config.loss.hash_weight)
     return (
         (not bits, "there is no hash layer", _OF_HASH),
-        (bool(bits) and not terms, "hash.use_hash_reg is off", ("loss.hash_weight", "loss.hash_reg")),
-        (silent, "the hash terms have weight 0 (loss.hash_weight)", ("loss.hash_reg", "hash.use_hash_reg")),
+        (bool(bits) and not terms, "hash.use_hash_reg is off", _OF_TERMS),
+        (silent, "the hash terms have weight 0 (loss.hash_weight)", _OF_TERMS),
     )
 
 

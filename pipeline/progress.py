@@ -46,6 +46,32 @@ class Progress:
         yield _Silent()
 
 
+class NoteOf(Progress):
+    """Tells what is counted below another task as the note of that one; lines are not told.
+
+    Attributes:
+        task_of_all: The other task.
+    """
+
+    def __init__(self) -> None:
+        self.task_of_all: Task = _Silent()
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Task]:
+        """Count below the other task."""
+        yield _Below(self, title, total)
+
+
+class _Below:
+    def __init__(self, owner: NoteOf, title: str, total: int) -> None:
+        self._owner, self._title, self._total, self._done = owner, title, total, 0
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say how far this one is."""
+        self._done += count
+        self._owner.task_of_all.advance(0, f"{self._title} {self._done:,} of {self._total:,}, {note}".rstrip(", "))
+
+
 class _Silent:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count nothing."""
