@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..heads.bootstrap import interval
 from ..heads.ranking import average_precision
-from .plots import DASHES, INK, MARKERS, MUTED, SERIES, draw, legend, log_axis, name_points
+from .plots import DASHES, INK, MARKERS, MUTED, SERIES, draw, legend, legend_above, log_axis, name_points
 from .report_depth import Depth
 from .report_document import Figure
 
@@ -28,7 +28,7 @@ def class_scatter(depth: Depth) -> Figure | None:
     if known.sum() < 2:
         return None
     ranked = np.argsort(np.where(known, AP, np.inf))[: int(known.sum())].tolist()
-    order = ranked[:4] + ranked[:-4:-1]
+    order = ranked[:4]
 
     def paint(axes: "Axes") -> None:
         axes.plot(n[known], AP[known], linestyle="none", marker="o", color=SERIES[0], alpha=0.75)
@@ -37,14 +37,14 @@ def class_scatter(depth: Depth) -> Figure | None:
         axes.margins(x=0.1)
         axes.autoscale_view(scaley=False)
         log_axis(axes.xaxis)
-        name_points(axes, [(depth.names[c], n[c], AP[c]) for c in dict.fromkeys(order)])
+        name_points(axes, [(depth.names[c], n[c], AP[c]) for c in order])
 
     rho, low, high = spearman(np.log(n[known]), AP[known])
     worst = ", ".join(f"{depth.names[c]} {AP[c]:.2f}" for c in order[:4])
     drawing = draw("class-ap", paint)
     return Figure(
         name="class-ap", title="AP and how rare a class is",
-        caption="A point a class; the dashed line is their mean, mAP. The lowest and highest are named.",
+        caption="A point a class; the dashed line is their mean, mAP. The lowest are named.",
         alt=f"Scatter of AP against train images for {int(known.sum())} classes; rank correlation {rho:.2f}"
         f" [{low:.2f}, {high:.2f}]. Lowest: {worst}.", svg=drawing.svg, png=drawing.png,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def norms(depth: Depth) -> Figure | None:
                 capsize=2.5, label=f"norm of the {name}",
             )  # fmt: skip
         axes.set(xlabel=f"images by norm, {BINS} equal parts, small to large", ylabel="mean AP of an image")
-        legend(axes, loc="best")
+        legend_above(axes)
 
     told = "; ".join(
         f"{name}: rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]" for name, (rho, low, high) in found.items()

@@ -103,7 +103,7 @@ def against(
         errors = np.abs(np.array(ends).T - means)
         axes.errorbar(
             at, means, yerr=errors, color=SERIES[0], marker="o", capsize=3, linewidth=1.3, markersize=6,
-            label="mean over seeds, 95% interval over images",
+            label="mean, 95% interval over images",
         )  # fmt: skip
         for place, (arm, _) in enumerate(known):
             values = arm.values("mAP")
@@ -114,7 +114,7 @@ def against(
                 )  # fmt: skip
         axes.set_xticks(at, [arm.name for arm, _ in known])
         axes.set(xlabel=setting, ylabel="mAP on test", xlim=(-0.4, len(known) - 0.6))
-        legend(axes, loc="best")
+        legend_above(axes, 2)
 
     said = "; ".join(
         f"{arm.name}: {mAP:.3f} [{low:.3f}, {high:.3f}]" for (arm, mAP), (low, high) in zip(known, ends, strict=True)

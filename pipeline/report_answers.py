@@ -36,21 +36,21 @@ class Wanted(NamedTuple):
 
 
 MAGNITUDE = (
-    Wanted("A1", "hadamard_magnitude / rms", "hadamard / rms", "with magnitude or without, blocks of equal scale"),
-    Wanted("A1", "hadamard_magnitude / none", "hadamard / none", "with magnitude or without, plain blocks"),
-    Wanted("M2", "true m", "shuffled m", "true magnitude or that of another image"),
-    Wanted("M2", "true m", "no m", "true magnitude or none"),
+    Wanted("A1", "hadamard_magnitude / rms", "hadamard / rms", "with magnitude against without, blocks of equal scale"),
+    Wanted("A1", "hadamard_magnitude / none", "hadamard / none", "with magnitude against without, plain blocks"),
+    Wanted("M2", "true m", "shuffled m", "true magnitude against that of another image"),
+    Wanted("M2", "true m", "no m", "true magnitude against none"),
 )
 HADAMARD = (
-    Wanted("A1", "hadamard / rms", "concat / rms", "with the product or without, blocks of equal scale"),
-    Wanted("A1", "hadamard / none", "concat / none", "with the product or without, plain blocks"),
+    Wanted("A1", "hadamard / rms", "concat / rms", "with the product against without, blocks of equal scale"),
+    Wanted("A1", "hadamard / none", "concat / none", "with the product against without, plain blocks"),
 )
 NEIGHBOURS = (
-    Wanted("A3", "knn", "classifier", "neighbours or the classifier"),
-    Wanted("A3", "hybrid", "classifier", "both mixed or the classifier"),
+    Wanted("A3", "knn", "classifier", "neighbours against the classifier"),
+    Wanted("A3", "hybrid", "classifier", "both mixed against the classifier"),
 )
-BITS = tuple(Wanted("A2", bits, "0", f"{bits} bits or no hash layer") for bits in ("32", "64", "128"))
-DISTANCE = (Wanted("C2", "hamming", "cosine", "mAP, Hamming or cosine"),)
+BITS = tuple(Wanted("A2", bits, "0", f"{bits} bits against no hash layer") for bits in ("32", "64", "128"))
+DISTANCE = (Wanted("C2", "hamming", "cosine", "mAP, Hamming against cosine"),)
 
 
 def answers(inputs: Inputs, depth: Depth | None, pairs: Pairs) -> tuple[Answer, ...]:
@@ -83,21 +83,21 @@ def compared(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
 
 
 def _answer(name: str, question: str, wanted: Sequence[Wanted], inputs: Inputs, pairs: Pairs) -> Answer:
-    made, gaps = [], dict[str, Gap]()
+    made: list[Comparison] = []
+    missing: dict[str, list[str]] = {}
     for one in wanted:
         arms = arm_pair(inputs.arms(one.experiment), one.A, one.B)
         found = None if arms is None else compared(one.what, *arms, pairs)
         if found is not None:
             made.append(found)
         else:
-            text = f"Not measured: {one.what}"
-            known = gaps.get(one.experiment)
-            gaps[one.experiment] = Gap(
-                text=text if known is None else f"{known.text}; {one.what}",
-                command=f"mmcli ablate {one.experiment} --seeds 3",
-            )
+            missing.setdefault(one.experiment, []).append(one.what)
+    gaps: tuple[Gap, ...] = ()
+    if missing:
+        said = f"Not measured: {'; '.join(what for those in missing.values() for what in those)}"
+        gaps = (Gap(text=said if made else "This makes the runs that answer it", command=inputs.ablate(*missing)),)
     return Answer(
-        name=name, question=question, answer=_sentence(made), comparisons=tuple(made), gaps=tuple(gaps.values())
+        name=name, question=question, answer=_sentence(made), comparisons=tuple(made), gaps=gaps
     )  # fmt: skip
 
 

@@ -89,9 +89,7 @@ def _methods(inputs: Inputs, pairs: Pairs) -> Section:
     blocks: list[Block] = []
     has_base = any(row["experiment"] == "base" for row in inputs.rows)
     if arms:
-        made = (
-            ("mmcli ablate base --seeds 3",) if has_base else ("mmcli zero-shot", "mmcli train-head", "mmcli knn-eval")
-        )
+        made = (inputs.ablate("base"),) if has_base else ("mmcli zero-shot", "mmcli train-head", "mmcli knn-eval")
         blocks.append(arms_table("table-methods", "Base methods", arms, pairs, first="method", commands=made))
         blocks.append(
             Text(text=f"{READING} Times are of the machine of the runs; `mmcli bench knn` measures with care.")
@@ -100,7 +98,7 @@ def _methods(inputs: Inputs, pairs: Pairs) -> Section:
     if own:
         blocks.append(arms_table("table-runs", "Runs made by hand", own, pairs, first="run, method", commands=()))
     if not has_base:
-        blocks.append(Gap(text="Prior, MLP and direction only were not run", command="mmcli ablate base --seeds 3"))
+        blocks.append(Gap(text="Prior, MLP and direction only were not run", command=inputs.ablate("base")))
     blocks.append(Text(text=(
         "Captions name the objects: published COCO-80 tables use the image alone, and are not to be set beside figures"
         " that were made with captions.")))  # fmt: skip
@@ -115,9 +113,7 @@ def _experiments(inputs: Inputs, pairs: Pairs) -> Section:
         *tables,
     ]
     if missing:
-        blocks.append(
-            Gap(text=f"Not made: {', '.join(missing)}", command=f"mmcli ablate {' '.join(missing)} --seeds 3")
-        )
+        blocks.append(Gap(text=f"Not made: {', '.join(missing)}", command=inputs.ablate(*missing)))
     return Section(name="experiments", title="Experiments", blocks=tuple(blocks))
 
 
@@ -148,21 +144,19 @@ def _classes(depth: Depth | None, *, figures: bool) -> Section:
 def _costs(inputs: Inputs) -> Section:
     found = [
         against("bits", "mAP against bits", inputs.arms("A2"), setting="bits (0: no hash layer, cosine)",
-                caption="What a shorter code costs.", commands=("mmcli ablate A2 --seeds 3",)),
+                caption="What a shorter code costs.", commands=(inputs.ablate("A2"),)),
         against("neighbours", "mAP against K", inputs.arms("C1"), setting="neighbours that vote, K",
-                caption="How many neighbours should vote.", commands=("mmcli ablate C1 --seeds 3",)),
+                caption="How many neighbours should vote.", commands=(inputs.ablate("C1"),)),
         pareto("latency", "Latency against mAP", points(inputs, "query_latency_ms_p50"),
-               cost="median time of a query, ms", commands=("mmcli ablate A2 C1 C2 --seeds 3",),
+               cost="median time of a query, ms", commands=(inputs.ablate("A2", "C1", "C2"),),
                caption="Search and vote of one query, on the machine of the runs. The line joins what nothing else"
                " beats in both."),
         pareto("bytes", "Bytes against mAP", points(inputs, "index_bytes"), cost="bytes of the index",
                caption="What the index keeps in memory. The line joins what nothing else beats in both.",
-               commands=("mmcli ablate A2 C2 --seeds 3",)),
+               commands=(inputs.ablate("A2", "C2"),)),
     ]  # fmt: skip
     missing = [name for name in ("A2", "C1", "C2") if not inputs.arms(name)]
-    gap = Gap(
-        text="Bits, K and distances were not varied", command=f"mmcli ablate {' '.join(missing or ALL)} --seeds 3"
-    )
+    gap = Gap(text="Bits, K and distances were not varied", command=inputs.ablate(*(missing or ALL)))
     return _section("costs", "Quality against cost", found, gap if missing else None)
 
 
@@ -214,7 +208,7 @@ def _again(inputs: Inputs, depth: Depth | None, command: str, *, whole: bool) ->
     made = list(dict.fromkeys(row["experiment"] for row in inputs.rows))
     if made:
         seeds = len({row["seed"] for row in inputs.rows})
-        blocks.append(Commands(title="Its experiments", lines=(f"mmcli ablate {' '.join(made)} --seeds {seeds}",)))
+        blocks.append(Commands(title="Its experiments", lines=(inputs.ablate(*made, seeds=seeds),)))
     if depth is not None:
         blocks.append(Text(text=f"The run that is looked into is `{depth.known.run.folder.name}`: {depth.why}."))
         blocks.append(Commands(title="Its environment", lines=_environment(depth.known)))

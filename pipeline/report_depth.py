@@ -90,8 +90,10 @@ def choose(inputs: Inputs, folder: Any) -> tuple[Known, str] | None:  # noqa: AN
     if not found:
         return None
     hashed = [known for known in found if (known.run.folder / "codes" / "test.safetensors").is_file() and _bits(known)]
-    best = max(hashed or found, key=lambda known: known.best_val)
-    return best, f"the highest val mAP, {best.best_val:.3f}, of {len(hashed or found)} runs with hash codes"
+    among = hashed or found
+    best = max(among, key=lambda known: known.best_val)
+    runs = f"{len(among)} run{'' if len(among) == 1 else 's'} with {'hash codes' if hashed else 'codes'}"
+    return best, f"the highest val mAP, {best.best_val:.3f}, of {runs}"
 
 
 def look_into(known: Known, why: str) -> Depth:

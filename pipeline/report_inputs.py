@@ -4,6 +4,7 @@ A folder that is no finished run is left out and counted; nothing here computes 
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from .report_arms import Arm, Sample
 from .report_pictures import Pictures
 from .run_folders import MARK
 from .runs import TRAINED, Run, read_info
+from .stores import DEFAULT_CACHE
 
 SPLIT = "test"
-DEFAULT_DATA = Path("data/coco")
+DEFAULT_DATA, DEFAULT_ABLATIONS = Path("data/coco"), Path("runs/ablations")
+DEFAULT_PRESET = "recommended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,18 @@ class Inputs:
     pictures: Pictures
     listing: Manifest | None
     n_unfinished: int
+
+    def ablate(self, *experiments: str, seeds: int = 3) -> str:
+        """The command that makes experiments from the store and the preset of the runs that are there."""
+        words = ["mmcli", "ablate", *experiments, "--seeds", str(seeds)]
+        info = next((known.run.info for known in self.runs.values() if known.run.info.kind in TRAINED), None)
+        if info is not None and info.kind == "train-head" and Path(info.store).parent != DEFAULT_CACHE:
+            words += ["--store", _shown(Path(info.store))]
+        if info is not None and info.preset != DEFAULT_PRESET:
+            words += ["--preset", info.preset]
+        if self.ablations != DEFAULT_ABLATIONS:
+            words += ["--out", _shown(self.ablations)]
+        return shlex.join(words)
 
     def arms(self, experiment: str) -> list[Arm]:
         """The values of an experiment in their order, with the seeds that have figures."""
@@ -159,6 +174,11 @@ def _runs(folder: Path) -> tuple[dict[str, Known], int]:
 def _listing(data: Path | None) -> Manifest | None:
     path = (DEFAULT_DATA if data is None else data) / "manifest.parquet"
     return None if data is None and not path.is_file() else read_manifest(path)
+
+
+def _shown(path: Path) -> str:
+    """A path as a person in this folder would type it."""
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
 
 
 def _history(folder: Path) -> list[Mapping[str, Any]]:

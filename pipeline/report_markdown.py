@@ -102,8 +102,8 @@ def _answer(answer: Answer) -> list[str]:
     lines = [f"### {plain(answer.question)}", "", inline(answer.answer), ""]
     if answer.comparisons:
         A, B = answer.sides
-        head = ("comparison", A, B, f"{A} − {B}", "95% interval", "SD over seeds", "p (Holm)", f"{A} is")
-        lines += [_row(head), _row(["---", *["---:"] * 6, "---"]), *map(_comparison, answer.comparisons), ""]
+        head = ("comparison", f"{A} is", f"{A} − {B}", "95% interval", A, B, "SD over seeds", "p (Holm)")
+        lines += [_row(head), _row(["---", "---", *["---:"] * 6]), *map(_comparison, answer.comparisons), ""]
     for gap in answer.gaps:
         lines += [*_gap(gap), ""]
     return [*lines, *([inline(answer.note)] if answer.note else [])]
@@ -112,11 +112,11 @@ def _answer(answer: Answer) -> list[str]:
 def _comparison(one: Comparison) -> str:
     times = one.unit == "times"
     signed, value = ("{:.2f} ×", "{:.3f}") if times else ("{:+.3f}", "{:.3f}")
+    verdict = {"better": "faster", "worse": "slower"}.get(one.verdict, one.verdict) if times else one.verdict
     ends = "–" if one.low is None or one.high is None else f"{signed.format(one.low)} to {signed.format(one.high)}"
     cells = (
-        plain(one.what), value.format(one.A), value.format(one.B), signed.format(one.difference), ends,
+        plain(one.what), plain(verdict), signed.format(one.difference), ends, value.format(one.A), value.format(one.B),
         "–" if one.spread is None else f"{one.spread:.3f}", "–" if one.p_holm is None else f"{one.p_holm:.3f}",
-        plain(one.verdict),
     )  # fmt: skip
     return _row(cells)
 

@@ -64,7 +64,7 @@ def experiment_tables(inputs: Inputs, pairs: Pairs, titles: Mapping[str, str]) -
             continue
         varies = next(row["varies"] for row in inputs.rows if row["experiment"] == name)
         title = f"{name}: {titles.get(name, varies)}"
-        command = f"mmcli ablate {name} --seeds {_seeds(inputs, name)}"
+        command = inputs.ablate(name, seeds=_seeds(inputs, name))
         found.append(
             arms_table(f"table-{name}", title, inputs.arms(name), pairs, first=varies or "value", commands=(command,))
         )

@@ -1,12 +1,19 @@
 """The command line in this process, and a folder with a store and a run for it to work in."""
 
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from mmcli import cli
 from mmcli.pipeline.config import load_config
+
+# Test folders are no packages: what several modules of tests import is loaded by path.
+_spec = importlib.util.spec_from_file_location("report_kit", Path(__file__).with_name("report_kit.py"))
+sys.modules["report_kit"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["report_kit"])
 
 
 @pytest.fixture
