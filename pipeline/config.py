@@ -113,6 +113,7 @@ class FinetuneConfig(Section):
     batch_tokens: PositiveInt | None = Field(
         default=None, description="patches or text tokens of one pass; what suits the device where null"
     )
+    fsdp: bool = Field(default=False, description="spread trained blocks over the processes (FSDP)")
     start: str | None = Field(default=None, description="run whose head, and towers if it has any, it begins with")
 
     @field_validator("unfreeze", mode="before")

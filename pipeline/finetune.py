@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import InputError
 from ..heads.model import BaseHead
 from .config import Config, load_config
@@ -28,7 +30,7 @@ from .progress import Progress
 from .runs import Run, mark, open_run, read_info, write_info
 from .settle import notices
 from .siglip import local_digest
-from .splits import Diverged
+from .splits import Diverged, Split
 from .step import Step
 from .trainer import FitResult, Member, Record, fit
 from .training_run import TrainingRun, TrainResult, read_fit
@@ -140,7 +142,7 @@ class _Training:
         self._work, self._live, self._run = work, live, run
         self._team, self._config = live.team, live.config
         self._folder = Path(live.team.tell("" if run is None else str(run.folder)))
-        self._keeper = TowerKeeper(self._folder / "checkpoints", live.towers)
+        self._keeper = TowerKeeper(self._folder / "checkpoints", live.shards, writes=live.team.first)
         self._writer: TrainingRun | None = None
 
     def finish(self, state: TrainingState | None, *, resume: bool) -> TrainResult:
@@ -152,9 +154,11 @@ class _Training:
         team.wait()
         if live.towers.trained:
             self._keeper.restore(fitted.best_epoch)
-            live.store.renew()
+            trained = live.shards.wholes()
             if self._writer is not None:
-                self._writer.run = self._save(self._writer.run)
+                self._writer.run = self._save(self._writer.run, trained)
+            live.shards.gather()
+            live.store.renew()
         for side in sorted(live.changing):  # in one order in all processes
             embed = live.store.embed_images if side == "image" else live.store.embed_captions
             embed(live.store.used)
@@ -172,20 +176,11 @@ class _Training:
         head, monitor = live.first_head(inner), LiveMonitor(live, inner, self._work.progress)
         self._keeper.take_up(_best_epoch(state))
         if self._run is None:
-            return Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)
-        base = {"model": self._run.info.model, "revision": live.towers.parts.identity.revision}
-        write_record(
-            self._folder, config, live.towers, {**base, "store_digest": digest_of(live, live.towers.parts.identity)}
-        )
-        after = (0 if state is None else state.epoch) if resume else None
-        self._writer = TrainingRun(
-            self._run, config, head, splits, width=live.store.encoder.width, progress=self._work.progress,
-            resume=resume, state=state, monitor=monitor, trackers=self._work.trackers(self._run, config, after=after),
-        )  # fmt: skip
-        member = self._writer.member
+            member = Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)
+        else:
+            member = self._begin_writing(self._run, head, splits, monitor, state, resume=resume)
         record, keep = member.on_epoch, member.keep
-        best = state.history if state is not None else ()
-        values = [float(one["val_mAP"]) for one in best]
+        values = [float(one["val_mAP"]) for one in (() if state is None else state.history)]
 
         def on_epoch(head: BaseHead, told: Record) -> None:
             record(head, told)
@@ -194,12 +189,29 @@ class _Training:
             values.append(told["val_mAP"])
 
         def on_keep(state: TrainingState) -> None:
-            assert keep is not None
-            keep(state)
-            self._keeper.sweep()
+            if keep is not None:
+                keep(state)
+                self._keeper.sweep()
 
-        member.on_epoch, member.keep = on_epoch, on_keep
+        member.on_epoch = on_epoch
+        # To keep a state of shards all processes have to be there.
+        member.keep = on_keep if keep is not None or live.shards.sharded else None
         return member
+
+    def _begin_writing(
+        self, run: Run, head: BaseHead, splits: Mapping[str, Split], monitor: LiveMonitor, state: TrainingState | None,
+        *, resume: bool,
+    ) -> Member:  # fmt: skip
+        live, config = self._live, self._config
+        identity = live.towers.parts.identity
+        base = {"model": run.info.model, "revision": identity.revision, "store_digest": digest_of(live, identity)}
+        write_record(self._folder, config, live.towers, base)
+        after = (0 if state is None else state.epoch) if resume else None
+        self._writer = TrainingRun(
+            run, config, head, splits, width=live.store.encoder.width, progress=self._work.progress,
+            resume=resume, state=state, monitor=monitor, trackers=self._work.trackers(run, config, after=after),
+        )  # fmt: skip
+        return self._writer.member
 
     def _fit(self, member: Member) -> FitResult:
         """Train; a batch is all that one optimiser step sees."""
@@ -209,11 +221,13 @@ class _Training:
         config = config.model_copy(update={"training": training.model_copy(update=whole)})
         make_step: Any = Step
         if live.changing:
-            make_step = partial(TowerStep, feed=Feed(live.towers, live.store, self._config))
+            make_step = partial(TowerStep, feed=Feed(live.towers, live.store, self._config, live.shards))
         train = self._writer.splits["train"] if self._writer is not None else live.splits()["train"]
+        # Processes that keep a state together do so at moments that do not depend on a clock.
+        kept: dict[str, Any] = {"keep_every_s": 0.0} if live.shards.sharded else {"keep_within_s": KEEP_WITHIN_S}
         try:
             with self._work.progress.task("epochs", training.num_epochs) as task:
-                return fit([member], train, config, task=task, make_step=make_step, keep_within_s=KEEP_WITHIN_S)[0]
+                return fit([member], train, config, task=task, make_step=make_step, **kept)[0]
         except Diverged:
             if self._run is not None:
                 mark(self._run, "failed")
@@ -223,9 +237,9 @@ class _Training:
                 raise
             raise short_of_memory(self._config, self._team.device) from None
 
-    def _save(self, run: Run) -> Run:
+    def _save(self, run: Run, trained: Mapping[str, Tensor]) -> Run:
         """Write the best towers, and let the run say whose codes it has."""
-        folder = save_towers(run.folder, self._live.towers, self._config)
+        folder = save_towers(run.folder, self._live.towers, trained, self._config)
         identity = replace(self._live.towers.parts.identity, revision=local_digest(folder))
         saved = replace(run, info=replace(run.info, store_digest=digest_of(self._live, identity)))
         write_info(saved)

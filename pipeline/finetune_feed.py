@@ -22,6 +22,7 @@ from .config import Config
 from .device import autocast
 from .finetune_augment import draw_views, flip
 from .finetune_data import LiveStore, refuse_unreadable
+from .finetune_shards import Shards
 from .finetune_towers import Towers
 from .patches import Grid, Pixels
 from .reading import Piece
@@ -56,10 +57,12 @@ class Feed:
         towers: What is trained.
         store: Images, captions, and embeddings of what is not.
         config: Finetune, training and hardware sections are used.
+        shards: Where trained blocks are spread over the processes; whole in each when not given.
     """
 
-    def __init__(self, towers: Towers, store: LiveStore, config: Config) -> None:
-        self.towers, self._store, self._team = towers, store, store.team
+    def __init__(self, towers: Towers, store: LiveStore, config: Config, shards: Shards | None = None) -> None:
+        self.towers, self._store, self.team = towers, store, store.team
+        self.shards = shards or Shards(towers, store.team, sharded=False)
         self._augment, self._seed = config.finetune.augment, config.hardware.seed
         self._live = set(towers.sides) | ({"image"} if self._augment else set())
         self._keeps_graph = config.training.accumulation_steps == 1
@@ -77,7 +80,7 @@ class Feed:
 
     def begin(self, epoch: int, batches: Sequence[Rows]) -> None:
         """Set out on an epoch, or on what is left of it: rows of each batch."""
-        mine = [rows[self._team.share(len(rows))] for rows in batches]
+        mine = [rows[self.team.share(len(rows))] for rows in batches]
         boxes = None
         if self._augment:
             views = [draw_views(rows, seed=self._seed, epoch=epoch) for rows in mine]
@@ -96,7 +99,10 @@ class Feed:
         rows = train.rows[at]
         read = caption.clamp(max=train.v_txt.shape[1] - 1)
         v_img, v_txt, y = train.batch(at, read)
-        self._parts = [*self._image_parts(len(at)), *self._text_parts(rows, caption)]
+        self._parts = [
+            *self._in_step("image", list(self._image_parts(len(at)))),
+            *self._in_step("text", list(self._text_parts(rows, caption))),
+        ]
         made = {"image": v_img, "text": v_txt}
         for side in self._live:
             made[side] = torch.zeros_like(made[side])
@@ -105,49 +111,75 @@ class Feed:
             with contextlib.nullcontext() if keeps else torch.no_grad():
                 found = self._run(part)
             part.made = found if keeps else None
-            made[part.side][part.places] = found.detach()
+            made[part.side][part.places] = found.detach()[: len(part.places)]
         if self._live:
-            self._team.sum_([made[side] for side in sorted(self._live)])
+            self.team.sum_([made[side] for side in sorted(self._live)])
         self._leaves = {side: made[side].requires_grad_() for side in self.towers.sides}
         return made["image"], made["text"], y
 
     def backward(self) -> None:
         """Send the gradient at the embeddings of the last batch through the towers, and sum it over all processes."""
         kept, slopes = [], []
+        # Gradients of shards arrive as means over the processes.
+        scale = self.team.size if self.shards.sharded else 1
         for part in self._parts:
             if part.side not in self.towers.sides:
                 continue
             slope = self._leaves[part.side].grad
             if slope is None:
                 continue
+            own = slope[part.places] * scale
+            if not len(part.places):
+                own = torch.zeros_like(slope[:1])
             if part.made is None:
-                torch.autograd.backward(self._run(part), slope[part.places])
+                torch.autograd.backward(self._run(part), own)
             else:
                 kept.append(part.made)
-                slopes.append(slope[part.places])
+                slopes.append(own)
         if kept:
             torch.autograd.backward(kept, slopes)
         self._parts, self._leaves = [], {}
-        if self._team.size > 1:
+        if self.team.size > 1:
             self._share_gradients()
 
     def _share_gradients(self) -> None:
-        for parameter in self.towers.trained.values():
+        """What every process has whole; gradients of shards are summed where they are."""
+        whole = [one for name, one in self.towers.trained.items() if not self.shards.is_part(name)]
+        for parameter in whole:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._team.sum_([p.grad for p in self.towers.trained.values() if p.grad is not None])
+        gradients = [one.grad for one in whole if one.grad is not None]
+        self.team.sum_(gradients)
+        for gradient in gradients if self.shards.sharded else ():
+            gradient.div_(self.team.size)
+
+    def _in_step(self, side: str, parts: list[_Part]) -> list[_Part]:
+        """As many parts as any process has: who has none left computes what goes nowhere, or shards would wait."""
+        if not self.shards.sharded or side not in self.towers.sides:
+            return parts
+        spec = self._store.encoder.spec
+        grid = spec.fixed or Grid(1, 1)
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.team.device)
+        pixels = torch.zeros((1, grid.tokens, spec.width), dtype=torch.uint8)
+        ids = torch.zeros((1, _text_length(self._store)), dtype=torch.int64)
+        image = side == "image"
+        idle = (
+            _Part(side=side, places=nothing, given=pixels if image else ids, grid=grid if image else None)
+            for _ in range(self.team.most(len(parts)) - len(parts))
+        )
+        return [*parts, *idle]
 
     def _image_parts(self, n: int) -> Iterator[_Part]:
         if "image" not in self._live:
             return
-        mine = torch.arange(n)[self._team.share(n)]
+        mine = torch.arange(n)[self.team.share(n)]
         for piece in self._pieces if len(mine) else ():
             refuse_unreadable(piece.bad)
             if piece.batch is not None:
                 inside = list(piece.batch.rows)
                 pixels = self._seen(piece.pixels, piece.batch.grid, piece.number, inside)
                 yield _Part(
-                    side="image", places=mine[inside].to(self._team.device), given=torch.from_numpy(pixels),
+                    side="image", places=mine[inside].to(self.team.device), given=torch.from_numpy(pixels),
                     grid=piece.batch.grid,
                 )  # fmt: skip
             if piece.last:
@@ -157,17 +189,17 @@ class Feed:
         return flip(pixels, grid, self._mirrored[number][rows]) if self._augment else pixels
 
     def _text_parts(self, rows: Tensor, caption: Tensor) -> Iterator[_Part]:
-        mine = torch.arange(len(rows))[self._team.share(len(rows))]
+        mine = torch.arange(len(rows))[self.team.share(len(rows))]
         if "text" not in self._live or not len(mine):
             return
         chosen = zip(rows[mine].tolist(), caption[mine].tolist(), strict=True)
         ids = self._store.encoder.tokenize([self._store.listing.captions[row][which] for row, which in chosen])
         most = max(1, self._tokens["text"] // ids.shape[1])
         for places, given in zip(torch.split(mine, most), torch.split(ids, most), strict=True):
-            yield _Part(side="text", places=places.to(self._team.device), given=given)
+            yield _Part(side="text", places=places.to(self.team.device), given=given)
 
     def _run(self, part: _Part) -> Tensor:
-        given = part.given.to(self._team.device, non_blocking=True)
+        given = part.given.to(self.team.device, non_blocking=True)
         tower: Any = self.towers.sides.get(part.side)
         if tower is None:
             return self._store.encoder.image_features(part.given.numpy(), part.grid)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ class LiveMonitor:
         """``val_mAP`` and facts of the codes, from towers as they are now; of trained ones how alike directions are."""
         store, sides = self._live.store, self._live.towers.sides
         if sides:
+            self._live.shards.gather()
             store.renew()
         if "image" in sides:
             store.embed_images(self._inner.rows, None)
@@ -36,6 +37,7 @@ class LiveMonitor:
             store.embed_captions(self._inner.rows, None)
         if not sides:
             return self._inner(head)
+        self._live.shards.scatter()
         found = self._inner(head) | alikeness(store.splits["val"])
         self._warn(found)
         return found

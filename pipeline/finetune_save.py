@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from torch import Tensor
 from .. import InputError
 from .config import Config
 from .files import unwritable, write_text, write_whole
+from .finetune_shards import Shards
 from .finetune_towers import Towers
 from .run_encoder import TOWERS
 from .runs import RunInfo
@@ -29,11 +29,12 @@ class TowerKeeper:
 
     Args:
         folder: ``checkpoints`` of a run.
-        towers: What is trained.
+        shards: What is trained; all processes go through the methods together.
+        writes: Whether this process writes.
     """
 
-    def __init__(self, folder: Path, towers: Towers) -> None:
-        self._folder, self._towers = folder, towers
+    def __init__(self, folder: Path, shards: Shards, *, writes: bool) -> None:
+        self._folder, self._shards, self._writes = folder, shards, writes
         self._best = 0
 
     def take_up(self, best: int) -> None:
@@ -43,8 +44,9 @@ class TowerKeeper:
     def offer(self, epoch: int, *, best: bool) -> None:
         """Write them if an epoch is the best so far."""
         if best:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self._towers.trained.items()}
-            write_whole(self._path(epoch), lambda temporary: save_file(tensors, temporary))
+            tensors = self._shards.wholes()
+            if self._writes:
+                write_whole(self._path(epoch), lambda temporary: save_file(tensors, temporary))
             self._best = epoch
 
     def sweep(self) -> None:
@@ -53,7 +55,6 @@ class TowerKeeper:
             if path != self._path(self._best):
                 path.unlink()
 
-    @torch.no_grad()
     def restore(self, epoch: int) -> None:
         """Put those of an epoch back into the towers.
 
@@ -62,9 +63,7 @@ class TowerKeeper:
         """
         path = self._path(epoch)
         try:
-            found: Mapping[str, Tensor] = load_file(path)
-            for name, parameter in self._towers.trained.items():
-                parameter.copy_(found[name])
+            self._shards.restore(load_file(path))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise InputError(
                 "cannot read trained towers", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
@@ -80,8 +79,14 @@ class TowerKeeper:
         return self._folder / f"towers-{epoch:03d}.safetensors"
 
 
-def save_towers(run: Path, towers: Towers, config: Config) -> Path:
+def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config: Config) -> Path:
     """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, whole or not at all.
+
+    Args:
+        run: The run folder.
+        towers: The towers.
+        trained: Their trained parameters, whole, on the CPU.
+        config: The resolved configuration.
 
     Returns:
         ``run/towers``; one that is there already is replaced.
@@ -94,7 +99,9 @@ def save_towers(run: Path, towers: Towers, config: Config) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=run, prefix=f".{TOWERS}.") as scratch:
             made = Path(scratch) / "new"
-            for part in (towers.parts.model, processor, towers.parts.tokenizer):
+            weights = {**towers.parts.model.state_dict(), **trained}
+            towers.parts.model.save_pretrained(made, state_dict=weights)
+            for part in (processor, towers.parts.tokenizer):
                 part.save_pretrained(made)
             if folder.exists():
                 folder.rename(Path(scratch) / "old")

@@ -12,7 +12,8 @@ from .checkpoint import load_head
 from .config import Config
 from .encoder import Encoder, EncoderParts
 from .finetune_data import LiveStore
-from .finetune_team import Team
+from .finetune_shards import Shards
+from .finetune_team import Team, wants_shards
 from .finetune_towers import Towers
 from .manifest import Manifest, read_manifest
 from .monitor import Monitor
@@ -35,6 +36,7 @@ class Live:
         config: Resolved: what manifest and checkpoint know is in it.
         towers: The towers, and what of them is trained.
         store: Embeddings, of towers that may change.
+        shards: What this process has of what is trained.
         team: The processes.
         manifest: The manifest's file.
     """
@@ -42,6 +44,7 @@ class Live:
     config: Config
     towers: Towers
     store: LiveStore
+    shards: Shards
     team: Team
     manifest: Path
 
@@ -115,7 +118,9 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
     progress.say(f"finetuning {parts.identity.model} on {team.device.type}, {data}")
     with LiveStore(listing, data, parts, config, captions=kept, team=team, progress=progress) as store:
         check_splits(store.splits, config, data)
-        yield Live(config=config, towers=towers, store=store, team=team, manifest=manifest.resolve())
+        sharded = bool(towers.sides) and team.size > 1 and (config.finetune.fsdp or wants_shards())
+        shards = Shards(towers, team, sharded=sharded)
+        yield Live(config=config, towers=towers, store=store, shards=shards, team=team, manifest=manifest.resolve())
 
 
 def describe(kind: str, live: Live) -> RunInfo:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .config import Config
 from .finetune_feed import Feed
+from .finetune_towers import PARTS
 from .optimisation import Group
 from .replicas import Replicas
 from .splits import Split
@@ -26,16 +27,30 @@ class TowerStep(Step):
 
     def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int, feed: Feed) -> None:
         assert not members.stacked
-        self._feed, self._towers = feed, feed.towers
+        self._feed, self._towers, self._shards = feed, feed.towers, feed.shards
         super().__init__(members, train, config, steps=steps)
 
     @property
     def others(self) -> Mapping[str, Tensor]:
-        """Trained parameters of the towers by name."""
-        return self._towers.trained
+        """Trained parameters of the towers by name, or what this process has of them."""
+        return self._shards.local
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """All of what is shaped like a trained parameter."""
+        return self._shards.whole(name, part)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process has of it."""
+        return self._shards.part(name, whole)
 
     def _more_groups(self) -> Sequence[Group]:
-        return self._towers.groups(self._config.optimizer)
+        return self._towers.groups(self._config.optimizer, self._shards.local)
+
+    def _over_all(self, group: str, square: Tensor) -> Tensor:
+        if group.endswith(PARTS):
+            square = square.clone()
+            self._feed.team.sum_([square])
+        return square
 
     def begin(self, epoch: int, order: Tensor, caption: Tensor, *, done: int = 0, images: int = 0) -> None:
         """Set out on an epoch; images are read ahead from here on."""
@@ -51,3 +66,4 @@ class TowerStep(Step):
     def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
         self._backward_of(self._feed.embed(self._train, at, caption), at, parts)
         self._feed.backward()
+        self._shards.take_gradients()

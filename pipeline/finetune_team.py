@@ -21,6 +21,11 @@ from .finetune_fleet import LOST
 BUCKET = 1 << 24
 
 
+def wants_shards() -> bool:
+    """Whether ``accelerate launch`` was told to shard (``--use_fsdp``)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true"}
+
+
 def is_first() -> bool:
     """Whether this process is the one of its launcher that writes and tells."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -51,6 +56,10 @@ class Team:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over all processes, in place."""
+
+    def most(self, n: int) -> int:
+        """The largest of all processes' numbers."""
+        return n
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Give all processes the first one's tensors, in place."""
@@ -90,6 +99,12 @@ class _Several(Team):
                 torch.distributed.all_reduce(flat)
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def most(self, n: int) -> int:
+        largest = torch.tensor(n, device=self.device)
+        with _together():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:

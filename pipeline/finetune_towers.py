@@ -8,7 +8,7 @@ Symbols: n images or texts, P patches, T tokens, D width, H heads, L blocks of a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,8 @@ from .optimisation import Group
 from .patches import Grid
 from .towers import ImageTower, PixelScale, TextTower, resize_positions
 
+# What the names of groups end with whose parameters are parts of larger ones.
+PARTS = ", parts"
 TOWERS = {"image": "vision_model", "text": "text_model"}
 # What leaves a tower belongs to it as its last block does.
 _TOP = {"image": ("post_layernorm", "head"), "text": ("final_layer_norm", "head")}
@@ -32,12 +34,18 @@ _TOP = {"image": ("post_layernorm", "head"), "text": ("final_layer_norm", "head"
 class _Block(nn.Module):
     """One block of ``transformers``, without a mask."""
 
-    def __init__(self, layer: Any) -> None:  # noqa: ANN401
+    def __init__(self, layer: Any, *, checkpointing: bool) -> None:  # noqa: ANN401
         super().__init__()
-        self.layer = layer
+        self.layer, self._checkpointing = layer, checkpointing
 
     def forward(self, x: Tensor, last: bool = False) -> Tensor:
         """``(n, T, D)`` to the same, or to ``(n, 1, D)`` where only the last position is wanted."""
+        if self._checkpointing and torch.is_grad_enabled():
+            kept: Tensor = checkpoint(self._attend, x, last, use_reentrant=False)
+            return kept
+        return self._attend(x, last)
+
+    def _attend(self, x: Tensor, last: bool) -> Tensor:
         attention = self.layer.self_attn
         normed = self.layer.layer_norm1(x)
         asked = normed[:, -1:] if last else normed
@@ -90,10 +98,10 @@ class ImageSide(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         layers = vision.encoder.layers
-        self._first, self._checkpointing = first, checkpointing
+        self._first = first
         self._below = ImageTower(_cut_off(vision, layers[: first or 0]), scale, dtype)
         self.embeddings = vision.embeddings if first is None else None
-        self.blocks = nn.ModuleList(_Block(layer) for layer in layers[first or 0 :])
+        self.blocks = nn.ModuleList(_Block(layer, checkpointing=checkpointing) for layer in layers[first or 0 :])
         self.pool = _Pool(vision)
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
@@ -103,7 +111,7 @@ class ImageSide(nn.Module):
         if self.embeddings is not None:
             x = self._embed(x, grid)
         for block in self.blocks:
-            x = _run(block, x, checkpointing=self._checkpointing)
+            x = block(x)
         out: Tensor = self.pool(x)
         return out
 
@@ -121,10 +129,10 @@ class TextSide(nn.Module):
     def __init__(self, text: Any, dtype: torch.dtype, first: int | None, *, checkpointing: bool) -> None:  # noqa: ANN401
         super().__init__()
         layers = text.encoder.layers
-        self._first, self._checkpointing = first, checkpointing
+        self._first = first
         self._below = TextTower(_cut_off(text, layers[: first or 0]), dtype)
         self.embeddings = text.embeddings if first is None else None
-        self.blocks = nn.ModuleList(_Block(layer) for layer in layers[first or 0 :])
+        self.blocks = nn.ModuleList(_Block(layer, checkpointing=checkpointing) for layer in layers[first or 0 :])
         self.norm, self.head = text.final_layer_norm, text.head
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -135,8 +143,8 @@ class TextSide(nn.Module):
         else:
             x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
         for block in self.blocks[:-1]:
-            x = _run(block, x, checkpointing=self._checkpointing)
-        x = _run(self.blocks[-1], x, True, checkpointing=self._checkpointing)
+            x = block(x)
+        x = self.blocks[-1](x, True)
         out: Tensor = self.head(self.norm(x[:, -1])).float()
         return out
 
@@ -162,10 +170,9 @@ class Towers:
         self.depth = {name: len(self._tower(name).encoder.layers) for name in TOWERS}
         chosen = () if config.unfreeze == "none" else ("image", "text") if config.towers == "both" else (config.towers,)
         first = {name: self._first_block(name) for name in chosen}
-        self.trained: dict[str, nn.Parameter] = {}
         for name, parameter in parts.model.named_parameters():
-            if any(_is_trained(name, tower, first[tower]) for tower in chosen):
-                self.trained[name] = parameter.requires_grad_()
+            parameter.requires_grad_(any(_is_trained(name, tower, first[tower]) for tower in chosen))
+        self.find_trained()
         options: dict[str, Any] = {"checkpointing": config.gradient_checkpointing}
         self.sides: dict[str, nn.Module] = {}
         if "image" in chosen:
@@ -174,23 +181,32 @@ class Towers:
         if "text" in chosen:
             self.sides["text"] = TextSide(self._tower("text"), dtype, first["text"], **options)
 
-    def groups(self, optimizer: OptimizerConfig) -> list[Group]:
+    def find_trained(self) -> None:
+        """Look for what is trained again: where blocks are sharded, their parameters are others."""
+        named = self.parts.model.named_parameters()
+        self.trained: dict[str, nn.Parameter] = {name: one for name, one in named if one.requires_grad}
+
+    def groups(self, optimizer: OptimizerConfig, local: Mapping[str, Tensor] | None = None) -> list[Group]:
         """Trained parameters by learning rate and weight decay.
+
+        Where ``local`` has a part of a parameter, that part is stepped on, in a group of ``PARTS``.
 
         ``lr_towers * layer_decay^k`` for what lies k blocks below the top (Clark et al. 2020, section 2; Bao et al.
         2022); norms and biases do not decay.
         """
-        found: dict[tuple[str, int, bool], list[Tensor]] = {}
+        found: dict[tuple[str, int, bool, str], list[Tensor]] = {}
         for name, parameter in self.trained.items():
             tower = next(tower for tower, prefix in TOWERS.items() if name.startswith(prefix))
-            found.setdefault((tower, self._below_top(name, tower), parameter.ndim > 1), []).append(parameter)
+            own = parameter if local is None else local[name]
+            kind = "" if own is parameter else PARTS
+            found.setdefault((tower, self._below_top(name, tower), parameter.ndim > 1, kind), []).append(own)
         return [
             Group(
-                name=f"{tower} -{below}", parameters=parameters,
+                name=f"{tower} -{below}{kind}", parameters=parameters,
                 rate=optimizer.lr_towers * self._config.layer_decay**below,
                 decay=optimizer.weight_decay if decays else 0.0,
             )
-            for (tower, below, decays), parameters in found.items()
+            for (tower, below, decays, kind), parameters in found.items()
         ]  # fmt: skip
 
     def summary(self) -> list[str]:
@@ -241,11 +257,3 @@ def _cut_off(tower: Any, layers: Sequence[Any]) -> SimpleNamespace:  # noqa: ANN
     own = ("embeddings", "post_layernorm", "final_layer_norm", "head")
     parts = {name: getattr(tower, name) for name in own if hasattr(tower, name)}
     return SimpleNamespace(**parts, encoder=SimpleNamespace(layers=list(layers)))
-
-
-def _run(block: nn.Module, x: Tensor, *words: bool, checkpointing: bool) -> Tensor:
-    if checkpointing and torch.is_grad_enabled():
-        kept: Tensor = checkpoint(block, x, *words, use_reentrant=False)
-        return kept
-    made: Tensor = block(x, *words)
-    return made

@@ -70,6 +70,18 @@ class Step:
         """What is trained beside the heads, by name: nothing here."""
         return {}
 
+    def whole(self, name: str, part: Tensor) -> Tensor:  # noqa: ARG002
+        """All of what is shaped like one of the others, from what this process has of it."""
+        return part
+
+    def part(self, name: str, whole: Tensor) -> Tensor:  # noqa: ARG002
+        """What this process has of it."""
+        return whole
+
+    def _over_all(self, group: str, square: Tensor) -> Tensor:  # noqa: ARG002
+        """A squared norm of a group of parameters, of all that processes have of them."""
+        return square
+
     def _more_groups(self) -> Sequence[Group]:
         """How the optimiser steps on it."""
         return ()
@@ -194,7 +206,7 @@ class Step:
                 parts = [torch.dot(flat, flat) for flat in (gradient.flatten() for gradient in gradients)]
             else:
                 parts = [norm.square() for norm in torch._foreach_norm(gradients)]  # noqa: SLF001
-            squares.append(torch.stack(parts).sum(0))
+            squares.append(self._over_all(group["name"], torch.stack(parts).sum(0)))
         norm = torch.stack(squares).sum(0).sqrt()
         limit = self._config.training.gradient_clip_norm
         if limit is not None:

@@ -96,7 +96,7 @@ class FitResult:
 
 def fit(
     members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None,
-    make_step: MakeStep = Step, keep_within_s: float = math.inf,
+    make_step: MakeStep = Step, keep_within_s: float = math.inf, keep_every_s: float | None = None,
 ) -> list[FitResult]:  # fmt: skip
     """Train heads in place, several of one configuration in one pass.
 
@@ -109,6 +109,7 @@ def fit(
         stacked: Whether parameters of several heads lie side by side; as many heads as there are ask for by default.
         make_step: Makes the steps, of :class:`Step`'s arguments.
         keep_within_s: Seconds after which a state is kept in the middle of an epoch.
+        keep_every_s: Seconds after which one is kept at the end of an epoch; ``KEEP_EVERY_S`` when not given.
 
     Returns:
         One result a member; a member that diverges beside others leaves them alone.
@@ -139,7 +140,7 @@ def fit(
         if all(member.error for member in members):
             raise members[0].error  # type: ignore[misc]
         task.advance(1, _note(open_members))
-        if time.perf_counter() - kept_at >= KEEP_EVERY_S:
+        if time.perf_counter() - kept_at >= (KEEP_EVERY_S if keep_every_s is None else keep_every_s):
             loop.keep(epoch)
             kept_at = time.perf_counter()
     return [summarise(member.history, n_epochs, member.error) for member in members]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STATE = "training.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_SUM = "sum."
+_SUM, _OTHER = "sum.", "other."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,10 @@ def gather_state(
 ) -> TrainingState:
     """The state of one head of a training, after an epoch and so many batches of the next."""
     views = _views(step, place) | ({f"{_SUM}{name}": value for name, value in step.sums.items()} if batches else {})
-    tensors = {name: value.detach().cpu().clone() for name, value in views.items()}
+    tensors = {}
+    for name, value in views.items():
+        whole = step.whole(_other(name), value.detach()) if _other(name) else value
+        tensors[name] = whole.detach().cpu().clone()
     return TrainingState(
         epoch=epoch, history=tuple(dict(record) for record in history), tensors=tensors, precision=step.precision,
         scaler=step.scaler.state_dict(), batches=batches,
@@ -74,14 +77,23 @@ def restore_state(step: "Step", place: int, state: TrainingState) -> None:
     views = _views(step, place)
     sums = {name: value for name, value in state.tensors.items() if name.startswith(_SUM)}
     known = {name: value for name, value in state.tensors.items() if name not in sums}
-    if views.keys() != known.keys() or any(views[name].shape != known[name].shape for name in views):
-        raise InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
+    wrong = InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
+    if views.keys() != known.keys():
+        raise wrong
     for name, view in views.items():
-        view.copy_(known[name])
+        value = step.part(_other(name), known[name]) if _other(name) else known[name]
+        if value.shape != view.shape:
+            raise wrong
+        view.copy_(value)
     for name, value in sums.items():  # of an epoch that is half done, which a training of several heads keeps none of
         step.sums[name.removeprefix(_SUM)] = value.to(step.members.parameters[0].device)
     if state.scaler:
         step.scaler.load_state_dict(dict(state.scaler))
+
+
+def _other(name: str) -> str:
+    """The name of the parameter that a tensor of a state belongs to, where it is none of the head's; else nothing."""
+    return name.partition(_OTHER)[2]
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -120,7 +132,7 @@ def _views(step: "Step", place: int) -> dict[str, Tensor]:
     """Everything of one head that a step changes, by name."""
     members = step.members
     views = {f"head.{name}": value for name, value in members.heads[place].state_dict().items()}
-    others = {f"other.{name}": value.detach() for name, value in step.others.items()}
+    others = {f"{_OTHER}{name}": value.detach() for name, value in step.others.items()}
     views |= others
     trained = [*zip(members.names, members.parameters, strict=True), *zip(others, step.others.values(), strict=True)]
     for name, parameter in trained:

@@ -44,6 +44,7 @@ def kept_batches(run: Path) -> int:
 
 ALL = pytest.param(("--unfreeze", "all", "--augment", "--accumulation", 2), marks=pytest.mark.slow)
 NONE = pytest.param(("--unfreeze", "none"), marks=pytest.mark.slow)
+SHARDED = ("--unfreeze", "all", "--set", "finetune.fsdp=true", "--accumulation", 2, "--gradient-checkpointing")
 
 
 def run_command(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -120,7 +121,9 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
         assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("options", [("--unfreeze", "last-2", "--augment"), NONE])
+@pytest.mark.parametrize(
+    "options", [("--unfreeze", "last-2", "--augment"), NONE, pytest.param(SHARDED, marks=pytest.mark.slow)]
+)
 def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) -> None:
     """Batch norm, balance, covariance and mixtures are those of the whole batch, in whose parts the processes share."""
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 2, *options]
@@ -136,6 +139,36 @@ def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) 
         one, two = (read_codes(tmp_path / name, split) for name in ("one", "two"))
         assert np.array_equal(one.image_id, two.image_id)
         np.testing.assert_allclose(one.soft, two.soft, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniature, tmp_path) -> None:
+    """Both processes are killed after an epoch; two of them, or one that has all shards, end as if nothing had been."""
+    words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, *SHARDED, "--epochs", 4]
+    command = [sys.executable, "-m", "mmcli", *map(str, words), "--batch-size", "4", "--num-processes", "2", "--out"]
+    assert run_command([*command, "whole"], tmp_path).returncode == 0
+    process = subprocess.Popen([*command, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    run = tmp_path / "killed"
+    while not (run / "training.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shutil.copytree(run, tmp_path / "alone")
+    again = run_command(
+        [sys.executable, "-m", "mmcli", "finetune", "--resume", "killed", "--num-processes=2"], tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    code, _, err = mmcli("finetune", "--resume", "alone")
+    assert code == 0, err
+    assert "going on after epoch" in err
+    for name in ("killed", "alone"):
+        for mine, theirs in zip(history(tmp_path / name), history(tmp_path / "whole"), strict=True):
+            assert mine == pytest.approx(theirs, rel=2e-3, abs=2e-4), name
+        towers = [load_file(tmp_path / one / "towers" / "model.safetensors") for one in ("whole", name)]
+        assert towers[0].keys() == towers[1].keys()
+        for key, value in towers[0].items():
+            np.testing.assert_allclose(towers[1][key], value, atol=2e-3, err_msg=key)
 
 
 @pytest.mark.slow
