@@ -169,7 +169,9 @@ class _Builder:
         return int(choice.settings.get("model.max_num_patches", self._base.patches))
 
     def _put(self, row: Row, choice: Choice) -> None:
-        found = self._rows.setdefault((row.experiment, row.seed, row.key), _Candidate(row=row))
+        # Of values that set the same keys, those that cannot differ are one row; others may well be equal.
+        keys = ",".join(sorted(choice.settings))
+        found = self._rows.setdefault((row.experiment, row.seed, f"{row.key} {keys}"), _Candidate(row=row))
         found.choices.append(choice)
 
 
