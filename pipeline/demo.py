@@ -26,9 +26,10 @@ from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
 from .miniature_model import STEPS, make_checkpoint
 from .prepare import prepare, statistics_tables
 from .progress import Progress
+from .report import ReportPlan, report
 from .run_encoder import Coded
 from .runs import Run
-from .tables import COLUMNS, FOOTNOTE, cells, metrics_table
+from .tables import metrics_table
 from .tagger import run_index
 from .train_head import train_head
 from .voters import Query, Voters
@@ -103,9 +104,12 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     voted = knn_eval(config, run=trained.run, progress=progress)
     _explain(trained.run, data, config.knn, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
-    report = _write_report(out, rows)
+    plan = ReportPlan(runs=runs, data=data, out=out / "report", force=True)
+    command = plan.command.removeprefix("mmcli ")
+    _step(progress, 8, "one page of answers, tables, plots, queries and failures", command)
+    page = report(plan, progress).files[0]
     files = (
-        (report, "this table, for keeping"),
+        (page, "one page of all of it, for any browser"),
         (voted.metrics_path, "every metric of the head: neighbours and classifier"),
         (trained.run.folder / "history.jsonl", "losses and val mAP of every epoch"),
         (out / "legend.png", "how the 80 categories are drawn"),
@@ -171,16 +175,3 @@ def _telling_row(query: Codes) -> int:
     loss = np.logaddexp(0, query.logits).sum(1) - (query.logits * query.labels).sum(1)
     several = query.labels.sum(1) >= 2
     return int(np.argmin(np.where(several, loss, np.inf)))
-
-
-def _write_report(out: Path, rows: tuple[dict[str, Any], ...]) -> Path:
-    """The last table as Markdown."""
-    head = "| method | " + " | ".join(name for name, _, _ in COLUMNS) + " |"
-    rule = "|---|" + "---:|" * len(COLUMNS)
-    body = [f"| {row['method']} | " + " | ".join(cells(row)) + " |" for row in rows]
-    note = (
-        "These figures come from a generated miniature and a checkpoint trained for a minute: they prove the pipeline."
-    )
-    path = out / "report.md"
-    write_text(path, "\n".join(["# mmcli demo", "", note, "", head, rule, *body, "", FOOTNOTE, ""]))
-    return path

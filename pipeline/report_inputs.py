@@ -20,11 +20,10 @@ from .report_arms import Arm, Sample
 from .report_pictures import Pictures
 from .run_folders import MARK
 from .runs import TRAINED, Run, read_info
-from .stores import DEFAULT_CACHE
 
 SPLIT = "test"
 DEFAULT_DATA, DEFAULT_ABLATIONS = Path("data/coco"), Path("runs/ablations")
-DEFAULT_PRESET = "recommended"
+DEFAULT_PRESET, DEFAULT_CACHE = "recommended", Path("data/cache")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ VIOLATIONS = {
     "heads/fusion.py": ("from ..cache import key\n", "imports run one way"),
     "cache/reader.py": ("from ..pipeline import runs\n", "imports run one way"),
     "pipeline/demo.py": ("from .ablate import ablate\n", "ablate calls stages"),
+    "pipeline/report_build.py": ("from .trainer import fit\n", "a report reads files"),
     "pipeline/knn_eval.py": ("from .train_head import train_head\n", "a stage does not import a stage"),
 }
 
@@ -44,7 +45,7 @@ def copy(repo: Path, tmp_path: Path) -> Path:
 def test_contracts_hold(copy: Path) -> None:
     result = lint(copy)
     assert result.returncode == 0, result.stdout
-    assert "5 kept, 0 broken" in result.stdout
+    assert "6 kept, 0 broken" in result.stdout
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)

@@ -42,7 +42,8 @@ def test_the_last_table_is_whole_and_the_files_are_there(made) -> None:
         for key in ("mAP", "F1_micro", "F1_macro", "P@5", "R@5", "query_latency_ms"):
             assert np.isfinite(row[key])
     for name in (
-        "report.md",
+        "report/report.html",
+        "report/report.md",
         "legend.png",
         "data/manifest.parquet",
         "store/manifest.json",
@@ -50,8 +51,8 @@ def test_the_last_table_is_whole_and_the_files_are_there(made) -> None:
         "runs/zero-shot/metrics.json",
     ):
         assert (out / name).is_file(), name
-    report = (out / "report.md").read_text()
-    assert all(f"| {row['method']} | {row['mAP']:.3f} [{row['ci']['mAP'][0]:.3f}, " in report for row in result["rows"])
+    report = (out / "report" / "report.md").read_text()
+    assert all(f"| {row['mAP']:.3f} \\[{row['ci']['mAP'][0]:.3f}, " in report for row in result["rows"])
 
 
 def test_every_step_names_its_command_and_the_commands_do_the_same(made, tmp_path: Path) -> None:
@@ -61,7 +62,9 @@ def test_every_step_names_its_command_and_the_commands_do_the_same(made, tmp_pat
         for line in said.splitlines()
         if line.strip().startswith("$ mmcli ")
     ]
-    assert [words[0] for words in commands] == ["prepare", "extract", "zero-shot", "train-head", "knn-eval", "predict"]
+    assert [words[0] for words in commands] == [
+        "prepare", "extract", "zero-shot", "train-head", "knn-eval", "predict", "report",
+    ]  # fmt: skip
     training = next(words for words in commands if words[0] == "train-head")
     run = tmp_path / "again"
     for words in ([*training, "--out", str(run)], ["knn-eval", "--run", str(run)]):

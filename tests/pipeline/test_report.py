@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report_kit import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 
 from mmcli import InputError
 from mmcli.pipeline import report as stage
 from mmcli.pipeline.report import ReportPlan, report
-
-from report_kit import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 
 VOID = {"meta", "link", "img", "br", "input", "circle", "line", "use", "path", "image", "rect", "stop", "clippath"}
 

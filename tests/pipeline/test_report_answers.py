@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_kit import SEEDS, Kit, make_kit
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
@@ -15,8 +16,6 @@ from mmcli.heads.metrics import evaluate
 from mmcli.pipeline.report_answers import T975, T975_OF_MORE, _holm, _ratio, answers
 from mmcli.pipeline.report_arms import EQUAL, Arm, Pairs, Sample, best_of, verdict
 from mmcli.pipeline.report_inputs import Inputs, read_inputs
-
-from report_kit import SEEDS, Kit, make_kit
 
 
 @pytest.fixture(scope="module")

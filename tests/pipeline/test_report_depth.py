@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report_kit import NAMES, Kit, make_kit
 from sklearn.metrics import average_precision_score
 
 from mmcli import InputError
@@ -14,8 +15,6 @@ from mmcli.pipeline.report_examples import failures, queries
 from mmcli.pipeline.report_inputs import read_inputs, read_known
 from mmcli.pipeline.report_pictures import Pictures
 from mmcli.pipeline.report_tables import class_table, confusion_table
-
-from report_kit import NAMES, Kit, make_kit
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_queries_go_evenly_from_the_best_to_the_worst(depth: Depth) -> None:
     for one in found:
         row = rows[one.image.image_id]
         y = depth.query.labels[row]
-        assert one.AP == pytest.approx(average_precision_score(y, depth.scores[row]))
+        assert pytest.approx(average_precision_score(y, depth.scores[row])) == one.AP
         assert len(one.neighbours) == 9
         distance = [(depth.base.packed[voters[near.image_id]] ^ depth.query.packed[row]) for near in one.neighbours]
         assert [f"{int(np.unpackbits(d).sum())} bit" for d in distance] == [
