@@ -56,6 +56,8 @@ def estimate(
             f"{IMAGES_PER_S:,.0f} train images a second, every epoch of every training: early stopping makes it less"
         )
         train_s = sum(one.config.training.num_epochs * n_train / IMAGES_PER_S for one in heads)
+    others = [one for one in missing if one.kind == "finetune"]
+    basis += f"; {len(others)} trainings of towers are not estimated" if others else ""
     return Estimate(train_s=train_s, evaluate_s=n_evaluations * n_test * EVALUATION_S_PER_IMAGE, basis=basis)
 
 

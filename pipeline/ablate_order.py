@@ -15,7 +15,7 @@ import yaml
 
 from .. import InputError
 from .ablate_base import Told, make_base
-from .ablate_plan import Plan, Row, flat_config, restrict
+from .ablate_plan import Plan, Row, restrict
 from .ablate_planner import make_plan
 from .config import Config
 from .experiments import DEFAULT, Experiment, read_experiments, read_grid, with_values
@@ -165,9 +165,9 @@ class _filter:  # noqa: N801 - a function with a state
     def __call__(self, row: Row) -> bool:
         if self._experiment:
             return row.experiment != self._key or any(fnmatchcase(row.value, glob) for glob in self._globs)
-        if row.config is None:
+        values = row.settings
+        if not values:
             return False
-        values = flat_config(row.config)
         if self._key not in values:
             raise InputError(
                 "no such key", where="--only", got=self._key, wanted="an experiment or a key of the configuration",

@@ -71,6 +71,8 @@ class Row:
         key: Of its evaluation; empty where the configuration is refused.
         training: Key of its training.
         config: Resolved; None where it is refused.
+        towers: What of the towers is trained.
+        patches: Patch budget of its images.
         stands_for: How many values of the experiment this row is.
     """
 
@@ -85,7 +87,17 @@ class Row:
     key: str = ""
     training: str = ""
     config: Config | None = None
+    towers: str = FROZEN
+    patches: int = 0
     stands_for: int = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every dotted key of its configuration, with what only the plan knows; nothing where it is refused."""
+        if self.config is None:
+            return {}
+        own = {"model.max_num_patches": self.patches, "towers": self.towers}
+        return flat_config(self.config) | own
 
 
 @dataclass(frozen=True, kw_only=True)

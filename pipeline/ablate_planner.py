@@ -115,7 +115,10 @@ class _Builder:
             )
             self._evaluations.setdefault(evaluation.key, evaluation)
             self._trainings.setdefault(training.key, training)
-            row = replace(line, seed=seed, key=evaluation.key, training=training.key, config=evaluation.config)
+            row = replace(
+                line, seed=seed, key=evaluation.key, training=training.key, config=evaluation.config,
+                towers=choice.towers, patches=training.patches,
+            )  # fmt: skip
             self._put(row, choice)
 
     def plan(self) -> Plan:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .. import InputError
-from .ablate_plan import Plan, Row, flat_config
+from .ablate_plan import Plan, Row
 from .ablate_records import Record
 from .files import write_whole
 
@@ -48,10 +48,7 @@ def lines_of(plan: Plan, records: Mapping[str, Record]) -> list[dict[str, Any]]:
     for row in plan.rows:
         record = records.get(row.key)
         if row.status == "failed" or record is not None:
-            patches, towers = 0, ""
-            if row.training:
-                patches, towers = plan.trainings[row.training].patches, plan.trainings[row.training].towers
-            found.append(_line(row, record, patches, towers))
+            found.append(_line(row, record))
     return found
 
 
@@ -103,21 +100,19 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _line(row: Row, record: Record | None, patches: int, towers: str) -> dict[str, Any]:
+def _line(row: Row, record: Record | None) -> dict[str, Any]:
     """One line of the table."""
     line: dict[str, Any] = {
         "experiment": row.experiment, "varies": row.varies, "value": row.value, "order": row.order, "seed": row.seed,
         "status": row.status if row.status != "planned" else "finished", "note": row.note, "key": row.key,
         "training_key": row.training, "base": row.base,
     }  # fmt: skip
-    config = {} if row.config is None else flat_config(row.config)
     if record is not None:
-        config |= record.config
         line |= {"run": record.run, "scores": record.scores, "method": record.method, "split": record.split}
         if not record.finished:
             line |= {"status": "failed", "note": record.note}
     if row.config is not None:
-        config |= {"towers": towers, "model.max_num_patches": patches, "preset": row.config.preset}
+        config = row.settings
         line |= {"preset": row.config.preset, "config": json.dumps(config, sort_keys=True)}
         line |= {key: config[key] for key in CONFIG_COLUMNS}
         if row.config.knn.distance_metric == "hamming" and row.config.hash.bits:

@@ -23,15 +23,17 @@ def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> Renderabl
     """A line a value of one experiment."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("value", style="bold")
-    for name in ("seeds", "mAP", "spread", "interval", "F1_micro*", "P@5", "train"):
+    for name in ("mAP", "spread", "interval", "F1_micro*", "train"):
         table.add_column(name, justify="right", no_wrap=True)
     notes: dict[str, None] = {}
+    n_seeds = len({row["seed"] for row in rows})
     values = list(dict.fromkeys((row["order"], row["value"]) for row in rows))
     for order, value in values[:MOST_GRID_ROWS]:
         own = [row for row in rows if (row["order"], row["value"]) == (order, value)]
-        table.add_row(value, *_cells(own))
+        few = f" ({len(own)} of {n_seeds} seeds)" if len(own) < n_seeds else ""
+        table.add_row(value + few, *_cells(own))
         notes |= {f"{value}: {row['note']}": None for row in own if row.get("note")}
-    parts: list[RenderableType] = [Text(title, "bold"), table]
+    parts: list[RenderableType] = [Text(f"{title}, {n_seeds} seed{'s' * (n_seeds > 1)}", "bold"), table]
     if len(values) > MOST_GRID_ROWS:
         parts.append(Text(f"and {len(values) - MOST_GRID_ROWS} more values, in the table", "dim"))
     parts += [Text(f"  {note}", "dim") for note in list(notes)[:MOST_GRID_ROWS]]
@@ -96,13 +98,13 @@ def duration(seconds: float) -> str:
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     done = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
     if not done:
-        return ["0", *["failed" if rows else "-"], *["-"] * 5]
+        return ["failed", *["-"] * 4]
     maps = [row["mAP"] for row in done]
     ends = [row["ci"]["mAP"] for row in done if row.get("ci") and row["ci"].get("mAP")]
     interval = f"[{mean(e[0] for e in ends):.3f}, {mean(e[1] for e in ends):.3f}]" if ends else "-"
     return [
-        str(len(done)), f"{mean(maps):.3f}", f"{stdev(maps):.3f}" if len(maps) > 1 else "-", interval,
-        _mean(done, "F1_micro_tuned"), _mean(done, "P@5"), _mean(done, "train_s", "{:.1f} s"),
+        f"{mean(maps):.3f}", f"{stdev(maps):.3f}" if len(maps) > 1 else "-", interval, _mean(done, "F1_micro_tuned"),
+        _mean(done, "train_s", "{:.1f} s"),
     ]  # fmt: skip
 
 

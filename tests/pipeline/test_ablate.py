@@ -250,6 +250,31 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert (left, [row["value"] for row in merged]) == (2, ["3"])
 
 
+def test_a_grid_file_brings_its_own_sections(here: Path, mmcli) -> None:
+    Path("grid.yaml").write_text(
+        "fusion: {mlp_dims: [64, 32]}\ntraining: {num_epochs: 1}\nknn: {K: 5, voting_strategy: uniform}\n"
+        "grid_search: {hash_bits: [32, 64], K_neighbors: [3, 5], tau: [0.03, 0.15], freeze_towers: [true, last-2]}\n"
+    )
+    words = ("ablate", "--grid", "grid.yaml", "--device", "cpu", "--json")
+    told = json.loads(mmcli(*words, "--dry-run")[1])
+    # Uniform votes have no tau: 2 bits x 2 K x 2 towers.
+    assert (told["n_asked"], told["n_rows"], told["n_trainings"], told["n_evaluations"]) == (16, 8, 4, 8)
+    assert "2 trainings of towers are not estimated" in told["estimate_basis"]
+    code, out, _ = mmcli(*words, "--only", "towers=frozen")
+    assert (code, json.loads(out)["trained"], json.loads(out)["n_rows"]) == (0, 2, 4)
+    rows = rows_of()
+    assert rows[0]["value"] == "bits 32, K 3, tau 0.03/0.15, towers frozen"
+    assert {row["status"] for row in rows} == {"collapsed"}
+    assert rows[0]["note"] == "tau matters to softmax votes alone"
+    assert {(row["hash.bits"], row["knn.K"], row["training.num_epochs"]) for row in rows} == {
+        (32, 3, 1), (32, 5, 1), (64, 3, 1), (64, 5, 1),
+    }  # fmt: skip
+    Path("other.yaml").write_text("knn: {K: 4}\n")
+    code, _, err = mmcli(*words, "--config", "other.yaml")
+    assert code == 2
+    assert "two configurations" in err
+
+
 def killed_at(command: list[str], cwd: Path, n_files: int, sign: int) -> int:
     """The exit code of a call that is stopped as soon as so many evaluations are kept."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
