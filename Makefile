@@ -1,12 +1,13 @@
 # make demo   set up .venv, run every stage on the generated miniature
 # make test   set up .venv, run the tests
 # make check  lint, types and import contracts
+# make browser  the report's page in headless Chromium (needs node, npm and Chromium)
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check browser clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -34,6 +35,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+browser: setup
+	npm install --prefix tests/browser --no-audit --no-fund --no-package-lock
+	$(BIN)/python -m pytest -q tests/pipeline/test_report_browser.py
 
 clean:
 	rm -rf .venv .mypy demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
