@@ -85,8 +85,13 @@ def compared(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
 def _answer(name: str, question: str, wanted: Sequence[Wanted], inputs: Inputs, pairs: Pairs) -> Answer:
     made: list[Comparison] = []
     missing: dict[str, list[str]] = {}
+    known = set()
     for one in wanted:
         arms = arm_pair(inputs.arms(one.experiment), one.A, one.B)
+        files = None if arms is None else tuple(tuple(sample.scores for sample in arm.samples) for arm in arms)
+        if files is not None and files in known:
+            continue  # two experiments share these runs: counted once
+        known.add(files)
         found = None if arms is None else compared(one.what, *arms, pairs)
         if found is not None:
             made.append(found)

@@ -26,6 +26,7 @@ COSTED = {
     "A2": ("bits", "{} bits"), "C1": ("neighbours", "K {}"), "C2": ("distance", "{}"), "A3": ("predictor", "{}"),
     "base": ("baseline", "{}"),
 }  # fmt: skip
+FEW = 1000  # test images
 ALL = ("base", "A1", "A2", "A3", "M1", "M2", "C1", "C2", "C3", "C4")
 
 
@@ -47,7 +48,7 @@ def build(inputs: Inputs, depth: Depth | None, *, command: str, pictures: bool =
     ]  # fmt: skip
     return Document(
         title="Multi-label tagging with learned hash codes", subtitle=_subtitle(inputs, depth),
-        facts=_facts(inputs, depth), sections=tuple(sections),
+        facts=_facts(inputs, depth), notes=_notes(inputs, depth, command), sections=tuple(sections),
     )  # fmt: skip
 
 
@@ -56,6 +57,20 @@ def _subtitle(inputs: Inputs, depth: Depth | None) -> str:
     rows = f"{len(inputs.rows)} rows of experiments over {len(seeds)} seeds" if inputs.rows else "no experiments yet"
     looked = "" if depth is None else f"; images, bits and classes of the run {depth.known.run.folder.name}"
     return f"{_count(len(inputs.runs), 'run')}, {rows}{looked}."
+
+
+def _notes(inputs: Inputs, depth: Depth | None, command: str) -> tuple[str, ...]:
+    """What has to be known before the figures are read."""
+    found = [f"Written by `{command}`, never by hand."]
+    if depth is not None and len(depth.query) < FEW:
+        found.append(
+            f"With {len(depth.query):,} test images most differences cannot be told, and what is told holds for these"
+            " data: they show that the pipeline and its statistics work, not how good the method is on COCO."
+        )
+    sets = {known.run.info.manifest_sha256 for known in inputs.runs.values()}
+    if len(sets) > 1:
+        found.append(f"The runs are of {len(sets)} data sets: lines of different ones are not comparable.")
+    return tuple(found)
 
 
 def _facts(inputs: Inputs, depth: Depth | None) -> tuple[tuple[str, str], ...]:

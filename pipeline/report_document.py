@@ -1,7 +1,7 @@
 """What a report consists of, whatever it is written as: sections of answers, tables, figures, queries and failures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .report_pictures import Picture
 
@@ -239,7 +239,7 @@ class Document:
     subtitle: str
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def figures(self) -> tuple[Figure, ...]:

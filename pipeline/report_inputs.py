@@ -14,6 +14,7 @@ from .. import InputError
 from .ablate_table import ROWS, read_rows
 from .codes import codes_path
 from .evaluation import scores_path
+from .experiments import DEFAULT, read_experiments
 from .manifest import Manifest, read_manifest
 from .metrics_file import read_metrics
 from .report_arms import Arm, Sample
@@ -23,7 +24,7 @@ from .runs import TRAINED, Run, read_info
 
 SPLIT = "test"
 DEFAULT_DATA, DEFAULT_ABLATIONS = Path("data/coco"), Path("runs/ablations")
-DEFAULT_PRESET, DEFAULT_CACHE = "recommended", Path("data/cache")
+DEFAULT_PRESET, DEFAULT_CACHE, MINIATURE = "recommended", Path("data/cache"), "miniature"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class Inputs:
             words += ["--store", _shown(Path(info.store))]
         if info is not None and info.preset != DEFAULT_PRESET:
             words += ["--preset", info.preset]
+        if _of_the_miniature(self.rows, experiments):
+            words += ["--experiments", MINIATURE]
         if self.ablations != DEFAULT_ABLATIONS:
             words += ["--out", _shown(self.ablations)]
         return shlex.join(words)
@@ -86,7 +89,9 @@ class Inputs:
 
     def _arm(self, value: str, rows: list[Mapping[str, Any]]) -> Arm:
         notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
-        done = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
+        found = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
+        # What no seed changes, as zero-shot, is one evaluation under several seeds.
+        done = list({row["key"]: row for row in reversed(found)}.values())[::-1]
         samples = tuple(
             Sample(
                 seed=row["seed"], row=row, scores=self.ablations / row["scores"] if row.get("scores") else None,
@@ -173,6 +178,16 @@ def _runs(folder: Path) -> tuple[dict[str, Known], int]:
 def _listing(data: Path | None) -> Manifest | None:
     path = (DEFAULT_DATA if data is None else data) / "manifest.parquet"
     return None if data is None and not path.is_file() else read_manifest(path)
+
+
+def _of_the_miniature(rows: tuple[Mapping[str, Any], ...], experiments: tuple[str, ...]) -> bool:
+    """Whether rows of these experiments have values that only the miniature's file has."""
+    made = {(row["experiment"], row["value"]) for row in rows if row["experiment"] in experiments}
+    usual, other = (
+        {(name, choice.value) for name, one in read_experiments(file).items() for choice in one.choices}
+        for file in (DEFAULT, MINIATURE)
+    )
+    return bool(made & (other - usual))
 
 
 def _shown(path: Path) -> str:

@@ -33,6 +33,8 @@ def to_markdown(document: Document) -> str:
     lines = [f"# {plain(document.title)}", "", inline(document.subtitle), ""]
     if document.facts:
         lines += [" · ".join(f"{plain(name)}: {plain(value)}" for name, value in document.facts), ""]
+    for note in document.notes:
+        lines += [inline(note), ""]
     for section in document.sections:
         lines += [f"## {plain(section.title)}", ""]
         for block in section.blocks:

@@ -144,3 +144,15 @@ def test_rows_that_failed_have_no_figures_and_say_why(inputs: Inputs) -> None:
     (arm,) = inputs.arms("B3")
     assert (arm.samples, arm.mean("mAP")) == ((), None)
     assert arm.note.startswith("no store")
+
+
+def test_what_no_seed_changes_is_one_evaluation_and_shared_runs_are_compared_once(inputs: Inputs) -> None:
+    rows = [row for row in inputs.rows if row["experiment"] == "base"]
+    first = next(row for row in rows if row["value"] == "zero-shot")
+    rows = [first | {"seed": seed} for seed in SEEDS] + [row for row in rows if row["value"] == "full"]
+    shared = {"hadamard_magnitude / rms": "true m", "hadamard / rms": "no m"}
+    again = [row | {"experiment": "M2", "value": shared[row["value"]]} for row in inputs.rows if row["value"] in shared]
+    changed = replace(inputs, rows=(*rows, *again, *(row for row in inputs.rows if row["experiment"] == "A1")))
+    assert [len(arm.samples) for arm in changed.arms("base")] == [1, len(SEEDS)]
+    magnitude = answers(changed, None, Pairs())[0]
+    assert [one.what for one in magnitude.comparisons] == ["with magnitude against without, blocks of equal scale"]
