@@ -16,6 +16,8 @@ from .reading import end_with_parent
 Stop = Callable[[], bool]
 # A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
 ATTEMPTS = 2
+# Processes of a pool find these before they load anything that has threads.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _worker: Worker | None = None
 
@@ -73,6 +75,8 @@ def _pooled(
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     left, running = list(units), {}  # type: ignore[var-annotated]
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, str(threads)))
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(place, threads))
     try:
         while True:
@@ -90,6 +94,8 @@ def _pooled(
         for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _result(future: "Future[list[Record]]") -> list[Record] | None:
