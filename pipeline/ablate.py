@@ -215,7 +215,9 @@ class _Work:
 
             yield from on_ray(place, units, self._stop, self._config, workers=means.workers, address=means.address)
         elif means.workers > 1:
-            yield from in_processes(place, units, self._stop, workers=min(means.workers, len(units)))
+            yield from in_processes(
+                place, units, self._stop, workers=min(means.workers, len(units)), devices=self._every_gpu()
+            )  # fmt: skip
         else:
             yield from in_this_process(place, units, self._stop, told=self._epochs)
 
@@ -244,6 +246,14 @@ class _Work:
         from .device import pick_device
 
         return pick_device(device).type == "cuda"
+
+    def _every_gpu(self) -> list[str]:
+        """The GPUs of this machine, where it has several and none was named."""
+        if self._config.hardware.device not in {"auto", "cuda"} or not self._on_gpu():
+            return []
+        import torch
+
+        return [f"cuda:{at}" for at in range(torch.cuda.device_count())]
 
     def _stop(self) -> bool:
         limit = self._means.max_time

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from .. import InputError
 from .ablate_plan import flat_config
@@ -46,14 +47,22 @@ def in_this_process(
 
 
 def in_processes(
-    place: Workplace, units: Sequence[Unit], stop: Stop, *, workers: int
+    place: Workplace, units: Sequence[Unit], stop: Stop, *, workers: int, devices: Sequence[str] = ()
 ) -> Iterator[tuple[Unit, Record | None]]:
-    """The same in several processes; a unit whose process is killed is tried once more, then fails."""
+    """The same in several processes; a unit whose process is killed is tried once more, then fails.
+
+    Args:
+        place: As of :func:`in_this_process`.
+        units: Likewise.
+        stop: Likewise.
+        workers: Processes.
+        devices: Taken by the processes in turn; that of the configuration where there are none.
+    """
     waiting, attempts = list(units), dict.fromkeys(range(len(units)), 0)
     number = {id(unit): at for at, unit in enumerate(units)}
     while waiting and not stop():
         broken = False
-        for unit, records in _pooled(place, waiting, stop, workers):
+        for unit, records in _pooled(place, waiting, stop, workers, devices):
             if records is None:
                 broken = True
                 attempts[number[id(unit)]] += 1
@@ -69,15 +78,18 @@ def in_processes(
 
 
 def _pooled(
-    place: Workplace, units: Sequence[Unit], stop: Stop, workers: int
+    place: Workplace, units: Sequence[Unit], stop: Stop, workers: int, devices: Sequence[str]
 ) -> Iterator[tuple[Unit, list[Record] | None]]:
     """What each unit gave, as they end; None where the processes died under it."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
+    turn = context.Value("i", 0)
     left, running = list(units), {}  # type: ignore[var-annotated]
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, str(threads)))
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(place, threads))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_begin, initargs=(place, threads, devices, turn)
+    )
     try:
         while True:
             while left and len(running) < workers and not stop():
@@ -105,14 +117,16 @@ def _result(future: "Future[list[Record]]") -> list[Record] | None:
         return None
 
 
-def _begin(place: Workplace, threads: int) -> None:
+def _begin(place: Workplace, threads: int, devices: Sequence[str], turn: Any) -> None:  # noqa: ANN401
     """What each process does first."""
     global _worker  # noqa: PLW0603 - a process of a pool has no other place to keep what it read
     end_with_parent()
     import torch
 
     torch.set_num_threads(threads)
-    _worker = Worker(place)
+    with turn.get_lock():
+        at, turn.value = turn.value, turn.value + 1
+    _worker = Worker(place, device=devices[at % len(devices)] if devices else None)
 
 
 def _do(unit: Unit) -> list[Record]:

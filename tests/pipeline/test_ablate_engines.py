@@ -58,7 +58,11 @@ def test_a_unit_that_kills_its_process_fails_and_the_others_are_done(here: Path)
     units = units_of(order)
     units[1] = kill_first(units[1])
     place = Workplace(out=here / "out", stores={units[0].trainings[0].store: order.store}, data=here)
-    records = [record for _, record in in_processes(place, units, lambda: False, workers=1) if record is not None]
+    records = [
+        record
+        for _, record in in_processes(place, units, lambda: False, workers=1, devices=["cpu"])
+        if record is not None
+    ]
     states = {record.key: (record.status, record.note) for record in records}
     wanted = [unit.evaluations[0].key for unit in units]
     assert [states[key][0] for key in wanted] == ["finished", "failed"]
