@@ -136,6 +136,8 @@ def norms(depth: Depth) -> Figure | None:
         if sure
         else "It does not tell how well an image is tagged, at this size"
     )
+    if depth.known.is_control:
+        says = f"Shuffled norms, the control. {says}"
     drawing = draw("norms", paint)
     return Figure(
         name="norms", title="Is the magnitude a confidence?",

@@ -5,6 +5,7 @@ Symbols: Q test images, K neighbours, C classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .knn_search import Searcher
 from .report_inputs import SPLIT, Inputs, Known, has_codes, read_known
 
 SHOWN = 9  # neighbours of a query
+BASE = ("base", "full")
 OF_ROW = ("K", "distance_metric", "voting_strategy", "tau", "theta", "ties")
 
 
@@ -70,10 +72,12 @@ class Depth:
         return 0.5 if self.threshold is None else self.threshold
 
 
-def choose(inputs: Inputs, folder: Any) -> tuple[Known, str] | None:  # noqa: ANN401 - a path, or None
-    """The run to look into: the one that was named, else the one of the highest val mAP among those with hash codes.
+def choose(inputs: Inputs, folder: Path | None) -> tuple[Known, str] | None:
+    """The run to look into: the one that was named, else the one of the highest val mAP that is the method itself.
 
-    Val decides, because test tunes and chooses nothing. Without hash codes a run is taken where there is no other.
+    That is: below ``runs`` itself, or of the full method among the base methods. Runs of other experiments are controls
+    and variants; one of them is taken where there is nothing else. Val decides, because test tunes and chooses nothing,
+    and runs with hash codes go first.
 
     Raises:
         InputError: The named run is none, is not finished, or keeps no codes.
@@ -86,14 +90,21 @@ def choose(inputs: Inputs, folder: Any) -> tuple[Known, str] | None:  # noqa: AN
                 wanted="one of train-head or finetune with its codes", do="name another --run",
             )  # fmt: skip
         return known, "named with --run"
-    found = [known for known in inputs.runs.values() if has_codes(known)]
+    full = {Path(str(row["run"])).name for row in inputs.rows if (row["experiment"], row["value"]) == BASE}
+    own = [known for at, (name, known) in enumerate(inputs.runs.items()) if at < inputs.own or name in full]
+    method = [known for known in own if not known.is_control]
+    return _best(method, "made by hand or of the full method") or _best(list(inputs.runs.values()), "of any experiment")
+
+
+def _best(among: list[Known], which: str) -> tuple[Known, str] | None:
+    """The run of the highest val mAP and the reason in words; None where none keeps codes."""
+    found = [known for known in among if has_codes(known)]
     if not found:
         return None
-    hashed = [known for known in found if (known.run.folder / "codes" / "test.safetensors").is_file() and _bits(known)]
-    among = hashed or found
-    best = max(among, key=lambda known: known.best_val)
-    runs = f"{len(among)} run{'' if len(among) == 1 else 's'} with {'hash codes' if hashed else 'codes'}"
-    return best, f"the highest val mAP, {best.best_val:.3f}, of {runs}"
+    hashed = [known for known in found if _bits(known)]
+    best, n = max(hashed or found, key=lambda known: known.best_val), len(hashed or found)
+    value = "no val mAP is kept" if best.best_val < 0 else f"the highest val mAP, {best.best_val:.3f}"
+    return best, f"{value}, of {n} run{'' if n == 1 else 's'} with {'hash codes' if hashed else 'codes'}, {which}"
 
 
 def look_into(known: Known, why: str) -> Depth:

@@ -42,6 +42,11 @@ class Known:
         """The highest val mAP of its training; -1 where it was not trained."""
         return max((float(line["val_mAP"]) for line in self.history if line.get("val_mAP") is not None), default=-1.0)
 
+    @property
+    def is_control(self) -> bool:
+        """Whether its magnitudes were shuffled on purpose."""
+        return "magnitude: shuffled" in self.config
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:

@@ -17,7 +17,7 @@ def report(
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")] = Path("runs"),
     ablations: Annotated[Path | None, typer.Option("--ablations", metavar="DIR", help="Folder of the experiments' rows.parquet [default: ablations below --runs].")] = None,
     data: NamedData = None,
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run whose queries, curves, bits and classes are shown [default: the highest val mAP of those with hash codes].")] = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run whose queries, curves, bits and classes are shown [default: the highest val mAP of those made by hand or of the full method].")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write: report.html, report.md, figures/, pictures/.")] = Path("report"),
     latex: Annotated[bool, typer.Option("--latex", help="Write every table for LaTeX too, into tables/.")] = False,
     markdown_only: Annotated[Path | None, typer.Option("--markdown-only", metavar="FILE", help="Write this file alone: answers and tables as Markdown, without figures and pictures.")] = None,

@@ -1,5 +1,6 @@
 """The run that is looked into: its votes are those of its evaluation, and what is shown of them is what they say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_a_run_is_chosen_by_val_among_those_with_hash_codes(kit: Kit, tmp_path: 
     known, why = choose(inputs, None)
     assert known.run.folder == kit.run
     assert "val mAP" in why
+    better = replace(known, history=({"epoch": 1, "val_mAP": 0.9},))
+    control = replace(better, config="fusion:\n  magnitude: shuffled\n")
+    runs = {"head": known, "variant": better, "shuffled": control}
+    assert choose(replace(inputs, runs=runs), None)[0] is known  # only the first lies below runs itself
+    assert choose(replace(inputs, runs=runs, own=2), None)[0] is better
+    assert choose(replace(inputs, runs={"head": known, "shuffled": control}, own=2), None)[0] is known
+    full = {**inputs.rows[0], "experiment": "base", "value": "full", "run": "runs/variant"}
+    assert choose(replace(inputs, runs=runs, rows=(full,)), None)[0] is better
+    found, why = choose(replace(inputs, runs={"shuffled": control}, own=0), None)
+    assert (found, why.endswith("of any experiment")) == (control, True)
     with pytest.raises(InputError, match="no run"):
         choose(inputs, tmp_path)
 
