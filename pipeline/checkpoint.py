@@ -137,9 +137,15 @@ def describe_head(run: Path) -> dict[str, Any]:
         InputError: ``run.json`` is missing or damaged.
     """
     info = read_info(run)
+    # Towers that were trained with the head are another encoder than the one they were.
+    encoder = (
+        f"{info.model}, finetuned with this head"
+        if info.kind == "finetune" and (run / "towers").is_dir()
+        else info.model
+    )
     return {
         "mmcli": __version__, "preset": info.preset, "seed": info.seed, "config_digest": info.config_digest,
-        "encoder": info.model, "patches": info.patches, "data": f"manifest {info.manifest_sha256[:12]}",
+        "encoder": encoder, "patches": info.patches, "data": f"manifest {info.manifest_sha256[:12]}",
         "category_names": list(info.category_names),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from mmcli import InputError, Tagger
+from mmcli import InputError, Tagger, load_head
 from mmcli.cache import Store
 from mmcli.pipeline.codes import read_codes
 from mmcli.pipeline.config import Config, FinetuneConfig, OptimizerConfig, load_config
@@ -54,7 +54,7 @@ def best_head(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "checkpoints" / first["file"])
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "plan"}, {"fusion.magnitude": "shuffled"}])
+@pytest.mark.parametrize("options", [{}, {"preset": "plan", "fusion.magnitude": "shuffled"}])
 def test_frozen_towers_give_what_train_head_gives_from_the_store(miniature, tmp_path: Path, options) -> None:
     """The proof that a float32 store is faithful: every term of every epoch, and the codes."""
     config = configure(miniature.model, **options)
@@ -212,6 +212,8 @@ def test_the_run_is_one_like_any_other(mmcli, miniature, tmp_path: Path) -> None
     code, out, err = mmcli("knn-eval", "--run", "runs/tuned", "--json")
     assert code == 0, err
     assert mmcli("compare", "runs/tuned", "runs/frozen")[0] == 0
+    encoders = [load_head(tmp_path / "runs" / name / "model").about["encoder"] for name in ("tuned", "frozen")]
+    assert encoders == ["model, finetuned with this head", "model"]
     assert mmcli("index", "build", "--run", "runs/tuned")[0] == 0
     assert "captions and paths are not known" not in mmcli("index", "build", "--run", "runs/frozen")[1]
 
@@ -293,8 +295,8 @@ def test_it_says_when_the_cosine_term_draws_everything_together(miniature, tmp_p
         def say(self, line: str) -> None:
             lines.append(line)
 
-    config = configure(miniature.model, **{"training.num_epochs": 12, "scheduler.warmup_epochs": 0})
-    for alpha in (100.0, 0.0):
+    for alpha, epochs in ((100.0, 12), (0.0, 2)):
+        config = configure(miniature.model, **{"training.num_epochs": epochs, "scheduler.warmup_epochs": 0})
         lines.clear()
         weighed = config.model_copy(update={"loss": config.loss.model_copy(update={"cosine_weight": alpha})})
         live = finetune(weighed, data=miniature.data, out=tmp_path / str(alpha), progress=Told())
