@@ -1,6 +1,7 @@
 """The sections of a report, in the order that they are read in: the answer first, how to make it again last."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .experiments import read_experiments
@@ -16,7 +17,7 @@ from .plots_runs import Point, against, loss_terms, pareto, val_curves
 from .report_answers import answers
 from .report_arms import Pairs
 from .report_depth import Depth
-from .report_document import Answers, Block, Commands, Document, Failures, Figure, Gap, Queries, Section, Text
+from .report_document import Answers, Block, Commands, Document, Failures, Figure, Gap, Queries, Section, Table, Text
 from .report_examples import failures, queries
 from .report_inputs import Inputs, Known
 from .report_tables import READING, arms_table, base_arms, class_table, confusion_table, experiment_tables, run_arms
@@ -46,10 +47,22 @@ def build(inputs: Inputs, depth: Depth | None, *, command: str, pictures: bool =
         *([_costs(inputs), _inside(depth), _queries(depth, inputs), _failures(depth, inputs)] if pictures else []),
         _again(inputs, depth, command, whole=pictures),
     ]  # fmt: skip
+    if depth is not None:
+        again = command if "--run " in command else f"{command} --run {depth.known.run.folder.as_posix()}"
+        sections = [_made_by(section, again) for section in sections]
     return Document(
         title="Multi-label tagging with learned hash codes", subtitle=_subtitle(inputs, depth),
         facts=_facts(inputs, depth), notes=_notes(inputs, depth, command), sections=tuple(sections),
     )  # fmt: skip
+
+
+def _made_by(section: Section, command: str) -> Section:
+    """Figures and tables that no experiment makes come from the run that is looked into."""
+    blocks = [
+        replace(block, commands=(command,)) if isinstance(block, Figure | Table) and not block.commands else block
+        for block in section.blocks
+    ]
+    return replace(section, blocks=tuple(blocks))
 
 
 def _subtitle(inputs: Inputs, depth: Depth | None) -> str:

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .runs import TRAINED, Run, read_info
 
 SPLIT = "test"
 DEFAULT_DATA, DEFAULT_ABLATIONS = Path("data/coco"), Path("runs/ablations")
+SETTINGS = ("--set", "--config")
 DEFAULT_PRESET, DEFAULT_CACHE, MINIATURE = "recommended", Path("data/cache"), "miniature"
 
 
@@ -78,6 +80,7 @@ class Inputs:
             words += ["--store", _shown(Path(info.store))]
         if info is not None and info.preset != DEFAULT_PRESET:
             words += ["--preset", info.preset]
+        words += next((found for known in self.runs.values() if (found := _settings_of(known.environment))), [])
         if _of_the_miniature(self.rows, experiments):
             words += ["--experiments", MINIATURE]
         if self.ablations != DEFAULT_ABLATIONS:
@@ -193,6 +196,15 @@ def _of_the_miniature(rows: tuple[Mapping[str, Any], ...], experiments: tuple[st
         for file in (DEFAULT, MINIATURE)
     )
     return bool(made & (other - usual))
+
+
+def _settings_of(environment: Mapping[str, Any]) -> list[str]:
+    """Settings that a run's own `mmcli ablate` was given, which the next one needs to be of the same base."""
+    words = environment.get("command")
+    if not isinstance(words, list) or words[1:2] != ["ablate"]:
+        return []
+    pairs = pairwise(words)
+    return [str(word) for flag, value in pairs if flag in SETTINGS for word in (flag, value)]
 
 
 def _shown(path: Path) -> str:

@@ -156,3 +156,31 @@ def test_what_no_seed_changes_is_one_evaluation_and_shared_runs_are_compared_onc
     assert [len(arm.samples) for arm in changed.arms("base")] == [1, len(SEEDS)]
     magnitude = answers(changed, None, Pairs())[0]
     assert [one.what for one in magnitude.comparisons] == ["with magnitude against without, blocks of equal scale"]
+
+
+def test_the_command_of_an_experiment_is_of_the_same_base(inputs: Inputs, kit: Kit, monkeypatch) -> None:
+    monkeypatch.chdir(kit.root)
+    assert inputs.ablate("A2", "C1", seeds=5) == "mmcli ablate A2 C1 --seeds 5 --store gone --out runs/ablations"
+    known = inputs.runs["head"]
+    ran = [
+        "bin/mmcli",
+        "ablate",
+        "A1",
+        "--seeds",
+        "3",
+        "--set",
+        "training.num_epochs=7",
+        "--workers",
+        "2",
+        "--set",
+        "knn.K=9",
+    ]
+    made = replace(
+        inputs, runs={"a": known, "b": replace(known, environment={"command": ran})}, ablations=Path("runs/ablations")
+    )
+    wanted = "mmcli ablate A2 --seeds 3 --store gone --set training.num_epochs=7 --set knn.K=9"
+    assert made.ablate("A2") == wanted
+    small = replace(known, run=replace(known.run, info=replace(known.run.info, preset="small")))
+    rows = ({"experiment": "B3", "value": "36"},)
+    assert replace(made, runs={"a": small}, rows=rows).ablate("B3").endswith("--preset small --experiments miniature")
+    assert "miniature" not in replace(made, rows=rows).ablate("A1")
