@@ -235,8 +235,9 @@ def _classes(depth: Depth | None) -> Answer:
         return Answer(name="classes", question=question, answer="Not measured yet.", gaps=(gap,))
     AP = average_precision(depth.scores, depth.query.labels)
     drawn = resample_classes(depth.scores, depth.query.labels)
-    with np.errstate(invalid="ignore"):
-        whole = np.nanmean(drawn, axis=1)
+    if np.isnan(AP).all():
+        return Answer(name="classes", question=question, answer="Cannot be told: no test image has a label.")
+    whole = np.where(np.isnan(drawn), 0.0, drawn).sum(axis=1) / np.maximum(1, (~np.isnan(drawn)).sum(axis=1))
     mAP, made = float(np.nanmean(AP)), []
     for c in np.argsort(AP):
         if np.isnan(AP[c]):

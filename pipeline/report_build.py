@@ -134,7 +134,8 @@ def _methods(inputs: Inputs, pairs: Pairs) -> Section:
 
 
 def _experiments(inputs: Inputs, pairs: Pairs) -> Section:
-    tables = experiment_tables(inputs, pairs, {name: one.title for name, one in read_experiments().items()})
+    titles = {name: one.title for name, one in read_experiments().items()} if inputs.rows else {}
+    tables = experiment_tables(inputs, pairs, titles)
     missing = [name for name in ALL if name not in {row["experiment"] for row in inputs.rows}]
     blocks: list[Block] = [
         *([Text(text="One thing is varied at a time, from the base configuration. " + READING)] if tables else []),

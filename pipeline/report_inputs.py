@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,13 @@ def _listing(data: Path | None) -> Manifest | None:
 def _of_the_miniature(rows: tuple[Mapping[str, Any], ...], experiments: tuple[str, ...]) -> bool:
     """Whether rows of these experiments have values that only the miniature's file has."""
     made = {(row["experiment"], row["value"]) for row in rows if row["experiment"] in experiments}
-    usual, other = (
-        {(name, choice.value) for name, one in read_experiments(file).items() for choice in one.choices}
-        for file in (DEFAULT, MINIATURE)
-    )
-    return bool(made & (other - usual))
+    return bool(made) and bool(made & (_values(MINIATURE) - _values(DEFAULT)))
+
+
+@cache
+def _values(file: str) -> frozenset[tuple[str, str]]:
+    """Experiments and values of a file that is shipped."""
+    return frozenset((name, choice.value) for name, one in read_experiments(file).items() for choice in one.choices)
 
 
 def _settings_of(environment: Mapping[str, Any]) -> list[str]:

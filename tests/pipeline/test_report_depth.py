@@ -117,3 +117,16 @@ def test_the_table_of_classes_is_sorted_and_sortable(depth: Depth) -> None:
     assert {row[0].text for row in table.rows} == set(NAMES)
     wanted = average_precision_score(depth.query.labels, depth.scores, average=None)
     assert sorted(APs) == pytest.approx(sorted(wanted))
+
+
+def test_without_a_label_in_test_nothing_is_said_and_nothing_fails(tmp_path: Path) -> None:
+    from mmcli.pipeline.codes import read_codes, write_codes
+    from mmcli.pipeline.report import ReportPlan, report
+
+    kit = make_kit(tmp_path, rows=False)
+    codes = read_codes(kit.run, "test")
+    write_codes(kit.run, "test", replace(codes, labels=np.zeros_like(codes.labels)))
+    (kit.run / "metrics.json").unlink()
+    result = report(ReportPlan(runs=kit.runs, data=kit.data, out=tmp_path / "report"))
+    assert "Cannot be told: no test image has a label" in (tmp_path / "report" / "report.md").read_text()
+    assert result.run == kit.run
