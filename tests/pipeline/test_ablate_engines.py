@@ -164,6 +164,7 @@ def test_ray_makes_the_same_table(here: Path, monkeypatch) -> None:
     assert len(read_rows(here / "ray")) == 8
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_one_that_started_them(here: Path) -> None:
     (store,) = (here / "data" / "cache").iterdir()
     words = ["ablate", "A1", "A2", "--seeds", "9", "--workers", "2", "--store", store, "--set", "training.num_epochs=40",
