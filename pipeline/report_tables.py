@@ -26,7 +26,8 @@ COSTS = (
 READING = (
     "Means over seeds, ± their standard deviation; in brackets the 95% bootstrap interval over test images, its ends"
     " averaged over seeds. Bold: the best of its column, where the paired 95% interval of its difference to every other"
-    " line leaves out 0. * at the one threshold that is best on val."
+    " line leaves out 0; that covers the images drawn and not the seeds, so read it beside the ±. * at the one"
+    " threshold that is best on val."
 )
 
 
