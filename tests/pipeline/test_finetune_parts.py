@@ -1,26 +1,34 @@
 """Parts of finetuning by themselves: views of images, the memory plan, the team, settings, the benchmark."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mmcli import InputError
+from mmcli.heads.losses import total_loss
 from mmcli.pipeline.config import FinetuneConfig, load_config
 from mmcli.pipeline.encoder import Encoder
 from mmcli.pipeline.finetune_augment import LEAST, draw_views, flip
+from mmcli.pipeline.finetune_data import LiveStore
+from mmcli.pipeline.finetune_feed import Feed
 from mmcli.pipeline.finetune_fleet import _without_option
 from mmcli.pipeline.finetune_memory import is_shortage
 from mmcli.pipeline.finetune_plan import kept_bytes, plan_memory
 from mmcli.pipeline.finetune_settings import settle_finetune, unfreeze_of
-from mmcli.pipeline.finetune_team import _buckets, open_team
+from mmcli.pipeline.finetune_team import Team, _buckets, open_team
 from mmcli.pipeline.finetune_towers import Towers
+from mmcli.pipeline.manifest import read_manifest
 from mmcli.pipeline.patches import Grid, PatchSpec, cut, read_patches
+from mmcli.pipeline.progress import Progress
+from mmcli.pipeline.training_data import draw_head
 
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=20, unique=True), seed=st.integers(0, 2**32 - 1))
@@ -161,3 +169,44 @@ def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:
     assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
     assert set(json.loads(out)["memory"]["last-2"]) == {"plain_peak_bytes", "ours_peak_bytes"}
     assert mmcli("bench", "finetune", "--unfreeze", "some")[0] == 2
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, parts: int) -> None:
+    """Sixteen images of several grids through the plain model, padded and masked, head and loss on top, one backward."""
+    options = {
+        "model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "preset": "plan",
+        "fusion.dropout": 0.0, "fusion.mlp_dims": [32, 16], "finetune.unfreeze": "last-1", "data.num_workers": 0,
+        "training.batch_size": 16 // parts, "training.accumulation_steps": parts, "hash.batch_norm": True,
+    }  # fmt: skip
+    config = load_config(options=options)
+    listing, cpu = read_manifest(miniature.data / "manifest.parquet"), torch.device("cpu")
+    towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
+    head = draw_head(config, width=64, device=cpu).train()
+    plain_head = copy.deepcopy(head)
+    at, caption = torch.arange(16), torch.arange(16) % 2
+    with LiveStore(
+        listing, miniature.data, towers.parts, config, captions=1, team=Team(cpu), progress=Progress()
+    ) as store:
+        train, feed = store.splits["train"], Feed(towers, store, config)
+        rows = train.rows[at].numpy()
+        feed.begin(1, [rows])
+        v_img, v_txt, y = feed.embed(train, at, caption)
+        total_loss(config.loss, head(v_img, v_txt), y).total.backward()
+        feed.backward()
+    plain = Encoder.parts(str(miniature.model), patches=64, device=cpu).model
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name in towers.trained)
+    processor = transformers.AutoProcessor.from_pretrained(miniature.model)
+    images = [Image.open(miniature.data / listing.paths[row]).convert("RGB") for row in rows]
+    pixels = processor(images=images, return_tensors="pt", max_num_patches=64)
+    assert len({tuple(shape) for shape in pixels["spatial_shapes"].tolist()}) > 1
+    ids = store.encoder.tokenize([listing.captions[row][which] for row, which in zip(rows, caption, strict=True)])
+    made = plain.get_image_features(**pixels).pooler_output, plain.get_text_features(input_ids=ids).pooler_output
+    total_loss(config.loss, plain_head(*made), y).total.backward()
+    reference = dict(plain.named_parameters())
+    for name, parameter in towers.trained.items():
+        slope = reference[name].grad
+        torch.testing.assert_close(parameter.grad, slope, atol=1e-6 + 2e-3 * float(slope.abs().max()), rtol=2e-3)
+    for mine, theirs in zip(head.parameters(), plain_head.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-3)
