@@ -13,6 +13,7 @@ from .config import Config
 from .encoder import Encoder, EncoderParts
 from .finetune_data import LiveStore
 from .finetune_shards import Shards
+from .finetune_start import refuse_seen
 from .finetune_team import Team, wants_shards
 from .finetune_towers import Towers
 from .manifest import Manifest, read_manifest
@@ -118,6 +119,8 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
     progress.say(f"finetuning {parts.identity.model} on {team.device.type}, {data}")
     with LiveStore(listing, data, parts, config, captions=kept, team=team, progress=progress) as store:
         check_splits(store.splits, config, data)
+        if start is not None:
+            refuse_seen(start, config.data, listing.sha256, store.image_ids)
         sharded = bool(towers.sides) and team.size > 1 and (config.finetune.fsdp or wants_shards())
         shards = Shards(towers, team, sharded=sharded)
         yield Live(config=config, towers=towers, store=store, shards=shards, team=team, manifest=manifest.resolve())
