@@ -106,6 +106,24 @@ class LiveStore:
         paths = self.listing.paths
         return self._reader.read([[paths[row] for row in rows] for rows in lists], boxes, tokens=tokens)
 
+    def check_headers(self, rows: Rows) -> None:
+        """Read the headers of the images of some rows, each process of a share: what is no image is met at once.
+
+        Args:
+            rows: Of the manifest.
+
+        Raises:
+            InputError: One cannot be read; it is named.
+        """
+        mine = [self.listing.paths[row] for row in rows[self._share()]]
+        with self._task("headers", len(mine)) as task:
+            bad: list[str] = []
+            for future in self._reader.measure(mine):
+                found = future.result()
+                bad.extend(one for one in found if isinstance(one, str))
+                task.advance(len(found))
+        refuse_unreadable(dict(enumerate(bad)))
+
     def embed_images(self, rows: Rows, title: str | None = "images") -> None:
         """Embed the images of some rows.
 
@@ -178,4 +196,6 @@ def refuse_unreadable(bad: dict[int, str]) -> None:
         InputError: There is one.
     """
     if bad:
-        raise InputError(f"{next(iter(bad.values()))}, or leave it out of the manifest")
+        # Nothing about the manifest: without the image it is another one, and a run does not go on with that.
+        more = f" ({len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
+        raise InputError(f"{next(iter(bad.values()))}{more}")

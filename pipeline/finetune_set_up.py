@@ -105,7 +105,8 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
         progress: Who to tell.
 
     Raises:
-        InputError: Either cannot be used, they do not fit the run to start from, or no label can be learnt.
+        InputError: Either cannot be used, they do not fit the run to start from, no label can be learnt, or an image
+            has no header.
     """
     manifest = data / MANIFEST
     listing = read_manifest(manifest)
@@ -121,6 +122,7 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
         check_splits(store.splits, config, data)
         if start is not None:
             refuse_seen(start, config.data, listing.sha256, store.image_ids)
+        store.check_headers(store.used)
         sharded = bool(towers.sides) and team.size > 1 and (config.finetune.fsdp or wants_shards())
         shards = Shards(towers, team, sharded=sharded)
         yield Live(config=config, towers=towers, store=store, shards=shards, team=team, manifest=manifest.resolve())

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from mmcli import InputError
 from mmcli.pipeline.codes import codes_path
 from mmcli.pipeline.config import DataConfig
+from mmcli.pipeline.finetune_data import refuse_unreadable
 from mmcli.pipeline.finetune_start import refuse_seen
 from mmcli.pipeline.runs import read_info
 
@@ -63,3 +64,22 @@ def test_what_the_run_itself_began_with_has_seen_images_too(here) -> None:
     refuse_seen(later, karpathy, sha, ids)
     with pytest.raises(InputError, match="another manifest"):
         refuse_seen(later, karpathy, "another manifest", ids)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_image_that_is_none_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
+    data = shutil.copytree(miniature.data, tmp_path / "data")
+    image = next(one for one in json.loads((data / "dataset_coco.json").read_text())["images"] if one["split"] == split)
+    file = data / image["filepath"] / image["filename"]
+    file.write_bytes(b"no image")
+    words = ("finetune", "--quiet", "--data", data, "--model", miniature.model, *WORDS, "--unfreeze", "last-1")
+    code, out, err = mmcli(*words, "--epochs", 1000, "--out", "run")
+    assert (code, out, err.count("\n"), file.name in err) == (2, "", 1, True), err
+    assert "replace the file" in err
+    assert "manifest" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_many_images_are_like_it_is_said() -> None:
+    with pytest.raises(InputError, match=r"replace the file \(2 more like it\)$"):
+        refuse_unreadable({3: "cannot read an image; replace the file", 4: "", 5: ""})
