@@ -15,19 +15,19 @@ from torch import Tensor
 
 from .. import InputError
 from ..heads.model import BaseHead
-from .config import Config, load_config
+from .config import Config
 from .finetune_feed import Feed
 from .finetune_memory import is_shortage, short_of_memory
 from .finetune_monitor import LiveMonitor
 from .finetune_save import TowerKeeper, base_of, save_towers, write_record
 from .finetune_set_up import Live, describe, digest_of, set_up
-from .finetune_settings import WhichTowers, settle_finetune, with_memory
+from .finetune_settings import KIND, WhichTowers, read_begun, settle_finetune
 from .finetune_step import TowerStep
-from .finetune_team import open_team
+from .finetune_team import device_here, open_team
 from .metrics_file import read_metrics
 from .monitor import Monitor
 from .progress import Progress
-from .runs import Run, mark, open_run, read_info, write_info
+from .runs import Run, mark, open_run, write_info
 from .settle import notices
 from .siglip import local_digest
 from .splits import Diverged, Split
@@ -37,7 +37,7 @@ from .training_run import TrainingRun, TrainResult, read_fit
 from .training_state import STATE, TrainingState, read_state
 from .training_work import Place, Work
 
-KIND, RUNS = "finetune", Path("runs")
+RUNS = Path("runs")
 # A state is as large as three times what is trained, and an epoch may take hours.
 KEEP_WITHIN_S = 300.0
 
@@ -83,8 +83,8 @@ def finetune(
 
 
 def resume_finetuning(
-    folder: Path, *, data: Path | None = None, memory: Mapping[str, Any] | None = None, tensorboard: bool = False,
-    wandb: bool = False, progress: Progress | None = None,
+    folder: Path, *, data: Path | None = None, memory: Mapping[str, Any] | None = None, device: str | None = None,
+    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
 ) -> TrainResult:  # fmt: skip
     """Go on with a finetuning that was interrupted, as it was configured; a finished one is left as it is.
 
@@ -92,6 +92,7 @@ def resume_finetuning(
         folder: The run; every process has to see it.
         data: Where its data set is now; where it was when not given.
         memory: As of :func:`~mmcli.pipeline.finetune_settings.with_memory`.
+        device: Where to compute; as configured where that is here, else ``auto``.
         tensorboard: As of :func:`finetune`.
         wandb: Likewise.
         progress: Who to tell.
@@ -99,13 +100,13 @@ def resume_finetuning(
     Raises:
         InputError: No run of ``finetune``, another data set or checkpoint, a damaged state; or as of :func:`finetune`.
     """
-    info = read_info(folder, kind=KIND)
-    if info.kind != KIND:
-        raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
-    config = with_memory(load_config(folder / "config.yaml"), memory or {}, folder)
+    info, config = read_begun(folder, {**(memory or {}), "hardware.device": device})
     if info.status == "finished":
         (progress or Progress()).say(f"{folder} is finished already")
         return _read_result(folder, config)
+    if device is None:
+        hardware = config.hardware.model_copy(update={"device": device_here(config.hardware.device)})
+        config = config.model_copy(update={"hardware": hardware})
     run = Run(folder=folder, info=info)
     data = data or Path(info.store).parent
     with _at_work(config, data, progress, tensorboard=tensorboard, wandb=wandb, held=run) as (work, live):

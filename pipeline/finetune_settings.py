@@ -6,10 +6,17 @@ from typing import Any, Literal
 
 from .. import InputError
 from .config import Config, FinetuneConfig, load_config
-from .runs import TRAINED, open_run
+from .runs import TRAINED, RunInfo, open_run, read_info
 from .settle import settle
 
 WhichTowers = Literal["both", "image", "text"]
+KIND = "finetune"
+# What a run that goes on may be told: where it computes and what it needs of memory, not what it computes.
+TOLD = {
+    "training.batch_size": "--batch-size", "training.accumulation_steps": "--accumulation",
+    "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
+    "hardware.device": "--device",
+}  # fmt: skip
 
 
 def settle_finetune(config: Config, *, unfreeze: str, towers: WhichTowers, start: Path | None) -> Config:
@@ -70,19 +77,17 @@ def with_memory(config: Config, memory: Mapping[str, Any], where: object) -> Con
 
     Args:
         config: As the run was configured.
-        memory: ``finetune.gradient_checkpointing``, ``finetune.batch_tokens``, and ``training.batch_size`` with
-            ``training.accumulation_steps`` whose product stays; what is None was not given.
+        memory: Of the keys of ``TOLD``; the product of ``training.batch_size`` and ``training.accumulation_steps``
+            stays. What is None was not given.
         where: The run, for messages.
 
     Raises:
-        InputError: Another batch.
+        InputError: Another batch, or a value that no configuration may have.
     """
     before = config.training
-    for key, value in memory.items():
-        if value is not None:
-            section, _, name = key.partition(".")
-            changed = getattr(config, section).model_copy(update={name: value})
-            config = config.model_copy(update={section: changed})
+    given = {key: value for key, value in memory.items() if value is not None}
+    if given:
+        config = load_config(options=given, flags=TOLD, under=config.model_dump(mode="json"))
     now, whole = config.training, before.batch_size * before.accumulation_steps
     if now.batch_size * now.accumulation_steps != whole:
         raise InputError(
@@ -90,6 +95,22 @@ def with_memory(config: Config, memory: Mapping[str, Any], where: object) -> Con
             wanted=f"--batch-size times --accumulation {whole}, as it was begun", do="give both, or leave both out",
         )  # fmt: skip
     return config
+
+
+def read_begun(folder: Path, told: Mapping[str, Any]) -> tuple[RunInfo, Config]:
+    """What a run of ``finetune`` says of itself, and its configuration as it would go on.
+
+    Args:
+        folder: The run.
+        told: As of :func:`with_memory`.
+
+    Raises:
+        InputError: No run of ``finetune``; or as of :func:`with_memory`.
+    """
+    info = read_info(folder, kind=KIND)
+    if info.kind != KIND:
+        raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
+    return info, with_memory(load_config(folder / "config.yaml"), told, folder)
 
 
 def unfreeze_of(config: Config, option: str | None) -> str:

@@ -26,6 +26,16 @@ def wants_shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true"}
 
 
+def device_here(name: str) -> str:
+    """A configured device where this machine has it, else ``auto``; of several processes each takes its own."""
+    name = name.partition(":")[0] if _several() else name
+    try:
+        pick_device(name)
+    except InputError:
+        return "auto"
+    return name
+
+
 def is_first() -> bool:
     """Whether this process is the one of its launcher that writes and tells."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -132,15 +142,23 @@ def open_team(device: str) -> Iterator[Team]:
         device: As configured; with several processes ``auto``, ``cpu`` or ``cuda``, of which each takes its own.
 
     Raises:
-        InputError: Several processes without Accelerate, or a device that several cannot share.
+        InputError: Several processes without Accelerate, a device that several cannot share, or fewer GPUs than
+            processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _several():
         yield Team(pick_device(device))
         return
     if ":" in device:
         raise InputError(
             "one device for several processes", where="--device", got=device, wanted="auto, cpu or cuda",
             do="leave it out: every process takes its own",
+        )  # fmt: skip
+    on_cpu = pick_device(device).type == "cpu"
+    here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and here > n_gpus:
+        raise InputError(
+            "more processes than GPUs on this machine", where="--num-processes", got=f"{here} processes, {n_gpus} GPUs",
+            wanted="a GPU for each", do=f"give --num-processes {max(1, n_gpus)}, or --device cpu",
         )  # fmt: skip
     try:
         from accelerate import PartialState
@@ -149,11 +167,15 @@ def open_team(device: str) -> Iterator[Team]:
             "Accelerate is not installed", where="several processes", wanted="the extra finetune",
             do="pip install -c constraints.txt -e '.[finetune]'",
         ) from None  # fmt: skip
-    state = PartialState(cpu=pick_device(device).type == "cpu")
+    state = PartialState(cpu=on_cpu)
     try:
         yield _Several(state)
     finally:
         state.destroy_process_group()
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -29,7 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..config import Config
 
-# What a run that goes on may be told: it changes what it needs of memory, not what it computes.
+# What a run that goes on may be told, beside its device: it changes what it needs of memory, not what it computes.
 _MEMORY = (
     "training.batch_size", "training.accumulation_steps", "finetune.gradient_checkpointing", "finetune.batch_tokens",
 )  # fmt: skip
@@ -88,12 +88,18 @@ def finetune(
 
         raise typer.Exit(launch(num_processes))
     if resume is not None:
+        kept = {FLAGS[key]: value for key, value in options.items() if key not in {*_MEMORY, "hardware.device"}}
         others = {"--config": config, "--set": set_, "--out": out, "--force": force or None, "--from": start}
-        _refuse_with_resume({**{FLAGS[key]: value for key, value in options.items() if key not in _MEMORY}, **others})
+        _refuse_with_resume({**kept, **others, "--plan": plan or None})
+        memory = {key: options[key] for key in _MEMORY}
+        if print_config:
+            from ..finetune_settings import read_begun
+
+            show_config(read_begun(resume, {**memory, "hardware.device": device})[1], json_)
+            return
         from ..finetune import resume_finetuning
 
-        memory = {key: options[key] for key in _MEMORY}
-        result = resume_finetuning(resume, data=data, memory=memory, **told)
+        result = resume_finetuning(resume, data=data, memory=memory, device=device, **told)
     else:
         resolved = _resolve(config, set_, options, start)
         if print_config:
@@ -140,7 +146,7 @@ def _refuse_with_resume(given: Mapping[str, Any]) -> None:
         if value is not None:
             raise InputError(
                 "an interrupted run keeps its configuration", where="--resume", got=option,
-                wanted="--data, --batch-size with --accumulation, --gradient-checkpointing, --batch-tokens,"
-                " --num-processes, trackers, --json or --quiet beside it",
+                wanted="--data, --device, --batch-size with --accumulation, --gradient-checkpointing, --batch-tokens,"
+                " --num-processes, --print-config, trackers, --json or --quiet beside it",
                 do="leave it out, or start a new run",
             )  # fmt: skip

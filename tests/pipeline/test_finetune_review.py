@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError
 from mmcli.pipeline.codes import codes_path
-from mmcli.pipeline.config import DataConfig
+from mmcli.pipeline.config import DataConfig, load_config
 from mmcli.pipeline.finetune_data import refuse_unreadable
 from mmcli.pipeline.finetune_start import refuse_seen
+from mmcli.pipeline.finetune_team import device_here, open_team
 from mmcli.pipeline.runs import read_info
 
 WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0)
@@ -20,6 +22,11 @@ WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]"
 
 def ids_of(run: Path) -> dict[str, np.ndarray]:
     return {split: load_file(codes_path(run, split))["image_id"] for split in ("train", "val", "test")}
+
+
+def change_record(run: Path, **changes: str) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | changes))
 
 
 def test_a_head_is_not_tested_on_images_that_it_was_trained_on(mmcli, miniature, here) -> None:
@@ -83,3 +90,73 @@ def test_an_image_that_is_none_is_met_before_anything_is_trained(mmcli, miniatur
 def test_how_many_images_are_like_it_is_said() -> None:
     with pytest.raises(InputError, match=r"replace the file \(2 more like it\)$"):
         refuse_unreadable({3: "cannot read an image; replace the file", 4: "", 5: ""})
+
+
+def test_a_run_that_goes_on_is_planned_or_shown_without_being_trained(mmcli, here) -> None:
+    run = next((here / "runs").iterdir())
+    change_record(run, kind="finetune", status="interrupted")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, out, err = mmcli("finetune", "--quiet", "--resume", run, "--plan")
+    assert (code, out, err.count("\n"), "--plan" in err) == (2, "", 1, True), err
+    code, out, err = mmcli("finetune", "--resume", run, "--print-config")
+    assert (code, out, err) == (0, (run / "config.yaml").read_text(), "")
+    whole = load_config(run / "config.yaml").training.batch_size
+    less = ("--batch-size", whole // 2, "--accumulation", 2, "--device", "cuda:7")
+    code, out, _ = mmcli("finetune", "--resume", run, "--print-config", "--json", *less)
+    shown = json.loads(out)
+    assert (code, shown["training"]["batch_size"], shown["hardware"]["device"]) == (0, whole // 2, "cuda:7")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    change_record(run, kind="train-head")
+    assert mmcli("finetune", "--resume", run, "--print-config")[:2] == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch-size", -16, "--accumulation", -16), "--batch-size"),
+        (("--accumulation", 0), "--accumulation"),
+        (("--batch-size", 1, "--accumulation", 1), "another batch"),
+    ],
+)
+def test_a_run_goes_on_with_values_that_a_configuration_may_have(mmcli, here, words, said: str) -> None:
+    run = next((here / "runs").iterdir())
+    change_record(run, kind="finetune", status="interrupted")
+    code, out, err = mmcli("finetune", "--quiet", "--resume", run, *words)
+    assert (code, out, err.count("\n"), said in err) == (2, "", 1, True), err
+
+
+def test_a_run_goes_on_where_its_device_is_not(mmcli, miniature, tmp_path: Path) -> None:
+    words = ("--data", miniature.data, "--model", miniature.model, *WORDS, "--unfreeze", "none", "--epochs", 1)
+    assert mmcli("finetune", *words, "--out", "run")[0] == 0
+    run, text = tmp_path / "run", (tmp_path / "run" / "config.yaml").read_text()
+    assert "device: cpu" in text
+    far = f"device: cuda:{torch.cuda.device_count() + 1}"
+    (run / "config.yaml").write_text(text.replace("device: cpu", far))
+    change_record(run, status="interrupted")
+    (run / "training.safetensors").unlink(missing_ok=True)
+    code, _, err = mmcli("finetune", "--quiet", "--resume", run, "--device", far.removeprefix("device: "))
+    assert (code, err.count("\n"), "no such device" in err) == (2, 1, True), err
+    for more in (("--device", "cpu"), ()):
+        code, _, err = mmcli("finetune", "--quiet", "--resume", run, *more)
+        assert (code, read_info(run).status) == (0, "finished"), err
+        change_record(run, status="interrupted")
+
+
+def test_a_device_of_one_process_is_each_ones_own_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (device_here("cpu"), device_here("cuda:99")) == ("cpu", "auto")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert (device_here("cuda:1"), device_here("cuda:2")) == ("cuda:1", "auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device_here("cuda:1") == "cuda"
+
+
+def test_two_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would refuse it in the middle, with a traceback."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "6"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    for device in ("auto", "cuda"):
+        with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_team(device):
+            pass
