@@ -1,5 +1,7 @@
 """``mmcli bench finetune``: images a second and peak memory of frozen, last-2 and full, beside a plain loop."""
 
+import ctypes
+import gc
 import itertools
 import os
 import tempfile
@@ -165,6 +167,7 @@ class _Peak:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
+            _give_back()
             self._before = _resident()
             self._thread = threading.Thread(target=self._look, daemon=True)
             self._thread.start()
@@ -180,6 +183,14 @@ class _Peak:
     def _look(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
             self.bytes = max(self.bytes, _resident() - self._before)
+
+
+def _give_back() -> None:
+    """Let the C library give freed memory back, or what one way had would count for none in the next."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident() -> int:
