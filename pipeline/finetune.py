@@ -174,7 +174,8 @@ class _Training:
         live, config = self._live, self._config
         splits = live.splits()
         inner = Monitor(config, splits["train"], splits["val"])
-        head, monitor = live.first_head(inner), LiveMonitor(live, inner, self._work.progress)
+        head = live.first_head(inner)
+        monitor = LiveMonitor(live, head, inner, self._work.progress)
         self._keeper.take_up(_best_epoch(state))
         if self._run is None:
             member = Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)

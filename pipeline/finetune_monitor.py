@@ -17,30 +17,56 @@ LEFT = 0.5
 
 
 class LiveMonitor:
-    """As :class:`~mmcli.pipeline.monitor.Monitor`, of towers that change; says once if they make everything alike."""
+    """As :class:`~mmcli.pipeline.monitor.Monitor`, of towers that change; says once if they make everything alike.
 
-    def __init__(self, live: Live, inner: Monitor, progress: Progress) -> None:
-        self._live, self._inner, self.prior = live, inner, inner.prior
+    Every process of a team computes the head, and a GPU may round a sum differently each time. What is the best epoch
+    and when to stop must not hang on that, so once an epoch all of them take the first one's weights and figures.
+
+    Args:
+        live: What is trained, and on what.
+        head: The head in training.
+        inner: Looks at a head.
+        progress: Who to tell.
+    """
+
+    def __init__(self, live: Live, head: BaseHead, inner: Monitor, progress: Progress) -> None:
+        self._live, self._head, self._inner, self.prior = live, head, inner, inner.prior
         self._progress, self._told = progress, False
         self._alpha = live.config.loss.cosine_weight
         self._first = alikeness(live.store.splits["val"])
 
     def __call__(self, head: BaseHead) -> dict[str, float]:
         """``val_mAP`` and facts of the codes, from towers as they are now; of trained ones how alike directions are."""
+        self._take_weights(head)
+        if not self._live.towers.sides:
+            return self._take_figures(self._inner(head))
+        self._embed()
+        found = self._take_figures(self._inner(head) | alikeness(self._live.store.splits["val"]))
+        self._warn(found)
+        return found
+
+    def _embed(self) -> None:
         store, sides = self._live.store, self._live.towers.sides
-        if sides:
-            self._live.shards.gather()
-            store.renew()
+        self._live.shards.gather()
+        store.renew()
         if "image" in sides:
             store.embed_images(self._inner.rows, None)
         if "text" in sides:
             store.embed_captions(self._inner.rows, None)
-        if not sides:
-            return self._inner(head)
         self._live.shards.scatter()
-        found = self._inner(head) | alikeness(store.splits["val"])
-        self._warn(found)
-        return found
+
+    def _take_weights(self, head: BaseHead) -> None:
+        """The first process's, of the head in training, its running average, and what of the towers all have whole."""
+        shards = self._live.shards
+        whole = [value for name, value in shards.local.items() if not shards.is_part(name)]
+        heads = {id(one): one for one in (self._head, head)}.values()
+        tensors = [tensor for one in heads for tensor in (*one.parameters(), *one.buffers())]
+        self._live.team.broadcast_([*tensors, *whole])
+
+    def _take_figures(self, found: Mapping[str, float]) -> dict[str, float]:
+        values = torch.tensor(list(found.values()), dtype=torch.float64, device=self._live.team.device)
+        self._live.team.broadcast_([values])
+        return dict(zip(found, values.tolist(), strict=True))
 
     def _warn(self, found: Mapping[str, float]) -> None:
         for name, first in self._first.items():

@@ -118,8 +118,10 @@ class _Several(Team):
 
     def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
+            sent = tensor.detach().contiguous()
             with _together():
-                torch.distributed.broadcast(tensor, 0)
+                torch.distributed.broadcast(sent, 0)
+            tensor.detach().copy_(sent)
 
     def wait(self) -> None:
         with _together():

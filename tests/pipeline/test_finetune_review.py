@@ -1,8 +1,13 @@
 """What a finetuning must refuse, or see to before it has cost an hour."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +18,10 @@ from mmcli import InputError
 from mmcli.pipeline.codes import codes_path
 from mmcli.pipeline.config import DataConfig, load_config
 from mmcli.pipeline.finetune_data import refuse_unreadable
+from mmcli.pipeline.finetune_monitor import LiveMonitor
 from mmcli.pipeline.finetune_start import refuse_seen
-from mmcli.pipeline.finetune_team import device_here, open_team
+from mmcli.pipeline.finetune_team import Team, device_here, open_team
+from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.runs import read_info
 
 WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0)
@@ -160,3 +167,77 @@ def test_two_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     for device in ("auto", "cuda"):
         with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_team(device):
             pass
+
+
+class Second(Team):
+    """The second of two processes, as a broadcast finds it: what the first has is 0.25 everywhere."""
+
+    rank, size = 1, 2
+
+    def broadcast_(self, tensors) -> None:
+        for tensor in tensors:
+            tensor.detach().fill_(0.25)
+
+
+@pytest.mark.parametrize("sides", [{}, {"image": None}])
+def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
+    """Else a rounding could let one of them stop, or take another epoch for the best, and the others would wait."""
+    trained, looked_at = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
+    local = {"whole": torch.nn.Parameter(torch.ones(2)), "part": torch.ones(2)}
+    nothing = SimpleNamespace(gather=lambda: None, scatter=lambda: None)
+    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part", **vars(nothing))
+    val = SimpleNamespace(v_img=torch.rand(4, 3), v_txt=torch.rand(4, 2, 3), rows=torch.arange(4))
+    store = SimpleNamespace(splits={"val": val}, renew=lambda: None, embed_images=lambda rows, title: None)
+    config = load_config()
+    team = Second(torch.device("cpu"))
+    live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, team=team, config=config)
+
+    def inner(head) -> dict[str, float]:
+        assert head is looked_at
+        assert all((one == 0.25).all() for one in head.parameters())
+        return {"val_mAP": 0.9, "dead_bits": 3.0}
+
+    inner.rows, inner.prior = np.arange(4), 0.1
+    found = LiveMonitor(live, trained, inner, Progress())(looked_at)
+    assert set(found.values()) == {0.25}
+    assert list(found)[:2] == ["val_mAP", "dead_bits"]
+    assert len(found) == (4 if sides else 2)
+    assert all((one.detach().double() == (0.25 if one.is_floating_point() else 0)).all() for one in trained.state_dict().values())  # fmt: skip
+    assert (local["whole"].tolist(), local["part"].tolist()) == ([0.25, 0.25], [1.0, 1.0])
+
+
+# A process whose val mAP falls where the first one's rises; with the patience of one epoch it would stop by itself.
+UNLIKE = """
+import os
+from mmcli.pipeline import monitor, trainer
+trainer.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
+def look(self, head):
+    calls.append(head)
+    return {"val_mAP": 0.5 + (-0.01 if rank else 0.01) * len(calls)}
+monitor.Monitor.__call__ = look
+from mmcli.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_where_one_sees_another_val_map(miniature, tmp_path: Path) -> None:
+    words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, "--patience", 1]
+    words = [sys.executable, "-c", UNLIKE, *words, "--unfreeze", "last-1", "--out", "run"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    team = [
+        subprocess.Popen(
+            [*map(str, words)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert [process.wait(100) for process in team] == [0, 0]
+    finally:
+        for process in team:
+            process.kill()
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 4
