@@ -18,6 +18,10 @@ Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid", "asymmetric"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
 IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"]
+# Those that may miss neighbours.
+APPROXIMATE_KINDS: tuple[IndexKind, ...] = ("ivf", "hnsw", "multihash")
+# Hamming neighbours that a hybrid search reranks, K where that is more.
+HYBRID_CANDIDATES = 100
 Ties = Literal["index", "average"]
 Predictor = Literal["knn", "classifier", "hybrid"]
 

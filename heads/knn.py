@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .. import InputError
 from . import approximate
 from .asymmetric import AsymmetricIndex
-from .config import IndexKind, Metric
+from .config import HYBRID_CANDIDATES, IndexKind, Metric
 from .cosine import CosineIndex, normalise, rerank
 from .fastscan import MAX_BITS, FastScanIndex, keeps_order
 from .neighbours import (
@@ -31,7 +31,6 @@ __all__ = ["HammingIndex", "HybridIndex", "Index", "Neighbours", "build_index"]
 
 T = TypeVar("T", bound=np.generic)
 
-HYBRID_CANDIDATES = 100
 # FAISS's counting mode keeps K ids for each of B + 1 distances of a query. More queries at a time mean fewer waits of
 # its threads for each other, which cost most where others use the machine too.
 COUNTING_BYTES = 1 << 26

@@ -208,7 +208,8 @@ class _Work:
         means = self._means
         stores = self._extracted(units) | {BASE: anywhere(self._order.store)}
         place = Workplace(
-            out=means.out.absolute(), stores=stores, data=means.data.absolute(), refused=self._refused
+            out=means.out.absolute(), stores=stores, data=means.data.absolute(), refused=self._refused,
+            force=means.force,
         )  # fmt: skip
         if means.engine == "ray":
             from .ablate_ray import on_ray

@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import yaml
 
 from .. import InputError
-from ..cache import Store
+from ..cache import FORMAT_VERSION, Store
 from .ablate_planner import Base
 from .config import Config, ModelConfig, load_config
 from .identity import flatten
+from .manifest import read_manifest
 from .prompts import TEMPLATES
 
 
@@ -79,7 +81,10 @@ def make_base(told: Told, store: Path) -> Base:
 
     return Base(
         resolve=frozen.resolve, store_digest=digest, patches=key.patches, prompts=TEMPLATES,
-        images_digest=lambda patches: digest(patches, dtype="float32"),
+        images_digest=lambda patches: digest(
+            patches, dtype="float32", compute_dtype="float32", processor=_own_processor(key.processor),
+            format_version=FORMAT_VERSION,
+        ),
     )  # fmt: skip
 
 
@@ -91,6 +96,43 @@ def model_of(store: Store, config: Config, patches: int) -> ModelConfig:
         revision=config.model.revision or (None if key.revision.startswith("sha256:") else key.revision),
         max_num_patches=patches, text_max_length=key.text_length,
     )  # fmt: skip
+
+
+def check_source(store: Store, data: Path, model: ModelConfig) -> None:
+    """Refuse to train towers on other images, or from another checkpoint, than those of the store that rows are of.
+
+    Raises:
+        InputError: The manifest below ``data``, or the local checkpoint, is another one.
+    """
+    from .finetune_set_up import MANIFEST
+    from .siglip import local_digest
+
+    key, name = store.key, Path(model.siglip2_variant)
+    found = read_manifest(data / MANIFEST).sha256
+    if found != key.manifest_sha256:
+        raise InputError(
+            "another data set than the store's", where=data, got=f"manifest {found[:12]}",
+            wanted=f"manifest {key.manifest_sha256[:12]}",
+            do="name the data set's folder with --data, or another --store",
+        )  # fmt: skip
+    own = key.revision.startswith("sha256:")
+    if own and (not name.is_dir() or local_digest(name) != key.revision):
+        raise InputError(
+            "another checkpoint than the store's", where=model.siglip2_variant, got="other weights or settings",
+            wanted=f"{key.model} at {key.revision[:19]}", do="name the store's checkpoint with --model",
+        )  # fmt: skip
+    if not own and (model.siglip2_variant, model.revision) != (key.model, key.revision):
+        raise InputError(
+            "another checkpoint than the store's", where=model.siglip2_variant, got=f"revision {model.revision}",
+            wanted=f"{key.model} at {key.revision[:19]}", do="leave --model and model.revision out",
+        )  # fmt: skip
+
+
+def _own_processor(processor: str) -> str:
+    """The checkpoint's settings of a store whose images may have been resized otherwise: finetuning does not."""
+    settings = json.loads(processor)
+    settings.pop("resizer", None)
+    return json.dumps(settings, sort_keys=True)
 
 
 def _flat_file(file: Path | None) -> dict[str, Any]:

@@ -93,15 +93,16 @@ def _pooled(
     try:
         while True:
             while left and len(running) < workers and not stop():
-                unit = left.pop(0)
-                running[pool.submit(_do, unit)] = unit
+                running[pool.submit(_do, left[0])] = left[0]  # a pool that broke says so here
+                left.pop(0)
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), _result(future)
     except BrokenProcessPool:
-        return
+        for unit in [*running.values()] or left[:1]:
+            yield unit, None
     finally:
         for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
             process.terminate()

@@ -61,7 +61,7 @@ def evaluate_run(
         InputError: Its codes are damaged.
     """
     codes = Evaluated.of(run, split)
-    searches: dict[tuple[str, str], list[Evaluation]] = {}
+    searches: dict[tuple[str, str, int], list[Evaluation]] = {}
     for one in evaluations:
         found = search_of(one)
         if found is None:

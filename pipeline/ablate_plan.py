@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .config import Config
 from .identity import FROZEN, evaluation_identity, flatten, key_of, training_identity
+from .knn_plan import own_search
 
 Kind = Literal["head", "finetune", "zero-shot", "prior"]
 Status = Literal["planned", "failed", "collapsed"]
@@ -153,12 +154,16 @@ def restrict(plan: Plan, wanted: Callable[[Row], bool]) -> Plan:
     )  # fmt: skip
 
 
-def search_of(evaluation: Evaluation) -> tuple[str, str] | None:
-    """What has to be searched for an evaluation, but for K: metric and index; None where nothing votes."""
+def search_of(evaluation: Evaluation) -> tuple[str, str, int] | None:
+    """What has to be searched for an evaluation: metric and index, and K where the K nearest depend on it.
+
+    None where nothing votes. An exact search for more neighbours begins with those for fewer; then K is 0.
+    """
     if evaluation.method not in {"knn", "hybrid"}:
         return None
     knn = evaluation.config.knn
-    return knn.distance_metric, str(evaluation_identity(evaluation.config, evaluation.method).get("knn.index", ""))
+    index = str(evaluation_identity(evaluation.config, evaluation.method).get("knn.index", ""))
+    return knn.distance_metric, index, own_search(knn)
 
 
 def with_seed(config: Config, seed: int) -> Config:
@@ -166,15 +171,16 @@ def with_seed(config: Config, seed: int) -> Config:
     return config.model_copy(update={"hardware": config.hardware.model_copy(update={"seed": seed})})
 
 
-def training_key(config: Config, store: str, towers: str = FROZEN) -> str:
+def training_key(config: Config, store: str, towers: str = FROZEN, lists: str = "") -> str:
     """The key of a training that was made elsewhere, from the configuration that is saved with it.
 
     Args:
         config: As it is in the run's ``config.yaml``.
         store: Digest of its store's key.
         towers: What of the towers was trained.
+        lists: As of :func:`~mmcli.pipeline.identity.training_identity`.
     """
-    identity = training_identity(config, towers)
+    identity = training_identity(config, towers, lists)
     seed = identity.pop("hardware.seed")
     kind = "head" if towers == FROZEN else "finetune"
     return key_of({"group": key_of({"kind": kind, "store": store, **identity}), "seed": seed})

@@ -23,6 +23,7 @@ from .identity import (
     training_identity,
     training_idle,
 )
+from .protocols import lists_digest
 from .settle import settle
 
 
@@ -142,7 +143,7 @@ class _Builder:
         store = self._store(choice)
         if choice.method is not None:
             prompts = {"prompts": self._base.prompts} if choice.method == "zero-shot" else {}
-            data = {"split_type": config.data.split_type, "lists": config.data.protocol_lists}
+            data = {"split_type": config.data.split_type, "lists": lists_digest(config.data)}
             return key_of({"kind": choice.method, "store": store, **prompts, **data})
         identity = training_identity(config, choice.towers)
         identity.pop("hardware.seed")

@@ -17,6 +17,7 @@ from .config import load_config
 from .identity import FROZEN
 from .metrics_file import read_metrics
 from .prompts import TEMPLATES
+from .protocols import lists_digest
 from .run_folders import MARK
 from .runs import Run, RunInfo, open_run, read_info
 
@@ -80,7 +81,7 @@ def resumable(folder: Path, training: Training) -> bool:
         return False
     if info.kind not in {KINDS["head"], KINDS["finetune"]} or info.status not in {"running", "interrupted"}:
         return False
-    return training_key(config, store, towers) == training.key
+    return training_key(config, store, towers, info.lists_digest) == training.key
 
 
 def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Path]:
@@ -108,7 +109,7 @@ def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
             codes_path(folder, s).is_file() for s in SPLITS
         ):
             return None
-        key = training_key(load_config(folder / "config.yaml"), store, towers)
+        key = training_key(load_config(folder / "config.yaml"), store, towers, info.lists_digest)
     except (InputError, OSError, ValueError, LookupError):
         return None  # half-written, of another version, or somebody's own
     return key if key in wanted.trainings else None
@@ -128,9 +129,9 @@ def _zero_shot(run: Run, wanted: Wanted) -> str | None:
     if not rows or rows[0].get("inputs") != "image" or tuple(rows[0].get("prompts", ())) != TEMPLATES:
         return None
     data = load_config(run.folder / "config.yaml").data
-    own = (run.info.store_digest, data.split_type, data.protocol_lists)
+    own = (run.info.store_digest, data.split_type, run.info.lists_digest or lists_digest(data))
     for one in wanted.trainings.values():
         read = one.config.data
-        if one.kind == "zero-shot" and (one.store, read.split_type, read.protocol_lists) == own:
+        if one.kind == "zero-shot" and (one.store, read.split_type, lists_digest(read)) == own:
             return one.key
     return None

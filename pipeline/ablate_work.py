@@ -5,14 +5,14 @@ kept as its result, and the next one is done; only the end of the process ends t
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import InputError
 from ..cache import Store
-from .ablate_base import model_of
+from .ablate_base import check_source, model_of
 from .ablate_evaluate import Measured, evaluate_run
 from .ablate_facts import SPLIT, facts_of, prior, zero_shot_row
 from .ablate_plan import Evaluation, Training, flat_config
@@ -21,6 +21,7 @@ from .ablate_runs import KINDS, own_folder, own_stem, resumable
 from .device import pick_device
 from .progress import Progress
 from .runs import open_run
+from .splits import Diverged
 from .training_data import Prepared, prepare_training
 
 BASE = "base"
@@ -55,12 +56,14 @@ class Workplace:
         stores: Folders of stores by digest; under ``base`` the one that was named.
         data: Folder of the images, for what trains towers.
         refused: Why a store that is needed is not there, by digest.
+        force: Train anew where an interrupted run could be gone on with.
     """
 
     out: Path
     stores: Mapping[str, Path]
     data: Path
     refused: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
 
 
 class Worker:
@@ -119,36 +122,57 @@ class Worker:
                 first.config, seeds=len(part), store=self._store(first), out=stem, force=True, progress=told,
                 prepared=self._prepare(first),
             )  # fmt: skip
-        elif resumable(folder, first):
-            resume_training(folder, store=self._store(first), progress=told, prepared=self._prepare(first))
-        else:
+        elif not self._gone_on(
+            folder,
+            first,
+            lambda: resume_training(folder, store=self._store(first), progress=told, prepared=self._prepare(first)),
+        ):
             train_head(
                 first.config, store=self._store(first), out=folder, force=True, progress=told,
                 prepared=self._prepare(first),
             )  # fmt: skip
         return {one.key: own_folder(self._place.out, one) for one in part}
 
+    def _gone_on(self, folder: Path, training: Training, resume: Callable[[], object]) -> bool:
+        """Whether an interrupted run of a training was there and could be ended; else it is made anew."""
+        if self._place.force or not resumable(folder, training):
+            return False
+        try:
+            resume()
+        except Diverged:
+            raise
+        except InputError as error:
+            self._told.say(f"{folder} cannot be gone on with and is trained anew: {error}")
+            return False
+        return True
+
     def _finetune(self, training: Training, folder: Path) -> None:
         from .finetune import finetune, resume_finetuning
 
-        data = self._place.data
-        if resumable(folder, training):
-            resume_finetuning(folder, data=data, progress=self._told)
-            return
-        config = training.config
+        data, config = self._place.data, training.config
         store = Store.open(self._place.stores[BASE])
         model = model_of(store, config, training.patches).model_copy(update={"freeze_towers": False})
+        check_source(store, data, model)
+        if self._gone_on(folder, training, lambda: resume_finetuning(folder, data=data, progress=self._told)):
+            return
         finetune(
             config.model_copy(update={"model": model}), data=data, unfreeze=training.towers,
             towers=config.finetune.towers, out=folder, force=True, progress=self._told,
         )  # fmt: skip
 
     def _evaluate(self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]) -> Iterator[Record]:
+        left = {one.key: one for one in wanted}
         try:
             for found in self._measure(training, folder, wanted):
-                yield self._keep(training, folder, found)
-        except Exception as error:  # noqa: BLE001 - damaged codes fail every row of the run
-            for one in wanted:
+                one = found[0] if isinstance(found, tuple) else found.evaluation
+                try:
+                    record = self._keep(training, folder, found)
+                except Exception as error:  # noqa: BLE001 - no room for its scores, say
+                    record = self._fail(one, training, error)
+                left.pop(one.key, None)
+                yield record
+        except Exception as error:  # noqa: BLE001 - damaged codes fail every row of the run that is not there yet
+            for one in left.values():
                 yield self._fail(one, training, error)
 
     def _measure(

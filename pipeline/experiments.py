@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from .. import InputError
-from .config import Config, GridConfig
+from .config import Config, FinetuneConfig, GridConfig
 
 SHIPPED = Path(__file__).parent / "grids"
 DEFAULT = "experiments"
@@ -23,6 +23,8 @@ GRID = "grid"
 METHOD, TOWERS = "method", "towers"
 METHODS = ("prior", "zero-shot")
 IMAGES = "images"
+# Of the whole command, or said by ``towers``.
+FIXED = ("finetune.start", "finetune.unfreeze", "hardware.seed", "hardware.device")
 EXPERIMENT_KEYS = {"title", "needs", "varies", "values"}
 # Keys of the plan's grid, what they set, and what tables call them.
 GRID_KEYS = {
@@ -193,8 +195,14 @@ def _choice(experiment: str, varies: str, order: int, value: Any, where: object)
         shown = str(value.get("value", ", ".join(f"{key} {_plain(one)}" for key, one in settings.items())))
     else:
         settings, shown = {varies: value}, _plain(value)
-    method, towers = settings.pop(METHOD, None), str(_TOWER_WORDS.get(*[settings.pop(TOWERS, "frozen")] * 2))
+    method, towers = settings.pop(METHOD, None), _towers(settings.pop(TOWERS, "frozen"), f"{where}, {experiment}")
     for key in settings:
+        if key in FIXED or (key.startswith("model.") and key != "model.max_num_patches"):
+            raise InputError(
+                "a key that no experiment varies", where=f"{where}, {experiment}", got=key,
+                wanted="keys that train or evaluate on one store and checkpoint",
+                do="give it to the whole command, once for each value, with another --out",
+            )  # fmt: skip
         if not known_key(key):
             near = get_close_matches(key, [*_every_key(), METHOD, TOWERS], n=1)
             raise InputError(
@@ -209,14 +217,31 @@ def _choice(experiment: str, varies: str, order: int, value: Any, where: object)
     )  # fmt: skip
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def _towers(value: Any, where: str) -> str:  # noqa: ANN401
+    """What of the towers is trained, as the finetune section spells it; ``frozen`` for nothing."""
+    told = _TOWER_WORDS.get(value, value) if isinstance(value, bool | str) else "no word"
+    if told in {"frozen", "none"}:
+        return "frozen"
+    try:
+        return FinetuneConfig(unfreeze=str(told)).unfreeze
+    except ValueError:
+        raise InputError(
+            "no such part of the towers", where=where, got=value, wanted="frozen, last-1, last-2 .. or all", do=_DO
+        ) from None
+
+
+def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The experiments of a file, over those that it extends; of an experiment in both, what the file says counts."""
     tree = _load(path)
     under = tree.pop("extends", None)
     if under is None:
         return tree
     base = _find(str(under))
-    merged = {} if base == path else _tree(base)
+    if base.resolve() in {one.resolve() for one in (*seen, path)}:
+        raise InputError(
+            "experiments that extend themselves", where=path, got=f"extends: {under}", wanted="another file"
+        )
+    merged = _tree(base, (*seen, path))
     for name, record in tree.items():
         both = isinstance(record, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **record} if both else record

@@ -19,6 +19,7 @@ from .finetune_towers import Towers
 from .manifest import Manifest, read_manifest
 from .monitor import Monitor
 from .progress import Progress
+from .protocols import lists_digest
 from .run_encoder import TOWERS, find_key
 from .runs import RunInfo, now, open_run
 from .shard_jobs import CAPTIONS
@@ -135,13 +136,13 @@ def describe(kind: str, live: Live) -> RunInfo:
         kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
         seed=config.hardware.seed, store=str(live.manifest), store_digest=digest_of(live, live.towers.parts.identity),
         model=live.towers.parts.identity.model, patches=config.model.max_num_patches, manifest_sha256=listing.sha256,
-        category_names=listing.category_names,
+        category_names=listing.category_names, lists_digest=lists_digest(config.data),
     )  # fmt: skip
 
 
 def digest_of(live: Live, identity: Identity) -> str:
-    """Digest of the key of the float32 store that an encoder would fill from this manifest."""
-    names = vars(identity) | {"model": live.towers.parts.identity.model}
+    """Digest of the key of the float32 store that an encoder would fill from this manifest on a CPU."""
+    names = vars(identity) | {"model": live.towers.parts.identity.model, "compute_dtype": "float32"}
     return StoreKey(**names, dtype="float32", manifest_sha256=live.store.listing.sha256).digest
 
 

@@ -6,12 +6,12 @@ Nothing here imports torch.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..cache.key import digest_of
-from ..heads.config import LossConfig
+from ..heads.config import APPROXIMATE_KINDS, LossConfig
 from .config import Config
+from .protocols import lists_digest
 
 # Raised where the meaning of a key or the computation behind it changes: rows of before are computed again then.
 VERSION = 1
@@ -36,21 +36,20 @@ _OF_TERMS = ("loss.hash_weight", "loss.hash_reg", "hash.use_hash_reg")
 _OF_FUSION = ("fusion.type", "fusion.block_norm", "fusion.adapter")
 _OF_MONITOR = ("knn.K", "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta")
 Rule = tuple[bool, str, tuple[str, ...]]
-_APPROXIMATE = ("ivf", "hnsw", "multihash")
 
 
-def training_identity(config: Config, towers: str = FROZEN) -> dict[str, Any]:
+def training_identity(config: Config, towers: str = FROZEN, lists: str = "") -> dict[str, Any]:
     """Every key that a number of a training depends on, dotted, with its value; the seed is one of them.
 
     Args:
         config: A settled configuration; of its knn section that counts which chooses the best epoch.
         towers: What of the towers is trained.
+        lists: Digest of the protocol's lists, as a run read them; of what they say now where it is not given.
     """
     tree = config.model_dump(mode="json")
     if tree["scheduler"]["total_epochs"] is None:
         tree["scheduler"]["total_epochs"] = tree["training"]["num_epochs"]
-    lists = config.data.protocol_lists
-    tree["data"]["protocol_lists"] = None if lists is None else _lists_digest(Path(lists))
+    tree["data"]["protocol_lists"] = lists or lists_digest(config.data) or None
     left = (*_ASIDE, *(("finetune",) if towers == FROZEN else _OF_MEMORY), *training_idle(config, towers))
     kept = {key: value for key, value in flatten(tree).items() if not _below(key, left)}
     return kept | {"towers": towers}
@@ -89,7 +88,7 @@ def evaluation_idle(config: Config, method: str) -> dict[str, str]:
     if method not in {"knn", "hybrid"}:
         return {f"knn.{key}": f"the method {method} has no neighbours" for key in type(config.knn).model_fields}
     idle = _vote_idle(config)
-    if config.knn.index not in _APPROXIMATE:
+    if config.knn.index not in APPROXIMATE_KINDS:
         idle["knn.index"] = "every exact index finds the same neighbours"
     if config.knn.distance_metric != "hamming":
         idle["knn.ties"] = "only Hamming distances tie"
@@ -162,11 +161,3 @@ def _vote_idle(config: Config) -> dict[str, str]:
 
 def _below(key: str, roots: tuple[str, ...]) -> bool:
     return any(key == root or key.startswith(f"{root}.") for root in roots)
-
-
-def _lists_digest(folder: Path) -> Any:  # noqa: ANN401
-    """What the lists say; their folder's name where they cannot be read, which the training will say."""
-    files = sorted(folder.glob("*.txt"))
-    return (
-        digest_of({path.name: path.read_bytes().decode("utf-8", "replace") for path in files}) if files else str(folder)
-    )

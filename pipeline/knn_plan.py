@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple, get_args
 
-from ..heads.config import KnnConfig, Metric, Vote
+from ..heads.config import APPROXIMATE_KINDS, HYBRID_CANDIDATES, KnnConfig, Metric, Vote
 
 # Keys of the knn section that take several values; and the choices that `all` stands for.
 LISTED = ("K", "distance_metric", "voting_strategy", "tau", "theta")
@@ -73,9 +73,10 @@ def plan(sweep: Sweep, base: KnnConfig) -> tuple[Search, ...]:
         base: Everything else.
 
     Returns:
-        One search a metric, with its evaluations ordered by K, vote, tau, theta as listed.
+        One search a metric, more where :func:`own_search` says so, with its evaluations ordered by K, vote, tau, theta
+        as listed.
     """
-    searches = []
+    searches: dict[tuple[Metric, int], list[KnnConfig]] = {}
     for metric in sweep.distance_metric:
         evaluations = [
             base.model_copy(
@@ -85,5 +86,19 @@ def plan(sweep: Sweep, base: KnnConfig) -> tuple[Search, ...]:
             for tau in (sweep.tau if vote == "softmax" else (base.tau,))
             for theta in (sweep.theta if vote == "threshold" else (base.theta,))
         ]
-        searches.append(Search(metric, max(sweep.K), tuple(evaluations)))
-    return tuple(searches)
+        for one in evaluations:
+            searches.setdefault((metric, own_search(one)), []).append(one)
+    return tuple(
+        Search(metric, max(one.K for one in found), tuple(found)) for (metric, _), found in searches.items()
+    )  # fmt: skip
+
+
+def own_search(knn: KnnConfig) -> int:
+    """K where its neighbours are not the first of a search for more, else 0.
+
+    A hybrid search reranks as many candidates as it is asked for neighbours, a fixed number at least; approximate
+    indexes look further for more.
+    """
+    approximate = knn.index in APPROXIMATE_KINDS and knn.distance_metric in ("hamming", "hybrid")
+    reranked = knn.distance_metric == "hybrid" and knn.K > HYBRID_CANDIDATES
+    return knn.K if approximate or reranked else 0

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import InputError
+from ..cache.key import digest_of
 from .config import DataConfig, ProtocolName
 
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
@@ -153,6 +154,16 @@ def read_lists(folder: Path) -> Lists:
                 )  # fmt: skip
         names[name] = tuple(_file(words[0]) for _, words in kept)
     return Lists(folder=folder, names=names, n_classes=max(widths, default=0))
+
+
+def lists_digest(data: DataConfig) -> str:
+    """Digest of what the lists of a configuration say now; empty without lists, their folder's name if unreadable."""
+    if data.protocol_lists is None:
+        return ""
+    folder = Path(data.protocol_lists)
+    files = sorted(folder.glob("*.txt"))
+    said = {path.name: path.read_bytes().decode("utf-8", "replace") for path in files}
+    return digest_of(said) if said else str(folder)
 
 
 def check_protocol(wanted: str, trained: str, *, where: object) -> None:

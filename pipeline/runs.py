@@ -46,6 +46,7 @@ class RunInfo:
         patches: Patch budget of the store.
         manifest_sha256: Content hash of the manifest.
         category_names: Names of the C classes.
+        lists_digest: Digest of the protocol's lists as they were read; empty without.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class RunInfo:
     patches: int
     manifest_sha256: str
     category_names: tuple[str, ...]
+    lists_digest: str = ""
     version: int = RUN_VERSION
 
 

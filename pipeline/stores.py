@@ -15,6 +15,7 @@ from ..cache import Embeddings, Store, StoreMismatch, newest_store
 from .config import Config, ModelConfig
 from .manifest import CORE, Manifest
 from .manifest_checks import SCHEMA
+from .protocols import lists_digest
 from .runs import RunInfo, now
 
 DEFAULT_CACHE = Path("data/cache")
@@ -129,6 +130,7 @@ def describe_run(kind: str, config: Config, labelled: LabelledStore) -> RunInfo:
         kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
         seed=config.hardware.seed, store=str(labelled.store.folder), store_digest=key.digest, model=key.model,
         patches=key.patches, manifest_sha256=key.manifest_sha256, category_names=labelled.listing.category_names,
+        lists_digest=lists_digest(config.data),
     )  # fmt: skip
 
 

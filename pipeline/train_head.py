@@ -12,6 +12,7 @@ from .. import InputError
 from .config import Config, load_config
 from .metrics_file import read_metrics
 from .progress import Progress
+from .protocols import lists_digest
 from .runs import Run, mark, read_info
 from .settle import notices
 from .splits import Diverged
@@ -158,6 +159,11 @@ def resume_training(
             prepared = prepare_training(config, store or Path(info.store), work.progress)
         prepared = prepared.configured(config)
         digest = prepared.labelled.store.key.digest
+        if info.lists_digest and lists_digest(config.data) != info.lists_digest:
+            raise InputError(
+                "cannot resume", where=folder, got=f"other lists in {config.data.protocol_lists}",
+                wanted="those that it was begun with", do="bring them back, or train again",
+            )  # fmt: skip
         if digest != info.store_digest:
             raise InputError(
                 "cannot resume", where=folder, got=f"store {digest}", wanted=f"store {info.store_digest}",

@@ -68,6 +68,8 @@ def ablate(
     )  # fmt: skip
     result: Any = stage.dry_run(order, means) if dry_run else stage.ablate(order, means, make_progress(quiet))
     finish(result.to_json(), json_, *result.summary())
+    if not dry_run and result.counted["failed"]:
+        raise typer.Exit(1)
 
 
 def bench_ablate(
