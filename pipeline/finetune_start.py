@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from .. import InputError
 from .codes import codes_path
 from .config import DataConfig, load_config
+from .protocols import lists_digest
 from .runs import read_info
 
 Ids = npt.NDArray[np.int64]
@@ -46,7 +47,10 @@ def refuse_seen(start: Path, data: DataConfig, manifest_sha256: str, image_ids: 
 
 def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> None:
     info, theirs = read_info(start), load_config(start / "config.yaml").data
-    protocols = [" of ".join(filter(None, (one.split_type, one.protocol_lists))) for one in (theirs, data)]
+    read = (info.lists_digest or lists_digest(theirs), lists_digest(data))
+    protocols = [
+        " of ".join(filter(None, (one.split_type, lists[:12]))) for one, lists in zip((theirs, data), read, strict=True)
+    ]
     pairs = {"protocol": protocols, "manifest": [info.manifest_sha256[:12], manifest_sha256[:12]]}
     for name, (was, now) in pairs.items():
         if was != now:

@@ -241,3 +241,22 @@ def test_two_processes_stop_together_where_one_sees_another_val_map(miniature, t
         for process in team:
             process.kill()
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 4
+
+
+def test_lists_are_compared_by_what_they_said(tmp_path: Path, monkeypatch) -> None:
+    """Where the codes of a run are gone, lists that were edited since are other lists."""
+    from types import SimpleNamespace
+
+    from mmcli.pipeline import finetune_start
+    from mmcli.pipeline.config import load_config
+    from mmcli.pipeline.protocols import lists_digest
+
+    (tmp_path / "test.txt").write_text("a.jpg 1\n")
+    config = load_config(options={"data.split_type": "hashnet", "data.protocol_lists": str(tmp_path)})
+    info = SimpleNamespace(lists_digest=lists_digest(config.data), manifest_sha256="0" * 64)
+    monkeypatch.setattr(finetune_start, "read_info", lambda _: info)
+    monkeypatch.setattr(finetune_start, "load_config", lambda _: config)
+    finetune_start._refuse_other_data(tmp_path, config.data, "0" * 64)
+    (tmp_path / "test.txt").write_text("b.jpg 1\n")
+    with pytest.raises(InputError, match="another protocol"):
+        finetune_start._refuse_other_data(tmp_path, config.data, "0" * 64)
