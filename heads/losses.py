@@ -4,116 +4,16 @@ Symbols: N images of a batch, C classes, B bits, y labels, d direction, h soft c
 gamma weight of the hash terms. :func:`total_loss` computes every term in float32, also under autocast.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from .config import LossConfig
+from .label_losses import asymmetric_slope, bce_slope, focal_slope
 from .model import HeadOutput
-
-WEIGHT_CAP = 10.0
-
-
-def bce_loss(logits: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy, mean over batch and classes.
-
-    ``L = mean_nc(-w_c y_nc log s(x_nc) - (1 - y_nc) log(1 - s(x_nc)))`` with the sigmoid s, from logits.
-
-    Args:
-        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
-        y: ``(N, C)`` of 0 and 1.
-        pos_weight: w ``(C,)``; all 1 when not given.
-    """
-    x = logits.float()
-    return F.binary_cross_entropy_with_logits(
-        x, y.float().expand_as(x), pos_weight=pos_weight, reduction="none"
-    ).mean((-2, -1))  # fmt: skip
-
-
-def focal_loss(
-    logits: Tensor, y: Tensor, *, alpha: float = 0.25, gamma: float = 2.0, pos_weight: Tensor | None = None
-) -> Tensor:
-    """Focal loss, mean over batch and classes (Lin et al. 2017, eq. 5).
-
-    ``L = mean_nc(-a_t (1 - p_t)^gamma log p_t)``, where ``p_t = s(x)`` and ``a_t = alpha`` for a positive, and
-    ``1 - s(x)`` and ``1 - alpha`` for a negative.
-
-    Args:
-        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
-        y: ``(N, C)`` of 0 and 1.
-        alpha: Weight of positives.
-        gamma: How much easy examples are turned down; 0 leaves weighted cross-entropy.
-        pos_weight: Further weight ``(C,)`` of positives; all 1 when not given.
-    """
-    x, y = logits.float(), y.float()
-    # log s(x) = -softplus(-x), log(1 - s(x)) = -softplus(x): no power of zero, whose gradient may be infinite.
-    # Written for both sides, so that labels between 0 and 1, as of mixtures, have the loss of both in their shares.
-    positive = alpha * torch.exp(-gamma * F.softplus(x)) * F.softplus(-x)
-    if pos_weight is not None:
-        positive = pos_weight * positive
-    negative = (1 - alpha) * torch.exp(-gamma * F.softplus(-x)) * F.softplus(x)
-    return (y * positive + (1 - y) * negative).mean((-2, -1))
-
-
-def asymmetric_loss(
-    logits: Tensor,
-    y: Tensor,
-    *,
-    gamma_pos: float = 0.0,
-    gamma_neg: float = 4.0,
-    shift: float = 0.05,
-    pos_weight: Tensor | None = None,
-) -> Tensor:
-    """Asymmetric loss, mean over batch and classes (Ridnik et al. 2021, eq. 4, 5 and 7).
-
-    ``L = mean_nc(-w_c y (1 - p)^gamma_pos log p - (1 - y) p_m^gamma_neg log(1 - p_m))`` with ``p = s(x)`` and the
-    shifted ``p_m = max(p - shift, 0)``: a negative of a probability below the shift adds nothing. The paper sums over
-    classes. With a zero shift and equal focusing it is the focal loss without its alpha.
-
-    Args:
-        logits: x ``(N, C)``; of several classifiers ``(..., N, C)``, which gives a loss for each.
-        y: ``(N, C)`` of 0 and 1.
-        gamma_pos: Focusing of positives.
-        gamma_neg: Focusing of negatives.
-        shift: Probability margin of negatives, in [0, 1).
-        pos_weight: Weight of positives w ``(C,)``; all 1 when not given.
-    """
-    x, y = logits.float(), y.float()
-    positive = F.softplus(-x)
-    if gamma_pos > 0:
-        positive = torch.exp(-gamma_pos * F.softplus(x)) * positive
-    if pos_weight is not None:
-        positive = pos_weight * positive
-    if shift == 0:
-        negative = torch.exp(-gamma_neg * F.softplus(-x)) * F.softplus(x)
-    else:
-        # 1 - p_m >= shift, so the logarithm is finite; the power is cut off from zero, where its slope is infinite
-        # for an exponent below 1.
-        p = (torch.sigmoid(x) - shift).clamp_min(1e-12)
-        negative = torch.where(p > 1e-12, p.pow(gamma_neg) * -torch.log1p(-p), 0.0)
-    return (y * positive + (1 - y) * negative).mean((-2, -1))
-
-
-def class_balanced_weights(counts: Tensor, n: int, *, cap: float = WEIGHT_CAP) -> Tensor:
-    """Weights of positives that rise as classes get rarer.
-
-    ``w_c = min(cap, sqrt((n - n_c) / n_c))``: the square root of the odds against the class. The odds themselves
-    would be 557 for COCO's toaster; capped low enough to train with, they would be the same for nearly every class.
-    The root (the damping of Mahajan et al. 2018) keeps the classes apart: person 0.9, chair 2.9, and the
-    cap only below 1 % of the images. A class without positives gets the cap, which then weighs nothing.
-
-    Args:
-        counts: Images with each class in train, n_c ``(C,)``.
-        n: Images of train.
-        cap: The largest weight.
-
-    Returns:
-        ``(C,)`` float32 on the device of ``counts``, in ``[1 / cap, cap]``: a class of every image is still learnt.
-    """
-    counts = counts.float()
-    return torch.sqrt((n - counts) / counts.clamp_min(1e-12)).clamp(1 / cap, cap)
+from .slopes import Sloped, known
 
 
 def cosine_loss(d_img: Tensor, d_txt: Tensor) -> Tensor:
@@ -126,12 +26,14 @@ def cosine_loss(d_img: Tensor, d_txt: Tensor) -> Tensor:
 
 def quantisation_loss(h: Tensor) -> Tensor:
     """``L_quant = mean((|h| - 1)^2)`` of soft codes ``(N, B)``: 0 when every code is hard."""
-    return (h.float().abs() - 1).square().mean()
+    h = h.float()
+    return known(_quantisation(h), h)
 
 
 def balance_loss(h: Tensor) -> Tensor:
     """``L_balance = mean_i((mean_n h_ni)^2)`` of soft codes ``(N, B)``: 0 when every bit is on half of the time."""
-    return h.float().mean(0).square().mean()
+    h = h.float()
+    return known(_balance(h, h.detach().mean(0)), h)
 
 
 def decorrelation_loss(h: Tensor) -> Tensor:
@@ -139,12 +41,32 @@ def decorrelation_loss(h: Tensor) -> Tensor:
 
     ``Cov = (h - mean)^T (h - mean) / N``. The sum is elementwise; ``trace(Cov^2)`` is the whole squared Frobenius
     norm, and what is left of it without the trace is zero. A batch of one has no covariance and gives 0.
+
+    Its gradient is ``4 (h - mean) Off / (N B^2)`` with Off, the covariance without its diagonal; the mean's part in it
+    vanishes, because the columns of ``h - mean`` sum to zero.
     """
     h = h.float()
-    centred = h - h.mean(0)
-    covariance = centred.T @ centred / len(h)
-    off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return off_diagonal.square().sum() / h.shape[1] ** 2
+    return known(_decorrelation(h, h.detach().mean(0)), h)
+
+
+@torch.no_grad()
+def _quantisation(h: Tensor) -> Sloped:
+    off = h.abs() - 1
+    return Sloped(off.square().mean(), off * h.sign() * (2 / h.numel()))
+
+
+@torch.no_grad()
+def _balance(h: Tensor, mean: Tensor) -> Sloped:
+    return Sloped(mean.square().mean(), (mean * (2 / h.numel())).expand_as(h))
+
+
+@torch.no_grad()
+def _decorrelation(h: Tensor, mean: Tensor) -> Sloped:
+    N, B = h.shape
+    centred = h - mean
+    off = (centred.T @ centred) * (1 / N)
+    off.diagonal().zero_()
+    return Sloped(off.square().sum() * (1 / B**2), (centred @ off) * (4 / (N * B**2)))
 
 
 class LossTerms(NamedTuple):
@@ -187,36 +109,79 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         pos_weight: Weights of positives ``(C,)``, as of :func:`class_balanced_weights`.
     """
     with torch.autocast(output.logits.device.type, enabled=False):
-        own = 1 if output.fused_logits is None else 2
-        logits = [output.logits, output.fused_logits, *output.prefix_logits]
-        # All classifiers in one go: these are many small operations.
-        losses = _classification(config, torch.stack([one for one in logits if one is not None]), y, pos_weight)
-        bce, *others = losses.unbind()
-        fused = others[0] if own == 2 else None
-        nested = losses[own:].mean() if output.prefix_logits else None
-        cosine = quant = balance = decorr = hashed = None
+        labels = _label_terms(config, output, y, pos_weight)
+        hashed = None if output.h is None or not output.hash_reg else _hash_terms(config, output.h.float())
+        value, slopes = labels.total, labels.slopes
+        if hashed is not None and config.hash_weight > 0:
+            value, slopes = value + hashed.total, (*slopes, *hashed.slopes)
+        first, *others = slopes
+        total = known(Sloped(value, first[0]), first[1], *others)
+        cosine = None
         if output.d_img is not None and output.d_txt is not None:
             cosine = cosine_loss(output.d_img, output.d_txt)
-        if output.h is not None and output.hash_reg:
-            h, reg = output.h, config.hash_reg
-            quant, balance, decorr = quantisation_loss(h), balance_loss(h), decorrelation_loss(h)
-            weighted = ((reg.lambda_quant, quant), (reg.lambda_balance, balance), (reg.lambda_decorr, decorr))
-            parts = [weight * term for weight, term in weighted if weight > 0]
-            hashed = torch.stack(parts).sum(0) if parts else torch.zeros_like(quant)
-        total = config.bce_weight * bce
-        alpha = config.cosine_weight if output.both else 0.0
-        guides = ((config.fused_weight, fused), (config.nested_weight, nested))
-        for weight, term in ((alpha, cosine), (config.hash_weight, hashed), *guides):
-            if term is not None and weight > 0:
-                total = total + weight * term
-        return LossTerms(total, bce, cosine, quant, balance, decorr, hashed, fused, nested)
+            if output.both and config.cosine_weight > 0:
+                total = total + config.cosine_weight * cosine
+        terms = labels.terms | ({} if hashed is None else hashed.terms)
+        rest = (terms.get(name) for name in ("quant", "balance", "decorr", "hash", "fused", "nested"))
+        return LossTerms(total, terms["bce"], cosine, *rest)
 
 
-def _classification(config: LossConfig, logits: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """The losses ``(R,)`` of R classifiers ``(R, N, C)``, of the kind that the configuration names."""
+class _Terms(NamedTuple):
+    """Some terms of the loss.
+
+    Attributes:
+        terms: By name, those that apply.
+        total: Their part of the sum.
+        slopes: Its gradient at each tensor, and that tensor.
+    """
+
+    terms: dict[str, Tensor]
+    total: Tensor
+    slopes: tuple[tuple[Tensor, Tensor], ...]
+
+
+def _label_terms(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None) -> _Terms:
+    own = 1 if output.fused_logits is None else 2
+    some = (output.logits, output.fused_logits, *output.prefix_logits)
+    # All classifiers in one go: these are many small operations.
+    logits = torch.stack([one for one in some if one is not None]).float()
+    losses, slopes = _classification(config, logits.detach(), y, pos_weight)
+    weights = [config.bce_weight, *(config.fused_weight,) * (own - 1)]
+    weights += [config.nested_weight / max(1, len(logits) - own)] * (len(logits) - own)
+    each = _constants(tuple(weights), logits.device)
+    terms = {"bce": losses[0]}
+    if own == 2:
+        terms["fused"] = losses[1]
+    if output.prefix_logits:
+        terms["nested"] = losses[own:].mean()
+    return _Terms(terms, (losses * each).sum(), ((slopes * each[:, None, None], logits),))
+
+
+def _hash_terms(config: LossConfig, h: Tensor) -> _Terms:
+    codes, reg = h.detach(), config.hash_reg
+    mean = codes.mean(0)
+    parts = {"quant": _quantisation(codes), "balance": _balance(codes, mean), "decorr": _decorrelation(codes, mean)}
+    weighted = zip((reg.lambda_quant, reg.lambda_balance, reg.lambda_decorr), parts.values(), strict=True)
+    hashed, slope = torch.zeros_like(mean[0]), torch.zeros_like(mean).expand_as(codes)
+    for weight, part in weighted:
+        if weight > 0:  # a NaN in what does not count is none in what does
+            hashed, slope = hashed + weight * part.value, slope + (config.hash_weight * weight) * part.slope
+    terms = {name: part.value for name, part in parts.items()} | {"hash": hashed}
+    return _Terms(terms, config.hash_weight * hashed, ((slope, h),))
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, put there once: a step that is captured into a graph must not copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
+def _classification(config: LossConfig, logits: Tensor, y: Tensor, pos_weight: Tensor | None) -> Sloped:
+    """The losses ``(R,)`` of R classifiers ``(R, N, C)``, of the configured kind, with their gradients."""
     if config.focal_loss:
-        return focal_loss(logits, y, alpha=config.focal_alpha, gamma=config.focal_gamma, pos_weight=pos_weight)
+        return focal_slope(logits, y, alpha=config.focal_alpha, gamma=config.focal_gamma, pos_weight=pos_weight)
     if config.asymmetric_loss:
         focusing = {"gamma_pos": config.asymmetric_gamma_pos, "gamma_neg": config.asymmetric_gamma_neg}
-        return asymmetric_loss(logits, y, **focusing, shift=config.asymmetric_shift, pos_weight=pos_weight)
-    return bce_loss(logits, y, pos_weight)
+        return asymmetric_slope(logits, y, **focusing, shift=config.asymmetric_shift, pos_weight=pos_weight)
+    return bce_slope(logits, y, pos_weight)

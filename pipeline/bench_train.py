@@ -6,22 +6,18 @@ Symbols: N images of train, D embedding width, C classes.
 import itertools
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from ..heads.losses import total_loss
 from .bench import BenchResult, Case, best_of
 from .bench_loading import import_torch_seconds, time_loading, time_to_first_step
+from .bench_plain import plain_steps
 from .bench_store import make_full_store
 from .config import Config
 from .monitor import Monitor
@@ -55,23 +51,6 @@ class _Setting:
     @property
     def device(self) -> torch.device:
         return self.prepared.device
-
-
-class _Items(Dataset[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]):
-    """What a first script writes: one image, one of its captions, its labels."""
-
-    def __init__(self, split: Split) -> None:
-        self._rows = split.rows.cpu().numpy()
-        self._arrays = [value.cpu().numpy() for value in (split.v_img, split.v_txt, split.n_captions, split.labels)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, at: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        v_img, v_txt, n_captions, labels = self._arrays
-        row = self._rows[at]
-        caption = np.random.randint(n_captions[row])  # noqa: NPY002
-        return v_img[row].astype(np.float32), v_txt[row, caption].astype(np.float32), labels[row].astype(np.float32)
 
 
 def bench_train(
@@ -124,7 +103,8 @@ def bench_train(
 
 
 def _steps(setting: _Setting, batch: int, steps: int, repeats: int) -> Case:
-    ours, plain = _ours(setting, batch, 1), _plain(setting, batch)
+    ours, head = _ours(setting, batch, 1), _head(setting).train()
+    plain = plain_steps(head, setting.train, setting.config, batch, workers=PLAIN_WORKERS)
     ways = {
         "plain": partial(_take, plain, steps, setting.device), "ours": partial(_take, ours, steps, setting.device),
         "ceiling": partial(_take, _products(setting, batch), steps, setting.device),
@@ -177,28 +157,6 @@ def _ours(setting: _Setting, batch: int, replicas: int) -> Iterator[None]:
         step.begin(epoch, order, caption)
         for part in torch.tensor_split(torch.empty(n), batches):
             step.run((len(part),))
-            yield
-
-
-def _plain(setting: _Setting, batch: int) -> Iterator[None]:
-    """Steps of the plain loop, epoch after epoch."""
-    config, head = setting.config, _head(setting).train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=config.optimizer.weight_decay)
-    # Four workers are what the plain way takes, however few cores there are.
-    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-    loader: DataLoader[Any] = DataLoader(
-        _Items(setting.train), batch_size=batch, shuffle=True, num_workers=PLAIN_WORKERS, persistent_workers=True,
-        pin_memory=setting.device.type == "cuda",
-    )  # fmt: skip
-    while True:
-        for given in loader:
-            v_img, v_txt, y = (part.to(setting.device) for part in given)
-            loss = total_loss(config.loss, head(v_img, v_txt), y).total
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            loss.item()
             yield
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import InputError
-from ..heads.losses import class_balanced_weights
+from ..heads.label_losses import class_balanced_weights
 from ..heads.mixing import mix_batch, shares
 from ..heads.model import BaseHead
 from .averages import Averages
 from .config import Config
-from .device import autocast
+from .device import autocast, keep_freed_memory
 from .optimisation import AdamW, Group, learning_rate
 from .replicas import Replicas
 from .splits import Split
@@ -40,6 +40,8 @@ class Step:
     def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int) -> None:
         self.members, self._train, self._config = members, train, config
         self._device, self._steps = train.device, steps
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
         self.optimizer = AdamW(members.groups(), config.optimizer, self._more_groups())
         self._precision = autocast(self._device, config.training.mixed_precision, on_cpu=True)
@@ -209,7 +211,8 @@ class Step:
             squares.append(self._over_all(group["name"], torch.stack(parts).sum(0)))
         norm = torch.stack(squares).sum(0).sqrt()
         limit = self._config.training.gradient_clip_norm
-        if limit is not None:
+        # Asking a CPU whether there is anything to shorten costs nothing, asking a GPU stalls it.
+        if limit is not None and (self._device.type != "cpu" or stacked or float(norm) + NORM_EPS > limit):
             self._shorten((limit / (norm + NORM_EPS)).clamp(max=1.0))
         return {"grad_norm": norm, "grad_norm_fusion": squares[0].sqrt()}
 

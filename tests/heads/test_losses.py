@@ -10,17 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli.heads.config import HashRegConfig, LossConfig
-from mmcli.heads.losses import (
-    asymmetric_loss,
-    balance_loss,
-    bce_loss,
-    class_balanced_weights,
-    cosine_loss,
-    decorrelation_loss,
-    focal_loss,
-    quantisation_loss,
-    total_loss,
-)
+from mmcli.heads.label_losses import asymmetric_loss, bce_loss, class_balanced_weights, focal_loss
+from mmcli.heads.losses import balance_loss, cosine_loss, decorrelation_loss, quantisation_loss, total_loss
 from mmcli.heads.model import HeadOutput
 
 seeds = st.integers(0, 2**32 - 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmcli import InputError
-from mmcli.heads.losses import bce_loss
+from mmcli.heads.label_losses import bce_loss
 from mmcli.heads.model import Head
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.optimisation import AdamW, learning_rate
