@@ -16,6 +16,8 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from .device import keep_freed_memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -99,6 +101,19 @@ def best_of(ways: Mapping[str, Callable[[], None]], *, repeats: int) -> dict[str
             seconds = time.perf_counter() - started
             best[name] = min(best.get(name, seconds), seconds)
     return best
+
+
+def plainly(way: Callable[[], None]) -> Callable[[], None]:
+    """A way of a first script: the C library handles its memory as it does where nobody tells it how."""
+
+    def run() -> None:
+        keep_freed_memory(False)
+        try:
+            way()
+        finally:
+            keep_freed_memory()
+
+    return run
 
 
 def _processor() -> str:

@@ -6,7 +6,6 @@ import itertools
 import os
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..heads.losses import total_loss
 from ..heads.model import Head
-from .bench import BenchResult, Case
+from .bench import BenchResult, Case, best_of, plainly
 from .bench_data import draw_photographs, make_base_checkpoint, write_captions
+from .bench_plain import plain_loss
 from .config import Config
 from .device import autocast, pick_device
 from .encoder import Encoder
@@ -59,7 +58,7 @@ class _Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds of the best round and the most memory that any of them took beyond what was there before."""
+    """Seconds of the best round, and the most memory of a round beyond what was there before."""
 
     seconds: float
     peak_bytes: int
@@ -132,28 +131,32 @@ def _measure(setting: _Setting, unfreeze: str, repeats: int) -> tuple[Measured, 
     """The plain way and ours, by turns; each has the memory to itself only as far as weights go."""
     ways: dict[str, Callable[[], None]] = {}
     store, ways["ours"] = _ours(setting, unfreeze)
-    ways["plain"] = _plain(setting, unfreeze)
-    best: dict[str, Measured] = {}
+    ways["plain"] = plainly(_plain(setting, unfreeze))
     with store:
-        for _, (name, way) in itertools.product(range(repeats + 1), ways.items()):
-            found = _timed(way, setting.device)
-            if name in best or repeats == 0:
-                known = best[name]
-                found = Measured(
-                    seconds=min(found.seconds, known.seconds), peak_bytes=max(found.peak_bytes, known.peak_bytes)
-                )
-            best[name] = found if name in best else Measured(seconds=float("inf"), peak_bytes=0)  # the first warms up
-    return best["plain"], best["ours"]
+        for way in ways.values():
+            way()  # workers start, buffers are made
+        peaks = {name: _peak(way, setting.device) for name, way in ways.items()}
+        seconds = best_of({name: _whole(way, setting.device) for name, way in ways.items()}, repeats=repeats)
+    plain, ours = (Measured(seconds=seconds[name], peak_bytes=peaks[name]) for name in ("plain", "ours"))
+    return plain, ours
 
 
-def _timed(way: Callable[[], None], device: torch.device) -> Measured:
-    with _Peak(device) as peak:
-        started = time.perf_counter()
+def _whole(way: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A way until its last kernel."""
+
+    def run() -> None:
         way()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-    return Measured(seconds=seconds, peak_bytes=peak.bytes)
+
+    return run
+
+
+def _peak(way: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a way takes; in a round of its own, because freed memory is given back before it."""
+    with _Peak(device) as peak:
+        _whole(way, device)()
+    return peak.bytes
 
 
 class _Peak:
@@ -270,7 +273,7 @@ def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
                 v_txt = model.get_text_features(input_ids=ids).pooler_output
                 output = head(v_img.float(), v_txt.float())
             optimizer.zero_grad()
-            total_loss(config.loss, output, y).total.backward()  # type: ignore[no-untyped-call]
+            plain_loss(config.loss, output, y).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(learnt, 1.0)
             optimizer.step()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import BenchResult, Case, best_of
+from .bench import BenchResult, Case, best_of, plainly
 from .bench_loading import import_torch_seconds, time_loading, time_to_first_step
 from .bench_plain import plain_steps
 from .bench_store import make_full_store
@@ -105,8 +105,9 @@ def bench_train(
 def _steps(setting: _Setting, batch: int, steps: int, repeats: int) -> Case:
     ours, head = _ours(setting, batch, 1), _head(setting).train()
     plain = plain_steps(head, setting.train, setting.config, batch, workers=PLAIN_WORKERS)
-    ways = {
-        "plain": partial(_take, plain, steps, setting.device), "ours": partial(_take, ours, steps, setting.device),
+    ways: dict[str, Callable[[], None]] = {
+        "plain": plainly(partial(_take, plain, steps, setting.device)),
+        "ours": partial(_take, ours, steps, setting.device),
         "ceiling": partial(_take, _products(setting, batch), steps, setting.device),
     }  # fmt: skip
     for way in ways.values():

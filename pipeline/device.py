@@ -11,6 +11,9 @@ import torch
 
 from .. import InputError
 
+# What is larger is mapped by itself and given back when freed; glibc takes no higher limit.
+_LARGEST_MAPPED = 32 << 20
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
@@ -104,19 +107,22 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Let this process keep memory that it has freed, where the C library is glibc and can be told to.
 
     A training frees and asks for the same tens of megabytes in every step; handed back to the system, every page of
     them is cleared and mapped again, 7 % of a step of 1,024 images (docs/lab-notes.md).
+
+    Args:
+        keep: Not to keep it goes back to the thresholds that glibc comes to by itself.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library, or another system
         return
     trim_threshold, mmap_threshold = -1, -3
-    set_option(trim_threshold, 1 << 30)
-    set_option(mmap_threshold, 32 << 20)  # its largest: what is larger is mapped and given back
+    set_option(trim_threshold, 1 << 30 if keep else 2 * _LARGEST_MAPPED)
+    set_option(mmap_threshold, _LARGEST_MAPPED)
 
 
 def reader_count(wanted: int | None, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Batches of a training whose towers take part: pieces of one patch grid in, one batch of embeddings out, and back.
+"""Batches of a training whose towers take part: packs of images and captions in, a batch of embeddings out, and back.
 
 The head and its losses look at a whole batch at once (batch normalisation, bit balance, covariance, mixtures), the
 towers at pieces of it. So the embeddings of a batch are leaves of the head's graph, and the gradient that arrives at
@@ -10,7 +10,7 @@ Symbols: n images of a batch, D embedding width.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,18 +36,21 @@ class _Part:
     """What goes through one tower in one pass.
 
     Attributes:
-        side: ``image`` or ``text``.
         places: Its places in the batch.
-        given: Patches or token ids, on the CPU.
-        grid: Of patches.
+        images: Patches of each grid, on the CPU.
+        ids: Token ids, on the CPU; None for images.
         made: Embeddings, with their graph where it is kept.
     """
 
-    side: str
     places: Tensor
-    given: Tensor
-    grid: Grid | None = None
+    images: Sequence[tuple[Tensor, Grid]] = ()
+    ids: Tensor | None = None
     made: Tensor | None = None
+
+    @property
+    def side(self) -> str:
+        """``image`` or ``text``."""
+        return "image" if self.ids is None else "text"
 
 
 class Feed:
@@ -162,14 +165,23 @@ class Feed:
         nothing = torch.zeros(0, dtype=torch.int64, device=self.team.device)
         pixels = torch.zeros((1, grid.tokens, spec.width), dtype=torch.uint8)
         ids = torch.zeros((1, _text_length(self._store)), dtype=torch.int64)
-        image = side == "image"
-        idle = (
-            _Part(side=side, places=nothing, given=pixels if image else ids, grid=grid if image else None)
-            for _ in range(self.team.most(len(parts)) - len(parts))
-        )
-        return [*parts, *idle]
+        idle = _Part(places=nothing, images=[(pixels, grid)]) if side == "image" else _Part(places=nothing, ids=ids)
+        return [*parts, *(replace(idle) for _ in range(self.team.most(len(parts)) - len(parts)))]
 
     def _image_parts(self, n: int) -> Iterator[_Part]:
+        """Packs of pieces, each of as many tokens as a pass may have."""
+        pack, places, tokens = list[tuple[Tensor, Grid]](), list[Tensor](), 0
+        for images, grid, at in self._image_pieces(n):
+            more = len(images) * grid.tokens
+            if pack and tokens + more > self._tokens["image"]:
+                yield _Part(places=torch.cat(places), images=pack)
+                pack, places, tokens = [], [], 0
+            pack, places, tokens = [*pack, (images, grid)], [*places, at], tokens + more
+        if pack:
+            yield _Part(places=torch.cat(places), images=pack)
+
+    def _image_pieces(self, n: int) -> Iterator[tuple[Tensor, Grid, Tensor]]:
+        """This process's images of the next batch of n, a grid at a time: patches, grid, places in the batch."""
         if "image" not in self._live:
             return
         mine = torch.arange(n)[self.team.share(n)]
@@ -178,10 +190,7 @@ class Feed:
             if piece.batch is not None:
                 inside = list(piece.batch.rows)
                 pixels = self._seen(piece.pixels, piece.batch.grid, piece.number, inside)
-                yield _Part(
-                    side="image", places=mine[inside].to(self.team.device), given=torch.from_numpy(pixels),
-                    grid=piece.batch.grid,
-                )  # fmt: skip
+                yield torch.from_numpy(pixels), piece.batch.grid, mine[inside].to(self.team.device)
             if piece.last:
                 return
 
@@ -196,15 +205,20 @@ class Feed:
         ids = self._store.encoder.tokenize([self._store.listing.captions[row][which] for row, which in chosen])
         most = max(1, self._tokens["text"] // ids.shape[1])
         for places, given in zip(torch.split(mine, most), torch.split(ids, most), strict=True):
-            yield _Part(side="text", places=places.to(self.team.device), given=given)
+            yield _Part(places=places.to(self.team.device), ids=given)
 
     def _run(self, part: _Part) -> Tensor:
-        given = part.given.to(self.team.device, non_blocking=True)
         tower: Any = self.towers.sides.get(part.side)
         if tower is None:
-            return self._store.encoder.image_features(part.given.numpy(), part.grid)  # type: ignore[arg-type]
+            encoder = self._store.encoder
+            return torch.cat([encoder.image_features(patches.numpy(), grid) for patches, grid in part.images])
+        device = self.team.device
         with self._precision:
-            found: Tensor = tower(given) if part.grid is None else tower(given, part.grid)
+            found: Tensor = (
+                tower([(patches.to(device, non_blocking=True), grid) for patches, grid in part.images])
+                if part.ids is None
+                else tower(part.ids.to(device, non_blocking=True))
+            )
         return found
 
 

@@ -1,152 +1,26 @@
-"""The towers of a checkpoint in training: what is frozen below runs without a graph, what is trained above with one.
+"""What of the towers of a checkpoint is trained, by name, and how the optimiser steps on it.
 
-The arithmetic is that of :mod:`~mmcli.pipeline.towers` on live weights, and so are its savings where they change no
-more than rounding: one grid a batch and no mask, the last position of a text alone in the last block, a pooling head
-that weighs patches before it makes values of them. Towers have no dropout: a second pass gives the same numbers.
-
-Symbols: n images or texts, P patches, T tokens, D width, H heads, L blocks of a tower.
+Symbols: L blocks of a tower.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 from .. import InputError
 from .config import FinetuneConfig, OptimizerConfig
 from .encoder import EncoderParts
+from .finetune_sides import ImageSide, TextSide
 from .optimisation import Group
-from .patches import Grid
-from .towers import ImageTower, PixelScale, TextTower, resize_positions
 
 # What the names of groups end with whose parameters are parts of larger ones.
 PARTS = ", parts"
 TOWERS = {"image": "vision_model", "text": "text_model"}
 # What leaves a tower belongs to it as its last block does.
 _TOP = {"image": ("post_layernorm", "head"), "text": ("final_layer_norm", "head")}
-
-
-class _Block(nn.Module):
-    """One block of ``transformers``, without a mask."""
-
-    def __init__(self, layer: Any, *, checkpointing: bool) -> None:  # noqa: ANN401
-        super().__init__()
-        self.layer, self._checkpointing = layer, checkpointing
-
-    def forward(self, x: Tensor, last: bool = False) -> Tensor:
-        """``(n, T, D)`` to the same, or to ``(n, 1, D)`` where only the last position is wanted."""
-        if self._checkpointing and torch.is_grad_enabled():
-            kept: Tensor = checkpoint(self._attend, x, last, use_reentrant=False)
-            return kept
-        return self._attend(x, last)
-
-    def _attend(self, x: Tensor, last: bool) -> Tensor:
-        attention = self.layer.self_attn
-        normed = self.layer.layer_norm1(x)
-        asked = normed[:, -1:] if last else normed
-        q, k, v = (
-            project(part).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for project, part in ((attention.q_proj, asked), (attention.k_proj, normed), (attention.v_proj, normed))
-        )
-        made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = (x[:, -1:] if last else x) + attention.out_proj(made)
-        out: Tensor = x + self.layer.mlp(self.layer.layer_norm2(x))
-        return out
-
-
-class _Pool(nn.Module):
-    """The last norm and the pooling head of an image tower; see :class:`mmcli.pipeline.towers._Pool`."""
-
-    def __init__(self, vision: Any) -> None:  # noqa: ANN401
-        super().__init__()
-        self.norm, self.head = vision.post_layernorm, vision.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(n, P, D)`` to raw embeddings ``(n, D)`` float32."""
-        x, attention = self.norm(x), self.head.attention
-        D, H = attention.embed_dim, attention.num_heads
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        q = F.linear(self.head.probe, weight[:D], bias[:D]).view(H, 1, D // H)
-        query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0]
-        weights = (x @ query.T).float().softmax(1).transpose(1, 2)  # (n, H, P)
-        means = weights @ x  # (n, H, D)
-        value = weight[2 * D :].view(H, D // H, D)
-        values = torch.einsum("nhd,hed->nhe", means, value).flatten(1) + bias[2 * D :]
-        pooled = attention.out_proj(values).float()
-        out: Tensor = pooled + self.head.mlp(self.head.layernorm(pooled)).float()
-        return out
-
-
-class ImageSide(nn.Module):
-    """An image tower whose upper part is trained.
-
-    Args:
-        vision: The vision model of ``transformers``.
-        scale: How pixels are normalised.
-        dtype: What the frozen part computes in.
-        first: The first trained block; None where the embeddings are trained too.
-        checkpointing: Whether activations within a block are computed again in the backward pass.
-    """
-
-    def __init__(
-        self, vision: Any, scale: PixelScale, dtype: torch.dtype, first: int | None, *, checkpointing: bool  # noqa: ANN401
-    ) -> None:  # fmt: skip
-        super().__init__()
-        layers = vision.encoder.layers
-        self._first = first
-        self._below = ImageTower(_cut_off(vision, layers[: first or 0]), scale, dtype)
-        self.embeddings = vision.embeddings if first is None else None
-        self.blocks = nn.ModuleList(_Block(layer, checkpointing=checkpointing) for layer in layers[first or 0 :])
-        self.pool = _Pool(vision)
-
-    def forward(self, patches: Tensor, grid: Grid) -> Tensor:
-        """Raw embeddings ``(n, D)`` float32 of patches ``(n, P, 3 p^2)`` uint8, all of one grid."""
-        with torch.no_grad():
-            x = self._below.scaled(patches) if self.embeddings is not None else self._below.hidden(patches, grid)
-        if self.embeddings is not None:
-            x = self._embed(x, grid)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.pool(x)
-        return out
-
-    def _embed(self, x: Tensor, grid: Grid) -> Tensor:
-        assert self.embeddings is not None
-        patch = self.embeddings.patch_embedding
-        weight = patch.weight.permute(0, 2, 3, 1).flatten(1) if patch.weight.ndim == 4 else patch.weight
-        position = resize_positions(self.embeddings.position_embedding.weight, grid)
-        return F.linear(x, weight, patch.bias).float() + position
-
-
-class TextSide(nn.Module):
-    """A text tower whose upper part is trained; arguments as of :class:`ImageSide`."""
-
-    def __init__(self, text: Any, dtype: torch.dtype, first: int | None, *, checkpointing: bool) -> None:  # noqa: ANN401
-        super().__init__()
-        layers = text.encoder.layers
-        self._first = first
-        self._below = TextTower(_cut_off(text, layers[: first or 0]), dtype)
-        self.embeddings = text.embeddings if first is None else None
-        self.blocks = nn.ModuleList(_Block(layer, checkpointing=checkpointing) for layer in layers[first or 0 :])
-        self.norm, self.head = text.final_layer_norm, text.head
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
-        if self.embeddings is None:
-            with torch.no_grad():
-                x = self._below.hidden(ids, self._first or 0)
-        else:
-            x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, True)
-        out: Tensor = self.head(self.norm(x[:, -1])).float()
-        return out
 
 
 class Towers:
@@ -250,10 +124,3 @@ def _is_trained(name: str, tower: str, first: int | None) -> bool:
     if first is None or block is None:
         return first is None or name.startswith(tuple(f"{prefix}.{part}." for part in _TOP[tower]))
     return int(block.group(1)) >= first
-
-
-def _cut_off(tower: Any, layers: Sequence[Any]) -> SimpleNamespace:  # noqa: ANN401
-    """A tower without the blocks above some."""
-    own = ("embeddings", "post_layernorm", "final_layer_norm", "head")
-    parts = {name: getattr(tower, name) for name in own if hasattr(tower, name)}
-    return SimpleNamespace(**parts, encoder=SimpleNamespace(layers=list(layers)))

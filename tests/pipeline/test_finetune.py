@@ -132,20 +132,24 @@ def test_rates_fall_with_depth_and_norms_and_biases_do_not_decay(miniature) -> N
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_embeddings_and_gradients_are_those_of_transformers(miniature, unfreeze: str, checkpointing: bool) -> None:
     rng = np.random.default_rng(0)
-    grid, patches = Grid(6, 10), rng.integers(0, 255, (3, 60, 768), dtype=np.uint8)
+    grids, counts = (Grid(6, 10), Grid(8, 8), Grid(5, 3)), (2, 1, 1)
+    pieces = [rng.integers(0, 255, (n, grid.tokens, 768), np.uint8) for n, grid in zip(counts, grids, strict=True)]
     section = FinetuneConfig(unfreeze=unfreeze, gradient_checkpointing=checkpointing)
     towers = Towers(parts_of(miniature.model), section)
-    ids = Encoder(towers.parts).tokenize(["a dog", "Two cats on a sofa", "x"])
-    ours = towers.sides["image"](torch.from_numpy(patches), grid), towers.sides["text"](ids)
+    ids = Encoder(towers.parts).tokenize(["a dog", "Two cats on a sofa", "x", "a bus"])
+    pack = [(torch.from_numpy(patches), grid) for patches, grid in zip(pieces, grids, strict=True)]
+    ours = towers.sides["image"](pack), towers.sides["text"](ids)
     plain = parts_of(miniature.model).model
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in towers.trained)
-    pixels = torch.from_numpy(patches).float() * towers.parts.scale.factor
-    padded = torch.nn.functional.pad((pixels - 0.5) / 0.5, (0, 0, 0, 4))  # 60 of 64 patches
-    mask = torch.tensor([[1] * 60 + [0] * 4] * 3)
+    each = [torch.from_numpy(image).float() * towers.parts.scale.factor for patches in pieces for image in patches]
+    padded = torch.stack([torch.nn.functional.pad((one - 0.5) / 0.5, (0, 0, 0, 64 - len(one))) for one in each])
+    mask = torch.tensor([[1] * len(one) + [0] * (64 - len(one)) for one in each])
     theirs = (
         plain.get_image_features(
-            pixel_values=padded, pixel_attention_mask=mask, spatial_shapes=torch.tensor([[6, 10]] * 3)
+            pixel_values=padded,
+            pixel_attention_mask=mask,
+            spatial_shapes=torch.tensor([[6, 10], [6, 10], [8, 8], [5, 3]]),
         ).pooler_output,
         plain.get_text_features(input_ids=ids).pooler_output,
     )
