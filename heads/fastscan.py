@@ -19,8 +19,8 @@ from .neighbours import ExhaustiveIndex, Neighbours, Packed, Soft, as_neighbours
 MAX_BITS = 1024
 QUERY_BLOCK = 1 << 14
 HEAP_IN_ORDER = 12  # FAISS's `implem`: every query with a heap over rows upwards, which keeps the lower id of equals
-# Queries that meet a block of codes while it is in registers, a hexadecimal digit a group. FAISS chooses the groups of what
-# is left over itself, for 24 queries at most, and ends the process where there are more.
+# Queries that meet a block of codes while it is in registers, a hexadecimal digit a group. FAISS chooses the groups of
+# what is left over itself, for 24 queries at most, and ends the process where there are more.
 FOURS = 0x4444
 PATTERNS = (2 * ((np.arange(16)[:, None] >> np.arange(4)) & 1) - 1).astype(np.float32)
 LONGEST = (4.0, 1.0, 0.0, 0.0)  # squared length 17

@@ -96,7 +96,48 @@ class LossTerms(NamedTuple):
     nested: Tensor | None = None
 
 
-def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None = None) -> LossTerms:
+class LossWeights(NamedTuple):
+    """What the terms weigh: numbers, or scalars on the device where replicas differ in them.
+
+    Attributes:
+        bce: Of the classifier.
+        cosine: Alpha.
+        hash: Gamma.
+        fused: Of the training classifier that reads z.
+        nested: Of those that read prefixes, together.
+        quant: Within the hash terms, and so are the next two.
+        balance: Likewise.
+        decorr: Likewise.
+    """
+
+    bce: float | Tensor
+    cosine: float | Tensor
+    hash: float | Tensor
+    fused: float | Tensor
+    nested: float | Tensor
+    quant: float | Tensor
+    balance: float | Tensor
+    decorr: float | Tensor
+
+    @classmethod
+    def of(cls, config: LossConfig) -> "LossWeights":
+        """Those of a configuration."""
+        reg = config.hash_reg
+        return cls(
+            config.bce_weight, config.cosine_weight, config.hash_weight, config.fused_weight, config.nested_weight,
+            reg.lambda_quant, reg.lambda_balance, reg.lambda_decorr,
+        )  # fmt: skip
+
+
+def _counts(weight: float | Tensor) -> bool:
+    """Whether a term takes part in the sum: a NaN in one of weight 0 is none in the sum."""
+    return isinstance(weight, Tensor) or weight > 0
+
+
+def total_loss(
+    config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None = None,
+    weights: LossWeights | None = None,
+) -> LossTerms:  # fmt: skip
     """``L = L_bce + alpha L_cos + gamma L_hash`` and its terms.
 
     A term of weight 0 is still computed, for the record, but takes no part in the sum; neither does the cosine term of
@@ -107,20 +148,22 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         output: Of the head.
         y: Labels ``(N, C)`` of 0 and 1.
         pos_weight: Weights of positives ``(C,)``, as of :func:`class_balanced_weights`.
+        weights: What the terms weigh; as configured when not given.
     """
+    weights = weights or LossWeights.of(config)
     with torch.autocast(output.logits.device.type, enabled=False):
-        labels = _label_terms(config, output, y, pos_weight)
-        hashed = None if output.h is None or not output.hash_reg else _hash_terms(config, output.h.float())
+        labels = _label_terms(config, output, y, pos_weight, weights)
+        hashed = None if output.h is None or not output.hash_reg else _hash_terms(weights, output.h.float())
         value, slopes = labels.total, labels.slopes
-        if hashed is not None and config.hash_weight > 0:
+        if hashed is not None and _counts(weights.hash):
             value, slopes = value + hashed.total, (*slopes, *hashed.slopes)
         first, *others = slopes
         total = known(Sloped(value, first[0]), first[1], *others)
         cosine = None
         if output.d_img is not None and output.d_txt is not None:
             cosine = cosine_loss(output.d_img, output.d_txt)
-            if output.both and config.cosine_weight > 0:
-                total = total + config.cosine_weight * cosine
+            if output.both and _counts(weights.cosine):
+                total = total + weights.cosine * cosine
         terms = labels.terms | ({} if hashed is None else hashed.terms)
         rest = (terms.get(name) for name in ("quant", "balance", "decorr", "hash", "fused", "nested"))
         return LossTerms(total, terms["bce"], cosine, *rest)
@@ -140,15 +183,16 @@ class _Terms(NamedTuple):
     slopes: tuple[tuple[Tensor, Tensor], ...]
 
 
-def _label_terms(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None) -> _Terms:
+def _label_terms(
+    config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None, weights: LossWeights
+) -> _Terms:  # fmt: skip
     own = 1 if output.fused_logits is None else 2
     some = (output.logits, output.fused_logits, *output.prefix_logits)
     # All classifiers in one go: these are many small operations.
     logits = torch.stack([one for one in some if one is not None]).float()
     losses, slopes = _classification(config, logits.detach(), y, pos_weight)
-    weights = [config.bce_weight, *(config.fused_weight,) * (own - 1)]
-    weights += [config.nested_weight / max(1, len(logits) - own)] * (len(logits) - own)
-    each = _constants(tuple(weights), logits.device)
+    n_prefixes = len(logits) - own
+    each = _on_device([weights.bce, weights.fused][:own] + [weights.nested / max(1, n_prefixes)] * n_prefixes, logits)
     terms = {"bce": losses[0]}
     if own == 2:
         terms["fused"] = losses[1]
@@ -157,17 +201,24 @@ def _label_terms(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: 
     return _Terms(terms, (losses * each).sum(), ((slopes * each[:, None, None], logits),))
 
 
-def _hash_terms(config: LossConfig, h: Tensor) -> _Terms:
-    codes, reg = h.detach(), config.hash_reg
+def _hash_terms(weights: LossWeights, h: Tensor) -> _Terms:
+    codes = h.detach()
     mean = codes.mean(0)
     parts = {"quant": _quantisation(codes), "balance": _balance(codes, mean), "decorr": _decorrelation(codes, mean)}
-    weighted = zip((reg.lambda_quant, reg.lambda_balance, reg.lambda_decorr), parts.values(), strict=True)
     hashed, slope = torch.zeros_like(mean[0]), torch.zeros_like(mean).expand_as(codes)
-    for weight, part in weighted:
-        if weight > 0:  # a NaN in what does not count is none in what does
-            hashed, slope = hashed + weight * part.value, slope + (config.hash_weight * weight) * part.slope
+    for weight, part in zip((weights.quant, weights.balance, weights.decorr), parts.values(), strict=True):
+        if _counts(weight):
+            hashed, slope = hashed + weight * part.value, slope + (weights.hash * weight) * part.slope
     terms = {name: part.value for name, part in parts.items()} | {"hash": hashed}
-    return _Terms(terms, config.hash_weight * hashed, ((slope, h),))
+    return _Terms(terms, weights.hash * hashed, ((slope, h),))
+
+
+def _on_device(values: list[float | Tensor], like: Tensor) -> Tensor:
+    numbers = tuple(value for value in values if not isinstance(value, Tensor))
+    if numbers:
+        assert len(numbers) == len(values), "weights are numbers or scalars on the device, not both"
+        return _constants(numbers, like.device)
+    return torch.stack([value for value in values if isinstance(value, Tensor)])
 
 
 @functools.lru_cache(maxsize=64)

@@ -178,16 +178,16 @@ class _Work:
         return self._result(found, trained)
 
     def _units(self) -> list[Any]:
-        """What is to be done, in order; on a GPU the seeds of one configuration together."""
-        from .ablate_work import Unit
+        """What is to be done, in order; on a GPU together what can run in one pass."""
+        from .ablate_work import Unit, pass_of
 
         todo = [one for key, one in self._plan.evaluations.items() if key not in self._records]
         needed = {one.training for one in todo}
-        groups: dict[str, list[Training]] = {}
+        groups: dict[tuple[str, ...], list[Training]] = {}
         together = self._on_gpu()
         for key, one in self._plan.trainings.items():
             if key in needed:
-                groups.setdefault(one.group if together else key, []).append(one)
+                groups.setdefault(pass_of(one) if together else (key,), []).append(one)
         units = []
         for group in groups.values():
             keys = {one.key for one in group}

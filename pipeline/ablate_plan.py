@@ -23,7 +23,7 @@ class Training:
 
     Attributes:
         key: Hex digest of everything that a number of it depends on.
-        group: The same without the seed: trainings of one group may run in one pass.
+        group: The same without the seed.
         kind: Which stage makes it.
         store: Digest of the store's key.
         patches: The store's patch budget.

@@ -59,16 +59,11 @@ def find_runs(plan: Mapping[str, Training], places: Iterable[Path]) -> dict[str,
 
 def own_folder(out: Path, training: Training) -> Path:
     """Where a training of the plan is made. Replicas of one configuration differ in the end of the name alone."""
-    return out / OWN / f"{own_stem(training)}-seed{training.seed}"
-
-
-def own_stem(training: Training) -> str:
-    """What the folders of all seeds of a training begin with."""
     config = training.config
     name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
     towers = "" if training.kind != "finetune" else f"-{training.towers}"
     label = name if training.kind in {"head", "finetune"} else training.kind
-    return f"{training.group[:12]}-{label}{towers}"
+    return out / OWN / f"{training.group[:12]}-{label}{towers}-seed{training.seed}"
 
 
 def resumable(folder: Path, training: Training) -> bool:

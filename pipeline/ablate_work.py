@@ -17,22 +17,25 @@ from .ablate_evaluate import Measured, evaluate_run
 from .ablate_facts import SPLIT, facts_of, prior, zero_shot_row
 from .ablate_plan import Evaluation, Training, flat_config
 from .ablate_records import Record, failed, keep_scores, write_record
-from .ablate_runs import KINDS, own_folder, own_stem, resumable
+from .ablate_runs import KINDS, own_folder, resumable
 from .device import pick_device
 from .progress import Progress
 from .runs import open_run
 from .splits import Diverged
 from .training_data import Prepared, prepare_training
+from .training_run import shape_of
 
 BASE = "base"
+# Heads of one pass: each keeps five copies of its parameters, a few hundred megabytes for all.
+MOST_TOGETHER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Work that is done in one go: one training, or the seeds of one configuration, and what is evaluated of them.
+    """Work that is done in one go: one training, or several that can run in one pass, and what is evaluated of them.
 
     Attributes:
-        trainings: Of one configuration.
+        trainings: That differ in the seed and in the weights of the loss's terms.
         evaluations: That are still to be done.
         runs: Runs that are there, by key of the training.
     """
@@ -104,7 +107,7 @@ class Worker:
 
     def _make(self, part: Sequence[Training]) -> dict[str, Path]:
         """Train what goes in one pass; folders by key."""
-        from .train_head import resume_training, train_head, train_replicas
+        from .train_head import resume_training, train_head, train_together
 
         first = part[0]
         if first.kind == "prior":
@@ -117,10 +120,9 @@ class Worker:
         elif first.kind == "finetune":
             self._finetune(first, folder)
         elif len(part) > 1:
-            stem = self._place.out / folder.parent.name / own_stem(first)
-            train_replicas(
-                first.config, seeds=len(part), store=self._store(first), out=stem, force=True, progress=told,
-                prepared=self._prepare(first),
+            train_together(
+                [one.config for one in part], [own_folder(self._place.out, one) for one in part],
+                store=self._store(first), progress=told, prepared=self._prepare(first),
             )  # fmt: skip
         elif not self._gone_on(
             folder,
@@ -229,16 +231,18 @@ class Worker:
         return self._prepared[key]
 
 
+def pass_of(training: Training) -> tuple[str, ...]:
+    """What trainings have in common that may run in one pass; what is no head runs by itself."""
+    if training.kind != "head":
+        return (training.key,)
+    return training.store, shape_of(training.config).model_dump_json()
+
+
 def _together(missing: Sequence[Training]) -> list[list[Training]]:
-    """Trainings cut into what one call makes: replicas have seeds in a row."""
-    parts: list[list[Training]] = []
-    for one in sorted(missing, key=lambda training: training.seed):
-        follows = parts and parts[-1][-1].seed + 1 == one.seed and one.kind == "head"
-        if follows:
-            parts[-1].append(one)
-        else:
-            parts.append([one])
-    return parts
+    """Trainings cut into what one call makes."""
+    heads = [one for one in missing if one.kind == "head"]
+    parts = [heads[at : at + MOST_TOGETHER] for at in range(0, len(heads), MOST_TOGETHER)]
+    return [*parts, *([one] for one in missing if one.kind != "head")]
 
 
 def _relative(folder: Path, out: Path) -> str:

@@ -1,6 +1,7 @@
 """One head, or several of one shape that train in one pass: their parameters side by side, each head a view of its own.
 
-A small head at batch 64 leaves most of a GPU idle; replicas of other seeds beside it cost little more than one.
+A small head at batch 64 leaves most of a GPU idle; replicas of other seeds, or of other weights of the loss's terms,
+cost little more than one.
 Symbols: R replicas, N images of a batch, D embedding width, C classes.
 """
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..heads.config import LossConfig
-from ..heads.losses import total_loss
-from ..heads.model import BaseHead, HeadOutput
+from ..heads.losses import LossTerms, LossWeights, total_loss
+from ..heads.model import BaseHead
 
 
 class Replicas:
@@ -22,6 +23,7 @@ class Replicas:
     Args:
         heads: R heads of one configuration, on one device; they are trained in place.
         stacked: Run them in one pass, with parameters ``(R, ...)``; without it R must be 1.
+        losses: The loss section of each, which may differ in the weights of terms; those of ``config`` when not given.
 
     Attributes:
         heads: Likewise; their parameters always show the state of the training.
@@ -29,9 +31,12 @@ class Replicas:
         names: Names of the parameters.
     """
 
-    def __init__(self, heads: Sequence[BaseHead], *, stacked: bool) -> None:
+    def __init__(
+        self, heads: Sequence[BaseHead], *, stacked: bool, losses: Sequence[LossConfig] | None = None
+    ) -> None:  # fmt: skip
         assert stacked or len(heads) == 1
         self.heads, self.stacked = list(heads), stacked
+        self._weights = None if losses is None else _weights(losses, next(heads[0].parameters()).device)
         self.names = [name for name, _ in heads[0].named_parameters()]
         if not stacked:
             self.parameters: list[Tensor] = list(heads[0].parameters())
@@ -79,22 +84,31 @@ class Replicas:
         if not self.stacked:
             with precision:
                 output = self.heads[0](*batch[:2])
-            return _terms(config, output, batch[2], pos_weight)
+            return _terms(total_loss(config, output, batch[2], pos_weight))
 
         def one(
-            parameters: dict[str, Tensor], buffers: dict[str, Tensor], v_img: Tensor, v_txt: Tensor, y: Tensor
-        ) -> dict[str, Tensor]:
+            parameters: dict[str, Tensor], buffers: dict[str, Tensor], v_img: Tensor, v_txt: Tensor, y: Tensor,
+            weights: LossWeights | None,
+        ) -> dict[str, Tensor]:  # fmt: skip
             with precision:
                 output = functional_call(self._template, (parameters, buffers), (v_img, v_txt))
-            return _terms(config, output, y, pos_weight)
+            return _terms(total_loss(config, output, y, pos_weight, weights))
 
         parameters = dict(zip(self.names, self.parameters, strict=True))
-        return torch.func.vmap(one)(parameters, self._buffers, *batch)
+        axes = (0, 0, 0, 0, 0, None if self._weights is None else 0)
+        return torch.func.vmap(one, in_dims=axes)(parameters, self._buffers, *batch, self._weights)
 
 
-def _terms(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None) -> dict[str, Tensor]:
-    terms = total_loss(config, output, y, pos_weight)._asdict()
-    return {"loss" if name == "total" else name: value for name, value in terms.items() if value is not None}
+def _terms(terms: LossTerms) -> dict[str, Tensor]:
+    return {"loss" if name == "total" else name: value for name, value in terms._asdict().items() if value is not None}
+
+
+def _weights(losses: Sequence[LossConfig], device: torch.device) -> LossWeights | None:
+    """Weights ``(R,)`` of every term, on the device; None where all replicas have the same."""
+    each = [LossWeights.of(one) for one in losses]
+    if len(set(each)) == 1:
+        return None
+    return LossWeights(*torch.tensor(each, device=device).T)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

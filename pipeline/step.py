@@ -211,10 +211,13 @@ class Step:
             squares.append(self._over_all(group["name"], torch.stack(parts).sum(0)))
         norm = torch.stack(squares).sum(0).sqrt()
         limit = self._config.training.gradient_clip_norm
-        # Asking a CPU whether there is anything to shorten costs nothing, asking a GPU stalls it.
-        if limit is not None and (self._device.type != "cpu" or stacked or float(norm) + NORM_EPS > limit):
+        if limit is not None and self._may_exceed(norm, limit):
             self._shorten((limit / (norm + NORM_EPS)).clamp(max=1.0))
         return {"grad_norm": norm, "grad_norm_fusion": squares[0].sqrt()}
+
+    def _may_exceed(self, norm: Tensor, limit: float) -> bool:
+        """Whether there may be something to shorten: asking a CPU costs nothing, asking a GPU would stall it."""
+        return self._device.type != "cpu" or self.members.stacked or float(norm) + NORM_EPS > limit
 
     def _shorten(self, factor: Tensor) -> None:
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])

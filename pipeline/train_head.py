@@ -20,7 +20,7 @@ from .stores import Reading, describe_run
 from .tables import spread_table
 from .trainer import fit
 from .training_data import Prepared, prepare_training
-from .training_run import TrainingRun, TrainResult, read_fit, with_seed
+from .training_run import TrainingRun, TrainResult, read_fit, shape_of, with_seed
 from .training_state import TrainingState
 from .training_work import Place, Work
 
@@ -113,17 +113,41 @@ def train_replicas(
     with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
         prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress)
         _note(prepared.config, work.progress)
-        opened = []
-        for seed in wanted:  # all folders are taken before anything is trained
-            suffix = f"-seed{seed}"
-            named = None if out is None else out.with_name(out.name + suffix)
-            place = Place(out=named, runs=runs, force=force, suffix=suffix)
-            opened.append(work.begin(prepared, place, with_seed(prepared.config, seed)))
-        # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.
-        # Shuffled magnitudes are other data for every seed.
-        together = prepared.device.type == "cuda" and config.fusion.magnitude == "own"
-        parts = [opened] if together else [[one] for one in opened]
-        return Replicas(results=tuple(result for part in parts for result in work.train(part, prepared)))
+        places = [
+            Place(
+                out=None if out is None else out.with_name(f"{out.name}-seed{seed}"), runs=runs, force=force,
+                suffix=f"-seed{seed}",
+            )
+            for seed in wanted
+        ]  # fmt: skip
+        configs = [with_seed(prepared.config, seed) for seed in wanted]
+        return Replicas(results=tuple(work.train_all(prepared, configs, places)))
+
+
+def train_together(
+    configs: Sequence[Config], outs: Sequence[Path], *, store: Path | None = None, progress: Progress | None = None,
+    prepared: Prepared | None = None,
+) -> list[TrainResult]:  # fmt: skip
+    """Train heads that differ in the seed and in the weights of the loss's terms: on a GPU in one pass.
+
+    Args:
+        configs: As of :func:`train_head`.
+        outs: The run folder of each; what is there is replaced.
+        store: As of :func:`train_head`.
+        progress: Likewise.
+        prepared: Likewise.
+
+    Raises:
+        ValueError: Configurations that differ in more.
+        InputError: As of :func:`train_head`.
+    """
+    if any(shape_of(one) != shape_of(configs[0]) for one in configs):
+        raise ValueError("trainings of one pass may differ in the seed and in the weights of the loss's terms alone")
+    with _Work(progress or Progress(), tensorboard=False, wandb=False) as work:
+        prepared = prepared or prepare_training(configs[0], store, work.progress)
+        settled = [prepared.configured(config).config for config in configs]
+        _note(settled[0], work.progress)
+        return work.train_all(prepared.configured(configs[0]), settled, [_replacing(out) for out in outs])
 
 
 def resume_training(
@@ -172,6 +196,10 @@ def resume_training(
         return work.train([work.go_on(prepared, run, config)], prepared)[0]
 
 
+def _replacing(out: Path) -> Place:
+    return Place(out=out, runs=out.parent, force=True)
+
+
 def _note(config: Config, progress: Progress) -> None:
     for line in notices(config):
         progress.say(line)
@@ -210,6 +238,17 @@ class _Work(Work):
             run, config, prepared.make_head(config, splits["train"]), splits, width=prepared.labelled.store.width,
             progress=self.progress, resume=resume, state=state, trackers=self.trackers(run, config, after=after),
         )  # fmt: skip
+
+    def train_all(
+        self, prepared: Prepared, configs: Sequence[Config], places: Sequence[Place]
+    ) -> list[TrainResult]:  # fmt: skip
+        """Train heads of one shape, each a run of its own; all folders are taken before anything is trained."""
+        opened = [self.begin(prepared, place, config) for place, config in zip(places, configs, strict=True)]
+        # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.
+        # Shuffled magnitudes are other data for every seed.
+        together = prepared.device.type == "cuda" and prepared.config.fusion.magnitude == "own"
+        parts = [opened] if together else [[one] for one in opened]
+        return [result for part in parts for result in self.train(part, prepared)]
 
     def train(self, opened: Sequence[TrainingRun], prepared: Prepared) -> list[TrainResult]:
         """Train runs in one pass and finish them; one that diverges does so after the others are finished.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..heads.config import LossConfig
 from ..heads.dropout import reseed_dropout, skip_dropout
 from ..heads.model import BaseHead
 from .config import Config
@@ -43,6 +44,8 @@ class Member:
         seed: Of its draws: the order of images, captions and dropout.
         monitor: Gives ``val_mAP`` of the head in ``eval()`` mode, and what else is to be recorded.
         on_epoch: Called after every epoch with the head that was looked at and the epoch's record.
+        loss: Its loss section, which may differ from the others' in the weights of terms; the configuration's when not
+            given.
         keep: Called now and then with all that is needed to go on from here.
         resumed: Where to go on; None begins.
         error: Why it ended before its time.
@@ -52,6 +55,7 @@ class Member:
     seed: int
     monitor: Monitor
     on_epoch: OnEpoch
+    loss: LossConfig | None = None
     keep: Keep | None = None
     resumed: TrainingState | None = None
     history: list[Record] = field(default_factory=list)
@@ -98,13 +102,13 @@ def fit(
     members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None,
     make_step: MakeStep = Step, keep_within_s: float = math.inf, keep_every_s: float | None = None,
 ) -> list[FitResult]:  # fmt: skip
-    """Train heads in place, several of one configuration in one pass.
+    """Train heads in place, several of one shape in one pass.
 
     Args:
         members: The heads; with more than one, all begin or all go on after the same epoch.
         train: The train split.
-        config: Loss, optimiser, scheduler, training and hardware sections are used; of ``hardware.seed`` each member
-            has its own.
+        config: Loss, optimiser, scheduler, training and hardware sections are used; ``hardware.seed`` and the weights
+            of the loss's terms are each member's own.
         task: Counts epochs.
         stacked: Whether parameters of several heads lie side by side; as many heads as there are ask for by default.
         make_step: Makes the steps, of :class:`Step`'s arguments.
@@ -119,7 +123,10 @@ def fit(
         InputError: Fewer images than a batch needs.
     """
     stacked = len(members) > 1 if stacked is None else stacked
-    replicas = Replicas([member.head for member in members], stacked=stacked)
+    losses = [member.loss or config.loss for member in members]
+    if not stacked:
+        config = config.model_copy(update={"loss": losses[0]})
+    replicas = Replicas([member.head for member in members], stacked=stacked, losses=losses)
     loop = _Loop(replicas, members, train, config, make_step=make_step, keep_within_s=keep_within_s)
     first = loop.resume()
     task.advance(first - 1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import RenderableType
 
+from ..heads.config import HashRegConfig, LossConfig
 from ..heads.hashing import binarise, pack_codes
 from ..heads.model import BaseHead
 from .checkpoint import CheckpointKeeper, load_head
@@ -103,7 +104,7 @@ class TrainingRun:
             write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
         self.member = Member(
             head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=self._record, resumed=state,
-            keep=self._keep,
+            keep=self._keep, loss=config.loss,
         )  # fmt: skip
 
     def _keep(self, state: TrainingState) -> None:
@@ -153,6 +154,13 @@ class TrainingRun:
         )  # fmt: skip
         write_codes(self.run.folder, split, codes)
         return codes
+
+
+def shape_of(config: Config) -> Config:
+    """What trainings of one pass have in common: all but the seed and the weights of the loss's terms."""
+    weights = {name: 0.0 for name in LossConfig.model_fields if name.endswith("_weight")}
+    loss = config.loss.model_copy(update=weights | {"hash_reg": HashRegConfig()})
+    return with_seed(config, 0).model_copy(update={"loss": loss})
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -121,19 +121,19 @@ def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
 
 
 def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
-    """What a GPU does with the seeds of one configuration, here on the CPU: the folders are where they are looked for."""
+    """What a GPU does with heads of one shape, here on the CPU: the folders are where they are looked for."""
     from mmcli.pipeline import ablate as stage
     from mmcli.pipeline import train_head
 
     calls = []
-    whole = train_head.train_replicas
-    monkeypatch.setattr(train_head, "train_replicas", lambda *a, **k: calls.append(k["seeds"]) or whole(*a, **k))
+    whole = train_head.train_together
+    monkeypatch.setattr(train_head, "train_together", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
     means = Means(out=here / "out", runs=here / "nothing")
     alone = ablate(order_of(here, "A2", only=("A2=32",), seeds=3), replace(means, out=here / "alone"))
     monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
     ablate(order_of(here, "A2", only=("A2=32",), seeds=1, options={"hardware.seed": 43}), means)
     result = ablate(order_of(here, "A2", only=("A2=32",), seeds=4), means)
-    assert (calls, result.counted["trained"]) == ([2], 3)  # 43 was there: 42 alone, 44 and 45 together
+    assert (calls, result.counted["trained"]) == ([3], 3)  # 43 was there: 42, 44 and 45 together
     assert [row["mAP"] for row in result.rows[:3]] == [row["mAP"] for row in alone.rows]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcli import InputError
+from mmcli.heads.config import HashRegConfig
 from mmcli.heads.dropout import reseed_dropout
 from mmcli.heads.losses import total_loss
 from mmcli.heads.model import Head
@@ -450,6 +451,30 @@ def test_replicas_in_one_pass_are_the_runs_of_their_seeds(options) -> None:
     assert all(torch.equal(looked_at[-1][name], last[name]) for name in last) != averaged
 
 
+def test_a_sweep_over_weights_of_the_loss_in_one_pass_is_its_runs() -> None:
+    """Each weight of each replica is its own: one is 0, and the terms that are recorded are those of its run."""
+    base = load_config(options={**SMALL, "preset": "recommended", "hash.nested": [8], "training.batch_size": 16})
+    sweep = (
+        {}, {"hash_weight": 0.0, "bce_weight": 0.5}, {"cosine_weight": 0.0, "fused_weight": 3.0},
+        {"hash_weight": 2.0, "nested_weight": 0.1},
+    )  # fmt: skip
+    losses = [base.loss.model_copy(update=one) for one in sweep]
+    reg = HashRegConfig(lambda_quant=0.5, lambda_balance=0.0, lambda_decorr=3.0)
+    losses.append(base.loss.model_copy(update={"hash_reg": reg}))
+    split = make_split(45)
+    members = [member_of(base, split, seed=seed, loss=loss) for seed, loss in enumerate(losses)]
+    together = train(base, split, *members)
+    for seed, (loss, member, found) in enumerate(zip(losses, members, together, strict=True)):
+        own = member_of(base.model_copy(update={"loss": loss}), split, seed=seed)
+        (alone,) = train(base.model_copy(update={"loss": loss}), split, own)
+        for mine, other in zip(member.head.parameters(), own.head.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4)
+        for record, wanted in zip(found.history, alone.history, strict=True):
+            for term in ("loss", "bce", "hash", "fused", "nested", "cosine", "quant"):
+                assert record[term] == pytest.approx(wanted[term], rel=2e-3, abs=1e-5), (seed, term)
+
+
+
 def test_the_average_of_the_weights_is_that_of_a_slow_loop() -> None:
     """What is looked at and kept are the averaged weights; training goes on with its own."""
     config = load_config(
@@ -642,6 +667,7 @@ def test_a_step_fetches_nothing_from_the_device(n: int, options) -> None:
     step.begin(1, torch.arange(45).expand(shape), torch.zeros(shape, dtype=torch.int64))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdamW, "step", update)
+        patch.setattr(Step, "_may_exceed", lambda *_: True)  # as on a GPU
         for _ in range(3):
             with Watch():
                 step.run((8, 7))
