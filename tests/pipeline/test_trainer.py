@@ -474,7 +474,6 @@ def test_a_sweep_over_weights_of_the_loss_in_one_pass_is_its_runs() -> None:
                 assert record[term] == pytest.approx(wanted[term], rel=2e-3, abs=1e-5), (seed, term)
 
 
-
 def test_the_average_of_the_weights_is_that_of_a_slow_loop() -> None:
     """What is looked at and kept are the averaged weights; training goes on with its own."""
     config = load_config(
