@@ -29,12 +29,12 @@ def _mean(positive: Sloped, negative: Sloped, y: Tensor, pos_weight: Tensor | No
 def _hit(x: Tensor, gamma: float) -> Sloped:
     """``(1 - s)^gamma -log s``: the focused loss of a positive."""
     log = F.logsigmoid(x)
-    s = log.exp()
+    slope = (-x).sigmoid_().neg_()  # s - 1, which as a difference would lose its digits where s is near 1
     if gamma == 0:
-        return Sloped(-log, s - 1)
+        return Sloped(-log, slope)
     # log(1 - s) = log s - x: no power of zero, whose slope may be infinite.
     power = ((log - x) * gamma).exp_()
-    return Sloped(power * -log, torch.addcmul(s - 1, s, log, value=gamma).mul_(power))
+    return Sloped(power * -log, slope.addcmul_(log.exp(), log, value=gamma).mul_(power))
 
 
 def _miss(x: Tensor, gamma: float) -> Sloped:

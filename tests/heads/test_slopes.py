@@ -46,6 +46,13 @@ def test_bce(seed: int, mixed: bool, weighted: bool) -> None:
     same(lambda x: bce_loss(x, y, w), lambda x: plain(x.double()), x)
 
 
+def test_what_is_told_well_already_keeps_the_digits_of_its_small_gradient() -> None:
+    """Most labels are easy negatives; an optimiser that divides by the size of gradients sees those of rare classes."""
+    x, y = torch.tensor([[-8.0, -12.0, -20.0, -40.0, 8.0, 12.0, 20.0, 40.0]]), torch.tensor([[0.0] * 4 + [1.0] * 4])
+    wanted = torch.sigmoid(-x.double().abs()) / 8
+    torch.testing.assert_close(gradient(lambda x: bce_loss(x, y), x).abs().double(), wanted, rtol=1e-5, atol=0)
+
+
 @given(seeds, st.booleans(), st.booleans(), st.floats(0, 1), st.sampled_from([0.0, 0.5, 2.0, 5.0]))
 def test_focal(seed: int, mixed: bool, weighted: bool, alpha: float, gamma: float) -> None:
     x, y, _ = draw(seed, mixed)
