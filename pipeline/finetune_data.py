@@ -118,8 +118,7 @@ class LiveStore:
         mine = [self.listing.paths[row] for row in rows[self._share()]]
         with self._task("headers", len(mine)) as task:
             bad: list[str] = []
-            for future in self._reader.measure(mine):
-                found = future.result()
+            for found in self._reader.headers(mine):
                 bad.extend(one for one in found if isinstance(one, str))
                 task.advance(len(found))
         refuse_unreadable(dict(enumerate(bad)))

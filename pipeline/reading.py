@@ -5,6 +5,7 @@ do it. Only names and reasons go through pipes; pixels are written once, where t
 batches in memory is bounded. Workers import no torch, ignore Ctrl-C (the parent ends them), and end with the parent.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -124,8 +125,28 @@ class ImageReader:
             self._memory.close()
             self._memory.unlink()
 
-    def measure(self, paths: Sequence[str]) -> "list[Future[list[Grid | str]]]":
-        """Start reading headers: each future gives the grids of the next images, or why there is none."""
+    def headers(self, paths: Sequence[str]) -> Iterator[list[Grid | str]]:
+        """The grids of the next images, or why there is none, some images at a time.
+
+        Raises:
+            InputError: A worker process was killed.
+        """
+        with self._watched():
+            for future in self._measure(paths):
+                yield future.result()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that reads images was killed", where=self._data, got="most likely too little memory",
+                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
+            ) from None  # fmt: skip
+
+    def _measure(self, paths: Sequence[str]) -> "list[Future[list[Grid | str]]]":
+        """Start reading headers."""
         assert self._pool is not None
         chunks = (paths[at : at + HEADERS_A_TASK] for at in range(0, len(paths), HEADERS_A_TASK))
         return [self._pool.submit(measure, self._data, list(chunk), self._spec) for chunk in chunks]
@@ -146,7 +167,7 @@ class ImageReader:
         free = deque(range(self._n_slots))
         waiting: deque[tuple[_Work, int | None, Future[Bad]]] = deque()
         works = self._works(lists, boxes, min(self._tokens, tokens or self._tokens))
-        try:
+        with self._watched():
             while True:
                 for work in itertools.islice(works, len(free)):
                     waiting.append(self._start(work, free))
@@ -157,11 +178,6 @@ class ImageReader:
                 if slot is not None:
                     free.append(slot)
                 yield piece
-        except BrokenProcessPool:
-            raise InputError(
-                "a process that reads images was killed", where=self._data, got="most likely too little memory",
-                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
-            ) from None  # fmt: skip
 
     def _works(
         self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None, tokens: int
@@ -170,9 +186,9 @@ class ImageReader:
         upcoming: deque[list[Future[list[Grid | str]]]] = deque()
         for number, paths in enumerate(lists):
             if not upcoming:
-                upcoming.append(self.measure(paths))
+                upcoming.append(self._measure(paths))
             if number + 1 < len(lists):
-                upcoming.append(self.measure(lists[number + 1]))
+                upcoming.append(self._measure(lists[number + 1]))
             measured = [one for future in upcoming.popleft() for one in future.result()]
             bad = {row: one for row, one in enumerate(measured) if isinstance(one, str)}
             batches = plan([None if isinstance(one, str) else one for one in measured], tokens=tokens)

@@ -74,9 +74,11 @@ def test_what_cannot_be_read_has_its_reason_and_changes_no_other_batch(data: Pat
     assert not zeroed.pixels[zeroed.batch.rows.index(3)].any()
 
 
-def test_a_worker_that_is_killed_is_one_line(data: Path) -> None:
+@pytest.mark.parametrize("what", ["images", "headers"])
+def test_a_worker_that_is_killed_is_one_line(data: Path, what: str) -> None:
     def kill_all(reader: ImageReader) -> None:
-        for _ in reader.read([[f"{at % 7}.jpg" for at in range(200)]]):
+        paths = [f"{at % 7}.jpg" for at in range(2000)]
+        for _ in reader.read([paths]) if what == "images" else reader.headers(paths):
             for pid in list(reader._pool._processes):
                 os.kill(pid, signal.SIGKILL)
 
