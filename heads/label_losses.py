@@ -34,7 +34,7 @@ def _hit(x: Tensor, gamma: float) -> Sloped:
         return Sloped(-log, slope)
     # log(1 - s) = log s - x: no power of zero, whose slope may be infinite.
     power = ((log - x) * gamma).exp_()
-    return Sloped(power * -log, slope.addcmul_(log.exp(), log, value=gamma).mul_(power))
+    return Sloped(power * -log, torch.addcmul(slope, log.exp(), log, value=gamma).mul_(power))
 
 
 def _miss(x: Tensor, gamma: float) -> Sloped:

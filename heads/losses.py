@@ -192,13 +192,24 @@ def _label_terms(
     logits = torch.stack([one for one in some if one is not None]).float()
     losses, slopes = _classification(config, logits.detach(), y, pos_weight)
     n_prefixes = len(logits) - own
-    each = _on_device([weights.bce, weights.fused][:own] + [weights.nested / max(1, n_prefixes)] * n_prefixes, logits)
+    each = [weights.bce, weights.fused][:own] + [weights.nested / max(1, n_prefixes)] * n_prefixes
     terms = {"bce": losses[0]}
     if own == 2:
         terms["fused"] = losses[1]
     if output.prefix_logits:
         terms["nested"] = losses[own:].mean()
-    return _Terms(terms, (losses * each).sum(), ((slopes * each[:, None, None], logits),))
+    total, slope = _weighed(Sloped(losses, slopes), each)
+    return _Terms(terms, total, ((slope, logits),))
+
+
+def _weighed(classified: Sloped, weights: list[float | Tensor]) -> Sloped:
+    """The sum of the losses ``(R,)`` of R classifiers, each times its weight, and its gradient ``(R, N, C)``."""
+    each = _on_device(weights, classified.value)
+    values, slopes = classified.value * each, classified.slope * each[:, None, None]
+    if not all(map(_counts, weights)):
+        none = each == 0
+        values, slopes = values.masked_fill(none, 0), slopes.masked_fill(none[:, None, None], 0)
+    return Sloped(values.sum(), slopes)
 
 
 def _hash_terms(weights: LossWeights, h: Tensor) -> _Terms:

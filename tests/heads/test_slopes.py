@@ -119,6 +119,18 @@ def test_the_sum_reaches_all_it_depends_on(config: LossConfig, guided: bool) -> 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("guide", ["fused", "nested"])
+def test_a_classifier_of_weight_zero_takes_no_part_though_its_logits_overflow(guide: str) -> None:
+    h, _, _, own, _, _ = (leaf.requires_grad_() for leaf in draw_leaves(5))
+    beyond = torch.full_like(own, torch.inf).requires_grad_()
+    guides = {"fused_logits": beyond} if guide == "fused" else {"prefix_logits": (beyond,)}
+    terms = total_loss(LossConfig(**{f"{guide}_weight": 0.0}), HeadOutput(h, h, own, None, None, **guides), draw(1)[1])
+    terms.total.backward()
+    assert terms.total.isfinite()
+    assert own.grad.isfinite().all()
+    assert beyond.grad is None or not beyond.grad.any()
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_replicas_in_one_pass_have_gradients_of_their_own(config: LossConfig) -> None:
     y = draw(1)[1]
