@@ -27,7 +27,7 @@ from .sweep import looks_like_store, read_checked, unfinished
 
 _log = logging.getLogger(__name__)
 
-EXTRACT = "run `mmcli extract` first"
+EXTRACT = "run `mmcli extract` first, or name a store elsewhere"
 
 
 @dataclass(frozen=True, kw_only=True)

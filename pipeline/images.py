@@ -85,7 +85,7 @@ def _opened(path: Path, use: Callable[[Image.Image], T]) -> T:
             with Image.open(path) as image:
                 return use(image)
     except FileNotFoundError:
-        raise _refuse(path, "no file", "restore it, or run `mmcli prepare` again") from None
+        raise _refuse(path, "no file", "check the path and the folder, or restore the file") from None
     except UnidentifiedImageError:
         got = "an empty file" if path.stat().st_size == 0 else "a file that is not an image"
         raise _refuse(path, got, "replace the file") from None

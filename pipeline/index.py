@@ -33,6 +33,7 @@ class IndexResult:
         new_names: Categories that were not there before.
         skipped: Samples whose image cannot be read, a reason each.
         notes: What a person should know.
+        run: The run whose head made the codes, where the call named it.
     """
 
     path: Path
@@ -45,11 +46,12 @@ class IndexResult:
     new_names: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    run: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object."""
         lists = {name: list(getattr(self, name)) for name in ("new_names", "skipped", "notes")}
-        return {**vars(self), **lists, "path": str(self.path)}
+        return {**vars(self), **lists, "path": str(self.path), "run": None if self.run is None else str(self.run)}
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
@@ -60,7 +62,8 @@ class IndexResult:
             lines.append(f"new tags: {', '.join(self.new_names)}")
         what = f"{self.changed:,} samples {self.did} the index; " if self.did != "built" else ""
         lines.append(f"{what}{self.n:,} samples, {self.n_classes} tags, {self.n_bytes / 2**20:.1f} MiB")
-        return [*lines, f"use it with `mmcli predict --index {self.path}`", f"wrote {self.path}"]
+        run = f"--run {self.run or 'RUN'}"
+        return [*lines, f"use it with `mmcli predict IMAGE {run} --index {self.path}`", f"wrote {self.path}"]
 
 
 def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexResult:
@@ -87,7 +90,7 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
         checksum = write_index(path, index)
     known = any(index.captions.to_pylist())
     lost = f"the store {run.info.store} is not there: captions and paths are not known, and ids are shown"
-    return _result(path, "built", index, checksum, changed=len(index), notes=() if known else (lost,))
+    return _result(path, "built", index, checksum, changed=len(index), notes=() if known else (lost,), run=run.folder)
 
 
 def add(
@@ -126,7 +129,8 @@ def add(
         checksum = write_index(path, index)
     names = index.category_names[len(old.category_names) :]
     return _result(
-        path, "added to", index, checksum, changed=len(new), new_names=names, skipped=skipped, notes=encoder.notes
+        path, "added to", index, checksum, changed=len(new), new_names=names, skipped=skipped, notes=encoder.notes,
+        run=run.folder,
     )  # fmt: skip
 
 

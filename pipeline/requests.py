@@ -99,7 +99,7 @@ def _lines(captions: Path) -> Iterator[_Line]:
         text = captions.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         got = getattr(error, "strerror", None) or "text that is not UTF-8"
-        raise InputError("cannot read captions", where=captions, got=got, wanted=FORMS) from None
+        raise InputError("cannot read captions", where=captions, got=got, wanted=FORMS, do="check the path") from None
     found = _csv(text, captions) if captions.suffix.lower() == ".csv" else _json_lines(text, captions)
     count = 0
     for count, (number, row) in enumerate(found, 1):  # noqa: B007 - says whether there was any
@@ -115,6 +115,9 @@ def _lines(captions: Path) -> Iterator[_Line]:
 def _csv(text: str, captions: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if reader.fieldnames is not None and not {"path", "caption"} <= set(reader.fieldnames):
+            got = f"columns {', '.join(reader.fieldnames)}"[:120]
+            raise _wrong(captions, 1, got, "begin the file with the line path,caption")
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
@@ -130,5 +133,5 @@ def _json_lines(text: str, captions: Path) -> Iterator[tuple[int, object]]:
                 raise _wrong(captions, number, f"text that is not JSON ({error})") from None
 
 
-def _wrong(captions: Path, number: int, got: str) -> InputError:
-    return InputError("bad captions", where=f"{captions}, line {number}", got=got, wanted=FORMS)
+def _wrong(captions: Path, number: int, got: str, do: str = "mend the line") -> InputError:
+    return InputError("bad captions", where=f"{captions}, line {number}", got=got, wanted=FORMS, do=do)

@@ -148,7 +148,11 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
         info = RunInfo(**record)
     except OSError:
         raise InputError(
-            "no run", where=folder, got="no run.json", wanted="a run folder", do=f"run `mmcli {kind}` first"
+            "no run",
+            where=folder,
+            got="no run.json",
+            wanted="a run folder",
+            do=f"name a run of `mmcli {kind}`, or make one first",
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError("broken run", where=path, got=error, wanted="what mmcli wrote", do="train again") from None
@@ -173,7 +177,7 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
             where=runs,
             got=f"no finished run of {kind}",
             wanted="at least one",
-            do=f"run `mmcli {kind}` first",
+            do=f"run `mmcli {kind}` first, or name a run elsewhere with --run",
         )
     return max(found, key=lambda run: run.info.created)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 IndexFile = Annotated[
     Path | None,
-    typer.Option("--index", metavar="FILE", help="Index file [default: index.safetensors of the newest run]."),
+    typer.Option("--index", metavar="FILE", help="Index file [default: index.safetensors of the run]."),
 ]
 
 
@@ -50,13 +50,13 @@ def index_add(
 def index_remove(
     ids: Annotated[str | None, typer.Option("--ids", metavar="ID,...", help="Image ids of the samples to remove.")] = None,
     ids_file: Annotated[Path | None, typer.Option("--ids-file", metavar="FILE", help="The same, from a file: one a line.")] = None,
-    index: IndexFile = None, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
+    index: IndexFile = None, run: RunDir = None, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
 ) -> None:  # fmt: skip
     """Take samples out by their image ids."""
     given = [*_parse_ids(ids or "", "--ids"), *([] if ids_file is None else _parse_ids(_text(ids_file), ids_file))]
     if not given:
         raise InputError("no image ids", got="neither --ids nor --ids-file", wanted="one of them", do="as in --ids 1,2")
-    path = index or _default()
+    path = index or _default(run)
     from ..index import remove
 
     result = remove(path, given)
@@ -64,10 +64,10 @@ def index_remove(
 
 
 def index_info(
-    index: IndexFile = None, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
+    index: IndexFile = None, run: RunDir = None, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
 ) -> None:  # fmt: skip
     """What an index file holds; compares its checksum."""
-    path = index or _default()
+    path = index or _default(run)
     from ..index_views import describe, info_summary
 
     facts = describe(path)
@@ -81,8 +81,8 @@ def find_run(run: Path | None) -> "Run":
     return newest_run(Path("runs")) if run is None else open_run(run)
 
 
-def _default() -> Path:
-    folder = find_run(None).folder
+def _default(run: Path | None) -> Path:
+    folder = find_run(run).folder
     from ..index import NAME
 
     return folder / NAME

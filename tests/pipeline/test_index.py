@@ -227,6 +227,7 @@ def test_a_second_writer_is_refused_in_one_line(tmp_path, made) -> None:
 def test_built_from_a_run(made, miniature, tmp_path) -> None:
     run = open_run(run_of(made))
     result = build(run, tmp_path / "i.safetensors")
+    assert f"use it with `mmcli predict IMAGE --run {run.folder} --index {result.path}`" in result.summary()
     index, about = read_index(result.path)
     codes, listing = read_codes(run.folder, "train"), read_manifest(miniature.data / "manifest.parquet")
     for name in ("image_id", "soft", "packed", "labels"):
@@ -331,9 +332,10 @@ def test_the_commands(mmcli, here, new_samples) -> None:
     (here / "ids").write_text("9001\n9002\n")
     code, out, err = mmcli("index", "remove", "--ids", "9003, 9004", "--ids-file", "ids", "--json")
     assert (code, json.loads(out)["n"]) == (0, 42)
-    code, out, err = mmcli("index", "info")
-    assert code == 0
-    assert "42" in out
+    for more in ((), ("--run", path.parent)):
+        code, out, err = mmcli("index", "info", *more)
+        assert code == 0, err
+        assert "42" in out
     for words, line in (
         (("index", "remove", "--ids", "x"), "got 'x'"),
         (("index", "remove", "--ids", "9" * 30), "no image id"),

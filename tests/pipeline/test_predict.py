@@ -138,7 +138,7 @@ def test_bad_images_stop_or_are_skipped(mmcli, here, miniature) -> None:
     [
         ((), "nothing to tag"),
         (("a.jpg",), "no caption: a.jpg"),
-        (("a.jpg", "--caption", "x"), "no file"),
+        (("a.jpg", "--caption", "x"), "no file, wanted a whole image file; check the path"),
         (("a.jpg", "--caption", "x", "--k", "41"), "got --k 41, wanted 1 to 40"),
         (("a.jpg", "--caption", "x", "--k", "0"), "--k"),
         (("a.jpg", "--caption", "x", "--index", "none"), "no index"),

@@ -68,7 +68,7 @@ def test_captions_of_images_that_were_named(folder) -> None:
         (lines({"path": "a.jpg", "caption": "x"}, [1]), "jsonl", "line 2: got list"),
         ("{", "jsonl", "line 1: got text that is not JSON"),
         ("", "jsonl", "an empty file"),
-        ("path;caption\na.jpg;x\n", "csv", "line 2: got path None"),
+        ("path;caption\na.jpg;x\n", "csv", "line 1: got columns path;caption"),
         ("path,caption\na.jpg\n", "csv", "caption None"),
         ('path,caption\n"a.jpg,x\n', "csv", "bad captions"),
         ("path,caption\n", "csv", "an empty file"),
