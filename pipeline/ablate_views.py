@@ -74,10 +74,11 @@ def counts(plan: Plan, estimate: Estimate, *, missing: int, found: int, evaluati
     """What a plan comes to, in lines."""
     asked, rows = plan.asked, len(plan.rows)
     collapsed = f", {asked - rows:,} of {asked:,} collapsed into others" if asked > rows else ""
-    refused = sum(row.status == "failed" for row in plan.rows)
+    refused = [row for row in plan.rows if row.status == "failed"]
     trained, baselines = plan.count("head", "finetune"), plan.count("zero-shot", "prior")
     return [
-        f"{rows:,} rows{collapsed}" + (f", {refused:,} refused" if refused else ""),
+        f"{rows:,} rows{collapsed}" + (f", {len(refused):,} refused" if refused else ""),
+        *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
         f"{trained:,} trainings ({plan.count('finetune'):,} of towers) and {baselines:,} baselines:"
         f" {found:,} are there, {missing:,} to be made",
         f"{len(plan.evaluations):,} evaluations, {plan.searches:,} searches, {plan.votes:,} votes;"
