@@ -56,7 +56,7 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
     # As many workers as the plain way takes, however few cores there are.
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader: DataLoader[Any] = DataLoader(
-        _Items(train), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=True,
+        _Items(train), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
         pin_memory=train.device.type == "cuda",
     )  # fmt: skip
     while True:

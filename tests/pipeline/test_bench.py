@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmcli.pipeline import bench_train
+from mmcli.heads.losses import total_loss
+from mmcli.pipeline import bench_plain, bench_train
 from mmcli.pipeline.bench import Case, best_of
 from mmcli.pipeline.bench_data import base_config, draw_photographs, write_captions
 from mmcli.pipeline.coco_sizes import SIZES
@@ -55,7 +56,7 @@ def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:
     store = next((here / "data" / "cache").iterdir())
     config = load_config(options={"fusion.mlp_dims": [32, 16], "knn.K": 5, "hardware.device": "cpu"})
     setting = bench_train._Setting(prepared=bench_train.prepare_training(config, store, Progress()), steps=4)
-    items = bench_train._Items(setting.train)
+    items = bench_plain._Items(setting.train)
     assert len(items) == len(setting.train) == 40
     v_img, v_txt, y = items[3]
     wanted = setting.train.batch(torch.tensor([3]), torch.tensor([0]))
@@ -63,6 +64,17 @@ def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:
     assert np.array_equal(y, wanted[2][0].numpy())
     row, n = int(setting.train.rows[3]), int(setting.train.captions_of[3])
     assert any(np.array_equal(v_txt, caption.float().numpy()) for caption in setting.train.v_txt[row, :n])
+    head = setting.prepared.make_head(config, setting.train)
+    bench_plain.use_own_dropout(head)
+    assert any(isinstance(layer, torch.nn.Dropout) for layer in head.modules())
+    v_img, v_txt, y = setting.train.batch(torch.arange(16), torch.zeros(16, dtype=torch.int64))
+    output = head.train()(v_img, v_txt)
+    assert output.prefix_logits
+    plain, ours = bench_plain.plain_loss(config.loss, output, y), total_loss(config.loss, output, y).total
+    torch.testing.assert_close(plain, ours)
+    before = head.classifier.weight.clone()
+    next(bench_plain.plain_steps(head, setting.train, config, 16, workers=0))
+    assert not torch.equal(before, head.classifier.weight)
 
 
 def test_the_best_round_counts_and_ways_take_turns() -> None:
