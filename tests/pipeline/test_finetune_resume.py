@@ -19,7 +19,7 @@ from mmcli.pipeline.runs import read_info
 
 WORDS = (
     "--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0,
-    "--lr-towers", 1e-3, "--patience", 0,
+    "--lr-towers", 1e-4, "--patience", 0,
 )  # fmt: skip
 # No classifier reads hard codes in training: rounding may turn a bit there, and then two runs part by more than rounding.
 SMOOTH = ("--set", "hash.nested=[]", "--set", "hash.code_classifier=false")
@@ -179,7 +179,7 @@ def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniatu
         towers = [load_file(tmp_path / one / "towers" / "model.safetensors") for one in ("whole", name)]
         assert towers[0].keys() == towers[1].keys()
         for key, value in towers[0].items():
-            np.testing.assert_allclose(towers[1][key], value, atol=2e-3, err_msg=key)
+            np.testing.assert_allclose(towers[1][key], value, atol=4e-4, err_msg=key)
 
 
 @pytest.mark.slow
