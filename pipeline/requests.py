@@ -59,6 +59,11 @@ def gather(images: Sequence[Path], caption: str | None, captions: Path | None) -
         return [Request(_place(captions.parent, line, captions), line.caption) for line in lines]
     bases = [*(image for image in images if image.is_dir()), captions.parent]
     known = _by_file(lines, bases, captions)
+    if files and not any(file.resolve() in known for file in files):
+        raise InputError(
+            "captions of other images", where=captions, got=f"no line for {files[0]}, but one for {lines[0].path}",
+            wanted="paths of the images that were named", do=f"write them as they are below {bases[0]}",
+        )  # fmt: skip
     return [Request(file, known.get(file.resolve())) for file in files]
 
 

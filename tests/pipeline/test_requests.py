@@ -59,6 +59,14 @@ def test_captions_of_images_that_were_named(folder) -> None:
     assert pairs(found) == [("in/a.jpg", "by its own folder"), ("in/b.PNG", "by the folder given"), ("c.jpg", None)]
 
 
+def test_captions_of_other_images_are_refused(folder) -> None:
+    file = folder / "captions.jsonl"
+    file.write_text('{"path": "elsewhere/x.jpg", "caption": "x"}\n')
+    with pytest.raises(InputError, match="captions of other images") as error:
+        gather([folder / "in"], None, file)
+    assert "elsewhere/x.jpg" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "suffix", "line"),
     [
