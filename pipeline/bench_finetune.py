@@ -40,8 +40,6 @@ from .training_data import draw_head
 
 UNFROZEN = {"frozen": "none", "last-2": "last-2", "full": "all"}
 PLAIN_WORKERS = 4
-# As SigLIP2 has: where all is trained, the optimiser steps on every embedding, drawn or not.
-VOCABULARY = 256_000
 N_CLASSES = 80
 LOOK_EVERY_S = 0.01
 TEXT_LENGTH = 64
@@ -91,7 +89,7 @@ def bench_finetune(
     with tempfile.TemporaryDirectory() as scratch:
         progress.say("making images and towers")
         captions = write_captions(5 * n_images)
-        name = checkpoint or str(make_base_checkpoint(Path(scratch) / "model", captions, VOCABULARY))
+        name = checkpoint or str(make_base_checkpoint(Path(scratch) / "model", captions))
         data = draw_photographs(Path(scratch) / "images", n_images)
         listing = _listing(data, captions)
         setting = _Setting(config=config, checkpoint=name, listing=listing, data=data, device=device)
