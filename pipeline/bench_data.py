@@ -58,12 +58,13 @@ def write_captions(n: int, seed: int = 0) -> list[str]:
     return [f"{text} {at}" for at, text in enumerate(texts[:n])]
 
 
-def make_base_checkpoint(folder: Path, captions: list[str]) -> Path:
-    """Towers of SigLIP2 base's size, patch 16 NaFlex, with random weights and a small vocabulary of their own.
+def make_base_checkpoint(folder: Path, captions: list[str], vocabulary: int | None = None) -> Path:
+    """Towers of SigLIP2 base's size, patch 16 NaFlex, with random weights and a tokenizer of their own.
 
     Args:
         folder: Where to write, in ``save_pretrained`` form.
         captions: What the tokenizer is trained on.
+        vocabulary: Token embeddings, where there are to be more than the tokenizer knows.
 
     Returns:
         ``folder``.
@@ -72,7 +73,7 @@ def make_base_checkpoint(folder: Path, captions: list[str]) -> Path:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = make_tokenizer(captions)
-    transformers.Siglip2Model(base_config(len(tokenizer))).save_pretrained(folder)
+    transformers.Siglip2Model(base_config(vocabulary or len(tokenizer))).save_pretrained(folder)
     transformers.Siglip2ImageProcessorPil().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

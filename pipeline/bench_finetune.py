@@ -66,7 +66,7 @@ class Measured:
 
 def bench_finetune(
     config: Config, *, checkpoint: str | None, n_images: int, repeats: int, unfreeze: Sequence[str] = tuple(UNFROZEN),
-    progress: Progress | None = None,
+    vocabulary: int | None = None, progress: Progress | None = None,
 ) -> BenchResult:  # fmt: skip
     """Time an epoch of finetuning in two ways in one run.
 
@@ -76,6 +76,7 @@ def bench_finetune(
         n_images: Images of a round.
         repeats: Rounds; the best of each way counts.
         unfreeze: Of ``frozen``, ``last-2`` and ``full``.
+        vocabulary: Token embeddings of the made towers; as many as the made tokenizer knows when not given.
         progress: Who to tell.
 
     Returns:
@@ -89,7 +90,7 @@ def bench_finetune(
     with tempfile.TemporaryDirectory() as scratch:
         progress.say("making images and towers")
         captions = write_captions(5 * n_images)
-        name = checkpoint or str(make_base_checkpoint(Path(scratch) / "model", captions))
+        name = checkpoint or str(make_base_checkpoint(Path(scratch) / "model", captions, vocabulary))
         data = draw_photographs(Path(scratch) / "images", n_images)
         listing = _listing(data, captions)
         setting = _Setting(config=config, checkpoint=name, listing=listing, data=data, device=device)
