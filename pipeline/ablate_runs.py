@@ -66,6 +66,14 @@ def own_folder(out: Path, training: Training) -> Path:
     return out / OWN / f"{training.group[:12]}-{label}{towers}-seed{training.seed}"
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run that ended lies there."""
+    try:
+        return read_info(folder).status == "finished"
+    except InputError:
+        return False
+
+
 def resumable(folder: Path, training: Training) -> bool:
     """Whether an interrupted run of this very training lies there."""
     try:

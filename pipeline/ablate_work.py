@@ -5,6 +5,7 @@ kept as its result, and the next one is done; only the end of the process ends t
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from .ablate_evaluate import Measured, evaluate_run
 from .ablate_facts import SPLIT, facts_of, prior, zero_shot_row
 from .ablate_plan import Evaluation, Training, flat_config
 from .ablate_records import Record, failed, keep_scores, write_record
-from .ablate_runs import KINDS, own_folder, resumable
+from .ablate_runs import KINDS, is_finished, own_folder, resumable
 from .device import pick_device
 from .progress import Progress
 from .runs import open_run
@@ -85,11 +86,19 @@ class Worker:
     def do(self, unit: Unit) -> Iterator[Record]:
         """Make what is missing, evaluate it; every record is kept before it is given."""
         unit, runs = self._here(unit), dict(unit.runs)
-        for part in _together(unit.missing):
+        parts = deque(_together(unit.missing))
+        while parts:
+            part = parts.popleft()
             try:
                 runs |= self._make(part)
             except Exception as error:  # noqa: BLE001 - kept with its rows, and the rest goes on
-                yield from self._failed(unit, part, error)
+                if len(part) == 1:
+                    yield from self._failed(unit, part[0], error)
+                    continue
+                # One of a pass must not fail the others: what did not end is made alone, and fails for its own reasons.
+                done = self._finished(part)
+                runs |= done
+                parts.extend([one] for one in part if one.key not in done)
         for training in unit.trainings:
             wanted = [one for one in unit.evaluations if one.training == training.key]
             if wanted and (training.key in runs or training.kind == "prior"):
@@ -134,6 +143,11 @@ class Worker:
                 prepared=self._prepare(first),
             )  # fmt: skip
         return {one.key: own_folder(self._place.out, one) for one in part}
+
+    def _finished(self, part: Sequence[Training]) -> dict[str, Path]:
+        """Which of the trainings of a pass ended well; folders by key."""
+        folders = {one.key: own_folder(self._place.out, one) for one in part}
+        return {key: folder for key, folder in folders.items() if is_finished(folder)}
 
     def _gone_on(self, folder: Path, training: Training, resume: Callable[[], object]) -> bool:
         """Whether an interrupted run of a training was there and could be ended; else it is made anew."""
@@ -208,11 +222,10 @@ class Worker:
         write_record(self._place.out, record)
         return record
 
-    def _failed(self, unit: Unit, part: Sequence[Training], error: Exception) -> Iterator[Record]:
-        for training in part:
-            for one in unit.evaluations:
-                if one.training == training.key:
-                    yield self._fail(one, training, error)
+    def _failed(self, unit: Unit, training: Training, error: Exception) -> Iterator[Record]:
+        for one in unit.evaluations:
+            if one.training == training.key:
+                yield self._fail(one, training, error)
 
     def _store(self, training: Training) -> Path:
         found = self._place.stores.get(training.store)

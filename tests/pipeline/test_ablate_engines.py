@@ -137,6 +137,31 @@ def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
     assert [row["mAP"] for row in result.rows[:3]] == [row["mAP"] for row in alone.rows]
 
 
+def test_one_of_a_pass_that_diverges_fails_alone(here: Path, monkeypatch) -> None:
+    """Weights of the loss train in one pass: what did not end in it is made alone."""
+    from mmcli.pipeline import ablate as stage
+    from mmcli.pipeline import train_head
+    from mmcli.pipeline.splits import diverged
+
+    train, passes = train_head._Work.train, []
+
+    def broken(self, opened, prepared):
+        weights = [one.member.loss.hash_weight for one in opened]
+        passes.append(weights)
+        if 0.05 in weights:
+            raise diverged("the loss is no longer finite", got="nan")
+        return train(self, opened, prepared)
+
+    monkeypatch.setattr(train_head._Work, "train", broken)
+    monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
+    result = ablate(order_of(here, "B2"), Means(out=here / "out", runs=here / "nothing"))
+    failed = [row for row in result.rows if row["status"] == "failed"]
+    assert [row["value"] for row in failed] == ["gamma 0.05"]
+    assert "no longer finite" in failed[0]["note"]
+    assert len(result.rows) > 4
+    assert passes.count([0.05]) == 2  # in its place of the pass, and alone
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_seeds_train_together(here: Path) -> None:
