@@ -39,7 +39,7 @@ class Dropout(nn.Module):
     run in one pass; and nothing has to be fetched from the device. ``p`` is rounded to 1 / 65,536.
 
     Every row and every pair of columns has a hash; the two together, mixed once more, give 16 bits to each of the two
-    values. Hashing every position from the start takes twice as long, and torch's own draws three times.
+    values. Hashing every position from the start takes longer, and torch's own draws longer still (docs/lab-notes.md).
 
     Args:
         p: Probability of zero, in [0, 1).
