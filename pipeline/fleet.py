@@ -13,6 +13,7 @@ from ..cache import Stripe
 from .config import Config
 from .device import pick_device, reader_count
 from .extract import ExtractPlan, ExtractResult, clear, extract
+from .model_source import pin_revision
 from .progress import ConsoleProgress, Progress
 from .reading import end_with_parent
 from .shard_jobs import Clock
@@ -35,6 +36,7 @@ def extract_here(
     devices = _devices(config, processes)
     if len(devices) == 1:
         return extract(config, plan, progress)
+    config = config.model_copy(update={"model": pin_revision(config.model)})
     progress = progress or Progress()
     if plan.force:
         plan = clear(config, plan)
