@@ -26,7 +26,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 
 from .. import InputError
@@ -263,9 +262,10 @@ def find_commit(name: str, revision: str | None = None) -> str | None:
     try:
         commit = resolve_revision(name, revision=revision).resolved
     except Exception as error:
-        commit = _commit_in_cache(name, revision or "")
-        if commit is None:
+        cached = _commit_in_cache(name, revision or "")
+        if cached is None:
             raise _unavailable(name, revision, error) from error
+        commit = cached
     if not COMMIT.fullmatch(commit):
         raise InputError(
             "a damaged cache of the hub",
@@ -310,7 +310,7 @@ def _snapshot(name: str, commit: str) -> Path:
     shows = not is_complete and sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS
     try:
         if shows:
-            enable_progress_bars()
+            transformers.logging.enable_progress_bar()
         return Path(snapshot_download(name, revision=commit, allow_patterns=list(FILES)))
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -322,7 +322,7 @@ def _snapshot(name: str, commit: str) -> Path:
         return folder
     finally:
         if shows:
-            disable_progress_bars()
+            transformers.logging.disable_progress_bar()
 
 
 def _snapshot_or_none(name: str, commit: str) -> Path | None:
@@ -338,7 +338,11 @@ def _commit_in_cache(name: str, start: str) -> str | None:
     if not SHORT_COMMIT.fullmatch(start):
         return None
     try:
-        repos = [repo for repo in scan_cache_dir().repos if (repo.repo_type, repo.repo_id) == ("model", name)]
+        repos = [
+            repo
+            for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos
+            if (repo.repo_type, repo.repo_id) == ("model", name)
+        ]
     except (CacheNotFound, OSError, ValueError):
         return None
     commits = [one.commit_hash for repo in repos for one in repo.revisions if one.commit_hash.startswith(start)]

@@ -119,15 +119,15 @@ def check_config(source: ModelSource, config: Any, patches: int, text_length: in
         )
     text, vision = config.text_config, config.vision_config
     width, side = text.projection_size or text.hidden_size, vision.patch_size
-    faults = (
+    faults: list[tuple[bool, str, str]] = [
         (not getattr(vision, "vision_use_head", True), "no pooling head", "a SigLIP with both towers"),
         (type(side) is not int or side < 1, f"patch_size {side}", "a whole number"),
         (vision.num_channels != CHANNELS, f"{vision.num_channels} channels", f"{CHANNELS}"),
         (width != vision.hidden_size, f"embeddings {vision.hidden_size} and {width} wide", "one width of both towers"),
-    )
+    ]
     size = getattr(vision, "image_size", 0)
     if config.model_type == "siglip":
-        faults += ((type(size) is not int or size < 1, f"image_size {size}", "a whole number"),)
+        faults.append((type(size) is not int or size < 1, f"image_size {size}", "a whole number"))
     for is_wrong, got, wanted in faults:
         if is_wrong:
             raise source.refusal("not SigLIP's towers", got=got, wanted=wanted)
@@ -187,18 +187,19 @@ def patch_spec(
     if config.model_type == "siglip2":
         if settings.patch_size != vision.patch_size:
             raise _bad_processor(source, f"patch_size {settings.patch_size}", f"{vision.patch_size}, as in config.json")
-        return PatchSpec(side=settings.patch_size, budget=patches, fixed=None, resample=resample, resizer=resizer)
-    size = tuple((settings.size or {}).get(side) for side in ("height", "width"))
-    if set(size) != {vision.image_size}:
-        raise InputError(
-            "the image processor is not the towers'",
-            where="size of the images",
-            got=size,
-            wanted=vision.image_size,
-            do="use the checkpoint's own preprocessor_config.json",
-        )
-    fixed = Grid(size[0] // vision.patch_size, size[1] // vision.patch_size)
-    return PatchSpec(side=vision.patch_size, budget=patches, fixed=fixed, resample=resample, resizer=resizer, size=size)
+        return PatchSpec(side=vision.patch_size, budget=patches, fixed=None, resample=resample, resizer=resizer)
+    edge, size = vision.image_size, settings.size or {}
+    if any(size.get(name) != edge for name in ("height", "width")):
+        raise _bad_processor(source, f"size {dict(size)}"[:100], f"{edge} x {edge}, as in config.json")
+    per_side = edge // vision.patch_size
+    return PatchSpec(
+        side=vision.patch_size,
+        budget=patches,
+        fixed=Grid(per_side, per_side),
+        resample=resample,
+        resizer=resizer,
+        size=(edge, edge),
+    )
 
 
 def local_digest(folder: Path) -> str:
