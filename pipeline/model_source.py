@@ -345,7 +345,8 @@ def _commit_in_cache(name: str, start: str) -> str | None:
         ]
     except (CacheNotFound, OSError, ValueError):
         return None
-    commits = [one.commit_hash for repo in repos for one in repo.revisions if one.commit_hash.startswith(start)]
+    own = [repo for repo in repos if (repo.repo_type, repo.repo_id) == ("model", name)]
+    commits = [one.commit_hash for repo in own for one in repo.revisions if one.commit_hash.startswith(start)]
     return commits[0] if len(commits) == 1 else None
 
 
