@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import InputError
-from .model_source import ModelSource, first_line
+from .model_source import ModelSource, first_line, without_native_output
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,9 @@ def load_tokenizer(source: ModelSource, tokenizer: Any, config: Any, length: int
         InputError: It would feed the tower what it was not trained on.
     """
     try:
-        captions = CaptionTokenizer(tokenizer, length)
-        fault = _find_fault(captions, tokenizer, config)
+        with without_native_output():
+            captions = CaptionTokenizer(tokenizer, length)
+            fault = _find_fault(captions, tokenizer, config)
     except (KeyboardInterrupt, SystemExit):
         raise
     # Whatever its files made of it: parsers in Rust panic outside Exception.
@@ -76,6 +77,11 @@ def load_tokenizer(source: ModelSource, tokenizer: Any, config: Any, length: int
         raise _refusal(source, first_line(error), length) from error
     if fault is not None:
         raise _refusal(source, fault, length)
+    return captions
+
+
+def compare_vocabulary(source: ModelSource, tokenizer: Any, config: Any) -> None:  # noqa: ANN401
+    """Warn of a tokenizer that knows much less than the text tower: all its ids are valid, and may all be wrong."""
     known, n_embeddings = len(tokenizer), config.text_config.vocab_size
     if 2 * known < n_embeddings:
         _log.warning(
@@ -84,7 +90,6 @@ def load_tokenizer(source: ModelSource, tokenizer: Any, config: Any, length: int
             f"{known:,}",
             f"{n_embeddings:,}",
         )
-    return captions
 
 
 def _refusal(source: ModelSource, got: str, length: int) -> InputError:

@@ -17,10 +17,10 @@ import transformers
 from torch import Tensor
 
 from .. import InputError
-from .caption_tokens import CaptionTokenizer, load_tokenizer
+from .caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
 from .config import DEFAULT_MODEL
 from .device import autocast
-from .model_source import ModelSource, find_model
+from .model_source import ModelSource, find_model, without_native_output
 from .patches import Grid, PatchSpec, Pixels, Resizer, cut, resize
 from .siglip import PROCESSOR_KEYS, Identity, ProcessorSettings, check_config, local_digest, patch_spec
 from .towers import ImageTower, PixelScale, TextTower
@@ -144,9 +144,11 @@ class Encoder:
         raw = {key: value for key, value in processor.to_dict().items() if key in PROCESSOR_KEYS}
         settings = ProcessorSettings.read(source, raw)
         spec = patch_spec(source, config, settings, patches, resizer)
-        tokenizer = source.load("the tokenizer", transformers.AutoTokenizer)
+        with without_native_output():
+            tokenizer = source.load("the tokenizer", transformers.AutoTokenizer)
         captions = load_tokenizer(source, tokenizer, config, text_length)
         model = source.load_weights(config)
+        compare_vocabulary(source, tokenizer, config)
         if resizer != "pillow":
             raw["resizer"] = resizer
         identity = Identity(

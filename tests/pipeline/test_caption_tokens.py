@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoTokenizer
 
 from mmcli import InputError
-from mmcli.pipeline.caption_tokens import CaptionTokenizer, load_tokenizer
+from mmcli.pipeline.caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
 from mmcli.pipeline.model_source import find_model
 
 LENGTH = 64
@@ -172,9 +172,9 @@ def test_the_tokenizer_of_real_size_passes(realdata: Path, parts) -> None:
 def test_a_tower_of_a_much_larger_vocabulary_is_warned_of(parts, caplog: pytest.LogCaptureFixture) -> None:
     source, tokenizer, config = parts
     with caplog.at_level(logging.WARNING):
-        load_tokenizer(source, tokenizer, config, LENGTH)
+        compare_vocabulary(source, tokenizer, config)
         assert not caplog.records
         large = copy.deepcopy(config)
         large.text_config.vocab_size = 256_000
-        load_tokenizer(source, tokenizer, large, LENGTH)
+        compare_vocabulary(source, tokenizer, large)
     assert "256,000" in caplog.text

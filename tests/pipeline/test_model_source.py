@@ -356,6 +356,7 @@ VALUES = [
     ("tokenizer.json", lambda tree: {**tree, "normalizer": {"type": "Unheard"}}, "tokenizer"),
     ("tokenizer.json", lambda tree: {**tree, "post_processor": None}, "no eos token"),
     ("tokenizer.json", lambda tree: {**tree, "model": {}}, "tokenizer"),
+    ("tokenizer.json", _set("post_processor", "special_tokens", {}), "tokenizer"),  # a panic in Rust
     ("tokenizer.json", lambda tree: None, "tokenizer"),
 ]  # fmt: skip
 
@@ -378,6 +379,13 @@ def test_settings_that_mean_the_same_are_read(copied: Path, miniature) -> None:
     )(copied)
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     np.testing.assert_array_equal(load(copied).encode_images([image]), load(miniature.model).encode_images([image]))
+
+
+def test_keys_of_a_newer_tokenizer_write_nothing(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    token = {"content": "<pad>", "special": True, "unheard": 1, "__type": "AddedToken"}
+    change_json("tokenizer_config.json", lambda tree: {**tree, "pad_token": token})(copied)
+    load(copied)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_code_of_a_checkpoint_is_never_run(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
