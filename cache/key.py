@@ -90,6 +90,11 @@ class StoreKey:
         return digest_of(self.to_dict())
 
     @property
+    def commit(self) -> str | None:
+        """The commit of a hub checkpoint; ``None`` where the revision is the hash of local files."""
+        return None if self.revision.startswith("sha256:") else self.revision
+
+    @property
     def text_digest(self) -> str:
         """SHA-256, in hex, of what the caption embeddings depend on: neither patches nor image processor."""
         whole = self.to_dict()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,8 +140,12 @@ def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> Found:
     if known is None and not cleared:
         _refuse_foreign(folder)
     elif known is not None and known[0] != key:
-        lines = known[0].diff(key)
-        raise StoreMismatch("the folder holds a store of another key", where=folder, got="; ".join(lines), do=REPLACE)
+        lines, commit = known[0].diff(key), known[0].commit
+        only_revision = replace(known[0], revision=key.revision) == key
+        advice = f"give --revision {commit} to go on with it, " if only_revision and commit is not None else ""
+        raise StoreMismatch(
+            "the folder holds a store of another key", where=folder, got="; ".join(lines), do=advice + REPLACE
+        )
     return Found(manifest=manifest, known=known, damaged=tuple(damaged))
 
 

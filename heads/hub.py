@@ -25,14 +25,16 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # What builds a head again; every other key of config.json is what is known about it.
 BUILD = ("head", "width", "fusion", "hash", "classifier")
+# What the hub finds a model by; the names of the mixin's classes are added to them.
+LIBRARY, TAGS = "mmcli", ["multi-label-classification", "image-text", "hashing", "siglip2"]
 Module = TypeVar("Module", bound="HubModule")
 
 
 class HubModule(
     nn.Module,
     PyTorchModelHubMixin,
-    library_name="mmcli",
-    tags=["multi-label-classification", "image-text", "hashing", "siglip2"],
+    library_name=LIBRARY,
+    tags=TAGS,
     model_card_template=CARD,
 ):
     """What is loaded and saved: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
@@ -79,8 +81,8 @@ class HubModule(
     def generate_model_card(self, **words: Any) -> ModelCard:  # noqa: ANN401
         """The card: what the head is, what it was trained on, its figures, how to load it, what it cannot do."""
         told = card_words({**self.build, **self.about, **words}, sum(p.numel() for p in self.parameters()))
-        shared: dict[str, Any] = self._hub_mixin_info.model_card_data.to_dict()  # type: ignore[no-untyped-call]
-        data = ModelCardData(**shared, base_model=told["base_model"])
+        tags = sorted([*TAGS, "model_hub_mixin", "pytorch_model_hub_mixin"])
+        data = ModelCardData(library_name=LIBRARY, tags=tags, base_model=told["base_model"])
         card: ModelCard = ModelCard.from_template(data, template_str=CARD, **told)
         return card
 

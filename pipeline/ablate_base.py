@@ -93,7 +93,7 @@ def model_of(store: Store, config: Config, patches: int) -> ModelConfig:
     key, given = store.key, "siglip2_variant" in config.model.model_fields_set
     return ModelConfig(
         siglip2_variant=config.model.siglip2_variant if given else str(store.extra.get("model_path", key.model)),
-        revision=config.model.revision or (None if key.revision.startswith("sha256:") else key.revision),
+        revision=config.model.revision or key.commit,
         max_num_patches=patches, text_max_length=key.text_length,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from .ablate_plan import flat_config
 from .ablate_records import Record, failed, write_record
 from .ablate_work import Unit, Worker, Workplace
 from .progress import Progress
-from .reading import end_with_parent
+from .reading import end_children, end_with_parent
 
 Stop = Callable[[], bool]
 # A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
@@ -87,6 +87,7 @@ def _pooled(
     left, running = list(units), {}  # type: ignore[var-annotated]
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, str(threads)))
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(place, threads, devices, turn)
     )
@@ -104,8 +105,7 @@ def _pooled(
         for unit in [*running.values()] or left[:1]:
             yield unit, None
     finally:
-        for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
-            process.terminate()
+        end_children(others)
         pool.shutdown(wait=True, cancel_futures=True)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

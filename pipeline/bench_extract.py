@@ -111,10 +111,10 @@ def _set_up(
     for path in found[:n_images]:
         image_size(data / path)  # one line here rather than an error of a worker's later
     device = pick_device(config.hardware.device)
-    encoder = Encoder.load(name, patches=config.model.max_num_patches, device=device)
-    model = transformers.AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+    parts = Encoder.parts(name, patches=config.model.max_num_patches, device=device)
+    processor = parts.source.load("the processor", transformers.AutoProcessor)
     return _Setting(
-        encoder=encoder, model=model, processor=transformers.AutoProcessor.from_pretrained(name), data=data,
+        encoder=Encoder(parts), model=parts.model, processor=processor, data=data,
         paths=tuple(found[:n_images]), captions=tuple(captions), scratch=scratch,
         workers=reader_count(config.data.num_workers, device), threads=torch.get_num_threads(),
     )  # fmt: skip

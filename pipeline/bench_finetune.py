@@ -248,15 +248,14 @@ def _head(setting: _Setting, width: int) -> Head:
 def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
     """An epoch of what a first script does."""
     config, device, listing = setting.config, setting.device, setting.listing
-    model = transformers.AutoModel.from_pretrained(setting.checkpoint).to(device).train()
-    trained = Towers(Encoder.parts(setting.checkpoint, patches=config.model.max_num_patches, device=device),
-                     config.finetune.model_copy(update={"unfreeze": unfreeze})).trained  # fmt: skip
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    parts = Encoder.parts(setting.checkpoint, patches=config.model.max_num_patches, device=device)
+    Towers(parts, config.finetune.model_copy(update={"unfreeze": unfreeze}))  # says which parameters are trained
+    model = parts.model.train()
     head = _head(setting, int(model.config.text_config.hidden_size)).train()
     learnt = [*head.parameters(), *(one for one in model.parameters() if one.requires_grad)]
     optimizer = torch.optim.AdamW(learnt, lr=1e-5, weight_decay=config.optimizer.weight_decay)
-    collate = partial(_collate, transformers.AutoProcessor.from_pretrained(setting.checkpoint), _budget(setting, model))
+    processor = parts.source.load("the processor", transformers.AutoProcessor)
+    collate = partial(_collate, processor, _budget(setting, model))
     labels = listing.labels_matrix()
     items = [
         (str(setting.data / path), listing.captions[row][0], labels[row]) for row, path in enumerate(listing.paths)

@@ -7,8 +7,7 @@ attention mask and pools the last position (Tschannen et al. 2025, arXiv 2502.14
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +17,12 @@ import transformers
 from torch import Tensor
 
 from .. import InputError
+from .caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
 from .config import DEFAULT_MODEL
 from .device import autocast
+from .model_source import ModelSource, find_model, without_native_output
 from .patches import Grid, PatchSpec, Pixels, Resizer, cut, resize
-from .siglip import (
-    MODEL_TYPES,
-    PROCESSOR_KEYS,
-    Identity,
-    check_model,
-    check_patches,
-    load_part,
-    local_digest,
-    patch_spec,
-)
+from .siglip import PROCESSOR_KEYS, Identity, ProcessorSettings, check_config, local_digest, patch_spec
 from .towers import ImageTower, PixelScale, TextTower
 
 Floats = npt.NDArray[np.float32]
@@ -52,28 +44,26 @@ class EncoderParts(NamedTuple):
     """What an encoder is made of; the weights may be trained, and an encoder made again.
 
     Attributes:
+        source: Where the files are.
         model: The model of ``transformers`` on its device, float32, in ``eval()`` mode.
-        settings: Those of its image processor that change a number.
+        processor: Its image processor.
+        scale: How that normalises pixels.
         tokenizer: Its tokenizer.
+        captions: That tokenizer, asked as the text tower was trained.
         identity: Names for the key of a store.
         device: Where it is.
         spec: What is done to an image before the tower sees it.
     """
 
+    source: ModelSource
     model: Any
-    settings: Mapping[str, Any]
+    processor: Any
+    scale: PixelScale
     tokenizer: Any
+    captions: CaptionTokenizer
     identity: Identity
     device: torch.device
     spec: PatchSpec
-
-    @property
-    def scale(self) -> PixelScale:
-        """How pixels are normalised."""
-        return PixelScale(
-            factor=float(self.settings["rescale_factor"]), mean=tuple(self.settings["image_mean"]),
-            std=tuple(self.settings["image_std"]),
-        )  # fmt: skip
 
 
 class Encoder:
@@ -86,6 +76,7 @@ class Encoder:
         identity: Names for the key of a store.
         device: Where it computes.
         spec: What is done to an image before the tower sees it.
+        tokenize: Texts to token ids ``(N, text_length)`` int64.
         width: Embedding width D.
         logit_scale: SigLIP's learned scale, already exponentiated.
         logit_bias: SigLIP's learned bias.
@@ -94,7 +85,6 @@ class Encoder:
 
     def __init__(self, parts: EncoderParts) -> None:
         model, device = parts.model, parts.device
-        self._tokenizer = parts.tokenizer
         self.identity, self.device = parts.identity, device
         self.spec = parts.spec
         self.width = int(model.config.text_config.projection_size or model.config.text_config.hidden_size)
@@ -104,7 +94,7 @@ class Encoder:
         dtype = getattr(torch, parts.identity.compute_dtype)
         self._image = ImageTower(model.vision_model, parts.scale, dtype)
         self._text = TextTower(model.text_model, dtype)
-        self._check_tokenizer()
+        self.tokenize = parts.captions
 
     @classmethod
     def load(
@@ -138,48 +128,41 @@ class Encoder:
             name: A local folder in ``save_pretrained`` form, or a hub id.
             revision: Branch, tag or commit of a hub checkpoint.
             patches: Patch budget (``max_num_patches``); a fixed-resolution checkpoint admits only its own.
-            text_length: Tokens per caption.
+            text_length: Tokens per caption; the length that the text tower was trained with.
             resizer: What resizes images; see :class:`~mmcli.pipeline.patches.PatchSpec`.
             device: Where to compute; float32 on a CPU, bfloat16 or float16 autocast on a GPU.
 
         Raises:
-            InputError: No such checkpoint, not a SigLIP, pickled weights only, or an impossible patch budget.
+            InputError: No such checkpoint, not a SigLIP, parts that do not fit each other, pickled weights only, or an
+                impossible patch budget or text length.
         """
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        # The hub's client writes a line a retry; the error at the end says it all.
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-        config = load_part("the configuration", transformers.AutoConfig, name, revision)
-        if config.model_type not in MODEL_TYPES:
-            raise InputError(
-                "not a SigLIP checkpoint", where=name, got=f"model type {config.model_type}",
-                wanted=" or ".join(MODEL_TYPES), do=f"use a SigLIP2 checkpoint such as {DEFAULT_MODEL}",
-            )  # fmt: skip
-        check_patches(name, config, patches)
-        if text_length > config.text_config.max_position_embeddings:
-            raise InputError(
-                "text length too long", where=name, got=text_length,
-                wanted=f"at most {config.text_config.max_position_embeddings}", do="lower model.text_max_length",
-            )  # fmt: skip
-        model = load_part(
-            "the weights", transformers.AutoModel, name, revision, use_safetensors=True, dtype=torch.float32
-        )
-        processor = load_part("the image processor", transformers.AutoImageProcessor, name, revision)
-        tokenizer = load_part("the tokenizer", transformers.AutoTokenizer, name, revision)
-        settings = {key: value for key, value in processor.to_dict().items() if key in PROCESSOR_KEYS}
-        check_model(name, config, settings)
-        spec = patch_spec(config, settings, patches, resizer)
+        # The weights come last: they take longest, and whatever else is wrong is then known.
+        source = find_model(name, revision)
+        config = source.load("the configuration", transformers.AutoConfig)
+        check_config(source, config, patches, text_length)
+        processor = source.load("the image processor", transformers.AutoImageProcessor)
+        raw = {key: value for key, value in processor.to_dict().items() if key in PROCESSOR_KEYS}
+        settings = ProcessorSettings.read(source, raw)
+        spec = patch_spec(source, config, settings, patches, resizer)
+        with without_native_output():
+            tokenizer = source.load("the tokenizer", transformers.AutoTokenizer)
+        captions = load_tokenizer(source, tokenizer, config, text_length)
+        model = source.load_weights(config)
+        compare_vocabulary(source, tokenizer, config)
         if resizer != "pillow":
-            settings["resizer"] = resizer
+            raw["resizer"] = resizer
         identity = Identity(
-            model=Path(name).resolve().name if Path(name).is_dir() else name,
-            revision=local_digest(Path(name)) if Path(name).is_dir() else str(config._commit_hash or revision),  # noqa: SLF001
-            processor=json.dumps(settings, sort_keys=True, default=str),
+            model=source.folder.resolve().name if source.commit is None else name,
+            revision=source.commit or local_digest(source.folder),
+            processor=json.dumps(raw, sort_keys=True, default=str),
             patches=patches,
             text_length=text_length,
             compute_dtype=autocast(device).name,
         )
-        return EncoderParts(model.eval().requires_grad_(False).to(device), settings, tokenizer, identity, device, spec)
+        return EncoderParts(
+            source, model.requires_grad_(False).to(device), processor, settings.scale, tokenizer, captions, identity,
+            device, spec,
+        )  # fmt: skip
 
     def image_features(self, patches: Pixels, grid: Grid) -> Tensor:
         """Run the image tower.
@@ -210,21 +193,6 @@ class Encoder:
             patches = cut(resize(image, grid, self.spec), grid, self.spec.side)
             rows.append(self.image_features(patches[None], grid).cpu().numpy())
         return np.concatenate(rows)
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, ``(N, text_length)`` int64: lower case, no bos, right-padded, truncated."""
-        # Lower-casing twice changes nothing, and older tokenizer classes forget it.
-        batch = self._tokenizer(
-            [text.lower() for text in texts],
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=self.identity.text_length,
-            return_attention_mask=False,
-            return_tensors="pt",
-        )
-        ids: Tensor = batch["input_ids"]
-        return ids
 
     def encode_texts(self, texts: Sequence[str], *, advance: Callable[[int], None] = lambda _count: None) -> Floats:
         """Raw embeddings of texts; texts that are the same tokens are encoded once.
@@ -282,21 +250,3 @@ class Encoder:
             else:
                 start += count
         return torch.cat(parts)
-
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer that would feed the tower what it was not trained on."""
-        upper, lower = self.tokenize(["A CAT", "a cat"]).tolist()
-        pad, bos = self._tokenizer.pad_token_id, self._tokenizer.bos_token_id
-        wrong = [
-            ("upper case kept", upper != lower),
-            ("no padding on the right", pad is not None and lower[-1] != pad),
-            ("a bos token in front", bos is not None and bos != pad and lower[0] == bos),
-            (f"{len(lower)} tokens", len(lower) != self.identity.text_length),
-        ]
-        for got, is_wrong in wrong:
-            if is_wrong:
-                raise InputError(
-                    "the tokenizer is not SigLIP's", where=self.identity.model, got=got,
-                    wanted=f"lower case, no bos, right padding to {self.identity.text_length}",
-                    do="use the checkpoint's own tokenizer files",
-                )  # fmt: skip

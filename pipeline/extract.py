@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 import transformers
 
-from .. import __version__
+from .. import InputError, __version__
 from ..cache import StoreKey, StoreWriter, is_remote
+from ..cache.metadata import read_key
 from .config import Config
 from .device import pick_device, reader_count
 from .encoder import Encoder
@@ -61,6 +62,8 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
     started = time.perf_counter()
     progress = progress or Progress()
     listing, encoder, key, plan = _load(config, plan)
+    for folder, commit in other_commits(key, plan.cache):
+        progress.say(f"  note: {folder} holds the same of commit {commit}; --revision {commit} goes on with that one")
     with open_store(config, plan, listing, encoder, key) as writer:
         was_finished = writer.finished
         for shard in writer.damaged:
@@ -140,6 +143,29 @@ def headline(encoder: Described, writer: StoreWriter, n_images: int) -> str:
     what = f"{n_images:,} images" if n_images else "captions"
     how = f"{identity.compute_dtype}, {identity.patches} patches"
     return f"encoding {what} with {identity.model} on {encoder.device} ({how}) into {writer.folder}"
+
+
+def other_commits(key: StoreKey, cache: Path) -> list[tuple[Path, str]]:
+    """Stores that differ in the commit of the hub checkpoint alone: a branch has moved since they were begun.
+
+    Args:
+        key: The key of the store that is about to be filled.
+        cache: The folder of all stores.
+
+    Returns:
+        Their folders, each with its commit.
+    """
+    if key.commit is None or is_remote(cache) or not cache.is_dir():
+        return []
+    found = []
+    for folder in sorted(cache.iterdir()):
+        try:
+            other, _ = read_key(folder)
+        except (OSError, InputError):  # no store, or one that says so itself when it is used
+            continue
+        if other.commit not in {None, key.commit} and replace(other, revision=key.revision) == key:
+            found.append((folder, other.revision))
+    return found
 
 
 def reuse_text(writer: StoreWriter, siblings: Path) -> int:

@@ -241,7 +241,7 @@ class _Training:
 
     def _save(self, run: Run, trained: Mapping[str, Tensor]) -> Run:
         """Write the best towers, and let the run say whose codes it has."""
-        folder = save_towers(run.folder, self._live.towers, trained, self._config)
+        folder = save_towers(run.folder, self._live.towers, trained)
         identity = replace(self._live.towers.parts.identity, revision=local_digest(folder))
         saved = replace(run, info=replace(run.info, store_digest=digest_of(self._live, identity)))
         write_info(saved)

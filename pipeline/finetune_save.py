@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +18,6 @@ from .finetune_shards import Shards
 from .finetune_towers import Towers
 from .run_encoder import TOWERS
 from .runs import RunInfo
-from .siglip import load_part
 
 RECORD = "finetune.json"
 
@@ -79,14 +77,13 @@ class TowerKeeper:
         return self._folder / f"towers-{epoch:03d}.safetensors"
 
 
-def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config: Config) -> Path:
+def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Path:
     """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, whole or not at all.
 
     Args:
         run: The run folder.
         towers: The towers.
         trained: Their trained parameters, whole, on the CPU.
-        config: The resolved configuration.
 
     Returns:
         ``run/towers``; one that is there already is replaced.
@@ -94,14 +91,13 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config
     Raises:
         InputError: The folder cannot be written.
     """
-    folder, model = run / TOWERS, config.model
-    processor = load_part("the image processor", transformers.AutoImageProcessor, model.siglip2_variant, model.revision)
+    folder = run / TOWERS
     try:
         with tempfile.TemporaryDirectory(dir=run, prefix=f".{TOWERS}.") as scratch:
             made = Path(scratch) / "new"
             weights = {**towers.parts.model.state_dict(), **trained}
             towers.parts.model.save_pretrained(made, state_dict=weights)
-            for part in (processor, towers.parts.tokenizer):
+            for part in (towers.parts.processor, towers.parts.tokenizer):
                 part.save_pretrained(made)
             if folder.exists():
                 folder.rename(Path(scratch) / "old")

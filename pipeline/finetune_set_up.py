@@ -17,6 +17,7 @@ from .finetune_start import refuse_seen
 from .finetune_team import Team, wants_shards
 from .finetune_towers import Towers
 from .manifest import Manifest, read_manifest
+from .model_source import COMMIT, find_commit
 from .monitor import Monitor
 from .progress import Progress
 from .protocols import lists_digest
@@ -114,7 +115,9 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
     config = _with_classes(config, listing)
     start = None if config.finetune.start is None else Path(config.finetune.start)
     parts = _load(config, start, listing, team)
-    model = config.model.model_copy(update={"siglip2_variant": model_path(_name(config, start))})
+    # The run names the commit: what it begins with is found again, wherever a branch has moved to.
+    source = {"siglip2_variant": model_path(parts.source.name), "revision": parts.source.commit}
+    model = config.model.model_copy(update=source)
     config = config.model_copy(update={"model": model})
     towers = Towers(parts, config.finetune)
     kept = 1 if "text" in towers.sides else CAPTIONS
@@ -164,10 +167,16 @@ def _name(config: Config, start: Path | None) -> str:
 def _load(config: Config, start: Path | None, listing: Manifest, team: Team) -> EncoderParts:
     """The checkpoint; that of the run to start from has to be the one that its head was trained on."""
     model, name = config.model, _name(config, start)
+    revision = model.revision if name == model.siglip2_variant else None
+    # A branch may move between the first process that asks for it and the last one.
+    commit = team.tell(str(find_commit(name, revision)) if team.first else "")
     parts = Encoder.parts(
-        name, revision=model.revision if name == model.siglip2_variant else None, patches=model.max_num_patches,
-        text_length=model.text_max_length, device=team.device,
-    )  # fmt: skip
+        name,
+        revision=commit if COMMIT.fullmatch(commit) else revision,
+        patches=model.max_num_patches,
+        text_length=model.text_max_length,
+        device=team.device,
+    )
     if start is None:
         return parts
     info = open_run(start).info

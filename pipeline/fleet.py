@@ -13,8 +13,9 @@ from ..cache import Stripe
 from .config import Config
 from .device import pick_device, reader_count
 from .extract import ExtractPlan, ExtractResult, clear, extract
+from .model_source import pin_revision
 from .progress import ConsoleProgress, Progress
-from .reading import end_with_parent
+from .reading import end_children, end_with_parent
 from .shard_jobs import Clock
 
 
@@ -35,6 +36,7 @@ def extract_here(
     devices = _devices(config, processes)
     if len(devices) == 1:
         return extract(config, plan, progress)
+    config = config.model_copy(update={"model": pin_revision(config.model)})
     progress = progress or Progress()
     if plan.force:
         plan = clear(config, plan)
@@ -47,6 +49,7 @@ def extract_here(
 def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet: bool) -> list[ExtractResult]:
     """One process a part; the first error ends the others, and what they finished is kept."""
     context = multiprocessing.get_context("spawn")
+    before = multiprocessing.active_children()
     with ProcessPoolExecutor(len(devices), mp_context=context, initializer=end_with_parent) as pool:
         futures = [
             pool.submit(_stripe, config, part, device, len(devices), quiet)
@@ -60,8 +63,7 @@ def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet:
                 do="give fewer --processes; what was finished is kept",
             ) from None  # fmt: skip
         except BaseException:
-            for process in list((pool._processes or {}).values()):  # noqa: SLF001 - nothing public ends them
-                process.terminate()
+            end_children(before)
             raise
 
 

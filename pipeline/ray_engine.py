@@ -66,7 +66,10 @@ class _Extraction:
             raise InputError(found)
         self._encoder = found
         self._key, plan = with_key(work.plan, work.listing, found)
-        self._work, self._clock = replace(work, plan=plan), Clock()
+        # Actors start one by one, and a branch may move meanwhile: all load the commit of the key.
+        model = work.config.model.model_copy(update={"revision": self._key.commit})
+        config = work.config.model_copy(update={"model": model})
+        self._work, self._clock = replace(work, config=config, plan=plan), Clock()
         self._unreadable = Unreadable(plan.data, work.listing.paths, plan.on_error, found.spec)
 
     def run(self) -> ExtractResult:

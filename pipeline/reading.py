@@ -13,10 +13,11 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import TracebackType
@@ -281,6 +282,13 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_children(kept: Collection[BaseProcess]) -> None:
+    """End the processes that this one started since ``kept`` was what ``multiprocessing.active_children()`` gave."""
+    for process in multiprocessing.active_children():
+        if process not in kept:
+            process.terminate()
 
 
 def _shared_memory(size: int) -> SharedMemory:

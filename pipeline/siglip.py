@@ -1,23 +1,36 @@
 """A SigLIP checkpoint as files: what it is, what its processor does, and why it cannot be used."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .. import InputError
 from .config import DEFAULT_MODEL
+from .model_source import ModelSource
 from .patches import TORCH_MODES, Grid, PatchSpec, Resizer
+from .towers import PixelScale
 
 MODEL_TYPES = ("siglip2", "siglip")
 # What changes a number in the pixels that reach the tower; the patch budget is a part of the key by itself.
 PROCESSOR_KEYS = (
-    "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "patch_size", "resample",
-    "rescale_factor", "size",
-)  # fmt: skip
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "patch_size",
+    "resample",
+    "rescale_factor",
+    "size",
+)
+CHANNELS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,91 +45,196 @@ class Identity:
     compute_dtype: str
 
 
-def load_part(what: str, auto: Any, name: str, revision: str | None, **options: object) -> Any:  # noqa: ANN401
-    """What one Auto class loads, with its failures turned into one line.
+def _three(value: object) -> object:
+    """One number for all channels is as good as one for each."""
+    return [value] * CHANNELS if isinstance(value, int | float) else value
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ProcessorSettings(BaseModel):
+    """The settings of an image processor that change a number, with their kinds checked."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    do_resize: bool
+    do_rescale: bool
+    do_normalize: bool
+    image_mean: Annotated[tuple[Finite, Finite, Finite], BeforeValidator(_three)]
+    image_std: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_three)]
+    rescale_factor: Positive
+    resample: Image.Resampling
+    patch_size: Annotated[int, Field(gt=0)] | None = None
+    size: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, source: ModelSource, settings: Mapping[str, Any]) -> Self:
+        """Check the settings as ``transformers`` gives them.
+
+        Args:
+            source: The checkpoint, for messages.
+            settings: Those of :data:`PROCESSOR_KEYS` that its processor has.
+
+        Raises:
+            InputError: A setting is missing or of a wrong kind, or one of SigLIP's steps is off.
+        """
+        try:
+            read = cls.model_validate(dict(settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise _bad_processor(source, f"{key} {str(first['input'])[:60]}: {first['msg']}") from None
+        off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not getattr(read, key)]
+        if off:
+            raise _bad_processor(source, f"{off[0]} off", "on")
+        return read
+
+    @property
+    def scale(self) -> PixelScale:
+        """How pixels are normalised."""
+        return PixelScale(factor=self.rescale_factor, mean=self.image_mean, std=self.image_std)
+
+
+def check_config(source: ModelSource, config: Any, patches: int, text_length: int) -> None:  # noqa: ANN401
+    """Refuse a checkpoint, a patch budget or a text length that the towers were not made for.
 
     Args:
-        what: What is loaded, for the message.
-        auto: An Auto class of ``transformers``.
-        name: A local folder, or a hub id.
-        revision: Branch, tag or commit of a hub checkpoint.
-        options: For ``from_pretrained``.
+        source: The checkpoint.
+        config: Its configuration.
+        patches: Patch budget; a fixed-resolution checkpoint admits only its own.
+        text_length: Tokens of a caption; the length that the text tower was trained with.
 
     Raises:
-        InputError: No such folder, no answer from the hub, or files that cannot be loaded.
+        InputError: One of these.
     """
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+    if config.model_type not in MODEL_TYPES:
         raise InputError(
-            "no checkpoint", where=name, got="no such folder", wanted="a folder or a hub id like owner/name",
-            do=f"give --model a folder or a hub id such as {DEFAULT_MODEL}",
-        )  # fmt: skip
-    try:
-        return auto.from_pretrained(name, revision=revision or "main", **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        source = "" if Path(name).is_dir() else "no such folder, and from the hub: "
-        raise InputError(
-            f"cannot load {what} of the checkpoint", where=name, got=source + reason.rstrip("."),
-            wanted="a SigLIP2 checkpoint with safetensors weights",
-            do="check the folder or the hub id (--model, --revision) and the network",
-        ) from error  # fmt: skip
-
-
-def check_patches(name: str, config: Any, patches: int) -> None:  # noqa: ANN401
-    """Refuse a patch budget that a fixed-resolution checkpoint cannot have."""
-    if config.model_type == "siglip2":
-        return
-    only = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    if patches != only:
-        raise InputError(
-            "this checkpoint has a fixed resolution", where=name, got=f"--patches {patches}",
-            wanted=f"--patches {only}", do=f"use {DEFAULT_MODEL} for other budgets",
-        )  # fmt: skip
-
-
-def check_model(name: str, config: Any, settings: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """Refuse what the towers would compute wrongly."""
-    off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not settings.get(key, False)]
-    if off:
-        raise InputError(
-            "not SigLIP's image processor", where=name, got=f"{off[0]} off", wanted="on", do="use the checkpoint's own"
+            "not a SigLIP checkpoint",
+            where=source,
+            got=f"model type {config.model_type}",
+            wanted=" or ".join(MODEL_TYPES),
+            do=f"use a SigLIP2 checkpoint such as {DEFAULT_MODEL}",
         )
-    if not getattr(config.vision_config, "vision_use_head", True):
-        raise InputError("a checkpoint without pooling head", where=name, wanted="a SigLIP with both towers")
+    text, vision = config.text_config, config.vision_config
+    width, side = text.projection_size or text.hidden_size, vision.patch_size
+    faults: list[tuple[bool, str, str]] = [
+        (not getattr(vision, "vision_use_head", True), "no pooling head", "a SigLIP with both towers"),
+        (type(side) is not int or side < 1, f"patch_size {side}", "a whole number"),
+        (vision.num_channels != CHANNELS, f"{vision.num_channels} channels", f"{CHANNELS}"),
+        (width != vision.hidden_size, f"embeddings {vision.hidden_size} and {width} wide", "one width of both towers"),
+    ]
+    size = getattr(vision, "image_size", 0)
+    if config.model_type == "siglip":
+        faults.append((type(size) is not int or size < 1, f"image_size {size}", "a whole number"))
+    for is_wrong, got, wanted in faults:
+        if is_wrong:
+            raise source.refusal("not SigLIP's towers", got=got, wanted=wanted)
+    if config.model_type == "siglip2":
+        n = vision.num_patches
+        if n < 1 or math.isqrt(n) ** 2 != n:
+            raise source.refusal("not SigLIP's towers", got=f"num_patches {n}", wanted="a square number")
+    else:
+        only = fixed_patches(config)
+        if patches != only:
+            raise InputError(
+                "this checkpoint has a fixed resolution",
+                where=source,
+                got=f"--patches {patches}",
+                wanted=f"--patches {only}",
+                do=f"use {DEFAULT_MODEL} for other budgets",
+            )
+    trained = text.max_position_embeddings
+    if text_length != trained:
+        what = "text length too long" if text_length > trained else "text length below the trained one"
+        raise InputError(
+            what,
+            where=source,
+            got=text_length,
+            do=f"set model.text_max_length to {trained}",
+            wanted=f"{trained}: the text tower pools the last of {trained} positions",
+        )
 
 
-def patch_spec(config: Any, settings: Mapping[str, Any], patches: int, resizer: Resizer) -> PatchSpec:  # noqa: ANN401
-    """What the checkpoint's image processor does to an image."""
-    resample = int(settings["resample"])
+def fixed_patches(config: Any) -> int:  # noqa: ANN401
+    """The only patch budget of a fixed-resolution checkpoint."""
+    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def patch_spec(
+    source: ModelSource,
+    config: Any,  # noqa: ANN401
+    settings: ProcessorSettings,
+    patches: int,
+    resizer: Resizer,
+) -> PatchSpec:
+    """What the checkpoint's image processor does to an image.
+
+    Raises:
+        InputError: The processor is not the towers', or the resizer lacks its filter.
+    """
+    resample = int(settings.resample)
     if resizer == "torch" and resample not in TORCH_MODES:
         raise InputError(
-            "a filter that the torch resizer has not", where="--resizer", got=Image.Resampling(resample).name.lower(),
-            wanted=" or ".join(TORCH_MODES.values()), do="use --resizer pillow",
-        )  # fmt: skip
+            "a filter that the torch resizer has not",
+            where="--resizer",
+            got=settings.resample.name.lower(),
+            wanted=" or ".join(TORCH_MODES.values()),
+            do="use --resizer pillow",
+        )
+    vision = config.vision_config
     if config.model_type == "siglip2":
-        side = int(settings["patch_size"])
-        return PatchSpec(side=side, budget=patches, fixed=None, resample=resample, resizer=resizer)
-    side, size = config.vision_config.patch_size, (settings["size"]["height"], settings["size"]["width"])
-    if set(size) != {config.vision_config.image_size}:
-        raise InputError(
-            "the image processor is not the towers'", where="size of the images", got=size,
-            wanted=config.vision_config.image_size, do="use the checkpoint's own preprocessor_config.json",
-        )  # fmt: skip
-    fixed = Grid(size[0] // side, size[1] // side)
-    return PatchSpec(side=side, budget=patches, fixed=fixed, resample=resample, resizer=resizer, size=size)
+        if settings.patch_size != vision.patch_size:
+            raise _bad_processor(source, f"patch_size {settings.patch_size}", f"{vision.patch_size}, as in config.json")
+        return PatchSpec(side=vision.patch_size, budget=patches, fixed=None, resample=resample, resizer=resizer)
+    edge, size = vision.image_size, settings.size or {}
+    if any(size.get(name) != edge for name in ("height", "width")):
+        raise _bad_processor(source, f"size {dict(size)}"[:100], f"{edge} x {edge}, as in config.json")
+    per_side = edge // vision.patch_size
+    return PatchSpec(
+        side=vision.patch_size,
+        budget=patches,
+        fixed=Grid(per_side, per_side),
+        resample=resample,
+        resizer=resizer,
+        size=(edge, edge),
+    )
 
 
 def local_digest(folder: Path) -> str:
-    """A hash of all files of a local checkpoint that can change a number."""
+    """A hash of all files of a local checkpoint that can change a number.
+
+    Raises:
+        InputError: One of them cannot be read.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".safetensors", ".model", ".txt"}:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    try:
+        for file in sorted(folder.iterdir()):
+            # Hidden files are nobody's settings: macOS leaves one beside every file that it copies to other disks.
+            if file.name.startswith(".") or file.suffix not in {".json", ".safetensors", ".model", ".txt"}:
+                continue
+            if file.is_file():
+                digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise InputError(
+            "cannot read the checkpoint",
+            where=error.filename or folder,
+            got=error.strerror or error,
+            wanted="files that may be read",
+            do="check the folder and its permissions",
+        ) from error
     return f"sha256:{digest.hexdigest()}"
 
 
 def model_path(name: str) -> str:
     """What finds the checkpoint again: a hub id as it is, a folder from wherever the next command runs."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _bad_processor(source: ModelSource, got: str, wanted: str = "SigLIP's settings") -> InputError:
+    return source.refusal(
+        "not SigLIP's image processor", got=got, wanted=wanted, do="use the checkpoint's own preprocessor_config.json"
+    )

@@ -1,5 +1,6 @@
 """A store as the stages after extraction see it: embeddings with labels and splits."""
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .. import InputError
-from ..cache import Embeddings, Store, StoreMismatch, newest_store
+from ..cache import Embeddings, Store, StoreKey, StoreMismatch, newest_store
 from .config import Config, ModelConfig
 from .manifest import CORE, Manifest
 from .manifest_checks import SCHEMA
@@ -20,6 +21,7 @@ from .runs import RunInfo, now
 
 DEFAULT_CACHE = Path("data/cache")
 _MOVED = 1024  # rows that are moved at a time
+_DIGITS = re.compile("[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def _compacted(values: npt.NDArray[Any], kept: npt.NDArray[np.int64]) -> npt.NDA
 
 
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:
-    """Put what the store knows into the configuration: model, budget, number of classes.
+    """Put what the store knows into the configuration: model and its commit, budget, number of classes.
 
     Raises:
         InputError: ``classifier.num_classes`` was given and is not the store's.
@@ -115,8 +117,9 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
         )  # fmt: skip
     given = "siglip2_variant" in config.model.model_fields_set
     known = str(labelled.store.extra.get("model_path", key.model))
+    name = config.model.siglip2_variant if given else known
     model = ModelConfig(
-        siglip2_variant=config.model.siglip2_variant if given else known, revision=config.model.revision,
+        siglip2_variant=name, revision=key.commit if name == key.model else config.model.revision,
         max_num_patches=key.patches, text_max_length=key.text_length,
     )  # fmt: skip
     classifier = config.classifier.model_copy(update={"num_classes": n_classes})
@@ -134,6 +137,13 @@ def describe_run(kind: str, config: Config, labelled: LabelledStore) -> RunInfo:
     )  # fmt: skip
 
 
+def _is_other_commit(asked: str | None, key: StoreKey) -> bool:
+    """Whether the digits of a commit were asked for, and the store's begins with others; a branch may be any commit."""
+    if asked is None or not (_DIGITS.fullmatch(asked) and _DIGITS.fullmatch(key.revision)):
+        return False
+    return not key.revision.startswith(asked)
+
+
 def _check_model(store: Store, config: Config) -> None:
     asked, given = config.model, config.model.model_fields_set
     name = asked.siglip2_variant
@@ -142,6 +152,7 @@ def _check_model(store: Store, config: Config) -> None:
         ("model", name, store.key.model, "siglip2_variant" in given and not {name, Path(name).name} & known),
         ("patches", asked.max_num_patches, store.key.patches,
          "max_num_patches" in given and asked.max_num_patches != store.key.patches),
+        ("revision", asked.revision, store.key.revision, _is_other_commit(asked.revision, store.key)),
         ("text length", asked.text_max_length, store.key.text_length,
          "text_max_length" in given and asked.text_max_length != store.key.text_length),
     ]  # fmt: skip

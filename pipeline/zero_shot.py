@@ -21,11 +21,12 @@ from .device import pick_device
 from .encoder import Encoder
 from .evaluation import Labels, Scores, metrics_row, write_scores
 from .manifest import Manifest
+from .model_source import find_model
 from .progress import Progress
 from .prompts import GAP, TEMPLATES
 from .protocols import chosen
 from .runs import Run, finish_run, start_run
-from .siglip import load_part
+from .siglip import fixed_patches
 from .stores import LabelledStore, describe_run, find_store, read_store, resolve_config
 from .tables import metrics_table
 
@@ -83,10 +84,11 @@ def zero_shot(
     """
     progress = progress or Progress()
     labelled = _read(find_store(store), config)
+    asked = config.model.revision
     config, listing = resolve_config(config, labelled), labelled.listing
     rows = _rows(config, listing, split)
     _check_captions(labelled, rows, inputs)
-    encoder = _matching_encoder(config, labelled)
+    encoder = _matching_encoder(config, labelled, asked)
     names = listing.category_names
     progress.say(f"zero-shot on {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts, {inputs}")
     prompts = [template.replace(GAP, name) for name in names for template in templates]
@@ -161,18 +163,25 @@ def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.i
             )  # fmt: skip
 
 
-def _matching_encoder(config: Config, labelled: LabelledStore) -> Encoder:
-    """The checkpoint of the store; another one, or changed weights under the same name, is refused."""
+def _matching_encoder(config: Config, labelled: LabelledStore, asked: str | None) -> Encoder:
+    """The checkpoint of the store; another one, or changed weights under the same name, is refused.
+
+    Args:
+        config: With the checkpoint that the store, or the user, names.
+        labelled: The store.
+        asked: The revision that the user asked for; the commit of the store when not given.
+    """
     key, device = labelled.store.key, pick_device(config.hardware.device)
-    name, revision = config.model.siglip2_variant, config.model.revision or _commit(key.revision)
+    name = config.model.siglip2_variant
+    revision = asked or (key.commit if name == key.model else None)
     if "imported" in labelled.store.extra:
         return _named_encoder(name, revision, labelled, device)
     encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)
     if encoder.identity.revision != key.revision:
         raise StoreMismatch(
-            "a store of another model", where=labelled.store.folder, got=f"{key.model} at {key.revision[:19]}",
-            wanted=f"{encoder.identity.model} at {encoder.identity.revision[:19]}",
-            do="name the checkpoint of the store with --model, or run `mmcli extract` again",
+            "a store of another model", where=labelled.store.folder, got=f"{key.model} at {key.revision[:47]}",
+            wanted=f"{encoder.identity.model} at {encoder.identity.revision[:47]}",
+            do="leave --revision out and name the checkpoint of the store with --model, or run `mmcli extract` again",
         )  # fmt: skip
     return encoder
 
@@ -180,8 +189,9 @@ def _matching_encoder(config: Config, labelled: LabelledStore) -> Encoder:
 def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, device: torch.device) -> Encoder:
     """The checkpoint that an imported store names, or that was given for it; only its width can be compared."""
     try:
-        config = load_part("the configuration", AutoConfig, name, revision)
-        encoder = Encoder.load(name, revision=revision, patches=_own_patches(config), device=device)
+        source = find_model(name, revision)
+        config = source.load("the configuration", AutoConfig)
+        encoder = Encoder.load(name, revision=source.commit, patches=_own_patches(config), device=device)
     except InputError as error:
         raise InputError(
             error.what, where=error.where, got=error.got, wanted="the checkpoint that computed this imported store",
@@ -197,13 +207,7 @@ def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, dev
 
 def _own_patches(config: Any) -> int:  # noqa: ANN401
     """The patch budget of a fixed-resolution checkpoint; any for the others, because no image is encoded here."""
-    fixed = getattr(config, "model_type", None) == "siglip"
-    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2 if fixed else ANY_PATCHES
-
-
-def _commit(revision: str) -> str | None:
-    """The hub commit that a store was made with; nothing for a local checkpoint."""
-    return None if revision.startswith("sha256:") else revision
+    return fixed_patches(config) if getattr(config, "model_type", None) == "siglip" else ANY_PATCHES
 
 
 def _latency_ms(score: _Scorer, n_images: int) -> float:

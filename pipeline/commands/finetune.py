@@ -135,7 +135,10 @@ def _resolve(
     base = read_config(config, settings, options)
     begun = start or (None if base.finetune.start is None else Path(base.finetune.start))
     if begun is not None:
-        base = read_config(config, settings, options, under=start_config(begun))
+        kept, asked = start_config(begun), base.model
+        if "siglip2_variant" in asked.model_fields_set and asked.siglip2_variant != kept["model"]["siglip2_variant"]:
+            del kept["model"]["revision"]  # it is one of the run's checkpoint
+        base = read_config(config, settings, options, under=kept)
     unfreeze = unfreeze_of(base, options["finetune.unfreeze"])
     return settle_finetune(base, unfreeze=unfreeze, towers=base.finetune.towers, start=begun)
 

@@ -1,5 +1,6 @@
 """The command line in this process, and a folder with a store and a run for it to work in."""
 
+import hashlib
 import importlib.util
 import shutil
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmcli import cli
-from mmcli.pipeline.config import load_config
+from mmcli.pipeline.config import DEFAULT_MODEL, load_config
 
 # Test folders are no packages: what several modules of tests import is loaded by path.
 _spec = importlib.util.spec_from_file_location("report_kit", Path(__file__).with_name("report_kit.py"))
@@ -54,3 +55,38 @@ def here(made: Path, tmp_path: Path) -> Path:
     """A copy of that folder that a test may spoil; the working folder of ``mmcli``."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+class HubCache:
+    """A cache of the Hugging Face hub as its client lays it out: blobs, links to them by commit, names of commits."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def add(self, model: Path, commit: str, *refs: str, name: str = DEFAULT_MODEL) -> Path:
+        """Put the files of a checkpoint there; the folder of the snapshot."""
+        repo = self.root / f"models--{name.replace('/', '--')}"
+        snapshot = repo / "snapshots" / commit
+        for folder in (repo / "blobs", repo / "refs", snapshot):
+            folder.mkdir(parents=True, exist_ok=True)
+        for file in model.iterdir():
+            blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copyfile(file, blob)
+            (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+        for ref in refs:
+            (repo / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+            (repo / "refs" / ref).write_text(commit)
+        return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """An empty cache of the hub on a machine without network; for this process and for those that it starts."""
+    from huggingface_hub import constants
+
+    root = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(root))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return HubCache(root)
