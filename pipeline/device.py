@@ -89,6 +89,12 @@ class autocast:  # noqa: N801
         self._context.__exit__(kind, value, traceback)
 
 
+def device_line(device: torch.device, precision: str) -> str:
+    """A device and what it computes in, for a person: ``cpu, float32`` or ``cuda:0 NVIDIA H200, bfloat16``."""
+    name = f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    return f"{name}, {precision}"
+
+
 def has_amx() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware of its own (Intel AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

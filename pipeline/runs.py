@@ -47,6 +47,8 @@ class RunInfo:
         manifest_sha256: Content hash of the manifest.
         category_names: Names of the C classes.
         lists_digest: Digest of the protocol's lists as they were read; empty without.
+        precision: What the model was computed in, ``float32``, ``bfloat16`` or ``float16``; empty in runs of a version
+            that did not write it down.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class RunInfo:
     manifest_sha256: str
     category_names: tuple[str, ...]
     lists_digest: str = ""
+    precision: str = ""
     version: int = RUN_VERSION
 
 

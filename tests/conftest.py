@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,19 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--slow`` runs the tests that take minutes."""
+    """``--slow`` runs the tests that take minutes, ``--fake-machine`` shows all tests another machine."""
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--fake-machine", metavar="WHAT", help="amx, no-amx, cores=N, or several joined by commas")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let this process and all that it starts see another machine, where one is asked for."""
+    machine = config.getoption("--fake-machine")
+    if machine:
+        folder = str(REPO / "tests" / "machines")
+        os.environ["FAKE_MACHINE"] = machine
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

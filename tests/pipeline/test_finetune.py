@@ -32,7 +32,7 @@ def configure(model: Path, **more: object) -> Config:
     options = {
         "model.siglip2_variant": str(model), "model.max_num_patches": 64, "hardware.device": "cpu", "knn.K": 5,
         "fusion.mlp_dims": [64, 32], "training.num_epochs": 2, "training.batch_size": 16, "data.num_workers": 0,
-        "optimizer.lr_towers": 1e-3,
+        "optimizer.lr_towers": 1e-3, "training.mixed_precision": False,
     }  # fmt: skip
     return load_config(options=options | more)
 
