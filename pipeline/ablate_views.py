@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .ablate_estimate import Estimate
 from .ablate_plan import Plan, Row
+from .console import FittingTable
 from .metrics_file import TWO_PRECISIONS, by_precision
 
 MOST_GRID_ROWS, MOST_TRAININGS, MOST_SHOWN = 20, 40, 4
@@ -22,10 +21,10 @@ FOOT = (
 
 def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """A line a value of one experiment."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     table.add_column("value", style="bold")
     for name in ("mAP", "spread", "interval", "F1_micro*", "train"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     notes: dict[str, None] = {}
     mixed = False
     n_seeds = len({row["seed"] for row in rows})
@@ -48,7 +47,7 @@ def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> Renderabl
 
 def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
     """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is there already."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     for name, justify in (
         ("training", "left"),
         ("kind", "left"),
@@ -56,8 +55,8 @@ def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
         ("rows", "right"),
         ("for", "left"),
     ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("state", overflow="fold")
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("state")
     groups: dict[str, list[str]] = {}
     for key, one in plan.trainings.items():
         groups.setdefault(one.group, []).append(key)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import InputError
+from ..cores import count_cores
 
 # What is larger is mapped by itself and given back when freed; glibc takes no higher limit.
 _LARGEST_MAPPED = 32 << 20
@@ -135,5 +136,5 @@ def reader_count(wanted: int | None, device: torch.device) -> int:
     """Processes that read images, if not as many as wanted: on a CPU few, because the model computes on its cores."""
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     return max(1, cores // 8) if device.type == "cpu" else cores

@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.progress import Progress as RichBar
 from rich.text import Text
 
+from .console import make_console
+
 LINE_EVERY_S = 10.0
 
 
@@ -81,12 +83,12 @@ class ConsoleProgress(Progress):
     """Bars on a terminal, a line every ten seconds elsewhere; always on stderr, so that stdout stays clean."""
 
     def __init__(self, console: Console | None = None, *, bars: bool = True) -> None:
-        self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._bars = bars and self.console.is_terminal
+        self.console = console or make_console(sys.stderr)
+        self._bars = bars and self.console.is_terminal and not self.console.is_dumb_terminal
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, markup=False)
+        self.console.print(line)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or a panel."""

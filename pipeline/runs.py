@@ -5,7 +5,6 @@ A run folder holds ``run.json`` (what it is and whether it is finished), ``confi
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError, __version__
+from ..cores import count_cores
 from .config import Config, dump_config
 from .files import write_text
 from .metrics_file import write_metrics
@@ -200,7 +200,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
             continue
     return {
         "mmcli": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-        "cpu_count": os.cpu_count(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
+        "cpu_count": count_cores(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
         "command": sys.argv,
     }  # fmt: skip
 
