@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -25,9 +26,12 @@ def count_cores(root: Path = ROOT) -> int:
 def limit_threads() -> None:
     """Let OpenMP and BLAS start no more threads than a quota allows; a number that the user gave stays.
 
-    They read the variable when they are loaded, and count all cores of the affinity where it is not set.
+    They read the variable when they are loaded, and count all cores of the affinity where it is not set. What is no
+    number of threads counts as not set: OpenMP would complain of it in every process.
     """
     cores = count_cores()
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", os.environ.get("OMP_NUM_THREADS", "1")):
+        del os.environ["OMP_NUM_THREADS"]
     if cores < _cores_of_affinity() and not os.environ.get("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(cores)
 

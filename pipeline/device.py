@@ -92,8 +92,10 @@ class autocast:  # noqa: N801
 
 def device_line(device: torch.device, precision: str) -> str:
     """A device and what it computes in, for a person: ``cpu, float32`` or ``cuda:0 NVIDIA H200, bfloat16``."""
-    name = f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
-    return f"{name}, {precision}"
+    if device.type != "cuda":
+        return f"{device}, {precision}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index} {torch.cuda.get_device_name(index)}, {precision}"
 
 
 def has_amx() -> bool:

@@ -101,9 +101,14 @@ class ConsoleProgress(Progress):
         started = time.perf_counter()
         if self._bars:
             columns = (
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-            )  # fmt: skip
+                SpinnerColumn("line"),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+            )
             with RichBar(*columns, console=self.console, transient=True) as bar:
                 counted: _Bar | _Lines = _Bar(bar, title, total)
                 yield counted

@@ -62,7 +62,19 @@ def test_a_system_that_does_not_know_its_cores_has_one(monkeypatch, tmp_path: Pa
     assert count_cores(tmp_path) == 1
 
 
-@pytest.mark.parametrize(("given", "quota", "wanted"), [(None, 2, "2"), ("", 2, "2"), ("7", 2, "7"), (None, 64, None)])
+@pytest.mark.parametrize(
+    ("given", "quota", "wanted"),
+    [
+        (None, 2, "2"),
+        ("", 2, "2"),
+        ("abc", 2, "2"),
+        ("-1", 64, None),
+        ("0", 64, None),
+        ("7", 2, "7"),
+        ("4,2", 2, "4,2"),
+        (None, 64, None),
+    ],
+)
 def test_threads_follow_a_quota_but_not_against_the_user(machine, monkeypatch, given, quota, wanted) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
