@@ -24,7 +24,6 @@ LOWER_IS_BETTER = {"hamming_loss"}
 # What is compared where nothing was named: the first that both runs have, else the first of each.
 PREFERRED = ("knn", "classifier")
 SIGNIFICANT = 0.05
-COUNTS_AS_WELL = "counts as well as what else differs between them"
 EQUAL = "not distinguishable at this size"
 
 
@@ -69,7 +68,7 @@ class Comparison:
         return [
             f"A: {self.method_a} of {self.run_a}{f', {self.precision_a}' if self.precision_a else ''}\n"
             f"B: {self.method_b} of {self.run_b}{f', {self.precision_b}' if self.precision_b else ''}",
-            *([f"note: A and B were computed in different precisions, which {COUNTS_AS_WELL}"] if other else []),
+            *(["note: A and B were computed in different precisions; their difference is of that as well"] * other),
             comparison_table([asdict(figure) for figure in self.figures], ("A", "B")),
             f"{self.n_images:,} {self.split} images; paired bootstrap, {self.n_resamples:,} resamples; two-sided p."
             f" F1 and Hamming loss at thresholds {t[0]:.3g} (A) and {t[1]:.3g} (B). Each line is a test of its own: of"

@@ -79,11 +79,12 @@ def cluster(address: str | None) -> Iterator[Any]:
     have. A process that has started one joins no other: Ray reads such settings once.
 
     Args:
-        address: A running cluster's; when not given one of this machine, whatever ``RAY_ADDRESS`` says.
+        address: A running cluster's; when not given, or ``local``, one of this machine, whatever ``RAY_ADDRESS`` says.
 
     Raises:
         InputError: Ray is not installed, or no cluster answers.
     """
+    address = None if address in {"", "local"} else address
     ray = import_ray(joins=address is not None)
     if ray.is_initialized():
         yield ray
