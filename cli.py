@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from . import InputError, __version__
-from .cores import limit_threads
 from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
 from .pipeline.commands.options import Panels
+from .pipeline.cores import limit_threads
 
 INTERRUPTED = 130
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.

@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cores import count_cores
 from .checked import Record, Stamp, read_records, stamp_of, write_records
 from .direct import read_spans
 from .index import ID
@@ -55,7 +54,7 @@ def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], *
 
 def _all(read: Callable[[ShardEntry], Got], entries: list[ShardEntry]) -> list[Got]:
     """Call a function on every shard, a few at a time; the first error in their order ends it."""
-    with ThreadPoolExecutor(min(READERS, count_cores())) as pool:
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         try:
             return list(pool.map(read, entries))
         finally:

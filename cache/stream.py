@@ -1,5 +1,6 @@
 """Shards of a finished store one after another: read and hashed by a few threads ahead of whoever uses them."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cores import count_cores
 from .errors import StoreDamaged
 from .index import ID
 from .layout import Part, Shard
@@ -35,7 +35,7 @@ def read_ahead(
         StoreDamaged: A file is absent, or is not what its checksum says.
     """
     waiting: deque[tuple[ShardEntry, Future[bytes]]] = deque()
-    workers = min(readers, count_cores())
+    workers = min(readers, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         try:
             for entry in entries:

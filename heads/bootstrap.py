@@ -6,6 +6,7 @@ A resample draws N of the N images with replacement. It is never built: every fi
 change with W, so each class is sorted once, and every resample is two cumulative sums over that order.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..cores import count_cores
 from .blas import one_blas_thread
 from .ranking import (
     TAGS_OF_TOP,
@@ -96,7 +96,7 @@ def resample(
         AP = np.stack([ranked.average_precision(W) for ranked in of_class])
         return {"mAP": _mean_of_defined(AP, axis=0), **of_images(W), **of_counts(W)}
 
-    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, count_cores())) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         chunks = list(pool.map(chunk, range(0, n, CHUNK)))
     return {key: np.concatenate([part[key] for part in chunks]) for key in chunks[0]}
 
@@ -270,7 +270,7 @@ def resample_classes(scores: Scores, labels: Labels, *, n: int = RESAMPLES, seed
         W = draw(len(s), min(CHUNK, n - start), seed=(seed, start))
         return np.stack([one.average_precision(W) for one in ranked], axis=1)
 
-    with ThreadPoolExecutor(min(MOST_THREADS, count_cores())) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         return np.concatenate(list(pool.map(chunk, range(0, n, CHUNK))))
 
 

@@ -5,13 +5,13 @@ Symbols: Q queries, N images of the base, C classes, B bits, K results, r radius
 An image of the base is relevant to a query when both have a tag in common. Results stand by (distance, then index).
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..cores import count_cores
 from .blas import one_blas_thread
 from .bootstrap import RESAMPLES, SEED, draw, interval
 from .ranking import Floats, mean_of_defined, ratio
@@ -69,7 +69,7 @@ def retrieve(
         rows = slice(start, start + QUERY_CHUNK)
         return base.search(words[rows], tags[rows], min(K, len(base_codes)))
 
-    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, count_cores())) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         parts = list(pool.map(chunk, range(0, len(words), QUERY_CHUNK)))
     return Retrieval(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 

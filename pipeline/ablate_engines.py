@@ -8,10 +8,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from .. import InputError
-from ..cores import count_cores
 from .ablate_plan import flat_config
 from .ablate_records import Record, failed, write_record
 from .ablate_work import Unit, Worker, Workplace
+from .cores import count_cores
 from .progress import Progress
 from .reading import end_with_parent
 

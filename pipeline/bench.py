@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 
-from ..cores import count_cores
 from .console import FittingTable
+from .cores import count_cores
 from .device import keep_freed_memory
 
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from .. import InputError
 from ..cache import StoreKey, StoreWriter
-from ..cores import count_cores
 from .bench import BenchResult, Case, best_of
 from .bench_data import draw_photographs, make_base_checkpoint, write_captions
 from .config import Config
+from .cores import count_cores
 from .device import autocast, pick_device, reader_count
 from .encoder import Encoder
 from .images import image_size

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..cores import count_cores
+from .cores import count_cores
 
 # The exit code of a process whose others have gone: they have said why.
 LOST = 75

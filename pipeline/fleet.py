@@ -9,8 +9,8 @@ import torch
 
 from .. import InputError
 from ..cache import Stripe
-from ..cores import count_cores
 from .config import Config
+from .cores import count_cores
 from .device import pick_device, reader_count
 from .extract import ExtractPlan, ExtractResult, clear, extract
 from .progress import ConsoleProgress, Progress

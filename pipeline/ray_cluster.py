@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import InputError
-from ..cores import count_cores
 from .config import Config
+from .cores import count_cores
 
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2

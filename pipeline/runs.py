@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError, __version__
-from ..cores import count_cores
 from .config import Config, dump_config
+from .cores import count_cores
 from .files import write_text
 from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcli import cores
-from mmcli.cores import count_cores, limit_threads
+from mmcli.pipeline import cores
+from mmcli.pipeline.cores import count_cores, limit_threads
 
 
 @pytest.fixture
