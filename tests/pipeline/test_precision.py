@@ -11,6 +11,7 @@ from mmcli.pipeline.ablate_views import experiment_table
 from mmcli.pipeline.compare import compare
 from mmcli.pipeline.console import make_console
 from mmcli.pipeline.metrics_file import by_precision
+from mmcli.pipeline.report import ReportPlan, report
 from mmcli.pipeline.report_arms import Arm, Sample, arm_pair
 from mmcli.pipeline.report_inputs import read_inputs
 from mmcli.pipeline.runs import mark, open_run, write_info
@@ -37,6 +38,7 @@ def test_a_run_says_the_precision_that_it_computed_in(monkeypatch, mmcli, here, 
 
 def test_a_run_is_not_resumed_in_another_precision(monkeypatch, mmcli, here) -> None:
     """Also where no epoch was kept, so that it would begin again."""
+    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: False)
     assert mmcli("train-head", *WORDS, "--out", "run")[0] == 0
     mark(open_run(Path("run")), "interrupted")
     monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: True)
@@ -105,6 +107,10 @@ def test_a_report_has_a_line_for_each_precision(tmp_path: Path) -> None:
     write_rows(kit.ablations, rows)
     names = [one.name for one in read_inputs(kit.runs, kit.ablations, kit.data).arms("A3")]
     assert names == ["knn, bfloat16", "knn, float32", "classifier, bfloat16", "classifier, float32"]
+    report(ReportPlan(runs=kit.runs, markdown_only=tmp_path / "report.md"))
+    text = (tmp_path / "report.md").read_text().replace("*", "")
+    assert "| knn, bfloat16 | 1 |" in text
+    assert "not seeds of one method" in text
 
 
 def test_compare_says_where_precisions_differ(mmcli, here) -> None:
