@@ -84,7 +84,8 @@ class ConsoleProgress(Progress):
 
     def __init__(self, console: Console | None = None, *, bars: bool = True) -> None:
         self.console = console or make_console(sys.stderr)
-        self._bars = bars and self.console.is_terminal and not self.console.is_dumb_terminal
+        # Not what the console takes for a terminal: FORCE_COLOR asks a log of CI for colours, not for bars.
+        self._bars = bars and self.console.file.isatty() and not self.console.is_dumb_terminal
 
     def say(self, line: str) -> None:
         """Print one line."""

@@ -34,6 +34,12 @@ TABLES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def printed(renderable, monkeypatch: pytest.MonkeyPatch, columns: object = None, encoding: str = "utf-8") -> str:
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns is not None:
