@@ -1,6 +1,8 @@
 """What worker processes read is what is read here, in order; what cannot be read has its reason; nobody is left over."""
 
-import multiprocessing
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,8 +80,9 @@ def test_a_worker_that_is_killed_is_one_line(data: Path, what: str) -> None:
     def kill_all(reader: ImageReader) -> None:
         paths = [f"{at % 7}.jpg" for at in range(2000)]
         for _ in reader.read([paths]) if what == "images" else reader.headers(paths):
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            for pid in list(reader._pool._processes):
+                with contextlib.suppress(ProcessLookupError):  # killed before, and not yet missed
+                    os.kill(pid, signal.SIGKILL)
 
     with (
         ImageReader(data, SPEC, tokens=16, workers=1, ahead=1) as reader,
@@ -89,14 +92,14 @@ def test_a_worker_that_is_killed_is_one_line(data: Path, what: str) -> None:
 
 
 CHILD = """
-import multiprocessing, sys, time
+import sys, time
 from pathlib import Path
 from mmcli.pipeline.patches import PatchSpec
 from mmcli.pipeline.reading import ImageReader
 spec = PatchSpec(side=16, budget=16, fixed=None, resample=2)
 with ImageReader(Path(sys.argv[1]), spec, tokens=16, workers=2, ahead=2) as reader:
     for piece in reader.read([["0.jpg"] * 50]):
-        print(*(worker.pid for worker in multiprocessing.active_children()), reader._memory.name, flush=True)
+        print(*reader._pool._processes, reader._memory.name, flush=True)
         time.sleep(60)
 """
 
