@@ -114,7 +114,7 @@ def ablate(order: Order, means: Means, progress: Progress | None = None) -> Abla
     started, progress = time.perf_counter(), progress or Progress()
     ordered = place_order(order)
     make_folder(means.out)
-    with hold(means.out):
+    with hold(means.out, what="works in it"):
         return _Work(ordered, order, means, progress, started).run()
 
 

@@ -1,8 +1,6 @@
 """Towers that were trained as files: the best of a training while it lasts, and a whole checkpoint at its end."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from .. import InputError
 from .config import Config
-from .files import unwritable, write_text, write_whole
+from .files import write_folder, write_text, write_whole
 from .finetune_shards import Shards
 from .finetune_towers import Towers
 from .run_encoder import TOWERS
@@ -80,7 +78,7 @@ class TowerKeeper:
 
 
 def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config: Config) -> Path:
-    """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, whole or not at all.
+    """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, each file whole or not at all.
 
     Args:
         run: The run folder.
@@ -89,25 +87,21 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config
         config: The resolved configuration.
 
     Returns:
-        ``run/towers``; one that is there already is replaced.
+        ``run/towers``; its files replace those that are there.
 
     Raises:
         InputError: The folder cannot be written.
     """
     folder, model = run / TOWERS, config.model
     processor = load_part("the image processor", transformers.AutoImageProcessor, model.siglip2_variant, model.revision)
-    try:
-        with tempfile.TemporaryDirectory(dir=run, prefix=f".{TOWERS}.") as scratch:
-            made = Path(scratch) / "new"
-            weights = {**towers.parts.model.state_dict(), **trained}
-            towers.parts.model.save_pretrained(made, state_dict=weights)
-            for part in (processor, towers.parts.tokenizer):
-                part.save_pretrained(made)
-            if folder.exists():
-                folder.rename(Path(scratch) / "old")
-            made.rename(folder)
-    except (OSError, SafetensorError, shutil.Error) as error:
-        raise unwritable(folder, error) from error
+
+    def save(scratch: Path) -> None:
+        weights = {**towers.parts.model.state_dict(), **trained}
+        towers.parts.model.save_pretrained(scratch, state_dict=weights)
+        for part in (processor, towers.parts.tokenizer):
+            part.save_pretrained(scratch)
+
+    write_folder(folder, save)
     return folder
 
 

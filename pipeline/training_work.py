@@ -8,7 +8,7 @@ from typing import Self
 
 from .config import Config
 from .progress import Progress
-from .run_folders import hold
+from .run_folders import clean_up, hold
 from .runs import Run, RunInfo, mark, read_info, start_run
 from .trackers import Tracker, check_trackers, open_trackers
 from .training_state import STATE, TrainingState, read_state
@@ -79,6 +79,7 @@ class Work:
         Raises:
             InputError: A damaged state.
         """
+        clean_up(run.folder)
         state = read_state(run.folder / STATE)
         after = f"going on after epoch {state.epoch}" if state else "no epoch was kept: from the start"
         self.progress.say(after + (f" and {state.batches} batches" if state and state.batches else ""))
