@@ -161,7 +161,7 @@ def _begin(out: Path) -> None:
 
 
 def _rule(out: Path) -> Callable[[str], bool]:
-    """Which files of a folder an export wrote: a finished one lists them, an unfinished one's have their exact names."""
+    """Which files of a folder an export wrote: a finished one lists them, those of another have exact names."""
     if _read(out / BEGUN) == _UNFINISHED:
         return lambda name: name in {MARK, BEGUN} or _OWN_NAME.fullmatch(_final(name)) is not None
     record = _read(out / MARK)

@@ -1,4 +1,4 @@
-"""Locks between processes: a kernel's lock where the file system has one, a file with the holder's name where it has not.
+"""Locks between processes: the kernel's where the file system has locks, else a file with the holder's name.
 
 The kernel frees its lock when the holder ends, however it ends. The file that stands for a lock elsewhere (NFS or
 Lustre without locks, a Python without ``fcntl``) is removed by the next who asks, where its process is of this machine

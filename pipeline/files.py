@@ -106,7 +106,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object], *, last: Sequence[str] = ()) -> None:
-    """Let ``fill`` write files into a scratch folder beside ``folder``, then put them in place.
+    """Let ``fill`` write files into a scratch folder, then put them in place.
 
     A new folder appears at once. In one that is there every file is replaced in one step, and each is the old or the
     new one at any moment; what else lies there stays.
@@ -120,8 +120,11 @@ def write_folder(folder: Path, fill: Callable[[Path], object], *, last: Sequence
         InputError: No room is left, or writing is not allowed.
     """
     make_folder(folder.parent)
-    remove_leftovers(folder.parent, lambda name: name == _short(folder.name))
-    scratch = folder.with_name(_temporary_name(folder.name))
+    # Inside what is there: it may be a mount of its own, or a link.
+    place = folder if folder.is_dir() else folder.parent
+    name = folder.name or "folder"
+    remove_leftovers(place, lambda left: left == _short(name))
+    scratch = place / _temporary_name(name)
     try:
         try:
             scratch.mkdir()
@@ -186,8 +189,9 @@ def refuse_existing(
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir() or not path.is_file() or not is_ours(path):
+        got = "a folder" if path.is_dir() else "another file"
         raise InputError(
-            "will not replace what mmcli did not write", where=path, got="a folder" if path.is_dir() else "another file",
+            "will not replace what mmcli did not write", where=path, got=got,
             wanted=f"a new file, or {what}", do=f"give another {option}",
         )  # fmt: skip
     if not force:
@@ -226,6 +230,11 @@ def _older(path: Path) -> str:
     else:
         right = found["end"] is not None
     return found["name"] if right else ""
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or a folder of this name is one that a process is writing, or was killed while it did."""
+    return TEMPORARY.fullmatch(name) is not None
 
 
 def _temporary_name(name: str) -> str:

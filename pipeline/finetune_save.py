@@ -78,7 +78,7 @@ class TowerKeeper:
 
 
 def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config: Config) -> Path:
-    """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, each file whole or not at all.
+    """Write a checkpoint in ``save_pretrained`` form with image processor and tokenizer, every file whole.
 
     Args:
         run: The run folder.

@@ -70,8 +70,8 @@ class PredictResult:
 
 def predict(
     tagger: Tagger, requests: Sequence[Request], *, k: int | None = None, top: int = 5, data: Path,
-    on_error: Literal["stop", "skip"] = "stop", voters: int = SHOWN_VOTERS, panel: Path | None = None, force: bool = False,
-    index: Path | None = None, progress: Progress | None = None,
+    on_error: Literal["stop", "skip"] = "stop", voters: int = SHOWN_VOTERS, panel: Path | None = None,
+    force: bool = False, index: Path | None = None, progress: Progress | None = None,
 ) -> PredictResult:  # fmt: skip
     """Tag images.
 

@@ -103,10 +103,7 @@ def start_run(
     """
     stamp, settings = datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), dump_config(config)
     record = json.dumps({**asdict(info), BEGUN_WITH: settings}, indent=1)
-    if out is None:
-        folder = claim_new(runs / f"{stamp}-{label}", record)
-    else:
-        folder = claim_named(out, record, force=force)
+    folder = claim_new(runs / f"{stamp}-{label}", record) if out is None else claim_named(out, record, force=force)
     run = Run(folder=folder, info=info)
     write_text(folder / CONFIG, settings)
     write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))
