@@ -23,6 +23,7 @@ from .device import pick_device
 from .explain import show
 from .extract import ExtractPlan, extract
 from .files import make_folder, one_line, write_text
+from .interrupts import interruptible
 from .knn_eval import knn_eval
 from .manifest import read_manifest
 from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
@@ -93,7 +94,7 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
         InputError: ``out`` holds files that are not a demo's.
     """
     make_folder(out)
-    with hold(out, what="makes a demo there", keep=False):
+    with hold(out, what="makes a demo there", keep=False), interruptible():
         return _run(config, out, force=force, progress=progress or Progress())
 
 

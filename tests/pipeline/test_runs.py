@@ -162,12 +162,17 @@ def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
 ) -> None:
     run = start(tmp_path)
     (run.folder / "codes").mkdir()
+    (run.folder / "codes" / "test.safetensors").touch()
+    unlink = Path.unlink
 
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        if path.name != "test.safetensors":
+            unlink(path, missing_ok=missing_ok)
+            return
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("mmcli.pipeline.run_folders.shutil.rmtree", refuse)
-    with pytest.raises(InputError, match=r"cannot write: .*codes: got Permission denied.*--out"):
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match=r"cannot write: .*test.safetensors: got Permission denied"):
         start_run(make_info(), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True)
     assert (run.folder / "run.json").is_file()
 
