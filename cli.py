@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -102,6 +103,8 @@ def main() -> None:
     """Run the command line and exit with its code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
+    # What filelock says where Python has no fcntl; locks are files there, and the pages on stores say so.
+    warnings.filterwarnings("ignore", message="only soft file lock is available")
     try:
         code = app(standalone_mode=False)
     except InputError as error:

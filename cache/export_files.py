@@ -140,7 +140,7 @@ def _empty(out: Path, *, force: bool) -> None:
     is_ours, passing = _rule(out), {LOCK, LOCK + SOFT}
     inside = contents(out, is_ours)
     foreign = [name for name in inside.foreign if name not in passing]
-    if (inside.ours or foreign) and not force:
+    if (foreign or any(_final(name) == name for name in inside.ours)) and not force:
         raise StoreError(
             "the folder is in use", where=out, got=(*inside.ours, *foreign)[0], wanted="a new or empty folder",
             do="name another --out, or replace an earlier export with --force",
@@ -153,7 +153,7 @@ def _empty(out: Path, *, force: bool) -> None:
     if (out / MARK).is_file():  # half removed, it must not look whole, and must still be known for an export
         _begin(out)
         (out / MARK).unlink()
-    remove_files(out, inside.ours, last=BEGUN)
+    remove_files(out, [name for name in inside.ours if name != BEGUN])
 
 
 def _begin(out: Path) -> None:
@@ -163,12 +163,16 @@ def _begin(out: Path) -> None:
 def _rule(out: Path) -> Callable[[str], bool]:
     """Which files of a folder an export wrote: a finished one lists them, those of another have exact names."""
     if _read(out / BEGUN) == _UNFINISHED:
-        return lambda name: name in {MARK, BEGUN} or _OWN_NAME.fullmatch(_final(name)) is not None
-    record = _read(out / MARK)
-    if not isinstance(record, dict) or not {"store_digest", "files", "n_rows"} <= record.keys():
-        return lambda _name: False
-    listed = {MARK, *map(str, record["files"])}
-    return lambda name: _final(name) in listed
+        return _could_be
+    record, listed = _read(out / MARK), frozenset[str]()
+    if isinstance(record, dict) and {"store_digest", "files", "n_rows"} <= record.keys():
+        listed = frozenset({MARK, *map(str, record["files"])})
+    return lambda name: name in listed or (_final(name) != name and _could_be(name))
+
+
+def _could_be(name: str) -> bool:
+    """Whether an export writes a file of this name, or of this temporary one."""
+    return _final(name) in {MARK, BEGUN} or _OWN_NAME.fullmatch(_final(name)) is not None
 
 
 def _read(path: Path) -> object:

@@ -32,7 +32,8 @@ def contents(
     Raises:
         OSError: A folder cannot be listed.
     """
-    ours, foreign = [], []
+    ours: list[str] = []
+    foreign: list[str] = []
     for name in sorted(_names(folder, "")):
         linked = (folder / name).is_symlink()
         taken = is_ours(name) and (not linked or (may_be_link is not None and may_be_link(name)))
@@ -40,18 +41,17 @@ def contents(
     return Contents(tuple(ours), tuple(foreign))
 
 
-def remove_files(folder: Path, names: Iterable[str], *, last: str = "") -> None:
+def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Remove files by their relative names, and the folders below that are empty then.
 
     Args:
         folder: The folder itself stays.
         names: As of :func:`contents`.
-        last: The marker: until it goes, what is left can be removed by the next who is asked to.
 
     Raises:
         OSError: One cannot be removed.
     """
-    names = sorted(names, key=lambda name: name == last)
+    names = sorted(names)
     for name in names:
         (folder / name).unlink(missing_ok=True)
     parents = {parent for name in names for parent in Path(name).parents if parent.name}

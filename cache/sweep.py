@@ -1,5 +1,6 @@
 """What a writer finds in a folder: whose it is, which shards are whole, and what has to be redone."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -241,11 +242,13 @@ def _is_of(folder: Path) -> Callable[[Path], bool]:
 
     Where both are damaged every such name is, and where neither is there the files say it themselves.
     """
-    for read in (lambda: read_manifest(folder).layout, lambda: read_key(folder)[1]):
-        try:
-            n_shards = len(range(0, read().n_images, read().shard_rows))
-        except (OSError, StoreError):
-            continue
+    layout = None
+    with contextlib.suppress(OSError, StoreError):
+        layout = read_key(folder)[1]
+    with contextlib.suppress(OSError, StoreError):
+        layout = read_manifest(folder).layout
+    if layout is not None:
+        n_shards = len(range(0, layout.n_images, layout.shard_rows))
         return lambda path: int(path.stem.rpartition("-")[2]) < n_shards or is_our_shard(path)
     if any(is_ours(folder / name) for name in (KEY, MANIFEST)):
         return lambda _path: True

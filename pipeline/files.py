@@ -105,7 +105,9 @@ def append_text(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
-def write_folder(folder: Path, fill: Callable[[Path], object], *, last: Sequence[str] = ()) -> None:
+def write_folder(
+    folder: Path, fill: Callable[[Path], object], *, last: Sequence[str] = (), alone: bool = False
+) -> None:  # fmt: skip
     """Let ``fill`` write files into a scratch folder, then put them in place.
 
     A new folder appears at once. In one that is there every file is replaced in one step, and each is the old or the
@@ -115,6 +117,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object], *, last: Sequence
         folder: The final folder.
         fill: Writes into the folder that it is given.
         last: Relative names to put in place after all others, in this order.
+        alone: Whether nobody else can be writing there.
 
     Raises:
         InputError: No room is left, or writing is not allowed.
@@ -123,7 +126,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object], *, last: Sequence
     # Inside what is there: it may be a mount of its own, or a link.
     place = folder if folder.is_dir() else folder.parent
     name = folder.name or "folder"
-    remove_leftovers(place, lambda left: left == _short(name))
+    remove_leftovers(place, lambda left: left == _short(name), alone=alone)
     scratch = place / _temporary_name(name)
     try:
         try:
@@ -202,12 +205,19 @@ def refuse_existing(
 
 
 def unwritable(path: Path, error: Exception) -> InputError:
-    """The error to raise where the system does not let a file or a folder be written or removed."""
-    number = getattr(error, "errno", None)
-    first = {errno.ENOSPC: "free some room", errno.EDQUOT: "free some room", errno.EACCES: "ask for leave to write"}
+    """The error to raise where the system does not let a file or a folder be written or removed.
+
+    It names no option: which one says where to write, if any, differs from command to command.
+    """
+    advice = {
+        errno.ENOSPC: "free some room, or write to another disk", errno.EDQUOT: "free some room, or write elsewhere",
+        errno.EACCES: "ask for leave to write, or write elsewhere", errno.EROFS: "work on a copy that can be written",
+        errno.EEXIST: "move away what is there, or write elsewhere",
+        errno.ENOTDIR: "move away what is there, or write elsewhere",
+    }  # fmt: skip
     return InputError(
         "cannot write", where=path, got=getattr(error, "strerror", None) or error,
-        do=", or ".join([*([first[number]] if number in first else []), "work in a folder that can be written"]),
+        do=advice.get(getattr(error, "errno", None) or 0, "see whether the folder is there and can be written"),
     )  # fmt: skip
 
 
@@ -232,9 +242,10 @@ def _older(path: Path) -> str:
     return found["name"] if right else ""
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a file or a folder of this name is one that a process is writing, or was killed while it did."""
-    return TEMPORARY.fullmatch(name) is not None
+def final_name(name: str) -> str:
+    """The name that a temporary file or folder is going to have; empty for one that is no temporary."""
+    found = TEMPORARY.fullmatch(name)
+    return "" if found is None else found["name"]
 
 
 def _temporary_name(name: str) -> str:

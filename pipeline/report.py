@@ -19,7 +19,7 @@ from .. import InputError
 from ..cache.locks import SOFT, LockHeld, locked
 from ..cache.ownership import Contents, contents, remove_files
 from .files import (
-    is_temporary,
+    final_name,
     make_folder,
     one_line,
     refuse_existing,
@@ -189,7 +189,7 @@ def _inside(out: Path) -> Contents:
     older = not listed and _OLDER_TITLE in _start(out / PAGE)
     inside = contents(out, lambda name: name in listed or (older and _OLDER.fullmatch(name) is not None))
     passing = _DESKTOP | {LOCK, LOCK + SOFT}
-    foreign = (name for name in inside.foreign if not is_temporary(name.partition("/")[0]))
+    foreign = (name for name in inside.foreign if not final_name(name.partition("/")[0]))
     return Contents(inside.ours, tuple(name for name in foreign if Path(name).name not in passing))
 
 
@@ -251,7 +251,7 @@ def _replace(out: Path, files: dict[str, bytes]) -> None:
 
     # First all that may lie there from now on, until the rest of the older report is gone.
     _write_list(out, {*old, *files})
-    write_folder(out, fill, last=(MARKDOWN, PAGE))
+    write_folder(out, fill, last=(MARKDOWN, PAGE), alone=True)
     remove_files(out, {*old} - {*files, INVENTORY})
     _write_list(out, files)
 

@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from .. import InputError
 from ..cache.locks import SOFT, LockHeld, locked
 from ..cache.ownership import Contents, contents, remove_files
-from .files import make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
+from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
 MARK, LOCK = "run.json", ".lock"
 # A run that was being thrown away when its process was killed.
@@ -85,10 +86,12 @@ def claim_named(folder: Path, record: str, *, force: bool) -> Path:
     make_folder(folder)
     try:
         with one_line(folder):
-            if any(folder.iterdir()):
+            if not all(_passes(path.name) for path in folder.iterdir()):
                 _check_replaceable(folder, force=force)
                 with hold(folder, keep=False):
                     _empty(folder)
+                    write_text(folder / MARK, record)
+                return folder
         write_new(folder / MARK, record)
     except (FileExistsError, FileNotFoundError):
         raise _in_use(folder, "a run that another process has just started") from None
@@ -127,10 +130,10 @@ def hold(folder: Path, *, what: str = "trains in it", keep: bool = True) -> Iter
 
 def clean_up(folder: Path) -> None:
     """Remove half-written files that a killed process left in a run; the caller holds it."""
-    for place in (folder, *(folder / name for name in FOLDERS)):
-        if place.is_dir() and not place.is_symlink():
-            prefix = "" if place == folder else f"{place.name}/"
-            remove_leftovers(place, lambda name, prefix=prefix: _is_written(prefix + name), alone=True)
+    remove_leftovers(folder, partial(_is_written, ""), alone=True)
+    for name in FOLDERS:
+        if not (folder / name).is_symlink():
+            remove_leftovers(folder / name, partial(_is_written, f"{name}/"), alone=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -147,8 +150,9 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
         raise _in_use(folder, "a folder with files")
     inside = _contents(folder)
     # Of a process that was killed at the very start, an empty mark may be all that there is.
-    begun = (folder / MARK).is_file() and (folder / MARK).stat().st_size == 0 and not inside.foreign
-    if not is_run(folder) and not (begun and {MARK, LOCK} >= {*inside.ours}):
+    others = [name for name in (*inside.ours, *inside.foreign) if name != MARK and not _passes(name)]
+    begun = (folder / MARK).is_file() and (folder / MARK).stat().st_size == 0 and not others
+    if not is_run(folder) and not begun:
         raise InputError(
             "will not replace a folder that is no run", where=folder, got=f"no {MARK} of mmcli", wanted="a run folder",
             do="give another --out",
@@ -161,26 +165,30 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run wrote, its mark last; the mark says first that the run is no whole one any more."""
+    """Remove what a run wrote, but for its mark, which says first that the run is no whole one any more."""
     if is_run(folder):
         record = json.loads((folder / MARK).read_text(encoding="utf-8"))
         write_text(folder / MARK, json.dumps({**record, "status": REPLACED}, indent=1))
     clean_up(folder)
-    ours = [name for name in _contents(folder).ours if name not in {LOCK, LOCK + SOFT}]
-    remove_files(folder, ours, last=MARK)
+    remove_files(folder, [name for name in _contents(folder).ours if name not in {MARK, LOCK, LOCK + SOFT}])
 
 
 def _contents(folder: Path) -> Contents:
     return contents(folder, _is_ours, lambda name: LINKS.fullmatch(name) is not None)
 
 
+def _passes(name: str) -> bool:
+    """Whether a name in a run folder is that of a lock, or of what a process writes or was killed while it did."""
+    return name in {LOCK, LOCK + SOFT} or _is_written("", final_name(name))
+
+
 def _is_ours(name: str) -> bool:
     return FILES.fullmatch(name) is not None
 
 
-def _is_written(name: str) -> bool:
+def _is_written(prefix: str, name: str) -> bool:
     """Whether a run writes a file or a folder of this name."""
-    return _is_ours(name) or name in FOLDERS
+    return _is_ours(prefix + name) or prefix + name in FOLDERS
 
 
 def _in_use(folder: Path, got: str) -> InputError:
