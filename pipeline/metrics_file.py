@@ -11,8 +11,10 @@ from typing import Any
 
 from .. import InputError
 from .files import write_text
+from .run_folders import hold
 
 METRICS = "metrics.json"
+WAIT_S = 60.0
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -20,6 +22,22 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path = folder / METRICS
     write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
     return path
+
+
+def add_metrics(folder: Path, new: Sequence[Mapping[str, Any]]) -> tuple[Path, list[dict[str, Any]]]:
+    """Write rows that were just computed beside those that a run has, as :func:`merge_rows` puts them together.
+
+    Of several processes that do so each adds its own: they wait for each other.
+
+    Returns:
+        The file, and all rows.
+
+    Raises:
+        InputError: The file is damaged, or cannot be written.
+    """
+    with hold(folder, what="writes its metrics", wait_s=WAIT_S, keep=False):
+        rows = merge_rows(read_metrics(folder), new)
+        return write_metrics(folder, rows), rows
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

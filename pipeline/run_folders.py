@@ -101,18 +101,21 @@ def claim_named(folder: Path, record: str, *, force: bool) -> Path:
 
 
 @contextmanager
-def hold(folder: Path, *, what: str = "trains in it", keep: bool = True) -> Iterator[None]:
+def hold(
+    folder: Path, *, what: str = "trains in it", wait_s: float = 0.0, keep: bool = True
+) -> Iterator[None]:  # fmt: skip
     """Be the only process that works in a folder; the lock is free when the process ends, however it ends.
 
     Args:
         folder: A run, the folder of a table of experiments, or a demo's.
         what: What the process does, for the error.
+        wait_s: Seconds to wait for who works there.
         keep: Leave the lock's empty file behind.
 
     Raises:
         InputError: Another process works there, or the folder cannot be written.
     """
-    lock = locked(folder / LOCK, keep=keep)
+    lock = locked(folder / LOCK, wait_s=wait_s, keep=keep)
     try:
         lock.__enter__()
     except LockHeld as error:
