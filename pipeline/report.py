@@ -47,8 +47,8 @@ _OLDER = re.compile(
     r"report\.(html|md)|figures/[a-z0-9_-]+\.(svg|png)|pictures/[0-9]+-[0-9]+\.webp|tables/[a-z0-9_-]+\.tex"
 )
 _OLDER_TITLE = "– mmcli report</title>"
-# What tells a page of Markdown by itself from any other file.
-MADE_BY = "<!-- made by mmcli report -->"
+# What a page of Markdown says near its beginning.
+MADE_BY = "Written by `mmcli report"
 # Files that a desktop leaves in every folder that is looked at.
 _DESKTOP = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
@@ -144,7 +144,7 @@ def report(plan: ReportPlan, progress: Progress | None = None) -> ReportResult:
     progress.say("compare and draw")
     document = build(inputs, depth, command=plan.command, pictures=plan.markdown_only is None)
     if plan.markdown_only is not None:
-        write_text(plan.markdown_only, f"{to_markdown(document)}\n{MADE_BY}\n")
+        write_text(plan.markdown_only, to_markdown(document))
         files: tuple[Path, ...] = (plan.markdown_only,)
     else:
         files = _write(plan, document)
@@ -202,7 +202,7 @@ def _start(path: Path) -> str:
 
 
 def _is_page(path: Path) -> bool:
-    return MADE_BY in path.read_bytes()[-200:].decode(errors="replace")
+    return MADE_BY in _start(path)
 
 
 def _check_data(known: Any, asked: Any, data: Path | None) -> None:  # noqa: ANN401 - arrays

@@ -71,7 +71,11 @@ class Work:
 
     def _interrupted(self, left: Sequence[Run]) -> Interrupted:
         """What is kept of runs, and how they go on; a command line that went on with one does so again."""
-        kept = ", ".join(f"{run.folder} is kept up to epoch {kept_epoch(run.folder / STATE)}" for run in left)
+        epochs = {run.folder: kept_epoch(run.folder / STATE) for run in left}
+        kept = ", ".join(
+            f"{folder} is kept up to epoch {epoch}" if epoch else f"no epoch of {folder} was kept"
+            for folder, epoch in epochs.items()
+        )
         options = [f"--{name}" for name, wanted in self._trackers.items() if wanted]
         if PROCESSES in os.environ:
             options += ["--num-processes", os.environ[PROCESSES]]

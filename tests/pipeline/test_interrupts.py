@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmcli.cache import verify
-from mmcli.pipeline import ablate, extract, train_head, training_run, zero_shot
+from mmcli.pipeline import ablate, extract, train_head, trainer, training_run, zero_shot
 from mmcli.pipeline.runs import open_run, read_info
 from mmcli.pipeline.shard_jobs import ShardJobs
 from mmcli.pipeline.training_state import TrainingState
@@ -39,6 +39,7 @@ def test_training_says_the_epoch_and_goes_on(mmcli, here: Path, monkeypatch: pyt
         epochs.append(state.epoch)
         press()
 
+    monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0.0)
     monkeypatch.setattr(training_run, "write_state", write)
     code, _, err = mmcli("train-head", *HEAD, "--out", out)
     assert code == 130
