@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -40,7 +40,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it into place.
+    """Let ``write`` fill a file in a scratch folder beside ``path``, sync it, and rename it into place.
+
+    The folder is there for what libraries leave when they are killed: safetensors writes under a name of its own first.
 
     A kill at any moment leaves the old file or the new one, never a part.
 
@@ -52,15 +54,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         InputError: No folder can be made there, no room is left, or writing is not allowed.
     """
     make_folder(path.parent)
-    temporary = path.with_name(_temporary_name(path.name))
+    scratch = path.with_name(_temporary_name(path.name))
     try:
         try:
-            mode = _create(temporary)
-            write(temporary)
-            _finish(temporary, mode)
-            temporary.replace(path)
+            scratch.mkdir()
+            mode = _create(scratch / "new")
+            write(scratch / "new")
+            _finish(scratch / "new", mode)
+            (scratch / "new").replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
 
@@ -204,6 +207,11 @@ def refuse_existing(
         )  # fmt: skip
 
 
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what killed processes left of one file; nobody else can be writing it."""
+    remove_leftovers(path.parent, lambda name: name == _short(path.name), alone=True)
+
+
 def unwritable(path: Path, error: Exception) -> InputError:
     """The error to raise where the system does not let a file or a folder be written or removed.
 
@@ -268,6 +276,7 @@ def _create(path: Path) -> int:
 def _finish(path: Path, mode: int) -> None:
     """Give a file that a library wrote the permissions of any new file, and make it last."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)
+        with suppress(PermissionError):  # a file system that has its own permissions
+            path.chmod(mode)
     with path.open("rb") as stream:
         sync_file(stream.fileno())

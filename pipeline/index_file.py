@@ -22,7 +22,7 @@ from .. import InputError, __version__
 from ..cache.files import sync_folder
 from ..cache.key import canonical_json
 from ..cache.locks import LockHeld, take_lock
-from .files import make_folder, remove_leftovers, unwritable, write_whole
+from .files import make_folder, remove_leftovers_of, unwritable, write_whole
 from .runs import now
 from .tag_index import Origin, TagIndex
 
@@ -99,7 +99,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise unwritable(path, error) from None
     try:
-        remove_leftovers(path.parent, lambda name: name == path.name, alone=True)
+        remove_leftovers_of(path)
         yield
     finally:
         lock.release()

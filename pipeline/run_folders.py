@@ -39,6 +39,8 @@ FILES = re.compile(
     """,
     re.VERBOSE,
 )
+# What safetensors left of a killed process before it wrote into scratch folders: under a name of its own.
+SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 LINKS = re.compile(r"wandb/.+")
 FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
 
@@ -133,10 +135,13 @@ def hold(
 
 def clean_up(folder: Path) -> None:
     """Remove half-written files that a killed process left in a run; the caller holds it."""
-    remove_leftovers(folder, partial(_is_written, ""), alone=True)
-    for name in FOLDERS:
-        if not (folder / name).is_symlink():
-            remove_leftovers(folder / name, partial(_is_written, f"{name}/"), alone=True)
+    for name in ("", *FOLDERS):
+        place = folder / name
+        if place.is_dir() and (not name or not place.is_symlink()):
+            remove_leftovers(place, partial(_is_written, f"{name}/" if name else ""), alone=True)
+            for path in place.iterdir():
+                if SAFETENSORS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    path.unlink(missing_ok=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -182,7 +187,7 @@ def _contents(folder: Path) -> Contents:
 
 def _passes(name: str) -> bool:
     """Whether a name in a run folder is that of a lock, or of what a process writes or was killed while it did."""
-    return name in {LOCK, LOCK + SOFT} or _is_written("", final_name(name))
+    return name in {LOCK, LOCK + SOFT} or _is_written("", final_name(name.partition("/")[0]))
 
 
 def _is_ours(name: str) -> bool:

@@ -123,6 +123,8 @@ def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
     """
     again = "give the command that began it again, with --force"
     path, mark_path = folder / CONFIG, folder / MARK
+    if path.is_file() and not mark_path.exists():
+        return path  # whoever needs a run says that there is none
     if mark_path.is_file() and mark_path.stat().st_size == 0:
         raise InputError("nothing to go on with", where=folder, got="a run that was interrupted as it began", do=again)
     info = read_info(folder, kind=kind)
@@ -157,7 +159,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
         do = f"finish it with `mmcli {info.kind} --resume {folder}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
-            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another run",
         )  # fmt: skip
     return Run(folder=folder, info=info)
 

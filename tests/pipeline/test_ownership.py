@@ -127,6 +127,7 @@ def test_leftovers_of_a_killed_training_go_and_others_stay(tmp_path: Path) -> No
         ".history.jsonl.0a1b2c3d.host-1.tmp",
         "checkpoints/.epoch-001.safetensors.abcd_123.tmp",
         ".model.abcd_123/new/x",
+        "codes/.tmpAbC123",
     ]
     theirs = [
         ".notes.txt.0a1b2c3d.host-1.tmp",
