@@ -11,22 +11,44 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import InputError, __version__
 from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
 from .pipeline.commands.options import Panels
 from .pipeline.cores import limit_threads
+from .pipeline.interrupts import INTERRUPTED, Interrupted
 
-INTERRUPTED = 130
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
-NO_FAULT_OF_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+NO_FAULT_OF_OURS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
+}  # fmt: skip
+
+
+class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruption past typer, which would hide it
+    """A command was interrupted."""
+
+
+class Commands(TyperGroup):
+    """The commands; one that is interrupted says what goes on."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer keeps click's classes private
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped from error
+
 
 app = typer.Typer(
-    name="mmcli", add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="mmcli", cls=Commands, add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
 cache_app = typer.Typer(
@@ -87,15 +109,18 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
     _prepare_streams()
     limit_threads()
+    # What filelock says where Python has no fcntl; locks are files there, and the pages on stores say so.
+    warnings.filterwarnings("ignore", message="only soft file lock is available")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-        if code == INTERRUPTED:  # typer turns Ctrl-C into this code, and says nothing
-            _complain("interrupted; what was finished is kept", INTERRUPTED)
     except InputError as error:
         code = _complain(str(error), 2)
+    except Stopped as stopped:
+        why = stopped.__cause__ if isinstance(stopped.__cause__, Interrupted) else Interrupted()
+        code = INTERRUPTED if why.silent else _complain(why.line(sys.argv[1:]), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted; what was finished is kept", INTERRUPTED)
+        code = _complain(Interrupted().line(sys.argv[1:]), INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe left, as `head` does
         code = 1
     except OSError as error:

@@ -3,10 +3,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .files import lock, unlock
-from .layout import LOCK, Shard
+from .errors import StoreBusy
+from .layout import LOCK, STRIPE_LOCK, Shard
+from .locks import SOFT, LockHeld, locked, take_lock
+from .places import is_remote
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+# A stripe holds the store's lock for the moment in which it takes its own; a whole writer holds it to its end.
+MOMENT_S = 3.0
+FOR_EVER = -1.0
 
 
 class Stripe(NamedTuple):
@@ -17,53 +26,65 @@ class Stripe(NamedTuple):
 
 
 class Claim:
-    """The locks of one writer. A whole writer holds the store's lock alone; stripes share it, each with one of its own.
+    """The locks of one writer. A whole writer holds the store's lock, and those of all stripes; a stripe has its own.
+
+    A store of objects has no locks.
 
     Args:
         folder: The store's folder.
         stripe: Which shards; all when None.
 
     Attributes:
-        stripe: Likewise.
-        held: Whether the locks are held.
+        stripe: Which shards; all when None.
+        held: Whether the claim is held.
     """
 
     def __init__(self, folder: Path, stripe: Stripe | None) -> None:
         self._folder, self.stripe = folder, stripe
-        self._locks: list[int] = []
-
-    @property
-    def held(self) -> bool:
-        """Whether the locks are held."""
-        return bool(self._locks)
+        self.held = False
+        self._locks: list[BaseFileLock] = []
 
     def take(self) -> None:
         """Take the locks.
 
         Raises:
             StoreBusy: Another writer holds one of them.
-            OSError: The file system has no locks.
+            OSError: The folder cannot be written.
         """
-        self._locks.append(lock(self._folder, shared=self.stripe is not None))
-        if self.stripe is not None:
-            self._locks.append(lock(self._folder, f"{LOCK}-{self.stripe.at}-of-{self.stripe.n}"))
+        if not is_remote(self._folder):
+            try:
+                if self.stripe is None:
+                    self._take_all()
+                else:
+                    with locked(self._folder / LOCK, wait_s=MOMENT_S):
+                        self._locks.append(take_lock(self._folder / f"{LOCK}-{self.stripe.at}-of-{self.stripe.n}"))
+            except LockHeld as error:
+                raise StoreBusy(
+                    "another process writes this store", where=self._folder, do=f"{error.do}; what it wrote is kept"
+                ) from None
+        self.held = True
 
     def release(self) -> None:
         """Free the locks; nothing to do where none is held."""
+        self.held = False
         while self._locks:
-            unlock(self._locks.pop())
+            self._locks.pop().release()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Begin or end while no other stripe does; a whole writer is alone anyway."""
-        if self.stripe is None:
+        if self.stripe is None or is_remote(self._folder):
             yield
             return
-        handle = lock(self._folder, f"{LOCK}-ends", wait=True)
-        try:
+        with locked(self._folder / f"{LOCK}-ends", wait_s=FOR_EVER):
             yield
-        finally:
-            unlock(handle)
+
+    def _take_all(self) -> None:
+        """Take the store's lock, which keeps stripes from beginning, and the locks of those that have begun before."""
+        self._locks.append(take_lock(self._folder / LOCK))
+        names = {path.name.removesuffix(SOFT) for path in self._folder.iterdir()}
+        for name in sorted(name for name in names if STRIPE_LOCK.fullmatch(name)):
+            self._locks.append(take_lock(self._folder / name))
 
     def own(self, shards: Sequence[Shard]) -> list[Shard]:
         """Those of some shards that are this writer's."""

@@ -88,7 +88,13 @@ def read_spans(handle: int, cut: tuple[Span, ...], out: Mapping[str, NDArray[Any
 def _fill(handle: int, block: Bytes, at: int) -> None:
     done = 0
     while done < len(block):
-        got = os.preadv(handle, [block[done:].data], at + done)
+        if hasattr(os, "preadv"):
+            got = os.preadv(handle, [block[done:].data], at + done)
+        else:  # Windows
+            os.lseek(handle, at + done, os.SEEK_SET)
+            data = np.frombuffer(os.read(handle, len(block) - done), np.uint8)
+            got = len(data)
+            block[done : done + got] = data
         if got == 0:
             raise OSError("the file ends early")
         done += got

@@ -2,7 +2,8 @@
 
 ``npy`` is the layout of clip-retrieval's folders, which embedding-reader and autofaiss read: the files of
 ``img_emb``, ``text_emb`` and ``metadata`` with one number hold the same rows. ``parquet`` is one folder of files.
-Shard by shard; a file is whole or absent, and ``_export.json`` is written last.
+Shard by shard; a file is whole or absent, and ``_export.json`` is written last, in the place of
+``_export_unfinished.json``.
 """
 
 import json
@@ -16,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import StoreError
-from .export_files import MARK, Parts, put, take_folder
+from .export_files import MARK, Parts, put, taken_folder
 from .index import PLACE
 from .layout import Shard
 from .reader import Store
@@ -86,7 +87,13 @@ def export_store(
     out = Path(out)
     if out.resolve() == store.folder.resolve():
         raise StoreError("cannot export into the store itself", where=out, do="name another --out")
-    take_folder(out, force=force)
+    with taken_folder(out, force=force):
+        return _export(store, out, format, captions, tick)
+
+
+def _export(
+    store: Store, out: Path, kind: Format, captions: Captions, tick: Callable[[int], object]
+) -> ExportReport:  # fmt: skip
     written = Parts(out, len(store.manifest.layout.shards("image")))
     n_images = n_bare = 0
     for shard, image, text in _shards(store):
@@ -94,7 +101,7 @@ def export_store(
         real = image["norm_img"] > 0
         bare = real & (text["n_captions"] == 0)
         n_images, n_bare = n_images + int(real.sum()), n_bare + int(bare.sum())
-        if format == "parquet":
+        if kind == "parquet":
             written.parquet(_whole_rows(table, image, text, np.flatnonzero(real)))
         else:
             n_images -= int(bare.sum())
@@ -103,7 +110,7 @@ def export_store(
     if not written.files:
         raise StoreError("nothing to export", where=store.folder, got="no image with an embedding and a caption")
     report = ExportReport(
-        folder=out, format=format, n_images=n_images, n_rows=written.n_rows, n_skipped=len(store.skipped),
+        folder=out, format=kind, n_images=n_images, n_rows=written.n_rows, n_skipped=len(store.skipped),
         n_without_caption=n_bare, files=tuple(written.files), n_bytes=written.n_bytes,
     )  # fmt: skip
     put(out / MARK, _mark(store, report, captions))

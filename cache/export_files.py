@@ -4,7 +4,10 @@ Names, not contents: what is in a part is the business of ``export.py``.
 """
 
 import io
+import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,20 @@ from numpy.typing import NDArray
 
 from .errors import StoreError
 from .files import write_whole
+from .layout import LOCK
+from .locks import SOFT, LockHeld, locked
+from .ownership import contents, remove_files
 
 # A name that pyarrow, Spark and the like leave out when they read a folder of parquet files.
 MARK = "_export.json"
+# What an export begins with, and removes when it is whole: as long as it is there, what lies beside it is unfinished.
+BEGUN = "_export_unfinished.json"
+_UNFINISHED = {"mmcli": "an export that is not finished"}
 FOLDERS = ("img_emb", "text_emb", "metadata")
 _OWN_NAME = re.compile(
-    r"_export\.json|(img_emb/img_emb|text_emb/text_emb)_[0-9]{5,9}\.npy|(metadata/metadata_|part-)[0-9]{5,9}\.parquet"
+    r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{5,9}\.npy|(metadata/metadata_|part-)[0-9]{5,9}\.parquet"
 )
-_TEMPORARY_NAME = re.compile(r"\.(?P<name>[a-z_0-9-]+\.(npy|parquet|json))\..*tmp")
+_TEMPORARY_NAME = re.compile(r"\.(?P<name>[a-z_0-9-]+\.(npy|parquet|json))\.[0-9a-z.-]+-[0-9]+\.tmp")
 
 
 class Parts:
@@ -99,36 +108,82 @@ def put(path: Path, data: bytes) -> None:
         ) from error  # fmt: skip
 
 
-def take_folder(out: Path, *, force: bool) -> None:
-    """Make the folder, or empty it of an earlier export and of nothing else.
+@contextmanager
+def taken_folder(out: Path, *, force: bool) -> Iterator[None]:
+    """Make a folder, or empty it of an earlier export and of nothing else; no other export writes into it meanwhile.
 
     Raises:
-        StoreError: It holds something and ``force`` is not given, or something that is no export.
+        StoreError: It holds something and ``force`` is not given, or something that is not of an export of ours, or
+            another process exports into it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        found = [path for path in sorted(out.rglob("*")) if not (path.is_dir() and path.name in FOLDERS)]
-        if found and not force:
-            raise StoreError(
-                "the folder is in use", where=out, got=f"{found[0].relative_to(out)}", wanted="a new or empty folder",
-                do="name another --out, or replace an earlier export with --force",
-            )  # fmt: skip
-        if foreign := [path for path in found if not _is_ours(path.relative_to(out))]:
-            raise StoreError(
-                "will not replace a folder that is no export", where=out, got=f"{foreign[0].relative_to(out)}",
-                wanted="files of an earlier export alone", do="name another --out",
-            )  # fmt: skip
-        # The mark first: an export that is half removed must not look whole.
-        for path in sorted(found, key=lambda path: path.name != MARK):
-            path.unlink()
-        for name in FOLDERS:
-            if (out / name).is_dir():
-                (out / name).rmdir()
+        lock = locked(out / LOCK, keep=False)
+        lock.__enter__()
+    except LockHeld as error:
+        raise StoreError("another process exports into this folder", where=out, do=error.do) from None
     except OSError as error:
         raise StoreError("cannot use the folder", where=out, got=error.strerror or error) from error
+    try:
+        try:
+            _empty(out, force=force)
+        except OSError as error:
+            raise StoreError("cannot use the folder", where=out, got=error.strerror or error) from error
+        _begin(out)
+        yield
+        (out / BEGUN).unlink(missing_ok=True)
+    finally:
+        lock.__exit__(None, None, None)
 
 
-def _is_ours(relative: Path) -> bool:
-    temporary = _TEMPORARY_NAME.fullmatch(relative.name)
-    whole = relative.with_name(temporary["name"]) if temporary else relative
-    return _OWN_NAME.fullmatch(whole.as_posix()) is not None
+def _empty(out: Path, *, force: bool) -> None:
+    is_ours, passing = _rule(out), {LOCK, LOCK + SOFT}
+    inside = contents(out, is_ours)
+    foreign = [name for name in inside.foreign if name not in passing]
+    if (foreign or any(_final(name) == name for name in inside.ours)) and not force:
+        raise StoreError(
+            "the folder is in use", where=out, got=(*inside.ours, *foreign)[0], wanted="a new or empty folder",
+            do="name another --out, or replace an earlier export with --force",
+        )  # fmt: skip
+    if foreign:
+        raise StoreError(
+            "will not replace a folder that is no export", where=out, got=foreign[0],
+            wanted="files of an earlier export alone", do="name another --out",
+        )  # fmt: skip
+    if (out / MARK).is_file():  # half removed, it must not look whole, and must still be known for an export
+        _begin(out)
+        (out / MARK).unlink()
+    remove_files(out, [name for name in inside.ours if name != BEGUN])
+
+
+def _begin(out: Path) -> None:
+    put(out / BEGUN, json.dumps(_UNFINISHED).encode())
+
+
+def _rule(out: Path) -> Callable[[str], bool]:
+    """Which files of a folder an export wrote: a finished one lists them, those of another have exact names."""
+    if _read(out / BEGUN) == _UNFINISHED:
+        return _could_be
+    record, listed = _read(out / MARK), frozenset[str]()
+    if isinstance(record, dict) and {"store_digest", "files", "n_rows"} <= record.keys():
+        listed = frozenset({MARK, *map(str, record["files"])})
+    return lambda name: name in listed or (_final(name) != name and _could_be(name))
+
+
+def _could_be(name: str) -> bool:
+    """Whether an export writes a file of this name, or of this temporary one."""
+    return _final(name) in {MARK, BEGUN} or _OWN_NAME.fullmatch(_final(name)) is not None
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _final(name: str) -> str:
+    """The name that a file has, or will have when it is whole."""
+    path = Path(name)
+    temporary = _TEMPORARY_NAME.fullmatch(path.name)
+    return path.with_name(temporary["name"]).as_posix() if temporary else name

@@ -8,19 +8,24 @@ A folder that is reached by a URL has objects that appear whole under their name
 compared. It has no locks: two writers of one store are not kept apart there, but write the same bytes.
 """
 
-import fcntl
+import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import RESUME, StoreBusy, StoreError
+from .errors import RESUME, StoreError
 from .layout import LOCK, LOCK_NAME, TEMPORARY_NAME, temporary_name, this_host
+from .locks import SOFT
 from .places import is_remote
 
 Check = Callable[[bytes], object]
-NO_LOCK = -1
+# What the system says where a file system cannot sync a folder, or does not let it be opened: CIFS, some FUSE, Windows.
+NO_SYNC = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR,
+}  # fmt: skip
 
 
 def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
@@ -43,7 +48,7 @@ def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
         with temporary.open("xb") as stream:
             _fill(stream, data)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         if check is not None:
             check(temporary.read_bytes())
         _rename(temporary, path)
@@ -79,7 +84,7 @@ def adopt(source: Path, path: Path, check: Check) -> None:
                 shutil.copyfileobj(old, new)
         # The name that is checked is the one that is renamed: the source may be replaced in between.
         with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         check(temporary.read_bytes())
         _rename(temporary, path)
     finally:
@@ -111,14 +116,15 @@ def remove_temporaries(folder: Path, *, alone: bool) -> None:
         return
     for path in folder.iterdir():
         found = TEMPORARY_NAME.fullmatch(path.name)
-        if found is not None and (alone or _is_dead(found["host"], int(found["pid"]))):
+        if found is not None and (alone or is_dead(found["host"], int(found["pid"]))):
             path.unlink(missing_ok=True)
-        elif alone and path.name != LOCK and LOCK_NAME.fullmatch(path.name):
+        elif alone and path.name not in {LOCK, LOCK + SOFT} and LOCK_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)  # a stripe's writer takes the main lock first, so nobody holds this one
 
 
-def _is_dead(host: str, pid: int) -> bool:
-    if host != this_host():
+def is_dead(host: str, pid: int) -> bool:
+    """Whether a process that left its name is gone for sure; not where it is of another machine or container."""
+    if host != this_host() or sys.platform == "win32":  # which has no signal that only asks
         return False
     try:
         os.kill(pid, 0)
@@ -130,56 +136,27 @@ def _is_dead(host: str, pid: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut."""
+    """Make renames and deletions in a folder survive a power cut, where the file system can."""
     if is_remote(folder):
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def sync_file(handle: int) -> None:
+    """Make what was written to an open file survive a power cut, where the file system can."""
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def lock(folder: Path, name: str = LOCK, *, shared: bool = False, wait: bool = False) -> int:
-    """Take a lock of a store; the kernel frees it when the process ends, however it ends.
-
-    Args:
-        folder: The store's folder.
-        name: The lock's file.
-        shared: Let others share it.
-        wait: Wait for it rather than give up.
-
-    Returns:
-        The lock, for :func:`unlock`.
-
-    Raises:
-        StoreBusy: Another writer holds it.
-        OSError: The file system has no locks.
-    """
-    if is_remote(folder):
-        return NO_LOCK
-    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        os.close(handle)
-        raise StoreBusy(
-            "another process writes this store",
-            where=folder,
-            do="wait until it ends, or stop it; what it wrote is kept",
-        ) from error
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def unlock(handle: int) -> None:
-    """Free a lock, also where a forked child still holds a copy of the handle."""
-    if handle == NO_LOCK:
-        return
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def _write_object(path: Path, data: bytes, check: Check | None) -> None:

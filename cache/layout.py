@@ -3,10 +3,14 @@
 Symbols: ``N`` images, ``D`` embedding width, ``n`` rows of one shard.
 """
 
+import contextlib
+import functools
 import os
 import platform
 import re
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,11 +19,12 @@ FORMAT = "mmcli-store"
 FORMAT_VERSION = 2
 
 MANIFEST, KEY, INDEX = "manifest.json", "key.json", "index.parquet"
-# Held by whoever writes: exclusively, or shared by stripes, each of which holds one of its own as well.
+# Held by whoever writes the whole store; each stripe holds one of its own, which it takes while it holds this one.
 LOCK = ".lock"
 # What readers found whole (``checked.py``); a note that belongs to this machine, no part of the store.
 CHECKED = ".checked.json"
-LOCK_NAME = re.compile(r"\.lock(-[0-9]+-of-[0-9]+|-ends)?")
+STRIPE_LOCK = re.compile(r"\.lock-[0-9]+-of-[0-9]+")
+LOCK_NAME = re.compile(rf"(\.lock|\.lock-ends|{STRIPE_LOCK.pattern})(\.holder)?")
 
 Part = Literal["image", "text"]
 StoredDtype = Literal["float16", "float32"]
@@ -109,6 +114,16 @@ def temporary_name(name: str) -> str:
     return f".{name}.{this_host()}-{os.getpid()}.tmp"
 
 
+@functools.cache
 def this_host() -> str:
-    """This machine's name, as it stands in file names."""
-    return re.sub("[^0-9a-z.-]", "-", platform.node().lower())[:40] or "host"
+    """This machine's name, as it stands in file names, with what tells its boots and its containers apart.
+
+    A process number means something only beside these: two containers may share their machine's name and folders.
+    """
+    name = re.sub("[^0-9a-z.-]", "-", platform.node().lower())[:40] or "host"
+    marks = []
+    with contextlib.suppress(OSError):
+        marks.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        marks.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return f"{name}-{zlib.crc32(' '.join(marks).encode()):08x}"

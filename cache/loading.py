@@ -72,7 +72,7 @@ def _reread(
         return False  # a machine of the other byte order: values have to be turned round
     try:
         cut = record.cut(entry, manifest)
-        handle = os.open(folder / entry.file, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(folder / entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         try:
             if Stamp.of(os.fstat(handle)) != record.stamp or read_spans(handle, cut, own) != record.mark:
                 return False

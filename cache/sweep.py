@@ -1,7 +1,8 @@
 """What a writer finds in a folder: whose it is, which shards are whole, and what has to be redone."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .errors import StoreDamaged, StoreMismatch, StoreUnfinished
+from .errors import StoreDamaged, StoreError, StoreMismatch, StoreUnfinished
 from .files import remove, sync_folder
 from .index import index_bytes, parse_index
 from .key import StoreKey
 from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
-from .places import entries
+from .places import entries, is_remote
 from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
 
 REPLACE = "name another folder with --out, or replace this store with --force"
@@ -216,16 +217,46 @@ def discard(folder: Path) -> bool:
 
     Returns:
         Whether there was a store.
+
+    Raises:
+        StoreMismatch: A file with a name of ours is not of this store; nothing is removed then.
     """
     if not is_store_of_ours(folder):
         return False
-    # The manifest first: a store that is half removed must not be readable.
+    is_of_store = _is_of(folder)
+    shards = [path for path in sorted(entries(folder)) if SHARD_NAME.fullmatch(path.name)]
+    if foreign := [path for path in shards if not is_of_store(path)]:
+        raise StoreMismatch(
+            "will not replace what mmcli did not write", where=foreign[0], got="a file that is not of the store",
+            do="move it away, or name another folder with --out",
+        )  # fmt: skip
+    # The manifest first: a store that is half removed must not be readable. The key last: it says whose the files are.
     remove(folder / MANIFEST)
-    for path in sorted(entries(folder)):
-        if SHARD_NAME.fullmatch(path.name) or path.name in {INDEX, KEY, CHECKED}:
+    for path in (*shards, folder / INDEX, folder / CHECKED, folder / KEY):
+        if not is_remote(path):
+            path.unlink(missing_ok=True)
+        elif path.exists():
             path.unlink()
     sync_folder(folder)
     return True
+
+
+def _is_of(folder: Path) -> Callable[[Path], bool]:
+    """Which files with a shard's name are shards of a folder's store: those that its manifest or key has, by number.
+
+    Where both are damaged every such name is, and where neither is there the files say it themselves.
+    """
+    layout = None
+    with contextlib.suppress(OSError, StoreError):
+        layout = read_key(folder)[1]
+    with contextlib.suppress(OSError, StoreError):
+        layout = read_manifest(folder).layout
+    if layout is not None:
+        n_shards = len(range(0, layout.n_images, layout.shard_rows))
+        return lambda path: int(path.stem.rpartition("-")[2]) < n_shards or is_our_shard(path)
+    if any(is_ours(folder / name) for name in (KEY, MANIFEST)):
+        return lambda _path: True
+    return is_our_shard
 
 
 def check_layout(folder: Path, known: Layout, wanted: Layout) -> None:

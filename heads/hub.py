@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_h
 from huggingface_hub.errors import EntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import InputError
@@ -76,7 +76,8 @@ class HubModule(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS, metadata={"format": "pt"})
+        # Not with ``save_file``, which leaves a file that its owner alone can read, whatever the umask.
+        (save_directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
 
     def generate_model_card(self, **words: Any) -> ModelCard:  # noqa: ANN401
         """The card: what the head is, what it was trained on, its figures, how to load it, what it cannot do."""

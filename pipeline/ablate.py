@@ -21,6 +21,7 @@ from .ablate_runs import OWN, STORES, find_runs, find_stores
 from .ablate_table import lines_of, merge, read_rows, write_rows
 from .ablate_views import counts
 from .files import make_folder
+from .interrupts import interruptible
 from .progress import NoteOf, Progress
 from .run_folders import hold
 from .stores import DEFAULT_CACHE
@@ -114,7 +115,7 @@ def ablate(order: Order, means: Means, progress: Progress | None = None) -> Abla
     started, progress = time.perf_counter(), progress or Progress()
     ordered = place_order(order)
     make_folder(means.out)
-    with hold(means.out):
+    with hold(means.out, what="works in it"), interruptible():
         return _Work(ordered, order, means, progress, started).run()
 
 

@@ -91,12 +91,18 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
+        rows: list[dict[str, Any]] = table.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             "a damaged table", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
             do="remove it: it is made again from what is kept beside it",
         ) from None  # fmt: skip
+    if not {*TEXTS[:3], *WHOLE} <= {*table.column_names}:
+        raise InputError(
+            "will not replace what mmcli did not write", where=path, got="another table",
+            wanted="the rows of `mmcli ablate`", do="move it away, or name another folder with --out",
+        )  # fmt: skip
     return rows
 
 

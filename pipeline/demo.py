@@ -1,8 +1,8 @@
 """Every stage in turn on the generated miniature; each step names the command that does it alone."""
 
 import json
+import re
 import shlex
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,17 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from .. import InputError, __version__
+from ..cache.locks import SOFT
+from ..cache.ownership import contents, remove_files
+from ..cache.sweep import discard
 from ..heads.config import KnnConfig
 from .codes import Codes, read_codes
 from .config import Config, ModelConfig, load_config
 from .device import pick_device
 from .explain import show
 from .extract import ExtractPlan, extract
-from .files import make_folder, write_text
+from .files import make_folder, one_line, write_text
+from .interrupts import interruptible
 from .knn_eval import knn_eval
 from .manifest import read_manifest
 from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
@@ -28,6 +32,7 @@ from .prepare import prepare, statistics_tables
 from .progress import Progress
 from .report import ReportPlan, report
 from .run_encoder import Coded
+from .run_folders import LOCK, hold
 from .runs import Run
 from .tables import metrics_table
 from .tagger import run_index
@@ -38,6 +43,17 @@ from .zero_shot import zero_shot
 PATCHES = 64
 EPOCHS = 100  # the miniature has 21 steps an epoch where COCO has 1,771
 MARK = "miniature.json"
+# Every file of the miniature, which the next demo throws away; whatever else lies there is somebody's own.
+FILES = re.compile(
+    r"""
+    data/(dataset_coco\.json | manifest\.parquet)
+    | data/annotations/instances_(train|val)2014\.json
+    | data/(?P<folder>train|val)2014/COCO_(?P=folder)2014_[0-9]{12}\.jpg
+    | model/(config | preprocessor_config | processor_config | tokenizer | tokenizer_config | special_tokens_map)\.json
+    | model/model\.safetensors
+    """,
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +93,13 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     Raises:
         InputError: ``out`` holds files that are not a demo's.
     """
+    make_folder(out)
+    with hold(out, what="makes a demo there", keep=False), interruptible():
+        return _run(config, out, force=force, progress=progress or Progress())
+
+
+def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoResult:
     started = time.perf_counter()
-    progress = progress or Progress()
     data, model, store, runs = out / "data", out / "model", out / "store", out / "runs"
     _make_miniature(config, out, force=force, progress=progress)
     _step(progress, 2, "read COCO's files, check them, write one manifest", f"prepare --data {data}")
@@ -122,21 +143,22 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     """Data set and checkpoint, unless the same ones are there already."""
     mark = out / MARK
     making = {"version": __version__, "seed": config.hardware.seed, "whole": False}
-    make_folder(out)
-    if any(out.iterdir()) and not mark.is_file():
+    made = _read_mark(mark)
+    if made is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir()):
         raise InputError(
             "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
             do="give another --out",
         )  # fmt: skip
     _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
-    if not force and mark.is_file() and mark.read_text(encoding="utf-8") == json.dumps({**making, "whole": True}):
+    if not force and made == {**making, "whole": True}:
         progress.say(f"  already in {out} (--force makes it again)")
         return
     # The mark comes first: from here on these three are the demo's, and may be thrown away by the next one. Runs stay:
     # the demo replaces its own two, and others may be somebody's.
     write_text(mark, json.dumps(making))
-    for name in ("data", "model", "store"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    with one_line(out):
+        discard(out / "store")
+        remove_files(out, contents(out, lambda name: FILES.fullmatch(name) is not None).ours)
     seed, device = config.hardware.seed, pick_device(config.hardware.device)
     draw_legend(out / "legend.png")
     with progress.task("pictures", N_TRAIN + N_VAL + N_TEST) as task:
@@ -147,6 +169,15 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
             progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
         )  # fmt: skip
     write_text(mark, json.dumps({**making, "whole": True}))
+
+
+def _read_mark(mark: Path) -> dict[str, object] | None:
+    """What a demo's mark says; None where a file of that name is none."""
+    try:
+        made = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return made if isinstance(made, dict) and made.keys() == {"version", "seed", "whole"} else None
 
 
 def _step(progress: Progress, number: int, what: str, command: str | None) -> None:

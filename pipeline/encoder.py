@@ -242,7 +242,7 @@ class Encoder:
                 if count == 1:
                     raise InputError(
                         "out of memory", where=self.device, got=f"no room for {tokens} tokens", wanted="more memory",
-                        do="lower --patches, or take another --device; what was finished is kept",
+                        do="lower the patch budget, or compute on another device; what was finished is kept",
                     ) from None  # fmt: skip
                 self.batch_tokens = tokens * (count // 2)
                 _log.warning("out of memory: %d tokens in a forward pass from here on", self.batch_tokens)

@@ -19,6 +19,7 @@ from .config import Config
 from .device import pick_device, reader_count
 from .encoder import Encoder
 from .extract_plan import ExtractPlan, ExtractResult, parse_stripe
+from .interrupts import interruptible
 from .manifest import Manifest, read_manifest
 from .progress import Progress
 from .shard_jobs import CAPTIONS, ShardJobs, count_captions
@@ -64,7 +65,7 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
     listing, encoder, key, plan = _load(config, plan)
     for folder, commit in other_commits(key, plan.cache):
         progress.say(f"  note: {folder} holds the same of commit {commit}; --revision {commit} goes on with that one")
-    with open_store(config, plan, listing, encoder, key) as writer:
+    with open_store(config, plan, listing, encoder, key) as writer, interruptible(without=["--force"]):
         was_finished = writer.finished
         for shard in writer.damaged:
             progress.say(f"  damaged, will be redone: {shard.name}: {shard.reason}")

@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .cores import count_cores
+from .interrupts import INTERRUPTED, Interrupted
 
 # The exit code of a process whose others have gone: they have said why.
 LOST = 75
+# Says in each process how many there are, so that it can name the command that goes on.
+PROCESSES = "MMCLI_NUM_PROCESSES"
 OPTION = "--num-processes"
 LOOK_EVERY_S = 0.1
 # How long the others may take to end by themselves when one has ended.
@@ -39,6 +42,7 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
     """
     words = _without_option(sys.argv[1:] if words is None else words)
     common = {
+        PROCESSES: str(n),
         "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": threads_of(n),
     }  # fmt: skip
@@ -48,7 +52,8 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
             return _wait(team)
         except KeyboardInterrupt:
             _end(team, signal.SIGINT)
-            raise
+            team[0].hear_out()
+            raise Interrupted(silent=team[0].process.returncode == INTERRUPTED) from None
 
 
 def threads_of(n: int) -> str:
@@ -70,6 +75,10 @@ class _Process:
             )  # fmt: skip
         self._thread = threading.Thread(target=self._pass_on, daemon=True)
         self._thread.start()
+
+    def hear_out(self) -> None:
+        """Wait until all that this process said is passed on."""
+        self._thread.join(GRACE_S)
 
     def complain(self) -> None:
         """Say what this process said, if nobody heard it."""

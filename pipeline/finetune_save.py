@@ -1,8 +1,6 @@
 """Towers that were trained as files: the best of a training while it lasts, and a whole checkpoint at its end."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from .. import InputError
 from .config import Config
-from .files import unwritable, write_text, write_whole
+from .files import write_folder, write_text, write_whole
 from .finetune_shards import Shards
 from .finetune_towers import Towers
 from .run_encoder import TOWERS
@@ -78,7 +76,7 @@ class TowerKeeper:
 
 
 def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Path:
-    """Write a checkpoint in ``save_pretrained`` form, with image processor and tokenizer, whole or not at all.
+    """Write a checkpoint in ``save_pretrained`` form with image processor and tokenizer, every file whole.
 
     Args:
         run: The run folder.
@@ -86,24 +84,20 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
         trained: Their trained parameters, whole, on the CPU.
 
     Returns:
-        ``run/towers``; one that is there already is replaced.
+        ``run/towers``; its files replace those that are there.
 
     Raises:
         InputError: The folder cannot be written.
     """
     folder = run / TOWERS
-    try:
-        with tempfile.TemporaryDirectory(dir=run, prefix=f".{TOWERS}.") as scratch:
-            made = Path(scratch) / "new"
-            weights = {**towers.parts.model.state_dict(), **trained}
-            towers.parts.model.save_pretrained(made, state_dict=weights)
-            for part in (towers.parts.processor, towers.parts.tokenizer):
-                part.save_pretrained(made)
-            if folder.exists():
-                folder.rename(Path(scratch) / "old")
-            made.rename(folder)
-    except (OSError, SafetensorError, shutil.Error) as error:
-        raise unwritable(folder, error) from error
+
+    def save(scratch: Path) -> None:
+        weights = {**towers.parts.model.state_dict(), **trained}
+        towers.parts.model.save_pretrained(scratch, state_dict=weights)
+        for part in (towers.parts.processor, towers.parts.tokenizer):
+            part.save_pretrained(scratch)
+
+    write_folder(folder, save)
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .. import InputError
 from .config import Config, FinetuneConfig, load_config
-from .runs import TRAINED, RunInfo, open_run, read_info
+from .runs import TRAINED, RunInfo, begun_config, open_run, read_info
 from .settle import settle
 
 WhichTowers = Literal["both", "image", "text"]
@@ -107,10 +107,11 @@ def read_begun(folder: Path, told: Mapping[str, Any]) -> tuple[RunInfo, Config]:
     Raises:
         InputError: No run of ``finetune``; or as of :func:`with_memory`.
     """
+    settings = begun_config(folder, kind=KIND)
     info = read_info(folder, kind=KIND)
     if info.kind != KIND:
         raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
-    return info, with_memory(load_config(folder / "config.yaml"), told, folder)
+    return info, with_memory(load_config(settings), told, folder)
 
 
 def unfreeze_of(config: Config, option: str | None) -> str:

@@ -13,6 +13,7 @@ from .config import Config
 from .cores import count_cores
 from .device import pick_device, reader_count
 from .extract import ExtractPlan, ExtractResult, clear, extract
+from .interrupts import interruptible
 from .model_source import pin_revision
 from .progress import ConsoleProgress, Progress
 from .reading import end_children, end_with_parent
@@ -43,7 +44,8 @@ def extract_here(
     progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
     quiet = not isinstance(progress, ConsoleProgress)
     parts = [_part(plan, at, len(devices)) for at in range(len(devices))]
-    return _joined(_run(config, parts, devices, quiet=quiet))
+    with interruptible(without=["--force"]):
+        return _joined(_run(config, parts, devices, quiet=quiet))
 
 
 def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet: bool) -> list[ExtractResult]:

@@ -19,6 +19,7 @@ from .. import InputError, __version__
 from ..cache import StoreError, StoreKey, StoreWriter, is_remote
 from ..cache.layout import StoredDtype
 from .import_source import Texts, check_images, check_texts, open_images, open_texts
+from .interrupts import interruptible
 from .manifest import Manifest, read_manifest
 from .progress import Progress
 from .vector_files import Vectors
@@ -114,7 +115,7 @@ def import_store(plan: ImportPlan, progress: Progress | None = None) -> ImportRe
     with _own_advice(), StoreWriter(
         folder, key, listing.table, width=width, n_captions_max=int(texts.counts.max()), shard_rows=plan.shard_rows,
         extra=extra, overwrite=plan.force,
-    ) as writer:  # fmt: skip
+    ) as writer, interruptible(without=["--force"]):  # fmt: skip
         _fill(writer, images, texts, progress)
         writer.finish()
     return ImportResult(

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import RenderableType
 
-from .. import InputError
-from .index_file import read_index, write_index, writing
+from .files import refuse_existing
+from .index_file import is_index, read_index, write_index, writing
 from .manifest import Manifest, read_manifest
 from .progress import Progress
 from .runs import Run
@@ -82,11 +82,7 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
     path = out or run.folder / NAME
     index = run_index(run)
     with writing(path):
-        if path.exists() and not force:
-            raise InputError(
-                "the file is there", where=path, got="an index, which may have grown", wanted="a new file",
-                do="give another --out, or --force to replace it",
-            )  # fmt: skip
+        refuse_existing(path, is_index, force=force, what="an index, which may have grown", option="--out")
         checksum = write_index(path, index)
     known = any(index.captions.to_pylist())
     lost = f"the store {run.info.store} is not there: captions and paths are not known, and ids are shown"

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .. import InputError, __version__
-from ..cache import StoreBusy
-from ..cache.files import lock, sync_folder, unlock
+from ..cache.files import sync_folder
 from ..cache.key import canonical_json
-from .files import make_folder, unwritable, write_whole
+from ..cache.locks import LockHeld, take_lock
+from .files import make_folder, remove_leftovers_of, unwritable, write_whole
 from .runs import now
 from .tag_index import Origin, TagIndex
 
@@ -93,23 +93,26 @@ def writing(path: Path) -> Iterator[None]:
     """
     make_folder(path.parent)
     try:
-        handle = lock(path.parent, f".{path.name}.lock")
-    except StoreBusy:
-        raise InputError(
-            "another process writes this index", where=path, do="wait until it ends, then try again"
-        ) from None
+        lock = take_lock(path.with_name(f".{path.name}.lock"))
+    except LockHeld as error:
+        raise InputError("another process writes this index", where=path, do=f"{error.do}; then try again") from None
     except OSError as error:
         raise unwritable(path, error) from None
     try:
-        for left in path.parent.glob(f".{_literal(path.name)}.*.tmp"):
-            left.unlink(missing_ok=True)
+        remove_leftovers_of(path)
         yield
     finally:
-        unlock(handle)
+        lock.release()
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def is_index(path: Path) -> bool:
+    """Whether a file says that it is an index, of whatever version; it may be damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            about = json.loads((file.metadata() or {})["mmcli_index"])
+    except (OSError, SafetensorError, LookupError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -69,6 +69,6 @@ def fitting_metric(knn: KnnConfig, base: Codes, run: Run) -> Metric:
     if "distance_metric" in knn.model_fields_set:
         raise InputError(
             "no hash layer", where=run.folder, got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
-            do="train with --bits 64, or use --metric cosine",
+            do="train with `mmcli train-head --bits 64`, or use --metric cosine",
         )  # fmt: skip
     return "cosine"

@@ -17,7 +17,7 @@ from .device import pick_device
 from .evaluation import classifier_row, metrics_row, write_scores
 from .knn_codes import Evaluated, fitting_metric
 from .knn_search import Searcher, settings
-from .metrics_file import merge_rows, read_metrics, write_metrics
+from .metrics_file import add_metrics, read_metrics
 from .predictors import check_predictor, hybrid_row
 from .progress import Progress
 from .runs import Run, newest_run, open_run
@@ -82,7 +82,7 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
             index, or a predictor that the codes do not give.
     """
     progress = progress or Progress()
-    known = read_metrics(run.folder)
+    read_metrics(run.folder)  # a damaged file is refused before anything is computed
     codes = Evaluated.of(run, split)
     predictor, query, val = config.knn.predictor, codes.query, codes.val
     check_predictor(predictor, query, val, run)
@@ -94,8 +94,7 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     if query.logits is not None and val.logits is not None:
         rows["classifier"] = classifier_row(split, query, val=val, run=run)
     headline = rows.pop(predictor)
-    merged = merge_rows(known, [headline, *rows.values()])
-    path = write_metrics(run.folder, merged)
+    path, merged = add_metrics(run.folder, [headline, *rows.values()])
     others = tuple(other for other in merged[1:] if other["split"] == split)
     return KnnResult(run=run, metrics_path=path, metrics=headline, others=others)
 

@@ -200,6 +200,16 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_table(table, where=path)
 
 
+def says_it_is_of(path: Path, name: str) -> bool:
+    """Whether a file says that it is a manifest of a data set; one that is cut short is taken for it."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        with path.open("rb") as stream:
+            return stream.read(4) in {b"PAR1", b""}
+    return NAMES_KEY in metadata and metadata.get(DATA_KEY) == name.encode()
+
+
 def write_manifest(path: Path, listing: Manifest) -> None:
     """Write a manifest, whole or not at all: under a temporary name, synced, renamed.
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .. import InputError
 from .files import write_text
+from .run_folders import hold
 
 METRICS = "metrics.json"
 TWO_PRECISIONS = (
@@ -18,6 +19,7 @@ TWO_PRECISIONS = (
     " everywhere, give --set training.mixed_precision=false."
 )
 Row = TypeVar("Row", bound=Mapping[str, Any])
+WAIT_S = 60.0
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -25,6 +27,22 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path = folder / METRICS
     write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
     return path
+
+
+def add_metrics(folder: Path, new: Sequence[Mapping[str, Any]]) -> tuple[Path, list[dict[str, Any]]]:
+    """Write rows that were just computed beside those that a run has, as :func:`merge_rows` puts them together.
+
+    Of several processes that do so each adds its own: they wait for each other.
+
+    Returns:
+        The file, and all rows.
+
+    Raises:
+        InputError: The file is damaged, or cannot be written.
+    """
+    with hold(folder, what="writes its metrics", wait_s=WAIT_S, keep=False):
+        rows = merge_rows(read_metrics(folder), new)
+        return write_metrics(folder, rows), rows
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from .device import seed_everything
+from .files import write_folder
 from .images import load_image
 
 WIDTH = 64
@@ -192,6 +193,9 @@ def _save(
     tokenizer: transformers.Siglip2Tokenizer, out: Path,
 ) -> None:  # fmt: skip
     """All four parts in ``save_pretrained`` form."""
-    out.mkdir(parents=True, exist_ok=True)
-    for part in (model.cpu().eval(), processor, tokenizer):
-        part.save_pretrained(out)
+
+    def save(scratch: Path) -> None:
+        for part in (model.cpu().eval(), processor, tokenizer):
+            part.save_pretrained(scratch)
+
+    write_folder(out, save)

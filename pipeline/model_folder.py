@@ -1,25 +1,21 @@
 """``model/`` in a finished run: the head in the form of the Hugging Face hub, with a card that says what it is."""
 
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from ..heads.card import FIGURES
 from ..heads.model import BaseHead
 from .checkpoint import describe_head
 from .config import Config
-from .files import make_folder, unwritable
+from .files import write_folder
 
 FOLDER = "model"
 
 
 def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Write ``config.json``, ``model.safetensors`` and the card ``README.md``, all of them or none.
+    """Write ``config.json``, ``model.safetensors`` and the card ``README.md``, each whole or not at all.
 
     Args:
         run: The run folder; its ``run.json`` says what the head was trained on.
@@ -28,7 +24,7 @@ def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mappi
         metrics: A row of metrics to show on the card: ``method``, ``split`` and figures.
 
     Returns:
-        The folder, ``run/model``; one that is there already is replaced.
+        The folder, ``run/model``; its files replace those that are there.
 
     Raises:
         InputError: The run does not describe itself, or the folder cannot be written.
@@ -37,16 +33,7 @@ def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mappi
     if metrics is not None:
         about["metrics"] = {key: _plain(metrics[key]) for key in ("method", "split", *FIGURES) if key in metrics}
     folder = run / FOLDER
-    make_folder(run)
-    try:
-        with tempfile.TemporaryDirectory(dir=run, prefix=f".{FOLDER}.") as scratch:
-            made, old = Path(scratch) / "new", Path(scratch) / "old"
-            head.save_pretrained(made, config=about)
-            if folder.exists():
-                folder.rename(old)
-            made.rename(folder)
-    except (OSError, SafetensorError, shutil.Error) as error:
-        raise unwritable(folder, error) from error
+    write_folder(folder, lambda scratch: head.save_pretrained(scratch, config=about))
     return folder
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from .. import InputError
 from .explain import plain
-from .files import write_whole
+from .files import refuse_existing, write_whole
 from .images import open_rgb
 from .patches import Pixels
+from .plots import DRAWN, is_drawn
 from .safe_paths import resolve_image
 from .tagging import Neighbour, Tagging
 
@@ -27,14 +28,21 @@ CELL = (2.3, 3.7)  # inches
 LETTERS, LINES = 30, 5
 
 
-def check_panel(path: Path | None) -> None:
+def check_panel(path: Path | None, *, force: bool = False) -> None:
     """Refuse a picture that cannot be drawn before anything is computed.
 
+    Args:
+        path: The picture; none is wanted when not given.
+        force: Replace one that is there.
+
     Raises:
-        InputError: Another suffix than ``.png``, or a folder.
+        InputError: Another suffix than ``.png``, a folder, or a file that is there.
     """
-    if path is not None and (path.suffix.lower() != ".png" or path.is_dir()):
+    if path is None:
+        return
+    if path.suffix.lower() != ".png" or path.is_dir():
         raise InputError("no such picture", where="--panel", got=path, wanted="a file .png", do="as in --panel why.png")
+    refuse_existing(path, is_drawn, force=force, what="a picture that mmcli drew", option="--panel")
 
 
 def draw(path: Path, taggings: Sequence[Tagging], *, data: Path) -> None:
@@ -66,7 +74,7 @@ def draw(path: Path, taggings: Sequence[Tagging], *, data: Path) -> None:
         axes: Any = figure.subplots(len(shown), columns, squeeze=False)
         for row, tagging in zip(axes, shown, strict=True):
             _row(row, tagging, data)
-        write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", metadata=DRAWN))
 
 
 def _row(axes: "Sequence[Axes]", tagging: Tagging, data: Path) -> None:

@@ -71,7 +71,7 @@ class PredictResult:
 def predict(
     tagger: Tagger, requests: Sequence[Request], *, k: int | None = None, top: int = 5, data: Path,
     on_error: Literal["stop", "skip"] = "stop", voters: int = SHOWN_VOTERS, panel: Path | None = None,
-    index: Path | None = None, progress: Progress | None = None,
+    force: bool = False, index: Path | None = None, progress: Progress | None = None,
 ) -> PredictResult:  # fmt: skip
     """Tag images.
 
@@ -85,13 +85,14 @@ def predict(
         on_error: Whether an image that cannot be read stops everything, or is left out.
         voters: Neighbours shown a tag.
         panel: A picture to draw.
+        force: Replace a picture of ours that is there.
         index: The index file, to be named in the result.
         progress: Who to tell.
 
     Raises:
         InputError: An image cannot be read, a caption is missing, or k is larger than the index.
     """
-    check_panel(panel)
+    check_panel(panel, force=force)
     tagger.encoder.check_captions([one.path for one in requests], [one.caption for one in requests])
     ids = _own_ids(tagger, requests, data)
     found, bad = _tag(tagger, requests, ids, k, top, on_error, progress or Progress())

@@ -8,14 +8,16 @@ import numpy as np
 
 from .. import InputError
 from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_instances, read_karpathy
+from .files import refuse_existing
 from .image_files import check_files, place_images
-from .manifest import Manifest, write_manifest
+from .manifest import Manifest, says_it_is_of, write_manifest
 from .manifest_checks import label_lists
 from .statistics import Statistics, count, statistics_tables
 
 __all__ = ["MANIFEST_FILE", "PrepareResult", "Statistics", "prepare", "statistics_tables"]
 
 MANIFEST_FILE = "manifest.parquet"
+NAME = "coco"
 # What to download for a file that is missing, and where to put it.
 GET_INSTANCES = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download there"
 GET_SPLIT = (
@@ -54,13 +56,17 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
             ``annotations/instances_train2014.json`` and ``instances_val2014.json``, ``dataset_coco.json``. It is only
             read when ``out`` is another folder.
         out: The folder to write ``manifest.parquet`` into; the data folder when not given. Paths in the manifest stay
-            relative to ``data``.
+            relative to ``data``. A manifest that this function wrote before is replaced, another file is not.
         check_images: Look for every image file.
 
     Raises:
         InputError: A file is missing or something in it is wrong, or the manifest cannot be written.
     """
     _look_for_files(data)
+    path = (out or data) / MANIFEST_FILE
+    refuse_existing(
+        path, lambda there: says_it_is_of(there, NAME), force=True, what="a manifest of `mmcli prepare`", option="--out"
+    )
     split = read_karpathy(data / SPLIT_FILE)
     parts = [read_instances(data / name) for name in INSTANCES_FILES]
     instances = _join(parts)
@@ -68,7 +74,6 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
     if check_images:
         check_files(data, paths)
     listing, statistics = _merge(split, instances, paths)
-    path = (out or data) / MANIFEST_FILE
     write_manifest(path, listing)
     return PrepareResult(path=path, sha256=listing.sha256, statistics=statistics)
 
@@ -134,7 +139,7 @@ def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> tupl
     listing = Manifest.from_columns(
         image_ids=split.image_id, paths=paths, splits=np.where(is_restval, "train", split.origin).tolist(),
         captions=split.captions, labels=label_lists(row, label, len(order), n_classes),
-        category_names=instances.category_names, name="coco", where=split.path,
+        category_names=instances.category_names, name=NAME, where=split.path,
     )  # fmt: skip
     statistics = count(
         listing, np.bincount(label, minlength=n_classes), restval=int(is_restval.sum()),

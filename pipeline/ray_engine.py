@@ -16,6 +16,7 @@ from ..cache import StoreWriter, Stripe
 from .config import Config
 from .extract import headline, open_store, reuse_text, with_key
 from .extract_plan import ExtractPlan, ExtractResult
+from .interrupts import interruptible
 from .manifest import read_manifest
 from .progress import Progress
 from .ray_actor import Description, Done, EncodeShards, Work, describe
@@ -81,7 +82,7 @@ class _Extraction:
             with self._open(plan.stripe):
                 self._work = replace(self._work, plan=replace(plan, force=False))
         # A stripe, of one where there are no others: actors write beside it, and another extraction keeps out.
-        with self._open(plan.stripe or Stripe(0, 1)) as writer:
+        with self._open(plan.stripe or Stripe(0, 1)) as writer, interruptible(without=["--force"]):
             result = self._begin(writer)
             image, text = writer.missing("image"), writer.missing("text")
             numbers = sorted({shard.number for shard in (*image, *text)})

@@ -1,15 +1,14 @@
 """``mmcli report``: from run folders and the rows of the experiments to one page, Markdown with figures, LaTeX tables.
 
-Reads files only: no stage, no tower and no store. The folder that it writes is made new beside the old one and takes
-its place when it is whole.
+Reads files only: no stage, no tower and no store. Everything is written beside the folder and put in place when it is
+whole, file by file, the pages last: so each page is the old or the new one at any moment.
 """
 
+import json
+import re
 import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,18 @@ from typing import Any
 from rich.console import RenderableType
 
 from .. import InputError
-from .files import make_folder, unwritable, write_text
+from ..cache.locks import SOFT, LockHeld, locked
+from ..cache.ownership import Contents, contents, remove_files
+from .files import (
+    final_name,
+    make_folder,
+    one_line,
+    refuse_existing,
+    remove_leftovers,
+    unwritable,
+    write_folder,
+    write_text,
+)
 from .progress import Progress
 from .report_build import build
 from .report_depth import choose, look_into
@@ -29,8 +39,18 @@ from .report_markdown import to_markdown
 
 PAGE, MARKDOWN = "report.html", "report.md"
 RUNS, OUT = Path("runs"), Path("report")
-# What a report writes: a folder that holds anything else is somebody's own.
-WRITTEN = frozenset({PAGE, MARKDOWN, "figures", "pictures", "tables"})
+# The list of the files of a report, in its folder: what it does not list is somebody's own.
+INVENTORY, LOCK = ".report.json", ".lock"
+FORMAT = "mmcli-report"
+# Files of a report of before it had a list.
+_OLDER = re.compile(
+    r"report\.(html|md)|figures/[a-z0-9_-]+\.(svg|png)|pictures/[0-9]+-[0-9]+\.webp|tables/[a-z0-9_-]+\.tex"
+)
+_OLDER_TITLE = "– mmcli report</title>"
+# What a page of Markdown says near its beginning.
+MADE_BY = "Written by `mmcli report"
+# Files that a desktop leaves in every folder that is looked at.
+_DESKTOP = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +158,51 @@ def _check_out(plan: ReportPlan) -> None:
     """Refuse to write over what is there before anything is computed."""
     target = plan.markdown_only
     if target is not None:
-        if target.is_dir() or (target.exists() and not plan.force):
-            raise InputError(
-                "the file is there", where=target, got="a folder" if target.is_dir() else "a file",
-                wanted="a new file", do="give another --markdown-only, or --force to replace the file",
-            )  # fmt: skip
+        refuse_existing(target, _is_page, force=plan.force, what="a page of mmcli report", option="--markdown-only")
         return
     out = plan.out
-    if out.is_dir() and any(out.iterdir()):
-        others = sorted(path.name for path in out.iterdir() if path.name not in WRITTEN)
-        if others or not plan.force:
-            raise InputError(
-                "the folder is in use", where=out, got=f"a folder with {others[0]}" if others else "a report",
-                wanted="a new or empty folder",
-                do="give another --out" + ("" if others else ", or --force to replace the report"),
-            )  # fmt: skip
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise InputError(
+            "will not replace what mmcli did not write", where=out, got="no folder", wanted="a new or empty folder",
+            do="give another --out",
+        )  # fmt: skip
+    if not out.is_dir():
+        return
+    with one_line(out):
+        inside = _inside(out)
+    # The first report of a folder, if it was interrupted, has no page yet.
+    if inside.foreign or (PAGE in inside.ours and not plan.force):
+        got = f"a folder with {inside.foreign[0]}" if inside.foreign else "a report"
+        raise InputError(
+            "the folder is in use", where=out, got=got, wanted="a new or empty folder",
+            do="give another --out" + ("" if inside.foreign else ", or --force to replace the report"),
+        )  # fmt: skip
+
+
+def _inside(out: Path) -> Contents:
+    """What of a folder is a report's, by the list that it holds; what passes is in neither."""
+    try:
+        record = json.loads((out / INVENTORY).read_text(encoding="utf-8"))
+        listed = frozenset({INVENTORY, *record["files"]}) if record["format"] == FORMAT else frozenset()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        listed = frozenset()
+    older = not listed and _OLDER_TITLE in _start(out / PAGE)
+    inside = contents(out, lambda name: name in listed or (older and _OLDER.fullmatch(name) is not None))
+    passing = _DESKTOP | {LOCK, LOCK + SOFT}
+    foreign = (name for name in inside.foreign if not final_name(name.partition("/")[0]))
+    return Contents(inside.ours, tuple(name for name in foreign if Path(name).name not in passing))
+
+
+def _start(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(4096)
+    except OSError:
+        return ""
+
+
+def _is_page(path: Path) -> bool:
+    return MADE_BY in _start(path)
 
 
 def _check_data(known: Any, asked: Any, data: Path | None) -> None:  # noqa: ANN401 - arrays
@@ -166,21 +216,48 @@ def _check_data(known: Any, asked: Any, data: Path | None) -> None:  # noqa: ANN
 
 
 def _write(plan: ReportPlan, document: Document) -> tuple[Path, ...]:
-    out, found = plan.out, [PAGE, MARKDOWN]
-    with _new_folder(out) as made:
-        write_text(made / PAGE, to_html(document))
-        write_text(made / MARKDOWN, to_markdown(document))
-        for figure in document.figures:
-            write_text(made / "figures" / f"{figure.name}.svg", figure.svg)
-            (made / "figures" / f"{figure.name}.png").write_bytes(figure.png)
-        for picture in _pictures(document):
-            make_folder(made / "pictures")
-            (made / "pictures" / picture.file).write_bytes(picture.webp)
-        if plan.latex:
-            found.append("tables")
-            for name, text in to_latex(document).items():
-                write_text(made / "tables" / f"{name}.tex", text)
-    return tuple(out / name for name in found)
+    out = plan.out
+    make_folder(out)
+    try:
+        with locked(out / LOCK, keep=False):
+            remove_leftovers(out, lambda name: name in {INVENTORY, PAGE, MARKDOWN}, alone=True)
+            _check_out(plan)
+            _replace(out, _files(plan, document))
+    except LockHeld as error:
+        raise InputError("another process writes this report", where=out, do=error.do) from None
+    except OSError as error:
+        raise unwritable(out, error) from None
+    return tuple(out / name for name in (PAGE, MARKDOWN, *(["tables"] if plan.latex else [])))
+
+
+def _files(plan: ReportPlan, document: Document) -> dict[str, bytes]:
+    """Every file of the report by its relative name."""
+    files = {f"figures/{figure.name}.svg": figure.svg.encode() for figure in document.figures}
+    files |= {f"figures/{figure.name}.png": figure.png for figure in document.figures}
+    files |= {f"pictures/{picture.file}": picture.webp for picture in _pictures(document)}
+    if plan.latex:
+        files |= {f"tables/{name}.tex": text.encode() for name, text in to_latex(document).items()}
+    return files | {MARKDOWN: to_markdown(document).encode(), PAGE: to_html(document).encode()}
+
+
+def _replace(out: Path, files: dict[str, bytes]) -> None:
+    """Put files in the place of an older report's; a kill at any moment leaves pages that are whole, and a list."""
+    old = _inside(out).ours
+
+    def fill(scratch: Path) -> None:
+        for name, data in files.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_bytes(data)
+
+    # First all that may lie there from now on, until the rest of the older report is gone.
+    _write_list(out, {*old, *files})
+    write_folder(out, fill, last=(MARKDOWN, PAGE), alone=True)
+    remove_files(out, {*old} - {*files, INVENTORY})
+    _write_list(out, files)
+
+
+def _write_list(out: Path, names: Iterable[str]) -> None:
+    write_text(out / INVENTORY, json.dumps({"format": FORMAT, "files": sorted({*names} - {INVENTORY})}, indent=1))
 
 
 def _pictures(document: Document) -> Iterator[Any]:
@@ -193,19 +270,3 @@ def _pictures(document: Document) -> Iterator[Any]:
             elif isinstance(block, Failures):
                 shown = [one for c in block.classes for one in (*c.false_positives, *c.false_negatives)]
             yield from (one.picture for one in shown if one.picture is not None)
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of ``out`` when it is full; nothing changes where that fails."""
-    make_folder(out.parent)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            made = Path(scratch) / "new"
-            made.mkdir()
-            yield made
-            if out.exists():
-                out.rename(Path(scratch) / "old")
-            made.rename(out)
-    except (OSError, shutil.Error) as error:
-        raise unwritable(out, error) from error

@@ -153,7 +153,7 @@ class RunEncoder:
                     "no caption", where=image if isinstance(image, str | Path) else None,
                     got=f"a head that reads {'image and caption' if self.inputs == 'both' else 'captions'}",
                     wanted="a caption of every image",
-                    do="give --caption or --captions, or train a head with --inputs image",
+                    do="give --caption or --captions, or train a head with `mmcli train-head --inputs image`",
                 )  # fmt: skip
         return [caption or "" for caption in captions]
 

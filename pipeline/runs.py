@@ -20,9 +20,12 @@ from .config import Config, dump_config
 from .cores import count_cores
 from .files import write_text
 from .metrics_file import write_metrics
-from .run_folders import MARK, claim_named, claim_new
+from .run_folders import MARK, REPLACED, claim_named, claim_new
 
 RUN_VERSION = 1
+CONFIG = "config.yaml"
+# In a run.json of before config.yaml was written: its text, so that a run that was killed then can begin again.
+BEGUN_WITH = "begun_with"
 # Runs with a head and codes: where one of train-head is asked for, any of them will do.
 TRAINED = ("train-head", "finetune")
 PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "faiss-gpu", "scikit-learn")
@@ -101,13 +104,43 @@ def start_run(
         InputError: ``out`` holds something already and ``force`` is not given, is no run, or was taken by another
             process at the same moment.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = claim_new(runs / f"{stamp}-{label}") if out is None else claim_named(out, force=force)
+    stamp, settings = datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), dump_config(config)
+    record = json.dumps({**asdict(info), BEGUN_WITH: settings}, indent=1)
+    folder = claim_new(runs / f"{stamp}-{label}", record) if out is None else claim_named(out, record, force=force)
     run = Run(folder=folder, info=info)
-    write_info(run)
-    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / CONFIG, settings)
     write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))
+    write_info(run)
     return run
+
+
+def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
+    """The configuration that an interrupted run goes on with.
+
+    Args:
+        folder: The run.
+        kind: The command that makes such a run, for messages.
+
+    Raises:
+        InputError: No run, or one that was interrupted before it said how it was configured.
+    """
+    again = "give the command that began it again, with --force"
+    path, mark_path = folder / CONFIG, folder / MARK
+    if path.is_file() and not mark_path.exists():
+        return path  # whoever needs a run says that there is none
+    if mark_path.is_file() and mark_path.stat().st_size == 0:
+        raise InputError("nothing to go on with", where=folder, got="a run that was interrupted as it began", do=again)
+    info = read_info(folder, kind=kind)
+    if info.status == REPLACED:
+        raise InputError(
+            "nothing to go on with", where=folder, got="a run that was being replaced when it was interrupted", do=again
+        )
+    if not path.is_file():
+        settings = json.loads(mark_path.read_text(encoding="utf-8")).get(BEGUN_WITH)
+        if not isinstance(settings, str):
+            raise InputError("nothing to go on with", where=folder, got=f"a run without {CONFIG}", do=again)
+        write_text(path, settings)
+    return path
 
 
 def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
@@ -129,7 +162,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
         do = f"finish it with `mmcli {info.kind} --resume {folder}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
-            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another run",
         )  # fmt: skip
     return Run(folder=folder, info=info)
 
@@ -147,6 +180,7 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
     path = folder / MARK
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        record.pop(BEGUN_WITH, None)
         record["category_names"] = tuple(record["category_names"])
         info = RunInfo(**record)
     except OSError:

@@ -11,10 +11,10 @@ from rich.console import RenderableType
 
 from .. import InputError
 from .explain import plain
-from .files import write_whole
+from .files import refuse_existing, write_whole
 from .images import open_rgb
 from .manifest import SPLITS, Manifest, read_manifest
-from .plots import INK, LINE, MUTED, PAPER, STYLE
+from .plots import DRAWN, INK, LINE, MUTED, PAPER, STYLE, is_drawn
 from .safe_paths import resolve_image
 
 if TYPE_CHECKING:
@@ -83,11 +83,7 @@ def samples(
 def _check_out(out: Path, *, force: bool) -> None:
     if out.suffix.lower() != ".png" or out.is_dir():
         raise InputError("no such picture", where="--out", got=out, wanted="a file .png", do="as in --out samples.png")
-    if out.exists() and not force:
-        raise InputError(
-            "the file is there", where=out, got="a file", wanted="a new one",
-            do="give another --out, or --force to replace the file",
-        )  # fmt: skip
+    refuse_existing(out, is_drawn, force=force, what="a picture that mmcli drew", option="--out")
 
 
 def _draw(out: Path, data: Path, listing: Manifest, rows: list[int]) -> list[str]:
@@ -111,7 +107,7 @@ def _draw(out: Path, data: Path, listing: Manifest, rows: list[int]) -> list[str
             problem = _cell(axis, data, listing, row, tags)
             if problem is not None:
                 unreadable.append(problem)
-        write_whole(out, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+        write_whole(out, lambda temporary: figure.savefig(temporary, format="png", metadata=DRAWN))
     return unreadable
 
 

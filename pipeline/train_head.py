@@ -13,7 +13,7 @@ from .config import Config, load_config
 from .metrics_file import read_metrics
 from .progress import Progress
 from .protocols import lists_digest
-from .runs import Run, mark, read_info
+from .runs import Run, begun_config, mark, read_info
 from .settle import notices
 from .splits import Diverged
 from .step import Step
@@ -169,11 +169,12 @@ def resume_training(
         InputError: No run of a head, another store, a damaged state, or one of another precision; or as of
             :func:`train_head`.
     """
+    settings = begun_config(folder, kind=KIND)
     info = read_info(folder, kind=KIND)
     run = Run(folder=folder, info=info)
     if info.kind != KIND:
         raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
-    config = load_config(folder / "config.yaml")
+    config = load_config(settings)
     with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
         if info.status == "finished":
             work.progress.say(f"{folder} is finished already")

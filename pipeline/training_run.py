@@ -19,7 +19,7 @@ from .checkpoint import CheckpointKeeper, load_head
 from .codes import Codes, write_codes
 from .config import Config
 from .evaluation import classifier_row, write_scores
-from .files import write_text
+from .files import append_text, write_text
 from .model_folder import write_model_folder
 from .monitor import Alarm, Monitor
 from .progress import Progress
@@ -112,8 +112,7 @@ class TrainingRun:
         self._keeper.sweep()
 
     def _record(self, head: BaseHead, record: Mapping[str, float]) -> None:
-        with (self.run.folder / HISTORY).open("a", encoding="utf-8") as stream:
-            stream.write(_line(record))
+        append_text(self.run.folder / HISTORY, _line(record))
         self._keeper.offer(head, epoch=int(record["epoch"]), val_mAP=record["val_mAP"])
         for tracker in self._trackers:
             tracker.epoch(record)

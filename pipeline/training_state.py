@@ -141,6 +141,15 @@ def read_state(path: Path) -> TrainingState | None:
         ) from None  # fmt: skip
 
 
+def kept_epoch(path: Path) -> int:
+    """The last epoch that a state was kept of; 0 where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {})["epoch"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return 0
+
+
 def _views(step: "Step", place: int) -> dict[str, Tensor]:
     """Everything of one head that a step changes, by name."""
     members = step.members

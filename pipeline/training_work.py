@@ -1,5 +1,7 @@
 """What trainings have in common around the training itself: run folders that are held, marked and gone on with."""
 
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +9,13 @@ from types import TracebackType
 from typing import Self
 
 from .config import Config
+from .finetune_fleet import PROCESSES
+from .interrupts import Interrupted
 from .progress import Progress
-from .run_folders import hold
+from .run_folders import clean_up, hold
 from .runs import Run, RunInfo, mark, read_info, start_run
 from .trackers import Tracker, check_trackers, open_trackers
-from .training_state import STATE, TrainingState, read_state
+from .training_state import STATE, TrainingState, kept_epoch, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Work:
         check_trackers(tensorboard=tensorboard, wandb=wandb)
         self.progress, self._trackers = progress, {"tensorboard": tensorboard, "wandb": wandb}
         self._open: list[Run] = []
+        self._resumed = False
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -55,10 +60,27 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        left = []
         with self._held:
             for run in self._open:
                 if error is not None and read_info(run.folder).status == "running":
                     mark(run, "interrupted")
+                    left.append(run)
+        if isinstance(error, KeyboardInterrupt) and left:
+            raise self._interrupted(left) from error
+
+    def _interrupted(self, left: Sequence[Run]) -> Interrupted:
+        """What is kept of runs, and how they go on; a command line that went on with one does so again."""
+        epochs = {run.folder: kept_epoch(run.folder / STATE) for run in left}
+        kept = ", ".join(
+            f"{folder} is kept up to epoch {epoch}" if epoch else f"no epoch of {folder} was kept"
+            for folder, epoch in epochs.items()
+        )
+        options = [f"--{name}" for name, wanted in self._trackers.items() if wanted]
+        if PROCESSES in os.environ:
+            options += ["--num-processes", os.environ[PROCESSES]]
+        commands = [[run.info.kind, "--resume", str(run.folder), *options] for run in left]
+        return Interrupted(kept, commands=() if self._resumed else commands)
 
     def start(self, info: RunInfo, config: Config, place: Place, *, name: str, device: str) -> Run:
         """Start a run in a folder of its own, which this process holds.
@@ -79,11 +101,13 @@ class Work:
         Raises:
             InputError: A damaged state.
         """
+        clean_up(run.folder)
         state = read_state(run.folder / STATE)
         after = f"going on after epoch {state.epoch}" if state else "no epoch was kept: from the start"
         self.progress.say(after + (f" and {state.batches} batches" if state and state.batches else ""))
         run = mark(run, "running")
         self._open.append(run)
+        self._resumed = True
         return run, state
 
     def hold(self, run: Run) -> None:

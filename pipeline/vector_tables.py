@@ -4,12 +4,13 @@ The rows may come in any order, so they are put in the manifest's order in a scr
 which has no name and is gone when the process ends.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from .manifest import Manifest
 from .vector_files import ALLOWED, Vectors
 
 _BATCH = 1024
+_BLOCK = 1 << 20
+# What the system says where a file system does not take room beforehand.
+NO_ALLOCATION = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.EPERM}
 Counts = npt.NDArray[np.int64]
 
 
@@ -190,10 +194,22 @@ def _scratch(folder: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             # Room is taken now: a disk that is full when a mapped page is written ends the process.
-            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * dtype.itemsize)
+            _take_room(file, int(np.prod(shape)) * dtype.itemsize)
             return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
         raise unwritable(folder, error) from None
+
+
+def _take_room(file: IO[bytes], size: int) -> None:
+    """Make a new file so large that all of it has its place on the disk."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such function, and not every file system does it
+        if isinstance(error, OSError) and error.errno not in NO_ALLOCATION:
+            raise
+        for start in range(0, size, _BLOCK):
+            file.write(bytes(min(_BLOCK, size - start)))
+        file.flush()
 
 
 def _schema(file: Path) -> pa.Schema:

@@ -137,6 +137,6 @@ def _metric(index: TagIndex, knn: KnnConfig) -> Metric:
     if "distance_metric" in knn.model_fields_set:
         raise InputError(
             "no hash layer", where="the run", got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
-            do="train with --bits 64, or use --metric cosine",
+            do="train with `mmcli train-head --bits 64`, or use --metric cosine",
         )  # fmt: skip
     return "cosine"

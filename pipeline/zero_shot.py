@@ -20,6 +20,7 @@ from .config import Config, ModelConfig
 from .device import device_line, pick_device
 from .encoder import Encoder
 from .evaluation import Labels, Scores, metrics_row, write_scores
+from .interrupts import interruptible
 from .manifest import Manifest
 from .model_source import find_model
 from .progress import Progress
@@ -101,6 +102,15 @@ def zero_shot(
         describe_run("zero-shot", config, labelled, precision=encoder.identity.compute_dtype), config,
         label="zero-shot", out=out, runs=runs, device=str(encoder.device), force=force,
     )  # fmt: skip
+    with interruptible(f"{run.folder} is not finished", also=[] if out is None else ["--force"]):
+        return _finish(run, score, listing, rows, split, progress, inputs=inputs, templates=templates)
+
+
+def _finish(
+    run: Run, score: "_Scorer", listing: Manifest, rows: Mapping[str, npt.NDArray[np.int64]], split: str,
+    progress: Progress, *, inputs: Inputs, templates: Sequence[str],
+) -> ZeroShotResult:  # fmt: skip
+    """Score the images, and write what a run has."""
     logits = {name: score(at) for name, at in rows.items()}
     labels = {name: listing.labels_matrix()[at] for name, at in rows.items()}
     for name, at in rows.items():
@@ -109,7 +119,7 @@ def zero_shot(
     if "note" in row:
         progress.say(f"note: {row['note']}")
     row |= {"inputs": inputs, "n_prompts": len(templates), "prompts": list(templates)}
-    row["query_latency_ms"] = _latency_ms(score, len(labelled.embeddings.v_img))
+    row["query_latency_ms"] = _latency_ms(score, len(listing))
     return ZeroShotResult(run=finish_run(run, [row]), metrics=row)
 
 

@@ -82,7 +82,9 @@ def train_head(
             "--seeds": seeds - 1 or None,
         }
         _refuse_with_resume({**{FLAGS[key]: value for key, value in options.items()}, **others})
-        config = resume / "config.yaml" if print_config else None
+        from ..runs import begun_config
+
+        config = begun_config(resume) if print_config else None
     from ..settle import settle
 
     resolved = settle(read_config(config, set_, options))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from .index import find_run
-from .options import Data, Device, Json, Model, Quiet, RunDir, finish, make_progress, read_config
+from .options import Data, Device, Force, Json, Model, Quiet, RunDir, finish, make_progress, read_config
 
 
 def predict(
@@ -26,7 +26,7 @@ def predict(
     panel: Annotated[Path | None, typer.Option("--panel", metavar="FILE", help="Draw images and neighbours into a PNG file.")] = None,
     data: Data = Path("data/coco"),
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
-    model: Model = None, device: Device = None, json_: Json = False, quiet: Quiet = False,
+    model: Model = None, device: Device = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Tag images with their captions, and show the neighbours that voted for every tag."""
     from ..requests import gather
@@ -42,12 +42,12 @@ def predict(
     from ..predict import predict as stage
     from ..tagger import Tagger
 
-    check_panel(panel)
+    check_panel(panel, force=force)
     progress = make_progress(quiet)
     progress.say(f"tagging with {found.folder}")
     tagger = Tagger.load(found.folder, index=index, device=device or "auto", model=model, knn=resolved.knn)
     result = stage(
-        tagger, requests, top=top, data=data, on_error=on_error, voters=neighbours, panel=panel, index=index,
-        progress=progress,
+        tagger, requests, top=top, data=data, on_error=on_error, voters=neighbours, panel=panel, force=force,
+        index=index, progress=progress,
     )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())

@@ -1,11 +1,13 @@
 """Order of writes: synced before renamed, the manifest last; a failure in between leaves nothing to read as whole."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from mmcli.cache import Store, StoreError, StoreMissing, StoreUnfinished, verify
+from mmcli.cache import Store, StoreError, StoreMissing, StoreUnfinished, Stripe, layout, verify
 from mmcli.cache import files as cache_files
 from mmcli.cache.layout import temporary_name
 
@@ -92,6 +94,39 @@ def test_a_sound_shard_with_other_numbers_is_not_taken_for_what_was_written(kit,
         with pytest.raises(StoreError, match="the disk gave back something else"):
             kit.Data().fill(writer)
         assert len(writer.missing("image")) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS, errno.EIO, errno.ENOSPC])
+def test_a_file_system_that_cannot_sync_is_passed_over_and_a_fault_is_not(kit, tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    if number in {errno.EIO, errno.ENOSPC}:
+        with pytest.raises(StoreError, match=os.strerror(number)):
+            kit.Data().write(tmp_path / "s", kit.key())
+    else:
+        assert verify(kit.Data().write(tmp_path / "s", kit.key())).ok
+
+
+def test_a_live_writer_of_another_container_keeps_its_file(kit, tmp_path, monkeypatch):
+    """Its process number means nothing here, and may be that of nobody."""
+    data, gone = kit.Data(), 2**22 + 1
+    with data.writer(tmp_path / "s", kit.key(), stripe=Stripe(0, 2)):
+        pass
+    mine = temporary_name("image-00001.h5").replace(f"-{os.getpid()}.", f"-{gone}.")
+    theirs = mine.replace(layout.this_host(), layout.this_host()[:-8] + "01234567")
+    for name in (mine, theirs):
+        (tmp_path / "s" / name).touch()
+    with data.writer(tmp_path / "s", kit.key(), stripe=Stripe(1, 2)):
+        pass
+    assert {path.name for path in (tmp_path / "s").glob("*.tmp")} | {mine} == {mine, theirs}
+    assert not (tmp_path / "s" / mine).exists()
 
 
 def test_a_temporary_name_that_is_a_link_is_never_written_to(tmp_path):

@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from mmcli import cli
 from mmcli.pipeline.config import DEFAULT_MODEL, load_config
@@ -27,9 +29,24 @@ def mmcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return (int(end.value.code or 0), *capsys.readouterr())
+        out, err = capsys.readouterr()
+        if end.value.code == 2:
+            check_advice([str(word) for word in words], err)
+        return int(end.value.code or 0), out, err
 
     return call
+
+
+def check_advice(words: list[str], err: str) -> None:
+    """An error names no option that the command does not have; other commands stand between backticks."""
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = getattr(command, "commands", {}).get(word, command)
+    known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    line = re.sub(r"`[^`]*`", "", err.splitlines()[-1]) if err else ""
+    if "(see --help)" not in line:  # which quotes what a person typed
+        unknown = {*re.findall(r"(?<![\w/-])--[a-z][a-z-]+", line)} - known - {*words}
+        assert not unknown, f"{err} names {unknown}, which `mmcli {words[0]}` has not"
 
 
 @pytest.fixture(scope="session")

@@ -253,7 +253,7 @@ def test_no_memory_for_one_image_is_one_line(miniature, tmp_path: Path, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ImageTower, "__call__", never)
-    with pytest.raises(InputError, match=r"out of memory: cpu: .*lower --patches"):
+    with pytest.raises(InputError, match=r"out of memory: cpu: .*lower the patch budget"):
         run(miniature, tmp_path / "s")
 
 

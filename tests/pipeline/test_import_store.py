@@ -1,6 +1,8 @@
 """Embeddings made elsewhere: what is imported is what the files say, in every form they may have; what is wrong is one line."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -140,6 +142,25 @@ def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dt
     result = source.run(source.folder / "img", source.folder / "txt")
     check(source, result, np.minimum(KEPT, 1) if form == "first" else KEPT, dtype)
     assert [path.name for path in (source.folder / "cache").iterdir()] == [result.store.name]  # no scratch is left
+
+
+@pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOSPC])
+def test_a_file_system_that_takes_no_room_beforehand(source, monkeypatch, number):
+    source.table("img/0.parquet", image_id=source.ids, v_img=lists(source.v_img, pa.float32()))
+    source.table("txt/0.parquet", image_id=source.ids, emb=lists(source.v_txt[:, 0], pa.float32()))
+
+    def refuse(handle: int, start: int, size: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    if number is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    if number == errno.ENOSPC:
+        with pytest.raises(InputError, match="No space left"):
+            source.run(source.folder / "img", source.folder / "txt")
+    else:
+        check(source, source.run(source.folder / "img", source.folder / "txt"), np.minimum(KEPT, 1), "float32")
 
 
 def test_an_export_comes_back_the_same(source, tmp_path):

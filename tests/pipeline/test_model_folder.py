@@ -123,7 +123,7 @@ def test_what_cannot_be_written_leaves_the_old_folder(tmp_path: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mmcli.heads.hub.save_file", full)
+    monkeypatch.setattr("mmcli.heads.hub.save", full)
     with pytest.raises(InputError, match=r"cannot write: .*model: got No space left"):
         write_model_folder(run.folder, make(config, seed=1), config)
     assert same(load_head(run.folder / "model"), make(config))

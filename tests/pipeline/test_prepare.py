@@ -263,10 +263,10 @@ def test_killed_before_the_rename_an_older_manifest_stays(data: Path, monkeypatc
 
 def test_a_place_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write: .*file.*--out"):
+    with pytest.raises(InputError, match=r"cannot write: .*file: got File exists"):
         prepare(data, tmp_path / "file")
     (tmp_path / "out" / "manifest.parquet").mkdir(parents=True)
-    with pytest.raises(InputError, match="cannot write: "):
+    with pytest.raises(InputError, match=r"will not replace what mmcli did not write: .*got a folder"):
         prepare(data, tmp_path / "out")
 
 

@@ -18,7 +18,7 @@ from mmcli.pipeline import run_folders
 from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.files import write_text, write_whole
-from mmcli.pipeline.runs import RunInfo, environment, finish_run, newest_run, now, open_run, start_run
+from mmcli.pipeline.runs import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
 
 
 def make_info(kind: str = "train-head") -> RunInfo:
@@ -66,7 +66,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path
         with pytest.raises(InputError, match=str(out)):
             start_run(make_info(), Config(), out=out, force=force, **options)
     assert (out / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(InputError, match=r"cannot write: .*thesis\.tex.*--out"):
+    with pytest.raises(InputError, match=r"cannot write: .*thesis\.tex.*File exists; move away"):
         start_run(make_info(), Config(), out=out / "thesis.tex", **options)
     mine = tmp_path / "run"
     start_run(make_info(), Config(), out=mine, **options)
@@ -113,21 +113,23 @@ def test_a_folder_that_many_ask_for_goes_to_one_of_them(
         assert all("the folder is in use" in str(error) and "\n" not in str(error) for error in refused)
 
 
-def test_another_process_may_take_the_folder_while_it_is_emptied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_takes_a_folder_while_it_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, original = tmp_path / "run", run_folders._empty
+    options = {"label": "x", "runs": tmp_path, "device": "cpu", "out": out}
+    first = start_run(make_info(), Config(), **options)
+    refused: list[str] = []
 
     def slow(folder: Path) -> None:
+        for force in (False, True):
+            with pytest.raises(InputError) as error:
+                start_run(make_info(), Config(), force=force, **options)
+            refused.append(error.value.what)
         original(folder)
-        (folder / "run.json").write_text("of another process")
 
-    options = {"label": "x", "runs": tmp_path, "device": "cpu", "out": out}
-    start_run(make_info(), Config(), **options)
     monkeypatch.setattr(run_folders, "_empty", slow)
-    with pytest.raises(InputError, match=r"in use.*another process"):
-        start_run(make_info(), Config(), force=True, **options)
-    assert (out / "run.json").read_text() == "of another process"
+    second = start_run(make_info(), Config(), force=True, **options)
+    assert refused == ["the folder is in use", "the run is under way"]
+    assert read_info(out) == second.info != first.info
 
 
 def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
@@ -144,7 +146,7 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
         old = start_run(make_info(), Config(), out=real, **options)
         (old.folder / "codes").mkdir()
         (old.folder / "codes" / "test.safetensors").write_text("old")
-        (old.folder / ".metrics.json.x1y2.tmp").write_text("half")
+        (old.folder / ".metrics.json.x1y2z3_4.tmp").write_text("half")
         if not (old.folder / "store").exists():
             (old.folder / "store").symlink_to(store, target_is_directory=True)
             (old.folder / "thesis.tex").write_text("years of work")
@@ -162,12 +164,17 @@ def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
 ) -> None:
     run = start(tmp_path)
     (run.folder / "codes").mkdir()
+    (run.folder / "codes" / "test.safetensors").touch()
+    unlink = Path.unlink
 
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        if path.name != "test.safetensors":
+            unlink(path, missing_ok=missing_ok)
+            return
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("mmcli.pipeline.run_folders.shutil.rmtree", refuse)
-    with pytest.raises(InputError, match=r"cannot write: .*codes: got Permission denied.*--out"):
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match=r"cannot write: .*test.safetensors: got Permission denied"):
         start_run(make_info(), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True)
     assert (run.folder / "run.json").is_file()
 
