@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from .. import InputError
+from ..heads.tensor_files import write_tensors
 from .files import write_text, write_whole
 
 EVALUATIONS, SCORES = "evaluations", "scores"
@@ -96,7 +97,7 @@ def keep_scores(
         "labels": np.ascontiguousarray(labels, np.uint8),
     }  # fmt: skip
     name = scores_file(key)
-    write_whole(out / name, lambda temporary: save_file(arrays, temporary))
+    write_whole(out / name, lambda temporary: write_tensors(temporary, save_file, arrays, {"key": key}))
     return name
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import InputError
+from ..heads.hub import reason
+from ..heads.tensor_files import load_tensors, write_tensors
 from .config import Config
 from .files import unwritable, write_text, write_whole
 from .finetune_shards import Shards
@@ -46,7 +48,10 @@ class TowerKeeper:
         if best:
             tensors = self._shards.wholes()
             if self._writes:
-                write_whole(self._path(epoch), lambda temporary: save_file(tensors, temporary))
+                write_whole(
+                    self._path(epoch),
+                    lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)}),
+                )
             self._best = epoch
 
     def sweep(self) -> None:
@@ -63,10 +68,10 @@ class TowerKeeper:
         """
         path = self._path(epoch)
         try:
-            self._shards.restore(load_file(path))
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            self._shards.restore(load_tensors(path, "cpu")[0])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                "cannot read trained towers", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+                "cannot read trained towers", where=path, got=reason(error), wanted="what mmcli wrote",
                 do="train again, from the start",
             ) from None  # fmt: skip
 

@@ -16,7 +16,7 @@ from ..heads.config import KnnConfig
 from ..heads.metrics import tune_thresholds
 from ..heads.ranking import average_precision
 from ..heads.voting import shared_weights, weights
-from .codes import Codes
+from .codes import Codes, read_codes
 from .config import load_config
 from .knn_codes import Evaluated
 from .knn_search import Searcher
@@ -146,7 +146,4 @@ def _settings(known: Known) -> KnnConfig:
 
 
 def _bits(known: Known) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(known.run.folder / "codes" / f"{SPLIT}.safetensors", "numpy") as file:
-        return "packed" in file.keys()  # noqa: SIM118 - no mapping
+    return read_codes(known.run.folder, SPLIT).packed is not None

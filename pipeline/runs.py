@@ -159,6 +159,14 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
     return info
 
 
+def run_identity(folder: Path) -> dict[str, str]:
+    """What the files of a run say to belong to it: when the run was made; nothing where no ``run.json`` says so."""
+    try:
+        return {"run": read_info(folder).created}
+    except InputError:
+        return {}
+
+
 def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
     """The finished run of one kind that was made last, as :func:`open_run` takes it.
 
