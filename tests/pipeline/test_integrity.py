@@ -133,7 +133,7 @@ def test_a_checksum_covers_every_bit_of_the_file_and_the_same_content_has_one(tm
         damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
         try:
-            read, about = load_arrays(path)
+            read, _ = load_arrays(path)
         except ValueError:
             continue
         # The one name that says that there is a checksum: without it the file is as of before.
