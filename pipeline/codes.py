@@ -75,8 +75,10 @@ def read_codes(run: Path, split: str) -> Codes:
     """
     path = codes_path(run, split)
     arrays = read_run_arrays(path, "codes", about={"split": split}, do="train the head again with `mmcli train-head`")
-    names = Codes.__dataclass_fields__.keys()
-    return Codes(**{"packed": None, "logits": None, **{name: arrays[name] for name in names if name in arrays}})
+    return Codes(
+        image_id=arrays["image_id"], soft=arrays["soft"], packed=arrays.get("packed"), labels=arrays["labels"],
+        logits=arrays.get("logits"), norm_img=arrays.get("norm_img"), norm_txt=arrays.get("norm_txt"),
+    )  # fmt: skip
 
 
 # Kind of the dtype, bytes of a value (any where 0) and axes of the arrays that runs keep.

@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from .. import InputError
 from .config import Config, FinetuneConfig, GridConfig
+from .strict_yaml import read_yaml
 
 SHIPPED = Path(__file__).parent / "grids"
 DEFAULT = "experiments"
@@ -255,15 +255,7 @@ def _find(name: str) -> Path:
 
 def _load(path: Path) -> dict[str, Any]:
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            "cannot read experiments", where=path, got=error.strerror or error, wanted=f"a YAML file, or one of {names}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        got = getattr(error, "problem", None) or "text that is not UTF-8"
-        raise InputError("broken experiments", where=path, got=got, wanted="YAML") from None
+    tree = read_yaml(path, "experiments", wanted=f"a YAML file, or one of {names}")
     if not isinstance(tree, dict):
         raise InputError(
             "broken experiments", where=path, got=type(tree).__name__, wanted="experiments by name", do=_DO

@@ -104,8 +104,8 @@ def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order,
     for name, values in (("img", source.v_img), ("txt", texts)):
         for at, part in enumerate(np.split(values, sorted(cuts))):
             ends = np.dtype(dtype).newbyteorder(">" if at in big else "<")
-            part = np.asarray(part, ends, order=order)
-            source.save(f"{name}/{name}_{at + 8}.npy", part)  # 10 sorts before 8 as text
+            # By number: 10 sorts before 8 as text.
+            source.save(f"{name}/{name}_{at + 8}.npy", np.asarray(part, ends, order=order))
     result = source.run(source.folder / "img", source.folder / "txt", dtype=to)
     check(source, result, counts, to or dtype)
 
