@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, *, slim: Callable[[Record], Record] | None = N
     except UnicodeDecodeError:
         raise ValueError("bytes that are not UTF-8") from None
     except RecursionError:
-        raise ValueError("objects that are nested too deeply") from None
+        raise ValueError("nested too deeply: the limit of recursion is reached") from None
 
 
 def _no_number(name: str) -> float:

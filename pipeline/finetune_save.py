@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import InputError
+from ..cache.strict_json import parse_json
 from ..heads.hub import reason
 from ..heads.tensor_files import load_tensors, write_tensors
 from .config import Config
@@ -119,7 +120,7 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor], config
 def base_of(run: Path, info: RunInfo) -> dict[str, Any]:
     """What a run began with: ``model``, ``revision`` and ``store_digest`` of its checkpoint."""
     try:
-        base: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))["base"]
+        base: dict[str, Any] = parse_json((run / RECORD).read_bytes())["base"]
     except (OSError, ValueError, LookupError, TypeError):
         return {"model": info.model, "store_digest": info.store_digest}  # killed before it was written
     return base

@@ -5,7 +5,6 @@ file or the new one. No pickle anywhere.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from .. import InputError, __version__
 from ..cache import StoreBusy
 from ..cache.files import lock, sync_folder, unlock
 from ..cache.key import canonical_json
+from ..cache.strict_json import parse_json
 from .files import make_folder, unwritable, write_whole
 from .runs import now
 from .tag_index import Origin, TagIndex
@@ -115,7 +115,7 @@ def _literal(name: str) -> str:
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the file says of itself; other files and newer formats are refused before anything else is looked at."""
     try:
-        about = json.loads(metadata["mmcli_index"])
+        about = parse_json(metadata["mmcli_index"])
         version = about["version"]
         known = about["format"] == FORMAT and type(version) is int and version >= 1
     except (KeyError, ValueError, TypeError):
