@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MOST_SHOWN = 200  # characters of what somebody gave
+
 __all__ = ["InputError", "Tagger", "__version__", "load_head"]
 
 
@@ -28,7 +30,7 @@ class InputError(ValueError):
     Args:
         what: What is wrong, in a few words.
         where: The file, folder, option or row it was found in.
-        got: What stood there.
+        got: What stood there; the line shows its first 200 characters.
         wanted: What should stand there.
         do: The command or the step that mends it.
     """
@@ -44,7 +46,10 @@ class InputError(ValueError):
     ) -> None:
         self.what, self.where, self.got, self.wanted, self.do = what, where, got, wanted, do
         line = what if where is None else f"{what}: {where}"
-        found = [f"{name} {value}" for name, value in (("got", got), ("wanted", wanted)) if value is not None]
+        shown = None if got is None else str(got)
+        if shown is not None and len(shown) > _MOST_SHOWN:
+            shown = f"{shown[:_MOST_SHOWN]}... ({len(shown):,} characters)"
+        found = [f"{name} {value}" for name, value in (("got", shown), ("wanted", wanted)) if value is not None]
         if found:
             line += ": " + ", ".join(found)
         if do is not None:

@@ -17,6 +17,7 @@ from .ablate_table import ROWS, read_rows
 from .codes import codes_path
 from .evaluation import scores_path
 from .experiments import DEFAULT, read_experiments
+from .files import command
 from .manifest import Manifest, read_manifest
 from .metrics_file import read_history, read_metrics
 from .report_arms import Arm, Sample
@@ -164,7 +165,7 @@ def read_known(folder: Path) -> Known:
     if info.status != "finished":
         raise InputError(
             "cannot report this run", where=folder, got=f"a run that is {info.status}", wanted="a finished run",
-            do=f"finish it with `mmcli {info.kind} --resume {folder}`, or name another --run",
+            do=f"finish it with `{command(info.kind, '--resume', folder)}`, or name another --run",
         )  # fmt: skip
     rows = tuple(row for row in read_metrics(folder) if row["split"] == SPLIT)
     return Known(

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from .. import InputError, __version__
 from ..cache.strict_json import parse_json
 from .config import Config, dump_config
-from .files import write_text
+from .files import command, write_text
 from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new
 
@@ -129,7 +129,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
     kinds = TRAINED if kind in TRAINED else (kind,)
     if info.kind not in kinds or info.status != "finished" or info.version != RUN_VERSION:
         begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
-        do = f"finish it with `mmcli {info.kind} --resume {folder}`" if begun else f"run `mmcli {kind}`"
+        do = f"finish it with `{command(info.kind, '--resume', folder)}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
             wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
