@@ -110,6 +110,7 @@ def check_row(row: Mapping[str, Any]) -> None:
     for key in ("method", "split"):
         if not isinstance(row[key], str):
             raise TypeError(f"{key} is {row[key]!r:.60}")
+        row[key].encode()  # JSON can spell half a pair of surrogates, which no file can hold
     for key, value in row.items():
         if _FIGURE.fullmatch(key) and not _is_number(value, or_null=True):
             raise ValueError(f"{key} is {value!r:.60}")
