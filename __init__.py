@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MOST_SHOWN = 200  # characters of what somebody gave
+_MOST_SHOWN, _LONGEST_PLACE = 200, 1000  # characters of what somebody gave, and of a path
 
 __all__ = ["InputError", "Tagger", "__version__", "load_head"]
 
@@ -45,16 +45,19 @@ class InputError(ValueError):
         do: str | None = None,
     ) -> None:
         self.what, self.where, self.got, self.wanted, self.do = what, where, got, wanted, do
-        line = what if where is None else f"{what}: {where}"
-        shown = None if got is None else str(got)
-        if shown is not None and len(shown) > _MOST_SHOWN:
-            shown = f"{shown[:_MOST_SHOWN]}... ({len(shown):,} characters)"
+        line = what if where is None else f"{what}: {_short(where, _LONGEST_PLACE)}"
+        shown = None if got is None else _short(got, _MOST_SHOWN)
         found = [f"{name} {value}" for name, value in (("got", shown), ("wanted", wanted)) if value is not None]
         if found:
             line += ": " + ", ".join(found)
         if do is not None:
             line += f"; {do}"
         super().__init__(" ".join(line.split()))
+
+
+def _short(value: object, most: int) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | MlpBaseline":

@@ -97,7 +97,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         return []
     try:
         table = read_parquet(path)
-        _check_types(table.schema)
+        _check_types(table)
         rows: list[dict[str, Any]] = table.to_pylist()
     except (OSError, ValueError) as error:
         raise InputError(
@@ -107,21 +107,23 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_types(schema: pa.Schema) -> None:
+def _check_types(table: pa.Table) -> None:
     """Refuse columns that are missing or of other types than those that :func:`write_rows` gives them.
+
+    A column without a value, as all of an empty table, may have any type.
 
     Raises:
         ValueError: There is one.
     """
-    types = {name: schema.field(name).type if name in schema.names else None for name in (*TEXTS, *WHOLE)}
-    types |= {name: schema.field(name).type for name in FIGURES if name in schema.names}
-    for name, kind in types.items():
-        fits = (
-            pa.types.is_string if name in TEXTS else pa.types.is_integer if name in WHOLE
-            else lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
-        )  # fmt: skip
-        if kind is None or not fits(kind):
-            raise ValueError(f"no column {name}" if kind is None else f"the column {name} of {kind}")
+    missing = {*TEXTS, *WHOLE} - set(table.column_names)
+    if missing:
+        raise ValueError(f"no column {min(missing)}")
+    for name in {*TEXTS, *WHOLE, *FIGURES} & set(table.column_names):
+        column = table.column(name)
+        is_number = pa.types.is_integer(column.type) or (pa.types.is_floating(column.type) and name in FIGURES)
+        fits = pa.types.is_string(column.type) if name in TEXTS else is_number
+        if not fits and column.null_count < len(column):
+            raise ValueError(f"the column {name} of {column.type}")
 
 
 def _line(row: Row, record: Record | None) -> dict[str, Any]:

@@ -33,6 +33,8 @@ GRID_KEYS = {
     "max_num_patches": ("model.max_num_patches", "patches"), "freeze_towers": (TOWERS, TOWERS),
 }  # fmt: skip
 _TOWER_WORDS = {True: "frozen", False: "last-2", "full": "all"}
+# Files that extend one another; more are a circle through links.
+_MOST_EXTENDED = 10
 _DO = "see docs/ablations.md, or `mmcli ablate --dry-run`"
 
 
@@ -237,7 +239,7 @@ def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if under is None:
         return tree
     base = _find(str(under))
-    if base.resolve() in {one.resolve() for one in (*seen, path)}:
+    if base.absolute() in {one.absolute() for one in (*seen, path)} or len(seen) > _MOST_EXTENDED:
         raise InputError(
             "experiments that extend themselves", where=path, got=f"extends: {under}", wanted="another file"
         )
@@ -249,8 +251,8 @@ def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _find(name: str) -> Path:
-    shipped = SHIPPED / f"{name}.yaml"
-    return shipped if "/" not in name and shipped.is_file() else Path(name)
+    shipped = {file.stem: file for file in SHIPPED.glob("*.yaml")}
+    return shipped.get(name, Path(name))
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -131,12 +131,11 @@ def read_yaml(path: Path, what: str, *, wanted: str, do: str | None = None) -> A
         if len(data) > MOST_BYTES:
             raise yaml.MarkedYAMLError(problem=f"more than {MOST_BYTES:,} bytes")
         return parse_yaml(data.decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {what}", where=path, got=error.strerror or error, wanted=wanted, do=do
-        ) from None
     except UnicodeDecodeError:
         raise InputError(f"broken {what}", where=path, got="text that is not UTF-8", wanted="YAML", do=do) from None
+    except (OSError, ValueError) as error:  # ValueError: a path that holds NUL
+        got = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {what}", where=path, got=got, wanted=wanted, do=do) from None
     except yaml.YAMLError as error:
         problem, place = yaml_problem(error, path)
         raise InputError(f"broken {what}", where=place, got=problem, wanted="YAML", do=do) from None

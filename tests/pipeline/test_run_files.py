@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.cache.strict_json import parse_json
-from mmcli.pipeline.ablate_table import read_rows
+from mmcli.pipeline.ablate_table import read_rows, write_rows
 from mmcli.pipeline.index_file import read_index
 from mmcli.pipeline.manifest import read_manifest
 from mmcli.pipeline.metrics_file import read_history, read_metrics
@@ -158,6 +158,14 @@ def test_rows_of_experiments_of_other_types_are_one_line(tmp_path: Path) -> None
     pq.write_table(whole.drop_columns(["status"]), path)
     with pytest.raises(InputError, match="no column status"):
         read_rows(kit.ablations)
+
+
+def test_a_table_without_rows_or_without_a_figure_is_read(tmp_path: Path) -> None:
+    write_rows(tmp_path, [])
+    assert read_rows(tmp_path) == []
+    row = {"experiment": "A1", "value": "x", "order": 0, "seed": 1, "status": "finished", "mAP": None}
+    write_rows(tmp_path, [row])
+    assert read_rows(tmp_path)[0]["mAP"] is None
 
 
 def test_json_has_one_meaning() -> None:

@@ -109,3 +109,18 @@ def test_every_file_that_is_shipped_or_written_reads_back(repo: Path) -> None:
         assert read_yaml(path, "a file", wanted="YAML") == yaml.safe_load(text)
     written = dump_config(load_config())
     assert parse_yaml(written) == yaml.safe_load(written)
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "a\\0b", "\\ud800", "nowhere/e.yaml"])
+def test_experiments_that_extend_what_is_not_there_are_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "e.yaml").write_text(f'extends: "{name}"')
+    with pytest.raises(InputError, match=r"(cannot read|broken) experiments") as caught:
+        read_experiments(str(tmp_path / "e.yaml"))
+    assert len(str(caught.value)) < 1500
+
+
+def test_experiments_that_extend_one_another_are_one_line(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {tmp_path / other}.yaml")
+    with pytest.raises(InputError, match="extend themselves"):
+        read_experiments(str(tmp_path / "a.yaml"))
