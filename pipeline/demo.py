@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from .config import Config, ModelConfig, load_config
 from .device import pick_device
 from .explain import show
 from .extract import ExtractPlan, extract
-from .files import make_folder, one_line, write_text
+from .files import command, make_folder, one_line, write_text
 from .interrupts import interruptible
 from .knn_eval import knn_eval
 from .manifest import read_manifest
@@ -102,32 +101,31 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
     started = time.perf_counter()
     data, model, store, runs = out / "data", out / "model", out / "store", out / "runs"
     _make_miniature(config, out, force=force, progress=progress)
-    _step(progress, 2, "read COCO's files, check them, write one manifest", f"prepare --data {data}")
+    _step(progress, 2, "read COCO's files, check them, write one manifest", command("prepare", "--data", data))
     for table in statistics_tables(prepare(data).statistics)[:1]:
         progress.show(table)
-    command = f"extract --data {data} --model {model} --patches {PATCHES} --out {store}"
-    _step(progress, 3, "run the frozen towers once, store raw embeddings", command)
+    words = command("extract", "--data", data, "--model", model, "--patches", PATCHES, "--out", store)
+    _step(progress, 3, "run the frozen towers once, store raw embeddings", words)
     config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
     extract(config, ExtractPlan(data=data, out=store), progress)
-    _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
+    _step(progress, 4, "tag by the categories' names alone", command("zero-shot", "--store", store))
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
     _step(
         progress,
         5,
         "train a 64-bit head from the store",
-        f"train-head --store {store} --preset small --bits 64 --epochs {EPOCHS} --patience 0",
+        command("train-head", "--store", store, "--preset", "small", "--bits", 64, "--epochs", EPOCHS, "--patience", 0),
     )
     training = {"training.num_epochs": EPOCHS, "training.early_stopping_patience": 0}
     kept = {"model": config.model, "hardware": config.hardware}
     config = load_config(options={"preset": "small", "hash.bits": 64, **training}).model_copy(update=kept)
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
-    _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
+    _step(progress, 6, "let Hamming neighbours vote", command("knn-eval", "--run", trained.run.folder))
     voted = knn_eval(config, run=trained.run, progress=progress)
     _explain(trained.run, data, config.knn, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
     plan = ReportPlan(runs=runs, data=data, out=out / "report", force=True)
-    command = plan.command.removeprefix("mmcli ")
-    _step(progress, 8, "one page of answers, tables, plots, queries and failures", command)
+    _step(progress, 8, "one page of answers, tables, plots, queries and failures", plan.command)
     page = report(plan, progress).files[0]
     files = (
         (page, "one page of all of it, for any browser"),
@@ -180,11 +178,11 @@ def _read_mark(mark: Path) -> dict[str, object] | None:
     return made if isinstance(made, dict) and made.keys() == {"version", "seed", "whole"} else None
 
 
-def _step(progress: Progress, number: int, what: str, command: str | None) -> None:
+def _step(progress: Progress, number: int, what: str, line: str | None) -> None:
     """A heading, and the command that does this step alone."""
     progress.show(Text.assemble(f"\n{number}. ", (what, "bold")))
-    if command is not None:
-        progress.show(Text(f"   $ mmcli {command}", "cyan"))
+    if line is not None:
+        progress.show(Text(f"   $ {line}", "cyan"))
 
 
 def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
@@ -193,8 +191,8 @@ def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
     row = _telling_row(query)
     at = listing.image_ids.tolist().index(query.image_id[row])
     image, caption, one = str(data / listing.paths[at]), listing.captions[at][0], slice(row, row + 1)
-    command = f"predict {image} --caption {shlex.quote(caption)} --run {run.folder} --data {data}"
-    _step(progress, 7, "ask why: one test image and the neighbours that voted", command)
+    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
     coded = Coded(query.soft[one], None if query.packed is None else query.packed[one])
     (tagging,) = Voters(run_index(run), knn).tag(coded, [Query(image, caption)], top=knn.top_n_tags)
     progress.show(show(tagging, truth=[listing.category_names[c] for c in np.flatnonzero(query.labels[row])]))

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -280,3 +281,8 @@ def _finish(path: Path, mode: int) -> None:
             path.chmod(mode)
     with path.open("rb") as stream:
         sync_file(stream.fileno())
+
+
+def command(*words: object) -> str:
+    """A command of ``mmcli`` as a shell takes it: ``mmcli knn-eval --run 'my run'``."""
+    return shlex.join(["mmcli", *map(str, words)])

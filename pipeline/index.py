@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import RenderableType
 
-from .files import refuse_existing
+from .files import command, refuse_existing
 from .index_file import is_index, read_index, write_index, writing
 from .manifest import Manifest, read_manifest
 from .progress import Progress
@@ -62,8 +62,8 @@ class IndexResult:
             lines.append(f"new tags: {', '.join(self.new_names)}")
         what = f"{self.changed:,} samples {self.did} the index; " if self.did != "built" else ""
         lines.append(f"{what}{self.n:,} samples, {self.n_classes} tags, {self.n_bytes / 2**20:.1f} MiB")
-        run = f"--run {self.run or 'RUN'}"
-        return [*lines, f"use it with `mmcli predict IMAGE {run} --index {self.path}`", f"wrote {self.path}"]
+        use = command("predict", "IMAGE", "--run", self.run or "RUN", "--index", self.path)
+        return [*lines, f"use it with `{use}`", f"wrote {self.path}"]
 
 
 def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexResult:

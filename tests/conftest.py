@@ -13,11 +13,12 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--slow`` runs the tests that take minutes, ``--fake-machine`` shows all tests another machine."""
+    """``--slow`` runs the tests that take minutes, ``--fake-machine`` shows another machine, ``--mutations`` damages files."""
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption(
         "--fake-machine", metavar="WHAT", help="amx, no-amx, cores=N, l2=BYTES, or several joined by commas"
     )
+    parser.addoption("--mutations", type=int, default=525, help="damaged files that are read (default: 525)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
