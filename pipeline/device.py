@@ -1,6 +1,7 @@
 """Where to compute and in which precision: CPU and GPU alike, the GPU never assumed and never ignored."""
 
 import ctypes
+import errno
 import os
 import random
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class autocast:  # noqa: N801
     def __post_init__(self) -> None:
         self.dtype = torch.float32
         if self.enabled and self.device.type == "cuda":
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            self.dtype = torch.bfloat16 if _computes_bfloat16(self.device) else torch.float16
         elif self.enabled and self.on_cpu and self.device.type == "cpu" and has_amx():
             self.dtype = torch.bfloat16
         self._context = torch.autocast(
@@ -89,9 +90,43 @@ class autocast:  # noqa: N801
         self._context.__exit__(kind, value, traceback)
 
 
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether this GPU has arithmetic of bfloat16; older ones convert every number there and back, and are slower."""
+    with torch.cuda.device(device):  # the question below is about the current device
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_amx() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware of its own (Intel AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+# What libraries say in an error that has no class of its own: allocators of a CPU, cuBLAS, cuDNN and NCCL on a GPU.
+_SHORTAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "_status_alloc_failed",
+    "cudaerrormemoryallocation",
+    "cublas_status_not_initialized",  # of a handle that found no room for its workspace
+)
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Whether an error says that a device, or this machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SHORTAGES)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device, *, pin: bool) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device; from page-locked memory (``pin``) a GPU copies while the host goes on."""
+    if pin and device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .device import autocast
+from .device import autocast, to_device
 from .finetune_augment import draw_views, flip
 from .finetune_data import LiveStore, refuse_unreadable
 from .finetune_shards import Shards
@@ -67,6 +67,7 @@ class Feed:
         self.towers, self._store, self.team = towers, store, store.team
         self.shards = shards or Shards(towers, store.team, sharded=False)
         self._augment, self._seed = config.finetune.augment, config.hardware.seed
+        self._pin_memory = config.data.pin_memory
         self._live = set(towers.sides) | ({"image"} if self._augment else set())
         self._keeps_graph = config.training.accumulation_steps == 1
         most = config.finetune.batch_tokens or store.encoder.batch_tokens
@@ -212,12 +213,12 @@ class Feed:
         if tower is None:
             encoder = self._store.encoder
             return torch.cat([encoder.image_features(patches.numpy(), grid) for patches, grid in part.images])
-        device = self.team.device
+        device, pin = self.team.device, self._pin_memory
         with self._precision:
             found: Tensor = (
-                tower([(patches.to(device, non_blocking=True), grid) for patches, grid in part.images])
+                tower([(to_device(patches, device, pin=pin), grid) for patches, grid in part.images])
                 if part.ids is None
-                else tower(part.ids.to(device, non_blocking=True))
+                else tower(to_device(part.ids, device, pin=pin))
             )
         return found
 

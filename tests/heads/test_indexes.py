@@ -87,7 +87,7 @@ def test_torch_merges_chunks_of_any_size(seed: int, n: int, data: st.DataObject)
 def test_torch_keys_fit_their_integers() -> None:
     index = torch_index.TorchIndex(np.zeros((10, 512), np.uint8))
     index._packed = torch.empty((2**31, 0), dtype=torch.uint8)
-    assert (index._chunk(1, 20)) * (index.bits + 1) < 2**31
+    assert (index._chunk(1)) * (index.bits + 1) < 2**31
 
 
 @pytest.mark.gpu

@@ -20,7 +20,6 @@ from mmcli.pipeline.finetune_augment import LEAST, draw_views, flip
 from mmcli.pipeline.finetune_data import LiveStore
 from mmcli.pipeline.finetune_feed import Feed
 from mmcli.pipeline.finetune_fleet import _without_option
-from mmcli.pipeline.finetune_memory import is_shortage
 from mmcli.pipeline.finetune_plan import kept_bytes, plan_memory
 from mmcli.pipeline.finetune_settings import settle_finetune, unfreeze_of
 from mmcli.pipeline.finetune_team import Team, _buckets, open_team
@@ -98,26 +97,6 @@ def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> N
     assert (image.needs[0].caption_bytes, image.needs[0].image_bytes > off.image_bytes) == (0, True)
     none = plan_memory(settle_finetune(config, unfreeze="none", towers="both", start=None), data=miniature.data)
     assert (none.needs, none.n_trained) == ((), head)
-
-
-@pytest.mark.parametrize(
-    ("error", "short"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes do not fit"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_a_shortage_of_memory_is_known_from_other_errors(error: Exception, short: bool) -> None:
-    assert is_shortage(error) is short
-
-
-def test_a_real_allocation_that_fails_is_known() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**46, dtype=torch.float32)
-    assert is_shortage(caught.value)
 
 
 @pytest.mark.parametrize(
