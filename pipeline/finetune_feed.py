@@ -191,7 +191,8 @@ class Feed:
             if piece.batch is not None:
                 inside = list(piece.batch.rows)
                 pixels = self._seen(piece.pixels, piece.batch.grid, piece.number, inside)
-                yield torch.from_numpy(pixels), piece.batch.grid, mine[inside].to(self.team.device)
+                places = to_device(mine[inside], self.team.device, pin=self._pin_memory)
+                yield torch.from_numpy(pixels), piece.batch.grid, places
             if piece.last:
                 return
 
@@ -202,11 +203,11 @@ class Feed:
         mine = torch.arange(len(rows))[self.team.share(len(rows))]
         if "text" not in self._live or not len(mine):
             return
-        chosen = zip(rows[mine].tolist(), caption[mine].tolist(), strict=True)
+        chosen = torch.stack([rows, caption], dim=1).cpu()[mine].tolist()  # a GPU is waited for once
         ids = self._store.encoder.tokenize([self._store.listing.captions[row][which] for row, which in chosen])
         most = max(1, self._tokens["text"] // ids.shape[1])
         for places, given in zip(torch.split(mine, most), torch.split(ids, most), strict=True):
-            yield _Part(places=places.to(self.team.device), ids=given)
+            yield _Part(places=to_device(places, self.team.device, pin=self._pin_memory), ids=given)
 
     def _run(self, part: _Part) -> Tensor:
         tower: Any = self.towers.sides.get(part.side)
