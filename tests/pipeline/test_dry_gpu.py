@@ -31,8 +31,8 @@ LAUNCHES = {
 }  # fmt: skip
 # Of a step of towers and head.
 TOWER_LAUNCHES = {
-    "last-2": 871, "all": 917, "all, deterministic": 917, "last-1 of images, accumulated": 939, "all, checkpointed": 1027,
-    "last-1 of texts, augmented, float32": 477, "frozen, augmented": 423,
+    "last-2": 893, "all": 940, "all, deterministic": 940, "last-1 of images, accumulated": 1004, "all, checkpointed": 1052,
+    "last-1 of texts, augmented, float32": 516, "frozen, augmented": 474,
 }  # fmt: skip
 
 
@@ -58,7 +58,12 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Dry:
         if group not in done:
             command = [sys.executable, "-W", "ignore", here / "cases.py", library, group, *words]
             ended = subprocess.run(
-                command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             assert ended.returncode == 0, ended.stderr[-2000:]
             done[group] = json.loads(ended.stdout.splitlines()[-1])
