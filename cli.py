@@ -98,12 +98,29 @@ def main() -> None:
             raise
         code = _complain(f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept", 1)
     except Exception as error:
-        # Typer keeps its usage errors in a private module; they all have a message and an exit code.
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        code = _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
+        code = _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> int:
+    """The exit code of an error that can be said in one line, which is printed; others are raised again."""
+    if _is_memory_shortage(error):
+        said = str(error).partition("\n")[0][:200] or "no memory left"
+        do = "give a smaller batch, fewer --patches or another --device; what was finished is kept"
+        return _complain(f"out of memory: {said}; {do}", 1)
+    # Typer keeps its usage errors in a private module; they all have a message and an exit code.
+    message = getattr(error, "format_message", None)
+    if message is None:
+        raise error
+    return _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
+
+
+def _is_memory_shortage(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # and there may be no room to import it
+        return isinstance(error, MemoryError)
+    from .pipeline.device import is_memory_shortage
+
+    return is_memory_shortage(error)
 
 
 def _complain(line: str, code: int) -> int:
