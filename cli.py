@@ -19,7 +19,16 @@ from .pipeline.commands.options import Panels
 
 INTERRUPTED = 130
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
-NO_FAULT_OF_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+NO_FAULT_OF_OURS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENOMEM,
+}
 
 app = typer.Typer(
     name="mmcli", add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -99,11 +108,13 @@ def main() -> None:
         code = _complain(f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept", 1)
     except Exception as error:
         code = _explain(error)
+        if code is None:
+            raise
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explain(error: Exception) -> int:
-    """The exit code of an error that can be said in one line, which is printed; others are raised again."""
+def _explain(error: Exception) -> int | None:
+    """Print an error that can be said in one line; its exit code, or None for another."""
     if _is_memory_shortage(error):
         said = str(error).partition("\n")[0][:200] or "no memory left"
         do = "give a smaller batch, fewer --patches or another --device; what was finished is kept"
@@ -111,7 +122,7 @@ def _explain(error: Exception) -> int:
     # Typer keeps its usage errors in a private module; they all have a message and an exit code.
     message = getattr(error, "format_message", None)
     if message is None:
-        raise error
+        return None
     return _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
 
 

@@ -14,6 +14,8 @@ from .. import InputError
 
 # What is larger is mapped by itself and given back when freed; glibc takes no higher limit.
 _LARGEST_MAPPED = 32 << 20
+# With a workspace of its own for every stream cuBLAS adds up in one order.
+DETERMINISTIC_WORKSPACE = ":4096:8"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -23,9 +25,7 @@ def pick_device(name: str = "auto") -> torch.device:
         InputError: An unknown name, or a device that this machine does not have.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
+        return _prepared(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,6 +44,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if not here.get(device.type, False):
         wanted = f"one of {', '.join(kind for kind, present in here.items() if present)}"
         raise InputError("no such device here", where="--device", got=name, wanted=wanted, do="use --device auto")
+    return _prepared(device)
+
+
+def _prepared(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        # torch looks at it once, before the first product of a process, which may be long before a training asks for
+        # the deterministic mode: an encoder has run by then.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_WORKSPACE)
     return device
 
 
@@ -135,7 +143,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_WORKSPACE)
     # Where nothing changes it is not asked for: asking imports torch's compiler, a second of a process that needs none.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
