@@ -27,7 +27,7 @@ from .pipeline.interrupts import INTERRUPTED, Interrupted
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
 NO_FAULT_OF_OURS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
+    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG, errno.ENOMEM,
 }  # fmt: skip
 
 
@@ -128,11 +128,9 @@ def main() -> None:
             raise
         code = _complain(f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept", 1)
     except Exception as error:
-        # Typer keeps its usage errors in a private module; they all have a message and an exit code.
-        message = getattr(error, "format_message", None)
-        if message is None:
+        code = _explain(error)
+        if code is None:
             raise
-        code = _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
     _abandon_failed_streams()
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -155,6 +153,28 @@ def _abandon_failed_streams() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _explain(error: Exception) -> int | None:
+    """Print an error that can be said in one line; its exit code, or None for another."""
+    if _is_memory_shortage(error):
+        message = str(error).partition("\n")[0][:200] or "no memory left"
+        do = "give a smaller batch, fewer patches or another device; what was finished is kept"
+        return _complain(f"out of memory: {message}; {do}", 1)
+    # Typer keeps its usage errors in a private module; they all have a message and an exit code.
+    format_message = getattr(error, "format_message", None)
+    if format_message is None:
+        return None
+    return _complain(f"{format_message().replace('Value error, ', '')} (see --help)", 2)
+
+
+def _is_memory_shortage(error: Exception) -> bool:
+    """Whether the device or the machine had no memory left."""
+    if "torch" not in sys.modules:  # and there may be no room to import it
+        return isinstance(error, MemoryError)
+    from .pipeline.device import is_memory_shortage
+
+    return is_memory_shortage(error)
 
 
 def _complain(line: str, code: int) -> int:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .neighbours import ExhaustiveIndex, Neighbours, Packed, as_neighbours
 
-CHUNK_BYTES = 1 << 30  # of the key of every pair of a chunk, on a GPU
+CHUNK_BYTES = 1 << 30  # of a chunk of codes, unpacked, and of the keys of all its pairs with queries, on a GPU
 CPU_CHUNK_BYTES = 1 << 26
 QUERIES = 1024
+_KEY_BYTES = 32  # of one of the K nearest of a query, while those of two chunks are merged
 # Integers up to here are exact in half precision; codes longer than that are multiplied in float32.
 HALF_EXACT = 2048
 
@@ -49,14 +50,15 @@ class TorchIndex(ExhaustiveIndex):
     def _nearest(self, queries: Packed, K: int) -> Neighbours:
         keys = np.empty((len(queries), K), np.int64)
         with torch.inference_mode():
-            for start in range(0, len(queries), QUERIES):
-                block = torch.from_numpy(np.ascontiguousarray(queries[start : start + QUERIES])).to(self.device)
-                keys[start : start + QUERIES] = self._keys(signs(block, self._dtype), K).cpu().numpy()
+            most = max(1, min(QUERIES, self._memory // (_KEY_BYTES * K)))
+            for start in range(0, len(queries), most):
+                block = torch.from_numpy(np.ascontiguousarray(queries[start : start + most])).to(self.device)
+                keys[start : start + most] = self._keys(signs(block, self._dtype), K).cpu().numpy()
         return as_neighbours(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
 
     def _keys(self, queries: Tensor, K: int) -> Tensor:
         """Keys ``dist * N + index`` of the K nearest ``(Q, K)`` int64, ascending."""
-        N, n = len(self), self._chunk(len(queries), K)
+        N, n = len(self), self._chunk(len(queries))
         best = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
         for start in range(0, N, n):
             chunk = signs(self._packed[start : start + n], self._dtype)
@@ -67,14 +69,19 @@ class TorchIndex(ExhaustiveIndex):
             best = both.topk(min(K, both.shape[1]), dim=1, largest=False).values
         return best.sort(dim=1).values
 
-    def _chunk(self, Q: int, K: int) -> int:
+    @property
+    def _memory(self) -> int:
+        return CPU_CHUNK_BYTES if self.device.type == "cpu" else CHUNK_BYTES
+
+    def _chunk(self, Q: int) -> int:
         """Codes a chunk: within the memory, keys below 2**31."""
-        memory = CPU_CHUNK_BYTES if self.device.type == "cpu" else CHUNK_BYTES
-        return max(1, min(len(self), max(K, memory // (16 * Q)), (2**31 - 1) // (self.bits + 1)))
+        # A bit of a code is two bytes and a number while it is unpacked.
+        each = 16 * Q + self.bits * (2 + self._dtype.itemsize)
+        return max(1, min(len(self), self._memory // each, (2**31 - 1) // (self.bits + 1)))
 
 
 def signs(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes ``(n, B)`` of -1 and +1 from packed ones ``(n, B // 8)``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, :, None] >> shifts) & 1
-    return bits.flatten(1).to(dtype) * 2 - 1
+    return bits.flatten(1).to(dtype).mul_(2).sub_(1)

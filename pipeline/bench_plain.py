@@ -57,7 +57,7 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader: DataLoader[Any] = DataLoader(
         _Items(train), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=train.device.type == "cuda",
+        pin_memory=config.data.pin_memory and train.device.type == "cuda",
     )  # fmt: skip
     while True:
         for given in loader:

@@ -162,11 +162,12 @@ def _ours(setting: _Setting, batch: int, replicas: int) -> Iterator[None]:
 
 
 def _products(setting: _Setting, batch: int) -> Iterator[None]:
-    """The matrix products of a step and the update of its parameters, on what is there already."""
+    """The matrix products of a step, in its precision, and the update of its parameters, on what is there already."""
     head = _head(setting)
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    inputs = [torch.randn(batch, layer.in_features, device=setting.device) for layer in layers]
-    slopes = [torch.randn(batch, layer.out_features, device=setting.device) for layer in layers]
+    placed: dict[str, Any] = {"device": setting.device, "dtype": getattr(torch, _precision(setting))}
+    inputs = [torch.randn(batch, layer.in_features, **placed) for layer in layers]
+    slopes = [torch.randn(batch, layer.out_features, **placed) for layer in layers]
     for parameter in head.parameters():
         parameter.grad = torch.zeros_like(parameter)
     fused = setting.device.type in {"cpu", "cuda"}
@@ -181,11 +182,14 @@ def _products(setting: _Setting, batch: int) -> Iterator[None]:
 
 
 def _product(layer: nn.Linear, x: Tensor, slope: Tensor, *, first: bool) -> Callable[[], None]:
+    weight = layer.weight.detach().to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
+
     def multiply() -> None:
-        torch.addmm(layer.bias, x, layer.weight.T) if layer.bias is not None else torch.mm(x, layer.weight.T)
+        torch.addmm(bias, x, weight.T) if bias is not None else torch.mm(x, weight.T)
         torch.mm(slope.T, x)
         if not first:  # nothing is trained below the first layer
-            torch.mm(slope, layer.weight)
+            torch.mm(slope, weight)
 
     return multiply
 
@@ -197,9 +201,13 @@ def _facts(setting: _Setting, case: Case) -> dict[str, Any]:
     started = time.perf_counter()
     monitor(head)
     validation, epoch = time.perf_counter() - started, len(setting.train) / case.ours
-    members = Replicas([head], stacked=False)
     return {
         "n_train": len(setting.train), "epoch_s": epoch, "validation_s": validation,
         "validation_share": validation / epoch,
-        "precision": Step(members, setting.train, setting.config, steps=1).precision,
+        "precision": _precision(setting),
     }  # fmt: skip
+
+
+def _precision(setting: _Setting) -> str:
+    """The name of the precision that a step computes its products in."""
+    return Step(Replicas([_head(setting)], stacked=False), setting.train, setting.config, steps=1).precision

@@ -1,6 +1,7 @@
 """Where to compute and in which precision: CPU and GPU alike, the GPU never assumed and never ignored."""
 
 import ctypes
+import errno
 import os
 import random
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from .cores import count_cores
 
 # What is larger is mapped by itself and given back when freed; glibc takes no higher limit.
 _LARGEST_MAPPED = 32 << 20
+# With a workspace of its own for every stream cuBLAS adds up in one order.
+DETERMINISTIC_WORKSPACE = ":4096:8"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -23,9 +26,7 @@ def pick_device(name: str = "auto") -> torch.device:
         InputError: An unknown name, or a device that this machine does not have.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("cpu")
+        return _prepared(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,6 +45,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if not here.get(device.type, False):
         wanted = f"one of {', '.join(kind for kind, present in here.items() if present)}"
         raise InputError("no such device here", where="--device", got=name, wanted=wanted, do="use --device auto")
+    return _prepared(device)
+
+
+def _prepared(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        # torch looks at it once, before the first product of a process, which may be long before a training asks for
+        # the deterministic mode: an encoder has run by then.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_WORKSPACE)
     return device
 
 
@@ -67,7 +76,7 @@ class autocast:  # noqa: N801
     def __post_init__(self) -> None:
         self.dtype = torch.float32
         if self.enabled and self.device.type == "cuda":
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            self.dtype = torch.bfloat16 if _computes_bfloat16(self.device) else torch.float16
         elif self.enabled and self.on_cpu and self.device.type == "cpu" and has_amx():
             self.dtype = torch.bfloat16
         self._context = torch.autocast(
@@ -98,9 +107,43 @@ def device_line(device: torch.device, precision: str) -> str:
     return f"cuda:{index} {torch.cuda.get_device_name(index)}, {precision}"
 
 
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether this GPU has arithmetic of bfloat16; older ones convert every number there and back, and are slower."""
+    with torch.cuda.device(device):  # the question below is about the current device
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_amx() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware of its own (Intel AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+# What libraries say in an error that has no class of its own: allocators of a CPU, cuBLAS, cuDNN and NCCL on a GPU.
+_SHORTAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "_status_alloc_failed",
+    "cudaerrormemoryallocation",
+    "cublas_status_not_initialized",  # of a handle that found no room for its workspace
+)
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Whether an error says that a device, or this machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SHORTAGES)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device, *, pin: bool) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device; from page-locked memory (``pin``) a GPU copies while the host goes on."""
+    if pin and device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
@@ -109,7 +152,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_WORKSPACE)
     # Where nothing changes it is not asked for: asking imports torch's compiler, a second of a process that needs none.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import InputError
 from .caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
 from .config import DEFAULT_MODEL
-from .device import autocast
+from .device import autocast, is_memory_shortage, to_device
 from .model_source import ModelSource, find_model, without_native_output
 from .patches import Grid, PatchSpec, Pixels, Resizer, cut, resize
 from .siglip import PROCESSOR_KEYS, Identity, ProcessorSettings, check_config, local_digest, patch_spec
@@ -71,6 +71,7 @@ class Encoder:
 
     Args:
         parts: What :meth:`parts` gives.
+        pin_memory: Whether batches go to a GPU by way of page-locked memory.
 
     Attributes:
         identity: Names for the key of a store.
@@ -80,11 +81,13 @@ class Encoder:
         width: Embedding width D.
         logit_scale: SigLIP's learned scale, already exponentiated.
         logit_bias: SigLIP's learned bias.
+        pin_memory: As given.
         batch_tokens: Most tokens of a forward pass; halved when the device runs out of memory.
     """
 
-    def __init__(self, parts: EncoderParts) -> None:
+    def __init__(self, parts: EncoderParts, *, pin_memory: bool = True) -> None:
         model, device = parts.model, parts.device
+        self.pin_memory = pin_memory
         self.identity, self.device = parts.identity, device
         self.spec = parts.spec
         self.width = int(model.config.text_config.projection_size or model.config.text_config.hidden_size)
@@ -106,11 +109,13 @@ class Encoder:
         text_length: int = 64,
         resizer: Resizer = "pillow",
         device: torch.device,
+        pin_memory: bool = True,
     ) -> "Encoder":
-        """Load a checkpoint; arguments and errors are those of :meth:`parts`."""
-        return cls(
-            cls.parts(name, revision=revision, patches=patches, text_length=text_length, resizer=resizer, device=device)
+        """Load a checkpoint; arguments and errors are those of :meth:`parts` and of the class."""
+        parts = cls.parts(
+            name, revision=revision, patches=patches, text_length=text_length, resizer=resizer, device=device
         )
+        return cls(parts, pin_memory=pin_memory)
 
     @staticmethod
     def parts(
@@ -178,10 +183,9 @@ class Encoder:
             InputError: The device has no memory for a single image.
         """
         host = torch.from_numpy(patches)
-        host = host.pin_memory() if self.device.type == "cuda" else host
 
         def run(rows: slice) -> Tensor:
-            return self._image(host[rows].to(self.device, non_blocking=True), grid)
+            return self._image(to_device(host[rows], self.device, pin=self.pin_memory), grid)
 
         return self._within_memory(len(host), grid.tokens, run)
 
@@ -214,7 +218,6 @@ class Encoder:
         _, first, inverse = np.unique(ids, axis=0, return_index=True, return_inverse=True)
         order = np.argsort(first)
         unique = torch.from_numpy(ids[first[order]])
-        unique = unique.pin_memory() if self.device.type == "cuda" else unique
         times = np.bincount(inverse.reshape(-1))[order]
 
         def run(rows: slice) -> Tensor:
@@ -229,24 +232,35 @@ class Encoder:
 
     def text_features(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 on the device, of token ids ``(n, text_length)`` int64, in one pass."""
-        return self._text(ids.to(self.device, non_blocking=True))
+        return self._text(to_device(ids, self.device, pin=self.pin_memory))
 
     def _within_memory(self, n: int, tokens: int, run: Callable[[slice], Tensor]) -> Tensor:
         """All n things in passes of at most ``batch_tokens`` tokens; passes are halved when memory runs out."""
         parts, start = [], 0
         while start < n:
             count = min(max(1, self.batch_tokens // tokens), n - start)
-            try:
-                parts.append(run(slice(start, start + count)))
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise InputError(
-                        "out of memory", where=self.device, got=f"no room for {tokens} tokens", wanted="more memory",
-                        do="lower the patch budget, or compute on another device; what was finished is kept",
-                    ) from None  # fmt: skip
-                self.batch_tokens = tokens * (count // 2)
-                _log.warning("out of memory: %d tokens in a forward pass from here on", self.batch_tokens)
-                torch.cuda.empty_cache()
-            else:
+            part = _unless_short(run, slice(start, start + count))
+            if part is not None:
+                parts.append(part)
                 start += count
+                continue
+            if count == 1:
+                raise InputError(
+                    "out of memory", where=self.device, got=f"no room for {tokens} tokens", wanted="more memory",
+                    do="lower the patch budget, or compute on another device; what was finished is kept",
+                )  # fmt: skip
+            self.batch_tokens = tokens * (count // 2)
+            _log.warning("out of memory: %d tokens in a forward pass from here on", self.batch_tokens)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         return torch.cat(parts)
+
+
+def _unless_short(run: Callable[[slice], Tensor], rows: slice) -> Tensor | None:
+    """What a pass gives, or None where memory ran out; then all that the pass had allocated is free again."""
+    try:
+        return run(rows)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_memory_shortage(error):
+            raise
+        return None

@@ -113,6 +113,7 @@ def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Enc
     return Encoder.load(
         config.model.siglip2_variant, revision=config.model.revision, patches=config.model.max_num_patches,
         text_length=config.model.text_max_length, resizer=plan.resizer, device=device,
+        pin_memory=config.data.pin_memory,
     )  # fmt: skip
 
 

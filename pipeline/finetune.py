@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import InputError
 from ..heads.model import BaseHead
 from .config import Config
+from .device import is_memory_shortage
 from .finetune_feed import Feed
-from .finetune_memory import is_shortage, short_of_memory
+from .finetune_memory import short_of_memory
 from .finetune_monitor import LiveMonitor
 from .finetune_save import TowerKeeper, base_of, save_towers, write_record
 from .finetune_set_up import Live, describe, digest_of, set_up
@@ -235,8 +236,8 @@ class _Training:
             if self._run is not None:
                 mark(self._run, "failed")
             raise
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_memory_shortage(error):
                 raise
             raise short_of_memory(self._config, self._team.device) from None
 

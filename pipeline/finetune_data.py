@@ -56,7 +56,7 @@ class LiveStore:
     ) -> None:  # fmt: skip
         self.listing, self.data, self.parts = listing, data, parts
         self._config, self.team, self._progress = config, team, progress
-        self.encoder = Encoder(parts)
+        self.encoder = Encoder(parts, pin_memory=config.data.pin_memory)
         n, width = len(listing), self.encoder.width
         self._counts = count_captions(listing.captions)
         self.whole = Split.place(
@@ -81,7 +81,7 @@ class LiveStore:
     def renew(self) -> None:
         """Take the towers as they are now."""
         tokens = self.encoder.batch_tokens
-        self.encoder = Encoder(self.parts)
+        self.encoder = Encoder(self.parts, pin_memory=self._config.data.pin_memory)
         self.encoder.batch_tokens = tokens
 
     def __enter__(self) -> Self:

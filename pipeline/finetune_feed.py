@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .device import autocast
+from .device import autocast, to_device
 from .finetune_augment import draw_views, flip
 from .finetune_data import LiveStore, refuse_unreadable
 from .finetune_shards import Shards
@@ -67,6 +67,7 @@ class Feed:
         self.towers, self._store, self.team = towers, store, store.team
         self.shards = shards or Shards(towers, store.team, sharded=False)
         self._augment, self._seed = config.finetune.augment, config.hardware.seed
+        self._pin_memory = config.data.pin_memory
         self._live = set(towers.sides) | ({"image"} if self._augment else set())
         self._keeps_graph = config.training.accumulation_steps == 1
         most = config.finetune.batch_tokens or store.encoder.batch_tokens
@@ -190,7 +191,8 @@ class Feed:
             if piece.batch is not None:
                 inside = list(piece.batch.rows)
                 pixels = self._seen(piece.pixels, piece.batch.grid, piece.number, inside)
-                yield torch.from_numpy(pixels), piece.batch.grid, mine[inside].to(self.team.device)
+                places = to_device(mine[inside], self.team.device, pin=self._pin_memory)
+                yield torch.from_numpy(pixels), piece.batch.grid, places
             if piece.last:
                 return
 
@@ -201,23 +203,23 @@ class Feed:
         mine = torch.arange(len(rows))[self.team.share(len(rows))]
         if "text" not in self._live or not len(mine):
             return
-        chosen = zip(rows[mine].tolist(), caption[mine].tolist(), strict=True)
+        chosen = torch.stack([rows, caption], dim=1).cpu()[mine].tolist()  # a GPU is waited for once
         ids = self._store.encoder.tokenize([self._store.listing.captions[row][which] for row, which in chosen])
         most = max(1, self._tokens["text"] // ids.shape[1])
         for places, given in zip(torch.split(mine, most), torch.split(ids, most), strict=True):
-            yield _Part(places=places.to(self.team.device), ids=given)
+            yield _Part(places=to_device(places, self.team.device, pin=self._pin_memory), ids=given)
 
     def _run(self, part: _Part) -> Tensor:
         tower: Any = self.towers.sides.get(part.side)
         if tower is None:
             encoder = self._store.encoder
             return torch.cat([encoder.image_features(patches.numpy(), grid) for patches, grid in part.images])
-        device = self.team.device
+        device, pin = self.team.device, self._pin_memory
         with self._precision:
             found: Tensor = (
-                tower([(patches.to(device, non_blocking=True), grid) for patches, grid in part.images])
+                tower([(to_device(patches, device, pin=pin), grid) for patches, grid in part.images])
                 if part.ids is None
-                else tower(part.ids.to(device, non_blocking=True))
+                else tower(to_device(part.ids, device, pin=pin))
             )
         return found
 

@@ -1,18 +1,7 @@
-"""What a finetuning needs of memory, and what is said where it is not there."""
-
-import torch
+"""What is said where a finetuning does not have the memory it needs."""
 
 from .. import InputError
 from .config import Config
-
-# What allocators say on a CPU, where there is no class of errors for it.
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS))
 
 
 def short_of_memory(config: Config, where: object) -> InputError:

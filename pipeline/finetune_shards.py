@@ -106,6 +106,7 @@ def _shard(towers: Towers, team: Team) -> list[Any]:
         tokens = getattr(side.embeddings, "token_embedding", None)
         units += [] if tokens is None else [tokens]
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        # Each block is a root of its own, and a root stays whole after its forward pass unless it is told otherwise.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     towers.find_trained()
     return units

@@ -92,9 +92,10 @@ class _Pool(nn.Module):
         x, attention = self.norm(x), self.head.attention
         D, H = attention.embed_dim, attention.num_heads
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        q = F.linear(self.head.probe, weight[:D], bias[:D]).view(H, 1, D // H)
-        query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0]
-        scores = _by_shape((x @ query.T).float(), shapes)  # (n, P, H)
+        with torch.autocast(x.device.type, enabled=False):  # scores are rounded to nothing before the softmax
+            q = F.linear(self.head.probe, weight[:D], bias[:D]).view(H, 1, D // H)
+            query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0]
+            scores = _by_shape(x.float() @ query.T, shapes)  # (n, P, H)
         means = [
             score.softmax(1).transpose(1, 2) @ part  # (n, H, D)
             for score, part in zip(scores, _by_shape(x, shapes), strict=True)

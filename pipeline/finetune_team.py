@@ -151,7 +151,14 @@ class Team:
         return text
 
 
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
+# What gloo and NCCL say of it.
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 
 
 @contextmanager

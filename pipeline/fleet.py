@@ -41,6 +41,7 @@ def extract_here(
     progress = progress or Progress()
     if plan.force:
         plan = clear(config, plan)
+        torch.cuda.empty_cache()  # it has loaded an encoder, whose room the first process wants
     progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
     quiet = not isinstance(progress, ConsoleProgress)
     parts = [_part(plan, at, len(devices)) for at in range(len(devices))]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig, SchedulerConfig
 
@@ -52,10 +53,10 @@ class Group:
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019), one fused kernel a part of the head: ``torch.optim.AdamW``'s numbers.
+    """AdamW (Loshchilov and Hutter 2019), one fused kernel a part of the head: the function behind torch's own class.
 
-    torch's own imports its compiler when it is made, a second of a process that lives for a few, and asks its hooks in
-    every step. A loss scaler finds here what it looks for in an optimiser.
+    That class imports torch's compiler when it is made, a second of a process that lives for a few, and asks its hooks
+    in every step. A loss scaler finds here what it looks for in an optimiser.
 
     Args:
         parts: Parameters of ``fusion``, ``hash`` and ``classifier``; a part without any is left out.
@@ -102,12 +103,11 @@ class AdamW:
         for group in self.param_groups:
             parameters = [one for one in group["params"] if one.grad is not None]
             states = [self.state[one] for one in parameters]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            adamw(
                 parameters, [one.grad for one in parameters], [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states], [], steps, lr=group["lr"], beta1=self._betas[0],
-                beta2=self._betas[1], weight_decay=group["decay"], eps=EPS, amsgrad=False, maximize=False,
+                [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=True,
+                lr=group["lr"], beta1=self._betas[0], beta2=self._betas[1], weight_decay=group["decay"], eps=EPS,
+                amsgrad=False, maximize=False,
             )  # fmt: skip
 
     def zero_grad(self) -> None:

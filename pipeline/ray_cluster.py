@@ -179,7 +179,8 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
             wanted="auto, cpu, or cuda where it has GPUs", do="use --device auto; Ray places the processes",
         )  # fmt: skip
     if gpus and wanted != "cpu":
-        return Shares(device="cuda", actors=processes or gpus, threads=1, actor={"num_gpus": 1}, reader={"num_cpus": 1})
+        actors = min(processes or gpus, gpus)  # for another one no GPU would ever be free
+        return Shares(device="cuda", actors=actors, threads=1, actor={"num_gpus": 1}, reader={"num_cpus": 1})
     actors = processes or len(nodes)
     cores, together = max(node["CPU"] for node in nodes), -(-actors // len(nodes))
     share = MODEL_SHARE * cores / together

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..cache import Shard, StoreWriter
+from .device import to_device
 from .encoder import Encoder
 from .manifest import Manifest
 from .progress import Progress, Task
@@ -124,7 +125,10 @@ class ShardJobs:
             self._unreadable.record({shard.start + row: reason for row, reason in piece.bad.items()})
             bad |= piece.bad.keys()
             if piece.batch is not None:
-                features[list(piece.batch.rows)] = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                made = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                # With a list of rows as its index a GPU would have to be waited for.
+                rows = to_device(torch.tensor(piece.batch.rows), features.device, pin=self._encoder.pin_memory)
+                features.index_copy_(0, rows, made)
                 task.advance(len(piece.batch.rows))
             self.clock.lap("compute_s")
         v_img = features.cpu().numpy()

@@ -6,10 +6,12 @@ by one would take longer than computing them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import InputError
 from ..heads.label_losses import class_balanced_weights
@@ -22,9 +24,10 @@ from .optimisation import AdamW, Group, learning_rate
 from .replicas import Replicas
 from .splits import Split
 
-# Steps that a GPU does one by one before they are captured, so that every buffer is there.
+# Steps of each size of batch that a GPU does one by one before one is captured: kernels are loaded and chosen by shape,
+# and buffers made, which no capture may do.
 WARM_UP = 3
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # as in torch's own clipping
 
 
 class Step:
@@ -59,8 +62,9 @@ class Step:
         self._at = torch.zeros((), dtype=torch.int64, device=self._device)
         self._step = torch.zeros((), dtype=torch.int64, device=self._device)
         self.sums: dict[str, Tensor] = {}
+        self._totals: dict[tuple[str, ...], Tensor] = {}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-        self._eager = 0
+        self._warm: Counter[tuple[int, ...]] = Counter()
 
     @classmethod
     def autocast_of(cls, device: torch.device, config: Config) -> autocast:
@@ -139,8 +143,8 @@ class Step:
     def _run_on_gpu(self, sizes: tuple[int, ...]) -> None:
         if sizes in self._graphs:
             self._graphs[sizes].replay()
-        elif self._eager < WARM_UP:
-            self._eager += 1
+        elif self._warm[sizes] < WARM_UP:
+            self._warm[sizes] += 1
             side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(side):
@@ -149,7 +153,8 @@ class Step:
         else:
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads may go on with what no capture may do: one pins the memory of images that are read ahead.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._body(sizes)
             self._graphs[sizes] = graph
             graph.replay()
@@ -189,11 +194,15 @@ class Step:
         self._step += 1
 
     def _count(self, terms: Mapping[str, Tensor]) -> None:
-        for name, value in terms.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(value)
-        with torch.no_grad():
-            torch._foreach_add_([self.sums[name] for name in terms], list(terms.values()))
+        """Add values to their sums, which lie side by side: two kernels for all of them."""
+        names, values = tuple(terms), torch.stack([value.detach() for value in terms.values()])
+        if names not in self._totals:
+            self._totals[names] = torch.zeros_like(values)
+            for name, total in zip(names, self._totals[names], strict=True):
+                if name in self.sums:  # of an epoch that goes on
+                    total.copy_(self.sums[name])
+                self.sums[name] = total
+        self._totals[names] += values
 
     def _set_rates(self) -> None:
         # Indexing with a scalar tensor would fetch it from the device.
@@ -208,30 +217,33 @@ class Step:
         for group in self.optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             if stacked:
-                parts = [gradient.float().flatten(1).square().sum(1) for gradient in gradients]
+                norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+                square = torch.stack(norms).square().sum(0)
             elif self._device.type == "cpu":  # BLAS takes half the time of a norm
-                parts = [torch.dot(flat, flat) for flat in (gradient.flatten() for gradient in gradients)]
+                flats = [gradient.flatten() for gradient in gradients]
+                square = torch.stack([torch.dot(flat, flat) for flat in flats]).sum(0)
             else:
-                parts = [norm.square() for norm in torch._foreach_norm(gradients)]  # noqa: SLF001
-            squares.append(self._over_all(group["name"], torch.stack(parts).sum(0)))
+                square = get_total_norm(gradients).square()
+            squares.append(self._over_all(group["name"], square))
         norm = torch.stack(squares).sum(0).sqrt()
         limit = self._config.training.gradient_clip_norm
         if limit is not None and self._may_exceed(norm, limit):
-            self._shorten((limit / (norm + NORM_EPS)).clamp(max=1.0))
+            self._shorten(norm, limit)
         return {"grad_norm": norm, "grad_norm_fusion": squares[0].sqrt()}
 
     def _may_exceed(self, norm: Tensor, limit: float) -> bool:
         """Whether there may be something to shorten: asking a CPU costs nothing, asking a GPU would stall it."""
         return self._device.type != "cpu" or self.members.stacked or float(norm) + NORM_EPS > limit
 
-    def _shorten(self, factor: Tensor) -> None:
-        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self.members.stacked:
-            factors = [factor.view(-1, *(1,) * (gradient.dim() - 1)) for gradient in gradients]
-            torch._foreach_mul_(gradients, factors)
-        else:
-            torch._foreach_mul_(gradients, factor)
+    def _shorten(self, norm: Tensor, limit: float) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not self.members.stacked:
+            clip_grads_with_norm_(parameters, limit, norm)
+            return
+        factor = (limit / (norm + NORM_EPS)).clamp(max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.view(-1, *(1,) * (parameter.dim() - 1)))
 
 
 def count_batches(head: nn.Module, n: int, batch_size: int) -> int:

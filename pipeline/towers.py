@@ -20,6 +20,7 @@ The residual stream and the normalisations stay float32 whatever the compute dty
 Symbols: n images or texts, P patches, T tokens, D width, H heads, p side of a patch in pixels.
 """
 
+import functools
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -163,15 +164,16 @@ class _Pool:
         D, H = attention.embed_dim, attention.num_heads
         weight, bias = attention.in_proj_weight.detach().float(), attention.in_proj_bias.detach().float()
         q = F.linear(head.probe.detach().float(), weight[:D], bias[:D]).view(H, 1, D // H)
-        self._query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0].to(dtype)
+        self._query = (q @ weight[D : 2 * D].view(H, D // H, D) * (D // H) ** -0.5)[:, 0]
         self._value = weight[2 * D :].view(H, D // H, D).transpose(1, 2).to(dtype).contiguous()
         self._value_bias = bias[2 * D :]
         self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias, dtype)
         self._norm, self._mlp = _Norm(head.layernorm), _Mlp(head.mlp, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self._query.dtype)
-        weights = (x @ self._query.T).float().softmax(1).transpose(1, 2)  # (n, H, P)
+        # In float32, as what they are made of: rounded to bfloat16, scores of 100 would be 0.5 off before the softmax.
+        weights = (x @ self._query.T).softmax(1).transpose(1, 2)  # (n, H, P)
+        x = x.to(self._value.dtype)
         means = weights.to(x.dtype) @ x  # (n, H, D)
         values = torch.einsum("nhd,hde->nhe", means, self._value).flatten(1).float() + self._value_bias
         pooled = self._out(values).float()
@@ -235,12 +237,25 @@ class ImageTower:
 
 
 def resize_positions(position: Tensor, grid: Grid) -> Tensor:
-    """Position embeddings of a square ``(S^2, D)`` at the size of a grid, ``(P, D)``."""
+    """Position embeddings of a square ``(S^2, D)`` at the size of a grid, ``(P, D)``, float32.
+
+    As ``F.interpolate`` with ``bilinear`` and ``antialias`` gives them, by two products with its weights: on a GPU its
+    own backward pass adds up in any order, and the deterministic mode refuses it.
+    """
     side = round(len(position) ** 0.5)
-    square = position.view(side, side, -1).permute(2, 0, 1)[None]
-    resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
-    flat: Tensor = resized[0].flatten(1).T
-    return flat
+    rows, columns = (_resize_weights(side, size, position.device) for size in (grid.rows, grid.columns))
+    with torch.autocast(position.device.type, enabled=False):
+        high = (rows @ position.float().view(side, -1)).view(grid.rows, side, -1)
+        return (columns @ high).flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _resize_weights(side: int, size: int, device: torch.device) -> Tensor:
+    """What each of ``size`` places takes of ``side`` others, ``(size, side)`` float32; kept, so that a GPU has them."""
+    with torch.inference_mode(False), torch.no_grad():
+        each = torch.eye(side)[None, None]
+        resized = F.interpolate(each, size=(size, side), mode="bilinear", align_corners=False, antialias=True)
+        return resized[0, 0].to(device)
 
 
 class TextTower:

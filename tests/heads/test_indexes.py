@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmcli import InputError
 from mmcli.heads import approximate, fastscan, knn, settled, torch_index
@@ -87,7 +89,31 @@ def test_torch_merges_chunks_of_any_size(seed: int, n: int, data: st.DataObject)
 def test_torch_keys_fit_their_integers() -> None:
     index = torch_index.TorchIndex(np.zeros((10, 512), np.uint8))
     index._packed = torch.empty((2**31, 0), dtype=torch.uint8)
-    assert (index._chunk(1, 20)) * (index.bits + 1) < 2**31
+    assert (index._chunk(1)) * (index.bits + 1) < 2**31
+
+
+@pytest.mark.parametrize(("n", "queries", "K"), [(20_000, 1, 5), (20_000, 100, 5), (3000, 64, 3000)])
+def test_a_search_of_torch_takes_memory_of_its_own_bound(
+    monkeypatch: pytest.MonkeyPatch, n: int, queries: int, K: int
+) -> None:
+    """Few queries unpack no more codes at a time than many; and what is found stays the same, ties by index."""
+    rng = np.random.default_rng(0)
+    codes, asked = (rng.integers(0, 4, (size, 8), dtype=np.uint8) for size in (n, queries))
+    monkeypatch.setattr(torch_index, "CPU_CHUNK_BYTES", 1 << 19)
+    index, largest = torch_index.TorchIndex(codes), 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+            largest = max([largest, *(tensor.numel() * tensor.element_size() for tensor in tensors)])
+            return made
+
+    with Watch():
+        found = index.search(packed=asked, K=K)
+    assert_same(found, reference(asked, codes, K))
+    assert 1 << 15 < largest <= 1 << 19
 
 
 @pytest.mark.gpu

@@ -52,6 +52,26 @@ def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> N
     assert result["first_step_s"] > 0
 
 
+def test_the_ceiling_multiplies_in_the_precision_of_a_step(here, monkeypatch) -> None:
+    store = next((here / "data" / "cache").iterdir())
+    config = load_config(options={"fusion.mlp_dims": [32, 16], "knn.K": 5, "hardware.device": "cpu"})
+    multiply, dtypes = torch.mm, set()
+
+    def seen(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        dtypes.add((left.dtype, right.dtype))
+        return multiply(left, right)
+
+    for amx in (True, False):
+        monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(torch, "mm", seen)
+        prepared = bench_train.prepare_training(config, store, Progress())
+        setting = bench_train._Setting(prepared=prepared, steps=1)
+        wanted = getattr(torch, bench_train._facts(setting, bench_train._replicas(setting, 2, 1))["precision"])
+        dtypes.clear()
+        next(bench_train._products(setting, 8))
+        assert dtypes == {(wanted, wanted)}, amx
+
+
 def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:
     """Both lower the same loss on the same images: the ratio is of like with like."""
     store = next((here / "data" / "cache").iterdir())

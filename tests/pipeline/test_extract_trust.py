@@ -230,13 +230,22 @@ def test_an_impossible_stripe_is_refused(text: str) -> None:
 # --- what a machine does
 
 
-def test_when_memory_runs_out_passes_are_halved(miniature, whole: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=["allocator", "cublas", "cpu"],
+)
+def test_when_memory_runs_out_passes_are_halved(miniature, whole: Path, tmp_path: Path, monkeypatch, error) -> None:
     original, sizes = ImageTower.__call__, []
 
     def short(self, patches, grid):
         sizes.append(patches.shape[0] * grid.tokens)
         if sizes[-1] > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(self, patches, grid)
 
     monkeypatch.setattr(ImageTower, "__call__", short)
@@ -254,6 +263,15 @@ def test_no_memory_for_one_image_is_one_line(miniature, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(ImageTower, "__call__", never)
     with pytest.raises(InputError, match=r"out of memory: cpu: .*lower the patch budget"):
+        run(miniature, tmp_path / "s")
+
+
+def test_an_error_that_is_no_shortage_of_memory_is_not_taken_for_one(miniature, tmp_path: Path, monkeypatch) -> None:
+    def broken(self, patches, grid):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(ImageTower, "__call__", broken)
+    with pytest.raises(RuntimeError, match="multiplied"):
         run(miniature, tmp_path / "s")
 
 

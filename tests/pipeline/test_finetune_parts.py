@@ -11,6 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from mmcli import InputError
 from mmcli.heads.losses import total_loss
@@ -20,9 +21,9 @@ from mmcli.pipeline.finetune_augment import LEAST, draw_views, flip
 from mmcli.pipeline.finetune_data import LiveStore
 from mmcli.pipeline.finetune_feed import Feed
 from mmcli.pipeline.finetune_fleet import _without_option
-from mmcli.pipeline.finetune_memory import is_shortage
 from mmcli.pipeline.finetune_plan import kept_bytes, plan_memory
 from mmcli.pipeline.finetune_settings import settle_finetune, unfreeze_of
+from mmcli.pipeline.finetune_shards import Shards
 from mmcli.pipeline.finetune_team import Team, _buckets, open_team
 from mmcli.pipeline.finetune_towers import Towers
 from mmcli.pipeline.manifest import read_manifest
@@ -101,26 +102,6 @@ def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "short"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes do not fit"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_a_shortage_of_memory_is_known_from_other_errors(error: Exception, short: bool) -> None:
-    assert is_shortage(error) is short
-
-
-def test_a_real_allocation_that_fails_is_known() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**46, dtype=torch.float32)
-    assert is_shortage(caught.value)
-
-
-@pytest.mark.parametrize(
     ("tree", "option", "wanted"),
     [
         ({}, None, "last-2"),
@@ -159,6 +140,29 @@ def test_the_team_of_one_is_this_process_and_the_words_of_many_lack_their_number
         assert (team.size, team.first, team.tell("x")) == (1, True, "x")
     words = ["finetune", "--num-processes", "2", "--epochs", "3", "--num-processes=4", "--json"]
     assert _without_option(words) == ["finetune", "--epochs", "3", "--json"]
+
+
+def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
+    """Between its forward and its backward pass a process has its part alone; that is what sharding is for."""
+    import torch.distributed as dist
+
+    config = load_config(options={"finetune.unfreeze": "all"})
+    cpu = torch.device("cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
+        shards = Shards(towers, Team(cpu), sharded=True)
+        side = towers.sides["image"]
+        made = side([(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))])
+        blocks = {name for name in towers.trained if name.startswith("vision_model.encoder.")}
+        now = dict(towers.parts.model.named_parameters())
+        assert blocks
+        assert all(isinstance(now[name], DTensor) for name in blocks)
+        made.sum().backward()
+        shards.take_gradients()
+        assert all(shards.local[name].grad is not None for name in blocks)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:

@@ -9,8 +9,10 @@ import torch
 from mmcli.cache import Store
 from mmcli.heads.model import make_head
 from mmcli.pipeline.config import load_config
+from mmcli.pipeline.encoder import Encoder
 from mmcli.pipeline.extract import ExtractPlan
 from mmcli.pipeline.fleet import extract_here
+from mmcli.pipeline.patches import Grid
 from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.splits import Split
 from mmcli.pipeline.trainer import Member, fit
@@ -49,12 +51,24 @@ def test_two_processes_on_the_gpus_of_this_machine_fill_one_store(miniature, tmp
     np.testing.assert_allclose(one.load().norm_img, two.load().norm_img, rtol=1e-2)
 
 
-def test_a_full_gpu_halves_the_passes(miniature, tmp_path: Path) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    hog = torch.empty(max(0, free - 200 * 2**20), dtype=torch.uint8, device="cuda")
-    store = extracted(miniature, tmp_path / "s", "cuda:0")
-    del hog
-    assert (store.load().norm_img > 0).all()
+def test_a_full_gpu_halves_the_passes(miniature) -> None:
+    """Room for the towers and half of what a batch takes: what does not fit is done again in halves."""
+    encoder, grid = Encoder.load(str(miniature.model), patches=64, device=torch.device("cuda:0")), Grid(8, 8)
+    full = encoder.batch_tokens
+    pixels = np.random.default_rng(0).integers(0, 256, (full // 64, 64, encoder.spec.width), np.uint8)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    wanted = encoder.image_features(pixels, grid).cpu()
+    need = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.75 * need) / total)
+    try:
+        halved = encoder.image_features(pixels, grid).cpu()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert encoder.batch_tokens < full
+    np.testing.assert_allclose(halved, wanted, rtol=1e-2, atol=1e-2)
 
 
 def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, ...] = (42,), **options):

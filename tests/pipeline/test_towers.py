@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import (
     Siglip2Config,
     Siglip2ImageProcessorPil,
@@ -14,8 +15,9 @@ from transformers import (
 )
 
 from mmcli.pipeline.encoder import tokens_of_a_pass
+from mmcli.pipeline.finetune_sides import ImageSide
 from mmcli.pipeline.patches import Grid, PatchSpec, cut, resize
-from mmcli.pipeline.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower
+from mmcli.pipeline.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower, resize_positions
 
 SCALE = PixelScale(factor=1 / 255, mean=(0.5, 0.4, 0.6), std=(0.5, 0.6, 0.4))
 STATISTICS = {"image_mean": list(SCALE.mean), "image_std": list(SCALE.std)}
@@ -118,6 +120,42 @@ def test_bfloat16_points_the_same_way() -> None:
     ):
         assert half.dtype == torch.float32
         assert torch.cosine_similarity(full, half).min() > 0.9999
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pooling_scores_are_not_rounded_before_the_softmax(trained: bool) -> None:
+    """Scores of a hundred, as sharp heads have them, are half a unit off in bfloat16: their weights by two thirds."""
+    model, grid = make("siglip2", "base"), Grid(5, 8)
+    model.vision_model.head.probe.data *= 2000
+    spec = PatchSpec(side=16, budget=40, fixed=None, resample=2)
+    patches = patches_of(images(3, 128, 80), grid, spec)
+    full = ImageTower(model.vision_model, SCALE, torch.float32)(patches, grid)
+    if trained:
+        side = ImageSide(model.vision_model, SCALE, torch.float32, 1, checkpointing=False)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            half = side([(patches, grid)])
+    else:
+        half = ImageTower(model.vision_model, SCALE, torch.bfloat16)(patches, grid)
+    assert torch.cosine_similarity(full, half).min() > 0.999
+
+
+@pytest.mark.parametrize("side", [4, 16])
+@pytest.mark.parametrize("grid", [Grid(16, 16), Grid(5, 8), Grid(1, 40), Grid(23, 11), Grid(32, 32)])
+def test_positions_are_resized_as_interpolate_does(side: int, grid: Grid) -> None:
+    torch.manual_seed(0)
+    ours, plain = (
+        torch.randn(side * side, 24, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "12"
+    )
+    square = plain.view(side, side, -1).permute(2, 0, 1)[None]
+    wanted = F.interpolate(square, size=(grid.rows, grid.columns), mode="bilinear", align_corners=False, antialias=True)
+    wanted = wanted[0].flatten(1).T
+    with torch.autocast("cpu", torch.bfloat16):  # under which the towers are trained
+        resized = resize_positions(ours, grid)
+    torch.testing.assert_close(resized, wanted, atol=1e-6, rtol=1e-6)
+    slope = torch.randn(wanted.shape)
+    resized.backward(slope)
+    wanted.backward(slope)
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_an_image_does_not_see_the_others_of_its_batch() -> None:
