@@ -27,7 +27,8 @@ from .pipeline.interrupts import INTERRUPTED, Interrupted
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
 NO_FAULT_OF_OURS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG, errno.ENOMEM,
+    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
+    errno.ENOMEM,
 }  # fmt: skip
 
 
