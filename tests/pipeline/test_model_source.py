@@ -414,18 +414,20 @@ def test_a_library_that_is_not_there_is_named(copied: Path, monkeypatch: pytest.
         load(copied)
 
 
-def test_code_of_a_checkpoint_is_never_run(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where a person at a terminal could be asked."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_code_of_a_checkpoint_is_never_run(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Not even where the person at the terminal would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    classes = {
+        "AutoConfig": "evil.Evil",
+        "AutoImageProcessor": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
+    unheard = {"model_type": "unheard", "image_processor_type": "Evil", "tokenizer_class": "Evil", "auto_map": classes}
     (copied / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass\n")
-    for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        maps = {
-            "AutoConfig": "evil.Evil",
-            "AutoModel": "evil.Evil",
-            "AutoImageProcessor": "evil.Evil",
-            "AutoTokenizer": ["evil.Evil", "evil.Evil"],
-        }
-        change_json(file, lambda tree, maps=maps: {**tree, "auto_map": maps})(copied)
+    change_json(file, lambda tree: {**tree, **unheard})(copied)
     with contextlib.suppress(InputError):
         load(copied)
     assert not (tmp_path / "run").exists()
