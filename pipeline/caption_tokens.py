@@ -82,12 +82,12 @@ def load_tokenizer(source: ModelSource, tokenizer: Any, config: Any, length: int
 
 def compare_vocabulary(source: ModelSource, tokenizer: Any, config: Any) -> None:  # noqa: ANN401
     """Warn of a tokenizer that knows much less than the text tower: all its ids are valid, and may all be wrong."""
-    known, n_embeddings = len(tokenizer), config.text_config.vocab_size
-    if 2 * known < n_embeddings:
+    n_tokens, n_embeddings = len(tokenizer), config.text_config.vocab_size
+    if 2 * n_tokens < n_embeddings:
         _log.warning(
             "the tokenizer of %s knows %s tokens, the text tower %s: are its files the checkpoint's own?",
             source,
-            f"{known:,}",
+            f"{n_tokens:,}",
             f"{n_embeddings:,}",
         )
 
@@ -134,8 +134,8 @@ def _pad_id(tokenizer: Any, text: Any) -> int | None:  # noqa: ANN401
     if stated is not None and stated != type(text)().pad_token_id:
         return stated
     token = _TRAINED_PAD.get(str(tokenizer.eos_token))
-    known: int | None = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    return None if known == tokenizer.unk_token_id else known
+    token_id: int | None = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return None if token_id == tokenizer.unk_token_id else token_id
 
 
 def _content(ids: Sequence[int], pad: int | None) -> list[int]:

@@ -45,9 +45,13 @@ class ModelConfig(Section):
     """The frozen SigLIP2 of stage 1."""
 
     siglip2_variant: str = Field(default=DEFAULT_MODEL, description="SigLIP2 checkpoint: a local folder or a hub id")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub checkpoint")
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a hub checkpoint; a run records the commit"
+    )
     max_num_patches: PositiveInt = Field(default=256, description="patch budget of a NaFlex checkpoint")
-    text_max_length: PositiveInt = Field(default=64, description="tokens of a caption")
+    text_max_length: PositiveInt = Field(
+        default=64, description="tokens of a caption: as many as the text tower was trained with"
+    )
     freeze_towers: bool = Field(
         default=True, description="whether the towers stay as they are; only `mmcli finetune` can train them"
     )

@@ -159,15 +159,15 @@ def other_commits(key: StoreKey, cache: Path) -> list[tuple[Path, str]]:
     """
     if key.commit is None or is_remote(cache) or not cache.is_dir():
         return []
-    found = []
+    stores = []
     for folder in sorted(cache.iterdir()):
         try:
             other, _ = read_key(folder)
         except (OSError, InputError):  # no store, or one that says so itself when it is used
             continue
         if other.commit not in {None, key.commit} and replace(other, revision=key.revision) == key:
-            found.append((folder, other.revision))
-    return found
+            stores.append((folder, other.revision))
+    return stores
 
 
 def reuse_text(writer: StoreWriter, siblings: Path) -> int:

@@ -4,6 +4,7 @@ A branch or a tag is resolved to a commit once. Configuration, weights, image pr
 the snapshot of that commit in the hub's cache, so that parts of two versions never mix.
 """
 
+import json
 import logging
 import os
 import re
@@ -17,9 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants, get_cached_repo_tree, resolve_revision, scan_cache_dir, snapshot_download
+from huggingface_hub import constants, resolve_revision, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     CacheNotFound,
     GatedRepoError,
     IncompleteSnapshotError,
@@ -54,6 +54,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _HARMLESS = re.compile(r"(.*\.)?position_ids")
 # What torch.compile, DistributedDataParallel and Lightning put before the names of parameters.
 _PREFIXES = ("_orig_mod.", "module.", "model.")
+# How transformers says what a part needs: the tokenizers of SigLIP 1 are SentencePiece's.
+_MISSING_LIBRARY = re.compile(r"requires the (\w+) library")
 _NAMED = 3
 STREAMS = (1, 2)  # stdout and stderr
 
@@ -96,7 +98,9 @@ class ModelSource:
             raise
         # A checkpoint may hold anything: parsers raise whatever they like, and those in Rust panic outside Exception.
         except BaseException as error:
-            raise self.refusal(f"cannot load {part} of the checkpoint", got=first_line(error)) from error
+            library = _MISSING_LIBRARY.search(str(error)) if isinstance(error, ImportError) else None
+            advice = None if library is None else f"install it: pip install {library[1].lower()}"
+            raise self.refusal(f"cannot load {part} of the checkpoint", got=first_line(error), do=advice) from error
 
     def load_weights(self, config: Any) -> Any:  # noqa: ANN401
         """Load the towers in float32; every tensor of theirs comes from the checkpoint.
@@ -317,40 +321,37 @@ def first_line(error: object) -> str:
 
 
 def _snapshot(name: str, commit: str) -> Path:
-    """The folder of a commit in the hub's cache, with what is read of it."""
+    """The folder of a commit in the hub's cache, with what is read of it; asks the hub only for what is not there."""
     try:
-        get_cached_repo_tree(name, revision=commit)
-    except CachedRepoTreeNotFoundError:
-        is_complete = False
-    except Exception as error:
-        raise _unavailable(name, commit, error) from error
-    else:
-        is_complete = _snapshot_or_none(name, commit) is not None
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(FILES), local_files_only=True))
+        if _is_whole(folder):
+            return folder
+    except (OSError, ValueError):  # not there, or not all of it
+        pass
     # Hundreds of megabytes take their time: whoever sits at a terminal sees them come.
-    shows = not is_complete and sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+    shows = sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS
     try:
         if shows:
             transformers.logging.enable_progress_bar()
         return Path(snapshot_download(name, revision=commit, allow_patterns=list(FILES)))
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except Exception as error:
-        # Where the cache cannot be written, what is in it can still be read.
-        folder = _snapshot_or_none(name, commit) if isinstance(error, OSError) else None
-        if folder is None:
-            raise _unavailable(name, commit, error) from error
-        return folder
+        raise _unavailable(name, commit, error) from error
     finally:
         if shows:
             transformers.logging.disable_progress_bar()
 
 
-def _snapshot_or_none(name: str, commit: str) -> Path | None:
-    """The folder of a commit as it is in the cache, if it is there."""
-    try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(FILES), local_files_only=True))
-    except (OSError, ValueError):
-        return None
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has every file that a checkpoint needs; what a commit holds never changes."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    weights = {WEIGHTS}
+    if INDEX in names and WEIGHTS not in names:
+        try:
+            weights = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+    needed = {"config.json", "preprocessor_config.json", "tokenizer_config.json", *weights}
+    return needed <= names and any(name == "tokenizer.json" or name.endswith(".model") for name in names)
 
 
 def _commit_in_cache(name: str, start: str) -> str | None:

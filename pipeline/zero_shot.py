@@ -186,7 +186,8 @@ def _matching_encoder(config: Config, labelled: LabelledStore, asked: str | None
     """
     key, device = labelled.store.key, pick_device(config.hardware.device)
     name = config.model.siglip2_variant
-    revision = asked or (key.commit if name == key.model else None)
+    # An imported store may name a folder, whose revision is a word of whoever imported it.
+    revision = asked or (key.commit if name == key.model and not Path(name).is_dir() else None)
     if "imported" in labelled.store.extra:
         return _named_encoder(name, revision, labelled, device)
     encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)

@@ -49,9 +49,9 @@ def test_no_private_name_of_another_library_is_used(repo: Path) -> None:
     names = {str(file.relative_to(repo)): private_names(file.read_text(encoding="utf-8")) for file in files}
     # A class may use what its base in another module of ours defines; that no other library has the same name.
     ours = set().union(*(defined for defined, _ in names.values()))
-    found = {(file, name) for file, (defined, used) in names.items() for name in used - defined - ours}
+    foreign = {(file, name) for file, (defined, used) in names.items() for name in used - defined - ours}
     assert len(files) > 100
-    assert found <= LEFT
+    assert foreign <= LEFT
 
 
 def test_a_private_name_is_seen_however_it_is_reached() -> None:

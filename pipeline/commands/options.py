@@ -89,7 +89,12 @@ Model = Annotated[
         help="SigLIP2 checkpoint: a local folder or a hub id.",
     ),
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub checkpoint.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", help="Branch, tag or commit of a hub checkpoint [default: main]; store and run keep the commit."
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", rich_help_panel="Device and seed", help="auto, cpu, cuda, cuda:N or mps [default: auto]."),

@@ -112,9 +112,9 @@ def test_a_store_is_resumed_at_its_commit_alone(mmcli, miniature, hub, tmp_path:
         code, out, _ = mmcli(*words, "--out", tmp_path / "store", "--revision", revision)
         assert code == 0
         assert "nothing was missing" in out
-    for revision, at in (("main", SECOND), (SECOND, SECOND)):
+    for revision, commit in (("main", SECOND), (SECOND, SECOND)):
         code, _, err = mmcli("zero-shot", "--store", tmp_path / "store", "--revision", revision)
-        assert (code, err.splitlines()[-1].count(at)) == (2, 1)
+        assert (code, err.splitlines()[-1].count(commit)) == (2, 1)
     assert mmcli("zero-shot", "--store", tmp_path / "store", "--revision", "v1")[0] == 0
 
 

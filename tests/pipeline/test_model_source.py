@@ -234,10 +234,23 @@ def test_a_checkpoint_is_downloaded_once_at_its_commit(miniature, online: type[H
     ]
 
 
-def test_a_cache_that_cannot_be_written_is_read(miniature, online: type[Hub], hub) -> None:
+def test_what_is_whole_in_the_cache_is_not_asked_for(miniature, online: type[Hub], hub) -> None:
+    """Other programs leave snapshots without a list of their files; without network each question takes half a minute."""
     snapshot = hub.add(miniature.model, FIRST)
-    (snapshot.parent.parent / "trees").write_text("a file where the client wants a folder")
+    (snapshot.parent.parent / "trees").write_text("nothing can be written there")
     assert load(DEFAULT_MODEL).identity.revision == FIRST
+    assert online.asked == [f"/api/models/{DEFAULT_MODEL}"]
+    assert load(DEFAULT_MODEL, revision=FIRST).identity.revision == FIRST
+    assert len(online.asked) == 1
+
+
+def test_an_interrupted_download_is_completed(copied: Path, online: type[Hub], hub) -> None:
+    online.repo = sharded(copied)
+    snapshot = hub.add(copied, FIRST)
+    for name in ("tokenizer.json", next(snapshot.glob("model-00002*")).name):
+        (snapshot / name).unlink()
+        assert load(DEFAULT_MODEL).identity.revision == FIRST
+        assert (snapshot / name).is_file()
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(online: type[Hub], hub) -> None:
@@ -388,18 +401,33 @@ def test_keys_of_a_newer_tokenizer_write_nothing(copied: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_code_of_a_checkpoint_is_never_run(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where a person at a terminal could be asked."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked"))
+def test_a_library_that_is_not_there_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tokenizers of SigLIP 1 are SentencePiece's."""
+
+    def needs(*_: object, **__: object) -> None:
+        raise ImportError(
+            "\nSiglipTokenizer requires the SentencePiece library but it was not found in your environment."
+        )
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", needs)
+    with pytest.raises(InputError, match=r"the tokenizer.*SentencePiece.*pip install sentencepiece"):
+        load(copied)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_code_of_a_checkpoint_is_never_run(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Not even where the person at the terminal would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    classes = {
+        "AutoConfig": "evil.Evil",
+        "AutoImageProcessor": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
+    unheard = {"model_type": "unheard", "image_processor_type": "Evil", "tokenizer_class": "Evil", "auto_map": classes}
     (copied / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass\n")
-    for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        maps = {
-            "AutoConfig": "evil.Evil",
-            "AutoModel": "evil.Evil",
-            "AutoImageProcessor": "evil.Evil",
-            "AutoTokenizer": ["evil.Evil", "evil.Evil"],
-        }
-        change_json(file, lambda tree, maps=maps: {**tree, "auto_map": maps})(copied)
+    change_json(file, lambda tree: {**tree, **unheard})(copied)
     with contextlib.suppress(InputError):
         load(copied)
     assert not (tmp_path / "run").exists()
