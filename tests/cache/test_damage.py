@@ -374,8 +374,23 @@ def test_an_attribute_of_a_shard_that_claims_gigabytes_is_not_read(kit, folder):
     path = folder / "image-00000.h5"
     with h5py.File(path, "r+") as file:
         del file.attrs["rows"]
-        file.attrs["rows"] = np.zeros(8000)
+        file.attrs["rows"] = np.zeros(8000, np.int64)
         del file["v_img"].attrs["sha256"]
         file["v_img"].attrs.create("sha256", "x" * 64, dtype=h5py.string_dtype())
     (folder / "manifest.json").unlink()
     assert any("attribute rows is None" in problem for problem in verify(folder).problems)
+
+
+@pytest.mark.parametrize(
+    "counts", [{"images": 10**15}, {"images": 10**9, "shard_rows": 1}, {"width": 10**9}, {"images": 1.5}]
+)
+def test_impossible_counts_of_an_unfinished_store_are_refused_at_once(kit, folder, counts):
+    (folder / "manifest.json").unlink()
+    document = json.loads((folder / "key.json").read_text())
+    document["counts"].update(counts)
+    del document["checksum"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    (folder / "key.json").write_text(json.dumps(document | {"checksum": hashlib.sha256(text.encode()).hexdigest()}))
+    report = verify(folder)
+    assert report.n_shards == 0
+    assert any(problem.startswith("key.json: cannot read") for problem in report.problems)
