@@ -129,6 +129,16 @@ def test_a_live_writer_of_another_container_keeps_its_file(kit, tmp_path, monkey
     assert not (tmp_path / "s" / mine).exists()
 
 
+def test_the_same_machine_in_another_pid_namespace_has_another_name(monkeypatch):
+    here, stat_of = layout.this_host.__wrapped__(), Path.stat
+
+    def elsewhere(path, **options):
+        return stat_of(Path("/proc/self/ns/mnt" if path.name == "pid" else path), **options)
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    assert layout.this_host.__wrapped__() != here
+
+
 def test_a_temporary_name_that_is_a_link_is_never_written_to(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.write_bytes(b"theirs")
