@@ -101,7 +101,7 @@ class autocast:  # noqa: N801
 def _computes_bfloat16(device: torch.device) -> bool:
     """Whether this GPU has arithmetic of bfloat16; older ones convert every number there and back, and are slower."""
     with torch.cuda.device(device):  # the question below is about the current device
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def has_amx() -> bool:
