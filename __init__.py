@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MOST_SHOWN, _LONGEST_PLACE = 200, 1000  # characters of what somebody gave, and of a path
+
 __all__ = ["InputError", "Tagger", "__version__", "load_head"]
 
 
@@ -28,7 +30,7 @@ class InputError(ValueError):
     Args:
         what: What is wrong, in a few words.
         where: The file, folder, option or row it was found in.
-        got: What stood there.
+        got: What stood there; the line shows its first 200 characters.
         wanted: What should stand there.
         do: The command or the step that mends it.
     """
@@ -43,13 +45,19 @@ class InputError(ValueError):
         do: str | None = None,
     ) -> None:
         self.what, self.where, self.got, self.wanted, self.do = what, where, got, wanted, do
-        line = what if where is None else f"{what}: {where}"
-        found = [f"{name} {value}" for name, value in (("got", got), ("wanted", wanted)) if value is not None]
+        line = what if where is None else f"{what}: {_short(where, _LONGEST_PLACE)}"
+        shown = None if got is None else _short(got, _MOST_SHOWN)
+        found = [f"{name} {value}" for name, value in (("got", shown), ("wanted", wanted)) if value is not None]
         if found:
             line += ": " + ", ".join(found)
         if do is not None:
             line += f"; {do}"
         super().__init__(" ".join(line.split()))
+
+
+def _short(value: object, most: int) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | MlpBaseline":

@@ -26,6 +26,7 @@ from .key import digest_of
 from .layout import CHECKED, temporary_name
 from .metadata import ShardEntry, StoreManifest
 from .places import is_remote
+from .strict_json import parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def read_records(folder: Path, manifest: StoreManifest) -> dict[str, Record]:
     if is_remote(folder):
         return {}
     try:
-        document = json.loads((folder / CHECKED).read_bytes())
+        document = parse_json((folder / CHECKED).read_bytes())
         checksum = document.pop("checksum")
         if checksum != digest_of(document) or document["store"] != _identity(manifest):
             return {}
@@ -123,7 +124,7 @@ def read_records(folder: Path, manifest: StoreManifest) -> dict[str, Record]:
             )
             for name, one in document["files"].items()
         }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     wanted = {entry.file: entry.sha256 for entry in manifest.shards}
     return {name: record for name, record in found.items() if wanted.get(name) == record.sha256}

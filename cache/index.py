@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .arrow import integers, numbers
 from .errors import StoreError
 from .layout import Layout
+from .parquet import open_parquet, read_parquet
 
 ID = "image_id"
 PLACE = ("shard", "row")
@@ -74,12 +75,14 @@ def parse_index(data: bytes, layout: Layout, columns: Sequence[str] | None = Non
         ValueError: It is not readable, or is not an index of that layout.
     """
     try:
-        wanted = None if columns is None else list(dict.fromkeys((ID, *columns, *PLACE)))
-        # Not read_table, which imports pyarrow's data sets. One thread: arrow's threads, where a process is short, may
-        # abort it at its exit ("terminate called without an active exception").
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=wanted, use_threads=False)
+        with open_parquet(data) as file:
+            if file.metadata.num_rows != layout.n_images:
+                raise ValueError(f"it has {file.metadata.num_rows} rows, not {layout.n_images}")
+            present = set(file.schema_arrow.names)
+        wanted = None if columns is None else [n for n in dict.fromkeys((ID, *columns, *PLACE)) if n in present]
+        table = read_parquet(data, wanted)
         ids = check_index(table.drop_columns(list(PLACE)))
-    except (pa.ArrowException, StoreError, KeyError, OSError) as error:
+    except (StoreError, KeyError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     if len(ids) != layout.n_images:
         raise ValueError(f"it has {len(ids)} rows, not {layout.n_images}")

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from .errors import StoreError
 from .layout import FORMAT_VERSION, StoredDtype
+from .strict_json import parse_json
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -80,7 +81,7 @@ class StoreKey:
             raise _bad("manifest_sha256", self.manifest_sha256, "64 hex digits")
         try:
             # Two spellings of the same settings must not make two stores.
-            object.__setattr__(self, "processor", canonical_json(json.loads(self.processor)))
+            object.__setattr__(self, "processor", canonical_json(parse_json(self.processor)))
         except ValueError as error:
             raise _bad("processor", self.processor, "JSON") from error
 

@@ -3,6 +3,7 @@
 Symbols: ``N`` images, ``D`` embedding width, ``n`` rows of one shard.
 """
 
+import math
 import os
 import platform
 import re
@@ -24,6 +25,12 @@ LOCK_NAME = re.compile(r"\.lock(-[0-9]+-of-[0-9]+|-ends)?")
 Part = Literal["image", "text"]
 StoredDtype = Literal["float16", "float32"]
 PARTS: tuple[Part, ...] = ("image", "text")
+# Nothing that is stored comes near; a count beyond is damage, and is refused before anything is allocated for it.
+MOST_SHARDS = 2**20
+_BOUNDS = {
+    "n_images": (1, 10**10), "width": (1, 2**20), "n_captions_max": (1, 255), "shard_rows": (1, 10**10),
+    "batch_tokens": (0, 10**10),
+}  # fmt: skip
 SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
 TEMPORARY_NAME = re.compile(
     rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)}|{re.escape(CHECKED)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",
@@ -72,14 +79,18 @@ class Layout:
     batch_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_images", "width", "n_captions_max", "shard_rows"):
+        for name, (least, most) in _BOUNDS.items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, it must be a whole number above 0")
-        if type(self.batch_tokens) is not int or self.batch_tokens < 0:
-            raise ValueError(f"batch_tokens is {self.batch_tokens!r}, it must be a whole number")
-        if self.n_captions_max > np.iinfo(np.uint8).max:
-            raise ValueError(f"n_captions_max is {self.n_captions_max}, it must be at most 255")
+            if type(value) is not int or not least <= value <= most:
+                shown = repr(value) if type(value) is not int or abs(value) < 2**64 else "a number of many digits"
+                raise ValueError(f"{name} is {shown}, it must be a whole number from {least} to {most}")
+        if self.n_shards > MOST_SHARDS:
+            raise ValueError(f"{self.n_shards} shards of {self.shard_rows} rows, there may be {MOST_SHARDS}")
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of each part."""
+        return -(-self.n_images // self.shard_rows)
 
     def shards(self, part: Part) -> list[Shard]:
         """Every shard of a part, in order."""
@@ -102,6 +113,10 @@ class Layout:
             "norm_txt": (np.dtype("<f4"), (n, c)),
             "n_captions": (np.dtype("u1"), (n,)),
         }
+
+    def n_bytes(self, part: Part, n_rows: int) -> int:
+        """Bytes of the datasets of a shard with ``n_rows`` rows."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.datasets(part, n_rows).values())
 
 
 def temporary_name(name: str) -> str:

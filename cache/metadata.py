@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from .errors import RESUME, StoreDamaged, StoreError, StoreMismatch
 from .key import StoreKey, digest_of
 from .layout import FORMAT, FORMAT_VERSION, INDEX, KEY, MANIFEST, PARTS, Layout, Part, Shard
+from .strict_json import parse_json
+
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,9 @@ class ShardEntry(FileEntry):
     def shard(self) -> Shard:
         """Which rows it holds."""
         return Shard(self.part, self.number, self.first_row, self.first_row + self.rows)
+
+
+Entry = TypeVar("Entry", bound=FileEntry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +94,14 @@ class StoreManifest:
         """
         key, counts = _key(document), document["counts"]
         layout = _layout(key, counts)
+        if len(document["shards"]) != 2 * layout.n_shards:  # said before a list of all shards is made
+            raise ValueError("its list of shards does not cover the rows")
         manifest = cls(
-            key=key, layout=layout, index=FileEntry(**document["index"]),
-            shards=tuple(ShardEntry(**entry) for entry in document["shards"]),
+            key=key, layout=layout, index=_entry(FileEntry, document["index"]),
+            shards=tuple(_entry(ShardEntry, entry) for entry in document["shards"]),
             created=datetime.fromisoformat(document["created"]).isoformat(timespec="microseconds"),
             extra=dict(document["extra"]),
-            skipped={int(one["row"]): str(one["reason"]) for one in document["skipped"]},
+            skipped={one["row"]: one["reason"] for one in document["skipped"]},
         )  # fmt: skip
         # File names are derived, never trusted: a name in the document cannot lead out of the folder.
         names = [(entry.shard, entry.file) for entry in manifest.shards]
@@ -101,12 +109,31 @@ class StoreManifest:
             raise ValueError("its list of shards does not cover the rows in order")
         if (manifest.index.file, manifest.index.rows) != (INDEX, layout.n_images):
             raise ValueError("its index is another file or has other rows")
+        for entry in manifest.shards:
+            if entry.bytes < (least := layout.n_bytes(entry.part, entry.rows)):
+                raise ValueError(f"{entry.file} has {entry.bytes} bytes, its arrays alone would have {least}")
         rows = [one["row"] for one in document["skipped"]]
+        if not all(type(row) is int and isinstance(reason, str) for row, reason in manifest.skipped.items()):
+            raise ValueError("its list of skipped rows is not one of numbers and reasons")
         if rows != sorted(set(rows)) or not all(0 <= row < layout.n_images for row in rows):
             raise ValueError("its list of skipped rows is not in order")
-        if counts["captions"] != manifest.n_captions:
+        if type(counts["captions"]) is not int or counts["captions"] != manifest.n_captions:
             raise ValueError("its count of captions is not the sum over its shards")
         return manifest
+
+
+def _entry(kind: type[Entry], record: Mapping[str, Any]) -> Entry:
+    """A file's line in the manifest, every field of the type that it should have.
+
+    Raises:
+        TypeError, ValueError: It is none.
+    """
+    entry = kind(**record)
+    for name, value in vars(entry).items():
+        wanted = str if name in {"file", "sha256", "part"} else int
+        if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < _LARGEST):
+            raise ValueError(f"{name} of a file is {value!r:.60}")
+    return entry
 
 
 def manifest_bytes(manifest: StoreManifest) -> bytes:
@@ -131,7 +158,7 @@ def read_manifest(folder: Path) -> StoreManifest:
     document = _unseal(path)
     try:
         return StoreManifest.from_dict(document)
-    except (StoreError, KeyError, TypeError, ValueError) as error:
+    except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -146,7 +173,7 @@ def read_key(folder: Path) -> tuple[StoreKey, Layout]:
     try:
         key = _key(document)
         return key, _layout(key, document["counts"])
-    except (StoreError, KeyError, TypeError, ValueError) as error:
+    except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -192,12 +219,12 @@ def _seal(document: dict[str, Any]) -> bytes:
 
 def _unseal(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         known = isinstance(document, dict) and document.get("format") == FORMAT
         version = document.get("format_version") if known else None
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     if known and type(version) is int and version != FORMAT_VERSION:
         newer = version > FORMAT_VERSION
@@ -208,7 +235,11 @@ def _unseal(path: Path) -> dict[str, Any]:
     if not known:
         raise _damaged(path, f"it does not say it is a {FORMAT}")
     checksum = document.pop("checksum", None)
-    if checksum != digest_of(document):
+    try:
+        right = checksum == digest_of(document)
+    except ValueError as error:  # half a pair of surrogates, or an infinite number
+        raise _damaged(path, error) from error
+    if not right:
         raise _damaged(path, "its checksum is wrong")
     return dict(document)
 

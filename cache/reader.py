@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .arrow import numbers
@@ -20,6 +19,7 @@ from .key import StoreKey
 from .layout import MANIFEST, Part, Shard
 from .loading import load_arrays
 from .metadata import StoreManifest, read_manifest
+from .parquet import open_parquet
 from .places import place
 from .shards import Arrays, ShardBroken
 from .stream import REDO, stream
@@ -105,7 +105,7 @@ class Store:
     @property
     def column_names(self) -> list[str]:
         """Columns of the index."""
-        return list(pq.read_schema(pa.BufferReader(self.index_file)).names)
+        return list(open_parquet(self.index_file).schema_arrow.names)
 
     def columns(self, names: Sequence[str] | None = None) -> pa.Table:
         """Some columns of the index, which is quicker than all where captions are not wanted.

@@ -23,7 +23,9 @@ Arrays = dict[str, NDArray[Any]]
 # This range of file versions has checksums on the file's own structures, and every HDF5 since 1.10 reads it.
 _LIBVER = ("v110", "v110")
 # What h5py raises on a file whose structures make no sense.
-_UNREADABLE = (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError)
+_UNREADABLE = (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
+
+_LONGEST_ATTRIBUTE = 256
 
 # By size in bytes: the same bits as whole numbers without and with a sign, and those of infinity.
 _FLOAT_BITS: dict[int, tuple[Any, Any, Any]] = {
@@ -117,7 +119,7 @@ def _arrays(data: bytes, shard: Shard, layout: Layout, key_digest: str, *, check
         for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
             dataset = _dataset(file, name, dtype, shape)
             arrays[name] = _values(data, dataset)
-            if check and dataset.attrs["sha256"] != np.bytes_(content_sha256(name, arrays[name])):
+            if check and _attribute(dataset, "sha256") != np.bytes_(content_sha256(name, arrays[name])):
                 raise ShardBroken(f"the content of {name} is not what its checksum says")
         return arrays
 
@@ -126,7 +128,7 @@ def is_our_shard(path: Path) -> bool:
     """Whether a file is a shard of some store of this project, as far as its header can be read."""
     try:
         with h5py.File(io.BytesIO(path.read_bytes()) if is_remote(path) else path, "r") as file:
-            return bool(file.attrs.get("format") == np.bytes_(FORMAT))
+            return bool(_attribute(file, "format") == np.bytes_(FORMAT))
     except _UNREADABLE:
         return False
 
@@ -179,11 +181,24 @@ def _opened(data: bytes) -> Iterator[Any]:
 
 def _check_attributes(file: Any, shard: Shard, key_digest: str) -> None:  # noqa: ANN401 - h5py has no types
     for name, wanted in _attributes(shard, key_digest).items():
-        got = file.attrs.get(name)
-        if got is None or np.ndim(got) or got != wanted:
+        got = _attribute(file, name)
+        if got is None or got != wanted:
             # Whose it is comes before which rows it holds: a foreign shard is never to be taken for a damaged one.
             kind = OtherKey if name in {"format_version", "key_digest"} and got is not None else ShardBroken
             raise kind(f"its attribute {name} is {got!r}, not {wanted!r}")
+
+
+def _attribute(where: Any, name: str) -> Any:  # noqa: ANN401 - h5py has no types
+    """An attribute that is one number or one short text of fixed length; None where there is none.
+
+    What it says of its size is looked at before it is read: HDF5 would allocate whatever it claims.
+    """
+    if name not in where.attrs:
+        return None
+    held = where.attrs.get_id(name)
+    if held.shape != () or held.dtype.kind not in "iuS" or held.dtype.itemsize > _LONGEST_ATTRIBUTE:
+        return None
+    return where.attrs[name]
 
 
 def _dataset(file: Any, name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Any:  # noqa: ANN401

@@ -1,6 +1,7 @@
 """A head to and from a folder in the form of the Hugging Face hub: safetensors, ``config.json`` and a model card.
 
-The one module of this package that touches files: the hub's mixin has to be a base class of what it saves. Numbers are
+Beside :mod:`.tensor_files` the one module of this package that touches files: the hub's mixin has to be a base class
+of what it saves. Numbers are
 read from safetensors alone; a pickle is refused, never opened.
 """
 
@@ -13,13 +14,14 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import InputError
 from .card import CARD, card_words
 from .config import HeadKind
+from .tensor_files import load_tensors, write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -76,7 +78,7 @@ class HubModule(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(save_directory / WEIGHTS, save_file, tensors, {"format": "pt"})
 
     def generate_model_card(self, **words: Any) -> ModelCard:  # noqa: ANN401
         """The card: what the head is, what it was trained on, its figures, how to load it, what it cannot do."""
@@ -125,7 +127,7 @@ class HubModule(
                 do="load it with mmcli.load_head, which takes both",
             )  # fmt: skip
         file = _weights(model_id, {k: v for k, v in words.items() if k not in BUILD and k != "strict"})
-        head = restore(cls, config, read_tensors(file, map_location))
+        head = restore(cls, config, load_tensors(file, str(map_location))[0])
         head.about = {key: value for key, value in config.items() if key not in BUILD}
         return head
 
@@ -158,13 +160,6 @@ def restore(cls: type[Module], build: Mapping[str, Any], state: Mapping[str, Ten
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"NaN or infinity in {name}")
     return head.eval()
-
-
-def read_tensors(file: Path, device: str | torch.device) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on a device."""
-    with safe_open(file, framework="pt", device=str(device)) as opened:
-        # A copy, because what safetensors gives may be the mapped file itself, which others may cut short.
-        return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
 
 
 def cannot_load(where: object, error: Exception) -> InputError:

@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import InputError
 from ..cache import FORMAT_VERSION, Store
 from .ablate_planner import Base
-from .config import Config, ModelConfig, load_config
+from .config import Config, ModelConfig, load_config, read_sections
 from .identity import flatten
 from .manifest import read_manifest
 from .prompts import TEMPLATES
@@ -136,7 +134,4 @@ def _own_processor(processor: str) -> str:
 
 
 def _flat_file(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return flatten(tree or {})
+    return {} if file is None else flatten(read_sections(file))

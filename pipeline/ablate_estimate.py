@@ -3,15 +3,14 @@
 An estimate says what it rests on. Extractions and finetuning are not estimated: they depend on images and towers.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .. import InputError
 from .ablate_plan import Plan, Training
-
-HISTORY = "history.jsonl"
+from .metrics_file import read_history
 
 # Train images a second of a head on two cores; README, the loop over bits.
 IMAGES_PER_S = 10_000.0
@@ -64,7 +63,6 @@ def estimate(
 def seconds_of(folder: Path) -> float:
     """Seconds of all epochs of a run; 0 where it does not say."""
     try:
-        lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines()
-        return float(sum(json.loads(line)["epoch_s"] for line in lines))
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(sum(line["epoch_s"] for line in read_history(folder)))
+    except (InputError, KeyError):
         return 0.0

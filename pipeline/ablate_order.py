@@ -19,6 +19,7 @@ from .ablate_plan import Plan, Row, restrict
 from .ablate_planner import make_plan
 from .config import Config
 from .experiments import DEFAULT, Experiment, read_experiments, read_grid, with_values
+from .strict_yaml import parse_yaml
 
 MOST_SEEDS = 2**32
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -126,7 +127,7 @@ def _values(text: str, known: dict[str, Experiment]) -> tuple[str, list[Any]]:
     """``B3=36,64,100`` to the experiment and its values."""
     name, equals, listed = text.partition("=")
     try:
-        values = yaml.safe_load(f"[{listed}]")
+        values = parse_yaml(f"[{listed}]")
     except yaml.YAMLError:
         values = None
     if not equals or not values or any(isinstance(value, dict | list) for value in values):

@@ -14,8 +14,12 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from .. import InputError
+from ..cache.strict_json import parse_json
+from ..heads.tensor_files import write_tensors
 from .files import write_text, write_whole
+from .metrics_file import check_row
 
+_TEXTS = ("key", "training", "status", "note", "method", "split", "run", "scores")
 EVALUATIONS, SCORES = "evaluations", "scores"
 
 
@@ -76,8 +80,12 @@ def read_record(out: Path, key: str) -> Record | None:
     A file that is damaged is none either: the evaluation is done again.
     """
     try:
-        record = Record(**json.loads(record_path(out, key).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        record = Record(**parse_json(record_path(out, key).read_bytes()))
+        if not all(isinstance(getattr(record, name), str) for name in _TEXTS):
+            return None
+        if record.finished:
+            check_row({**record.figures, "method": record.method, "split": record.split})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     whole = record.key == key and (not record.finished or (out / record.scores).is_file())
     return record if whole else None
@@ -96,7 +104,7 @@ def keep_scores(
         "labels": np.ascontiguousarray(labels, np.uint8),
     }  # fmt: skip
     name = scores_file(key)
-    write_whole(out / name, lambda temporary: save_file(arrays, temporary))
+    write_whole(out / name, lambda temporary: write_tensors(temporary, save_file, arrays, {"key": key}))
     return name
 
 

@@ -4,13 +4,13 @@ A run that somebody made with ``mmcli train-head`` is used in the place of a new
 the digest of its store give the same key. Nothing here imports torch.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import InputError
 from ..cache import Store, list_stores
+from ..cache.strict_json import parse_json
 from .ablate_plan import Training, training_key
 from .codes import SPLITS, codes_path
 from .config import load_config
@@ -80,7 +80,7 @@ def resumable(folder: Path, training: Training) -> bool:
         info = read_info(folder)
         config = load_config(folder / "config.yaml")
         towers, store = _began_with(folder, info)
-    except (InputError, OSError, ValueError, LookupError):
+    except (InputError, OSError, ValueError, LookupError, TypeError):
         return False
     if info.kind not in {KINDS["head"], KINDS["finetune"]} or info.status not in {"running", "interrupted"}:
         return False
@@ -113,7 +113,7 @@ def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
         ):
             return None
         key = training_key(load_config(folder / "config.yaml"), store, towers, info.lists_digest)
-    except (InputError, OSError, ValueError, LookupError):
+    except (InputError, OSError, ValueError, LookupError, TypeError):
         return None  # half-written, of another version, or somebody's own
     return key if key in wanted.trainings else None
 
@@ -122,7 +122,7 @@ def _began_with(folder: Path, info: RunInfo) -> tuple[str, str]:
     """What of the towers a run trained, and the digest of the store that it, or its towers, began with."""
     if info.kind != KINDS["finetune"]:
         return FROZEN, info.store_digest
-    record = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    record = parse_json((folder / "finetune.json").read_bytes())
     return str(record["unfreeze"]), str(record["base"]["store_digest"])
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .. import InputError
+from ..cache.parquet import read_parquet
 from .ablate_plan import Plan, Row
 from .ablate_records import Record
 from .files import write_whole
@@ -32,6 +33,10 @@ CONFIG_COLUMNS = (
     "loss.focal_loss", "loss.asymmetric_loss", "loss.class_weights", "training.num_epochs", "knn.K",
     "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta", "knn.ties", "knn.predictor",
     "model.max_num_patches", "towers",
+)  # fmt: skip
+FIGURES = (
+    "mAP", "mAP_sample", "F1_micro", "F1_macro", "F1_micro_tuned", "F1_macro_tuned", "CF1", "OF1", "P@1", "P@5", "R@1",
+    "R@5", "hamming_loss", "threshold_tuned",
 )  # fmt: skip
 # Figures that are not of the table: lists, and what other columns say.
 _LEFT = {"method", "split", "ci", "ci_undefined", "retrieval_ci", "prompts", "note"}
@@ -77,7 +82,7 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write the table."""
     path = out / ROWS
     table = _table(rows)
-    write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
     return path
 
 
@@ -91,13 +96,34 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        table = read_parquet(path)
+        _check_types(table)
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (OSError, ValueError) as error:
         raise InputError(
-            "a damaged table", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+            "a damaged table", where=path, got=getattr(error, "strerror", None) or error, wanted="what mmcli wrote",
             do="remove it: it is made again from what is kept beside it",
         ) from None  # fmt: skip
     return rows
+
+
+def _check_types(table: pa.Table) -> None:
+    """Refuse columns that are missing or of other types than those that :func:`write_rows` gives them.
+
+    A column without a value, as all of an empty table, may have any type.
+
+    Raises:
+        ValueError: There is one.
+    """
+    missing = {*TEXTS, *WHOLE} - set(table.column_names)
+    if missing:
+        raise ValueError(f"no column {min(missing)}")
+    for name in {*TEXTS, *WHOLE, *FIGURES} & set(table.column_names):
+        column = table.column(name)
+        is_number = pa.types.is_integer(column.type) or (pa.types.is_floating(column.type) and name in FIGURES)
+        fits = pa.types.is_string(column.type) if name in TEXTS else is_number
+        if not fits and column.null_count < len(column):
+            raise ValueError(f"the column {name} of {column.type}")
 
 
 def _line(row: Row, record: Record | None) -> dict[str, Any]:

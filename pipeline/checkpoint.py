@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import InputError, __version__
-from ..heads.hub import PICKLES, cannot_load, read_config, read_tensors, reason, refuse_pickle, restore
+from ..cache.strict_json import parse_json
+from ..heads.hub import PICKLES, cannot_load, read_config, reason, refuse_pickle, restore
 from ..heads.model import HEADS, BaseHead, Head, MlpBaseline
+from ..heads.tensor_files import load_tensors, read_about, write_tensors
 from .config import Config
 from .device import pick_device
 from .files import write_text, write_whole
 from .run_folders import MARK
-from .runs import read_info
+from .runs import read_info, run_identity
 
 INDEX = "checkpoints.json"
 
@@ -43,7 +44,7 @@ class CheckpointKeeper:
         keep = self._config.training.save_top_k
         if len(self.kept) >= keep and val_mAP <= self.kept[-1].val_mAP:
             return False
-        new = Kept(file=f"epoch-{epoch:03d}.safetensors", epoch=epoch, val_mAP=val_mAP)
+        new = Kept(file=checkpoint_name(epoch), epoch=epoch, val_mAP=val_mAP)
         save_head(self._folder / new.file, head, self._config, width=self._width, epoch=epoch, val_mAP=val_mAP)
         # A later epoch that is no better than an earlier one stays behind it.
         self.kept = sorted([*self.kept, new], key=lambda one: (-one.val_mAP, one.epoch))
@@ -69,12 +70,11 @@ class CheckpointKeeper:
         found = []
         for path in sorted(self._folder.glob("epoch-*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
-                    note = file.metadata() or {}
+                note = read_about(path)
                 one = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
-            except (OSError, SafetensorError, KeyError, ValueError) as error:
+            except (OSError, KeyError, ValueError) as error:
                 raise InputError(
-                    "damaged checkpoint", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+                    "damaged checkpoint", where=path, got=reason(error), wanted="what mmcli wrote",
                     do="train again, from the start",
                 ) from None  # fmt: skip
             if one.epoch <= epoch:
@@ -95,9 +95,12 @@ def save_head(path: Path, head: BaseHead, config: Config, *, width: int, epoch: 
     """Write a head's parameters, buffers and what is needed to build it again."""
     assert head.build["width"] == width
     assert head.kind == config.head
-    note = {"build": json.dumps(head.build), "epoch": str(epoch), "val_mAP": repr(val_mAP)}
+    note = {
+        "build": json.dumps(head.build), "epoch": str(epoch), "val_mAP": repr(val_mAP),
+        **run_identity(path.parent.parent),
+    }  # fmt: skip
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+    write_whole(path, lambda temporary: write_tensors(temporary, save_file, tensors, note))
 
 
 def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | MlpBaseline:
@@ -116,7 +119,7 @@ def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | Ml
     """
     path, place = Path(path), device if isinstance(device, torch.device) else pick_device(device)
     if path.is_dir() and (path / MARK).is_file():
-        head = _read_checkpoint(best_checkpoint(path), place)
+        head = _read_checkpoint(best_checkpoint(path), place, path)
         head.about = describe_head(path)
         return head
     if path.is_dir():
@@ -150,16 +153,23 @@ def describe_head(run: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_checkpoint(path: Path, device: torch.device) -> Head | MlpBaseline:
+def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) -> Head | MlpBaseline:
     wanted, do = "a checkpoint of mmcli", "train the head again with `mmcli train-head`"
     try:
-        with safe_open(path, framework="pt") as file:
-            build: dict[str, Any] = json.loads((file.metadata() or {})["build"])
+        tensors, note = load_tensors(path, str(device))
+        for name, mine in ({} if run is None else run_identity(run)).items():
+            if note.get(name, mine) != mine:
+                raise InputError(f"a checkpoint of another {name}", where=path, got=note[name], wanted=mine, do=do)
+        build: dict[str, Any] = parse_json(note["build"])
         # Checkpoints of 0.1.0 do not say their kind.
-        return restore(HEADS[build.get("head", "fusion")], build, read_tensors(path, device))
-    except OSError:
+        return restore(HEADS[build.get("head", "fusion")], build, tensors)
+    except FileNotFoundError:
         raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except OSError as error:
+        raise InputError("cannot read a checkpoint", where=path, got=error.strerror or error, do=do) from None
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise InputError("damaged checkpoint", where=path, got=reason(error), wanted=wanted, do=do) from None
 
 
@@ -171,10 +181,18 @@ def best_checkpoint(run: Path) -> Path:
     """
     path = run / "checkpoints" / INDEX
     try:
-        file = str(json.loads(path.read_text(encoding="utf-8"))[0]["file"])
-    except (OSError, ValueError, LookupError, TypeError):
+        kept = [Kept(**one) for one in json.loads(path.read_bytes())]
+        first = kept[0]
+        if first.file != checkpoint_name(first.epoch) or any(one.val_mAP > first.val_mAP for one in kept):
+            raise ValueError("a list that does not begin with the best")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise InputError(
             "no checkpoint", where=path, got="no list of checkpoints", wanted="at least one",
             do="train the head again with `mmcli train-head`",
         ) from None  # fmt: skip
-    return path.parent / Path(file).name
+    return path.parent / first.file
+
+
+def checkpoint_name(epoch: int) -> str:
+    """The file of an epoch's checkpoint."""
+    return f"epoch-{epoch:03d}.safetensors"

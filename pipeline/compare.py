@@ -13,6 +13,7 @@ from ..heads.bootstrap import RESAMPLES, SEED, Threshold, difference, resample
 from ..heads.metrics import evaluate
 from .codes import codes_path, read_codes
 from .evaluation import OVERALL, read_scores
+from .files import command
 from .metrics_file import read_metrics
 from .runs import Run, open_run, read_info
 from .tables import comparison_table
@@ -138,7 +139,9 @@ def _labels_of(run: Run, split: str, image_id: npt.NDArray[np.int64]) -> npt.NDA
     codes = read_codes(run.folder, split)
     if not np.array_equal(codes.image_id, image_id):
         raise InputError(
-            "codes and scores of other images", where=run.folder, do=f"run `mmcli knn-eval --run {run.folder}` again"
+            "codes and scores of other images",
+            where=run.folder,
+            do=f"run `{command('knn-eval', '--run', run.folder)}` again",
         )
     return codes.labels
 
@@ -154,10 +157,11 @@ def _methods(runs: tuple[Run, Run], named: tuple[str | None, str | None], split:
     chosen = []
     for run, method, found in zip(runs, named, there, strict=True):
         if not found or (method is not None and method not in found):
+            again = command("knn-eval", "--run", run.folder, "--split", split)
             raise InputError(
                 f"no {split} scores" + (f" of {method}" if method else ""), where=run.folder,
                 got=", ".join(found) or "none", wanted=method or "those of any method",
-                do=f"run `mmcli knn-eval --run {run.folder} --split {split}`, or name another method or split",
+                do=f"run `{again}`, or name another method or split",
             )  # fmt: skip
         chosen.append(method or (both if named == (None, None) and both else found)[0])
     return chosen[0], chosen[1]

@@ -29,6 +29,7 @@ from ..heads.config import (
 )
 from .config_errors import one_of, readable
 from .presets import PRESETS, Preset
+from .strict_yaml import parse_yaml, read_yaml
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Beyond these no training goes well, and far beyond them the arithmetic of the optimiser overflows.
@@ -209,7 +210,7 @@ def load_config(
     Raises:
         InputError: The file cannot be read, a key is unknown, or a value is refused.
     """
-    given = _merge(under or {}, _read_yaml(file) if file is not None else {})
+    given = _merge(under or {}, read_sections(file) if file is not None else {})
     chosen = dict(options or {})
     preset = chosen.get("preset", given.get("preset", Config.model_fields["preset"].default))
     preset = preset.lower() if isinstance(preset, str) else preset
@@ -240,7 +241,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     for word in settings:
         key, equals, text = word.partition("=")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             text = ""
         if not key or not equals or not text.strip():
@@ -260,23 +261,14 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_sections(file: Path) -> dict[str, Any]:
+    """The sections of a configuration file, not yet checked.
+
+    Raises:
+        InputError: It cannot be read, or does not hold sections.
+    """
     do = "give a YAML file with sections such as 'hash:' and 'training:'"
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            "cannot read the configuration",
-            where=file,
-            got=error.strerror or error,
-            wanted="a readable file",
-            do=do,
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(file)
-        problem = getattr(error, "problem", None) or "text that is not UTF-8"
-        raise InputError("broken configuration", where=where, got=problem, wanted="YAML", do=do) from None
+    tree = read_yaml(file, "configuration", wanted="a readable file", do=do)
     if tree is None:
         return {}
     if not isinstance(tree, dict):

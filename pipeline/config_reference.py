@@ -18,6 +18,11 @@ presets where they differ. An unknown key, a wrong type or a value out of range 
 key. `mmcli train-head --print-config` prints what a command line resolves to, without training, and every run folder
 keeps it as `config.yaml`. A choice may be written in any case; `null` is written where it is a value.
 
+A file is UTF-8 and at most 256 KiB, nested at most 20 deep, with at most ten aliases. A key that stands twice or is no
+text, a merge key `<<`, a tag such as `!!python/name`, a whole number beyond 64 bits, and one that YAML 1.1 reads in
+another base (`010`, `1:30`) are refused in one line with their place; a date is text. Files of experiments and grids
+are read in the same way.
+
 This page is written from the schema: `python -m mmcli.pipeline.config_reference > docs/configuration.md`.
 """
 LIMITS = {

@@ -1,7 +1,6 @@
 """Every stage in turn on the generated miniature; each step names the command that does it alone."""
 
 import json
-import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .config import Config, ModelConfig, load_config
 from .device import pick_device
 from .explain import show
 from .extract import ExtractPlan, extract
-from .files import make_folder, write_text
+from .files import command, make_folder, write_text
 from .knn_eval import knn_eval
 from .manifest import read_manifest
 from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
@@ -81,32 +80,31 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     progress = progress or Progress()
     data, model, store, runs = out / "data", out / "model", out / "store", out / "runs"
     _make_miniature(config, out, force=force, progress=progress)
-    _step(progress, 2, "read COCO's files, check them, write one manifest", f"prepare --data {data}")
+    _step(progress, 2, "read COCO's files, check them, write one manifest", command("prepare", "--data", data))
     for table in statistics_tables(prepare(data).statistics)[:1]:
         progress.show(table)
-    command = f"extract --data {data} --model {model} --patches {PATCHES} --out {store}"
-    _step(progress, 3, "run the frozen towers once, store raw embeddings", command)
+    words = command("extract", "--data", data, "--model", model, "--patches", PATCHES, "--out", store)
+    _step(progress, 3, "run the frozen towers once, store raw embeddings", words)
     config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
     extract(config, ExtractPlan(data=data, out=store), progress)
-    _step(progress, 4, "tag by the categories' names alone", f"zero-shot --store {store}")
+    _step(progress, 4, "tag by the categories' names alone", command("zero-shot", "--store", store))
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
     _step(
         progress,
         5,
         "train a 64-bit head from the store",
-        f"train-head --store {store} --preset small --bits 64 --epochs {EPOCHS} --patience 0",
+        command("train-head", "--store", store, "--preset", "small", "--bits", 64, "--epochs", EPOCHS, "--patience", 0),
     )
     training = {"training.num_epochs": EPOCHS, "training.early_stopping_patience": 0}
     kept = {"model": config.model, "hardware": config.hardware}
     config = load_config(options={"preset": "small", "hash.bits": 64, **training}).model_copy(update=kept)
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
-    _step(progress, 6, "let Hamming neighbours vote", f"knn-eval --run {trained.run.folder}")
+    _step(progress, 6, "let Hamming neighbours vote", command("knn-eval", "--run", trained.run.folder))
     voted = knn_eval(config, run=trained.run, progress=progress)
     _explain(trained.run, data, config.knn, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
     plan = ReportPlan(runs=runs, data=data, out=out / "report", force=True)
-    command = plan.command.removeprefix("mmcli ")
-    _step(progress, 8, "one page of answers, tables, plots, queries and failures", command)
+    _step(progress, 8, "one page of answers, tables, plots, queries and failures", plan.command)
     page = report(plan, progress).files[0]
     files = (
         (page, "one page of all of it, for any browser"),
@@ -149,11 +147,11 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     write_text(mark, json.dumps({**making, "whole": True}))
 
 
-def _step(progress: Progress, number: int, what: str, command: str | None) -> None:
+def _step(progress: Progress, number: int, what: str, line: str | None) -> None:
     """A heading, and the command that does this step alone."""
     progress.show(Text.assemble(f"\n{number}. ", (what, "bold")))
-    if command is not None:
-        progress.show(Text(f"   $ mmcli {command}", "cyan"))
+    if line is not None:
+        progress.show(Text(f"   $ {line}", "cyan"))
 
 
 def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
@@ -162,8 +160,8 @@ def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
     row = _telling_row(query)
     at = listing.image_ids.tolist().index(query.image_id[row])
     image, caption, one = str(data / listing.paths[at]), listing.captions[at][0], slice(row, row + 1)
-    command = f"predict {image} --caption {shlex.quote(caption)} --run {run.folder} --data {data}"
-    _step(progress, 7, "ask why: one test image and the neighbours that voted", command)
+    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
     coded = Coded(query.soft[one], None if query.packed is None else query.packed[one])
     (tagging,) = Voters(run_index(run), knn).tag(coded, [Query(image, caption)], top=knn.top_n_tags)
     progress.show(show(tagging, truth=[listing.category_names[c] for c in np.flatnonzero(query.labels[row])]))

@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from .. import InputError
 from ..heads.bootstrap import RESAMPLES, SEED, Threshold, interval, resample
 from ..heads.metrics import evaluate, tune_thresholds
 from ..heads.sigmoid import sigmoid
-from .codes import Codes
-from .files import write_whole
+from ..heads.tensor_files import write_tensors
+from .codes import Codes, read_run_arrays
+from .files import command, write_whole
 from .per_class import write_per_class
-from .runs import Run
+from .runs import Run, run_identity
 
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.uint8]
@@ -153,7 +152,8 @@ def write_scores(
         arrays["labels"] = labels
     path = scores_path(run, method, split)
     whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    write_whole(path, lambda temporary: save_file(whole, temporary))
+    about = {"method": method, "split": split, **run_identity(run)}
+    write_whole(path, lambda temporary: write_tensors(temporary, save_file, whole, about))
     return path
 
 
@@ -166,27 +166,13 @@ def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any
     """What :func:`write_scores` kept: ``image_id``, ``scores``, and ``labels`` where they were given.
 
     Raises:
-        InputError: The file is missing, damaged, or its arrays do not fit each other.
+        InputError: As for :func:`.codes.read_run_arrays`.
     """
-    path = scores_path(run, method, split)
-    do = "run the command that scores this split again" + (
-        f" (`mmcli knn-eval --run {run}`)" if method == "knn" else ""
-    )
-    try:
-        arrays = load_file(path)
-    except OSError:
-        raise InputError("no scores", where=path, got="no file", wanted=f"scores of {method}", do=do) from None
-    except SafetensorError as error:
-        raise InputError("damaged scores", where=path, got=error, wanted="a safetensors file", do=do) from None
-    missing = {"image_id", "scores"} - arrays.keys()
-    lengths = {len(values) for values in arrays.values()}
-    if missing or len(lengths) != 1 or arrays["scores"].ndim != 2:
-        got = f"no {', '.join(sorted(missing))}" if missing else f"lengths {sorted(lengths)}"
-        raise InputError("damaged scores", where=path, got=got, wanted="arrays of one length", do=do)
-    if not np.isfinite(arrays["scores"]).all():
-        row = int(np.flatnonzero(~np.isfinite(arrays["scores"]).all(axis=1))[0])
-        raise InputError("damaged scores", where=f"{path}, row {row}", got="NaN or inf", wanted="numbers", do=do)
-    return arrays
+    again = f" (`{command('knn-eval', '--run', run)}`)" if method == "knn" else ""
+    return read_run_arrays(
+        scores_path(run, method, split), "scores", about={"method": method, "split": split},
+        do=f"run the command that scores this split again{again}",
+    )  # fmt: skip
 
 
 def _kept_overall(n: int, C: int) -> str:

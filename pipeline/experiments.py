@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from .. import InputError
 from .config import Config, FinetuneConfig, GridConfig
+from .strict_yaml import read_yaml
 
 SHIPPED = Path(__file__).parent / "grids"
 DEFAULT = "experiments"
@@ -33,6 +33,8 @@ GRID_KEYS = {
     "max_num_patches": ("model.max_num_patches", "patches"), "freeze_towers": (TOWERS, TOWERS),
 }  # fmt: skip
 _TOWER_WORDS = {True: "frozen", False: "last-2", "full": "all"}
+# Files that extend one another; more are a circle through links.
+_MOST_EXTENDED = 10
 _DO = "see docs/ablations.md, or `mmcli ablate --dry-run`"
 
 
@@ -237,7 +239,7 @@ def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if under is None:
         return tree
     base = _find(str(under))
-    if base.resolve() in {one.resolve() for one in (*seen, path)}:
+    if base.absolute() in {one.absolute() for one in (*seen, path)} or len(seen) > _MOST_EXTENDED:
         raise InputError(
             "experiments that extend themselves", where=path, got=f"extends: {under}", wanted="another file"
         )
@@ -249,21 +251,13 @@ def _tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _find(name: str) -> Path:
-    shipped = SHIPPED / f"{name}.yaml"
-    return shipped if "/" not in name and shipped.is_file() else Path(name)
+    shipped = {file.stem: file for file in SHIPPED.glob("*.yaml")}
+    return shipped.get(name, Path(name))
 
 
 def _load(path: Path) -> dict[str, Any]:
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            "cannot read experiments", where=path, got=error.strerror or error, wanted=f"a YAML file, or one of {names}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        got = getattr(error, "problem", None) or "text that is not UTF-8"
-        raise InputError("broken experiments", where=path, got=got, wanted="YAML") from None
+    tree = read_yaml(path, "experiments", wanted=f"a YAML file, or one of {names}")
     if not isinstance(tree, dict):
         raise InputError(
             "broken experiments", where=path, got=type(tree).__name__, wanted="experiments by name", do=_DO

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +73,8 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def command(*words: object) -> str:
+    """A command of ``mmcli`` as a shell takes it: ``mmcli knn-eval --run 'my run'``."""
+    return shlex.join(["mmcli", *map(str, words)])

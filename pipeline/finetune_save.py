@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import InputError
+from ..cache.strict_json import parse_json
+from ..heads.hub import reason
+from ..heads.tensor_files import load_tensors, write_tensors
 from .config import Config
 from .files import unwritable, write_text, write_whole
 from .finetune_shards import Shards
@@ -44,7 +47,10 @@ class TowerKeeper:
         if best:
             tensors = self._shards.wholes()
             if self._writes:
-                write_whole(self._path(epoch), lambda temporary: save_file(tensors, temporary))
+                write_whole(
+                    self._path(epoch),
+                    lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)}),
+                )
             self._best = epoch
 
     def sweep(self) -> None:
@@ -61,10 +67,10 @@ class TowerKeeper:
         """
         path = self._path(epoch)
         try:
-            self._shards.restore(load_file(path))
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            self._shards.restore(load_tensors(path, "cpu")[0])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                "cannot read trained towers", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+                "cannot read trained towers", where=path, got=reason(error), wanted="what mmcli wrote",
                 do="train again, from the start",
             ) from None  # fmt: skip
 
@@ -110,7 +116,7 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
 def base_of(run: Path, info: RunInfo) -> dict[str, Any]:
     """What a run began with: ``model``, ``revision`` and ``store_digest`` of its checkpoint."""
     try:
-        base: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))["base"]
+        base: dict[str, Any] = parse_json((run / RECORD).read_bytes())["base"]
     except (OSError, ValueError, LookupError, TypeError):
         return {"model": info.model, "store_digest": info.store_digest}  # killed before it was written
     return base

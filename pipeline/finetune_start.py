@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from .. import InputError
-from .codes import codes_path
+from .codes import codes_path, read_codes
 from .config import DataConfig, load_config
 from .protocols import lists_digest
 from .runs import read_info
@@ -68,11 +67,12 @@ def _seen(start: Path) -> Ids | None:
     following: Path | None = start
     while following is not None and following.resolve() not in passed:
         passed.add(following.resolve())
+        if not codes_path(following, "train").is_file():
+            return None
+        found.append(read_codes(following, "train").image_id)
         try:
-            with safe_open(codes_path(following, "train"), framework="np") as file:
-                found.append(np.asarray(file.get_tensor("image_id"), np.int64))
             before = load_config(following / "config.yaml").finetune.start
-        except (OSError, SafetensorError, InputError):
+        except InputError:
             return None
         following = None if before is None else Path(before)
     return np.unique(np.concatenate(found))

@@ -125,8 +125,8 @@ def import_store(plan: ImportPlan, progress: Progress | None = None) -> ImportRe
 
 def _key(plan: ImportPlan, listing: Manifest, images: Vectors, texts: Texts, progress: Progress) -> StoreKey:
     """Check all values, and name what the store depends on; the hashes stand for what the other tool did."""
-    both = {str(images.dtype), str(texts.vectors.dtype)}
-    dtype: StoredDtype = plan.dtype or ("float32" if "float32" in both else "float16")
+    wide = np.dtype(np.float32) in {images.dtype, texts.vectors.dtype}
+    dtype: StoredDtype = plan.dtype or ("float32" if wide else "float16")
     with progress.task("rows checked", images.shape[0] + texts.vectors.shape[0]) as task:
         hashes = {
             "images": check_images(images, listing, dtype, task.advance),

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import RenderableType
 
 from .. import InputError
+from .files import command
 from .index_file import read_index, write_index, writing
 from .manifest import Manifest, read_manifest
 from .progress import Progress
@@ -62,8 +63,8 @@ class IndexResult:
             lines.append(f"new tags: {', '.join(self.new_names)}")
         what = f"{self.changed:,} samples {self.did} the index; " if self.did != "built" else ""
         lines.append(f"{what}{self.n:,} samples, {self.n_classes} tags, {self.n_bytes / 2**20:.1f} MiB")
-        run = f"--run {self.run or 'RUN'}"
-        return [*lines, f"use it with `mmcli predict IMAGE {run} --index {self.path}`", f"wrote {self.path}"]
+        use = command("predict", "IMAGE", "--run", self.run or "RUN", "--index", self.path)
+        return [*lines, f"use it with `{use}`", f"wrote {self.path}"]
 
 
 def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexResult:

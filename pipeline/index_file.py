@@ -5,7 +5,6 @@ file or the new one. No pickle anywhere.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,20 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .. import InputError, __version__
 from ..cache import StoreBusy
 from ..cache.files import lock, sync_folder, unlock
 from ..cache.key import canonical_json
+from ..cache.strict_json import parse_json
+from ..heads.tensor_files import Arrays, load_arrays, read_about
 from .files import make_folder, unwritable, write_whole
 from .runs import now
 from .tag_index import Origin, TagIndex
 
 FORMAT, FORMAT_VERSION = "mmcli-index", 1
 REBUILD = "build it again with `mmcli index build`"
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 def write_index(path: Path, index: TagIndex) -> str:
@@ -68,19 +67,20 @@ def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
         InputError: No such file, no index, damaged, or of a newer format.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            about = _header(path, file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = _header(path, read_about(path))
+        arrays, _ = load_arrays(path)
     except OSError as error:
         got = "a folder" if path.is_dir() else "no such file" if not path.exists() else error
         raise InputError("no index", where=path, got=got, wanted="a file of `mmcli index build`", do=REBUILD) from None
-    except SafetensorError as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise _damaged(path, str(error)) from None
     if _checksum({key: value for key, value in about.items() if key != "sha256"}, arrays) != about.get("sha256"):
         raise _damaged(path, "a checksum that does not fit the content")
     try:
         return _index(arrays, about), about
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, pa.ArrowException) as error:
         raise _damaged(path, f"{type(error).__name__} {error}") from None
 
 
@@ -115,7 +115,7 @@ def _literal(name: str) -> str:
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the file says of itself; other files and newer formats are refused before anything else is looked at."""
     try:
-        about = json.loads(metadata["mmcli_index"])
+        about = parse_json(metadata["mmcli_index"])
         version = about["version"]
         known = about["format"] == FORMAT and type(version) is int and version >= 1
     except (KeyError, ValueError, TypeError):

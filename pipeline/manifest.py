@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from .. import InputError
 from ..cache.arrow import numbers
+from ..cache.parquet import read_parquet
 from .files import write_whole
 from .manifest_checks import (
     DATA_KEY,
@@ -188,13 +189,11 @@ def read_manifest(path: Path) -> Manifest:
             wanted="a parquet file", do="run `mmcli prepare` first, or name the manifest",
         )  # fmt: skip
     try:
-        # Not read_table: that would take `name=value` folders of the path for further columns.
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+        table = read_parquet(path)
+    except (ValueError, OSError) as error:
+        got = getattr(error, "strerror", None) or error
         raise InputError(
-            "cannot read the manifest", where=path, got=str(error).splitlines()[0][:200], wanted="a whole parquet file",
+            "cannot read the manifest", where=path, got=got, wanted="a whole parquet file",
             do="run `mmcli prepare` again",
         ) from None  # fmt: skip
     return Manifest.from_table(table, where=path)

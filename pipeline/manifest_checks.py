@@ -4,7 +4,6 @@ The checks take any arrow table and give back the canonical one: five columns, f
 strings, dictionary-coded strings and wider or narrower integers are taken too, as pandas and polars write them.
 """
 
-import json
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from .. import InputError
 from ..cache.arrow import booleans, integers, numbers, texts
+from ..cache.strict_json import parse_json
 from .safe_paths import SAFE_PATH, UNSAFE_PATH
 
 SPLITS = ("train", "val", "test")
@@ -70,8 +70,8 @@ def _category_names(metadata: dict[bytes, bytes], where: object) -> tuple[str, .
             wanted=f"version {VERSION}", do="run `mmcli prepare` of this mmcli again",
         )  # fmt: skip
     try:
-        names = json.loads(metadata.get(NAMES_KEY, b"null"))
-    except (ValueError, RecursionError):
+        names = parse_json(metadata.get(NAMES_KEY, b"null"))
+    except ValueError:
         names = "text that is not JSON"
     ok = isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names)
     if not ok or len(set(names)) != len(names):

@@ -1,18 +1,26 @@
-"""``metrics.json``: the rows of a run, one for each method and split.
+"""``metrics.json``: the rows of a run, one for each method and split; ``history.jsonl``: its epochs.
 
 The keys of the row that was computed last stand flat, where scripts look for them; the other rows stand under
 ``others``.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..cache.strict_json import parse_json
 from .files import write_text
 
-METRICS = "metrics.json"
+METRICS, HISTORY = "metrics.json", "history.jsonl"
+# Names that always stand for one number.
+_FIGURE = re.compile(
+    r"mAP(_sample|@\d+)?|(F1_micro|F1_macro|CF1|OF1|CP|CR|OP|OR|hamming_loss)(@\d+)?(_tuned(_per_class)?)?"
+    r"|[PR]@\d+(_ceiling)?|n_[A-Za-z0-9_@]+|threshold(_tuned)?|[a-z_]+_(s|ms|qps|bytes)|K|tau|theta|bits|seed"
+)
+_LARGEST = 1e300
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -30,10 +38,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / METRICS
     try:
-        first = json.loads(path.read_text(encoding="utf-8"))
+        first = parse_json(path.read_bytes())
         rows = [first, *first.pop("others")]
         for row in rows:
-            _key(row)
+            check_row(row)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -61,6 +69,62 @@ def merge_rows(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, An
     for row in rest:
         rows[_key(row)] = {**rows.get(_key(row), {}), **row}
     return [dict(headline), *rows.values()]
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The records of the epochs of a run, in order; none where nothing was trained.
+
+    A last line without an end is one that is still written, or was when the run was killed, and is left out.
+
+    Raises:
+        InputError: Another line is not what mmcli writes.
+    """
+    path = folder / HISTORY
+    records: list[dict[str, Any]] = []
+    try:
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            records.append(record := parse_json(line))
+            if not _is_number(record["epoch"]) or not all(_is_number(v, or_null=True) for v in record.values()):
+                raise ValueError(f"epoch {record['epoch']!r:.60} with what is no number")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise InputError(
+            "damaged history", where=f"{path}, line {len(records)}", got=f"{type(error).__name__}: {error}",
+            wanted="what mmcli wrote", do="train again",
+        ) from None  # fmt: skip
+    return records
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Refuse a row whose values are of other kinds than :func:`write_metrics` is given.
+
+    A method, a split and settings are text; ``ci`` maps figures to pairs of numbers; every other value that has the
+    name of a figure is a finite number, or null where the figure is undefined.
+
+    Raises:
+        ValueError, TypeError, LookupError: There is one.
+    """
+    for key in ("method", "split"):
+        if not isinstance(row[key], str):
+            raise TypeError(f"{key} is {row[key]!r:.60}")
+        row[key].encode()  # JSON can spell half a pair of surrogates, which no file can hold
+    for key, value in row.items():
+        if _FIGURE.fullmatch(key) and not _is_number(value, or_null=True):
+            raise ValueError(f"{key} is {value!r:.60}")
+    for key in ("ci", "retrieval_ci"):
+        for figure, ends in (row.get(key) or {}).items():
+            low, high = ends
+            if not (_is_number(low) and _is_number(high) and low <= high):
+                raise ValueError(f"the interval of {figure} is {ends!r:.60}")
+
+
+def _is_number(value: object, *, or_null: bool = False) -> bool:
+    if value is None:
+        return or_null
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str]:

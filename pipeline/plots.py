@@ -38,6 +38,10 @@ STYLE: Any = {
 }  # fmt: skip
 
 
+# Characters that XML has no way to write.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 class Drawing(NamedTuple):
     """A drawing as SVG with its own colours, and as PNG."""
 
@@ -122,15 +126,20 @@ def for_page(svg: str) -> str:
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r"<svg \1", body, count=1)
-    for colour, variable in VARIABLES.items():
-        body = body.replace(colour, f"var({variable})")
+
+    def recolour(tag: str) -> str:
+        for colour, variable in VARIABLES.items():
+            tag = tag.replace(colour, f"var({variable})")
+        return tag
+
+    body = _change_tags(body, recolour)
     return body.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
 def _svg(figure: "Figure") -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", dpi=DPI, metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+    return _NO_XML.sub("\ufffd", stream.getvalue())
 
 
 def _png(figure: "Figure") -> bytes:
@@ -141,6 +150,15 @@ def _png(figure: "Figure") -> bytes:
 
 def _own_ids(svg: str, name: str) -> str:
     """Ids that no other drawing has."""
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    return re.sub(r'href="#', f'href="#{name}-', svg)
+
+    def rename(tag: str) -> str:
+        tag = re.sub(r'\bid="', f'id="{name}-', tag)
+        tag = re.sub(r"url\(#", f"url(#{name}-", tag)
+        return re.sub(r'href="#', f'href="#{name}-', tag)
+
+    return _change_tags(svg, rename)
+
+
+def _change_tags(svg: str, change: Callable[[str], str]) -> str:
+    """The SVG with its tags changed, and not the texts between them, which are names that may look like anything."""
+    return re.sub(r"<[^>]*>", lambda found: change(found[0]), svg)

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from .. import InputError
 from ..heads.bootstrap import Difference, mean_difference, resample
 from ..heads.metrics import evaluate
+from .codes import read_run_arrays
 
 FIGURES = ("mAP", "F1_micro_tuned", "F1_macro_tuned", "P@5", "R@5")
 EQUAL = "not distinguishable at this size"
@@ -178,38 +177,25 @@ def _same(scored: Sequence[Scored]) -> bool:
 
 
 def _read(sample: Sample, threshold: float | None) -> Scored:
-    arrays = _arrays(sample.scores)
+    assert sample.scores is not None
+    row, do = sample.row, "run the command that scores this split again"
+    about = {key: str(row[key]) for key in ("method", "split", "key") if key in row}
+    arrays = read_run_arrays(sample.scores, "scores", about=about, do=do)
     if "labels" not in arrays and sample.labels is not None:
-        other = _arrays(sample.labels)
-        arrays["labels"] = other["labels"]
-    if {"image_id", "scores", "labels"} - arrays.keys() or len({len(value) for value in arrays.values()}) != 1:
-        raise _damaged(sample.scores, f"arrays {', '.join(sorted(arrays))}")
+        codes = read_run_arrays(sample.labels, "labels", about={"split": str(row["split"])}, do=do)
+        if not np.array_equal(codes["image_id"], arrays["image_id"]):
+            raise InputError("codes and scores of other images", where=sample.scores, do=do)
+        arrays["labels"] = codes["labels"]
+    if "labels" not in arrays or arrays["labels"].shape != arrays["scores"].shape:
+        raise InputError("damaged scores", where=sample.scores, got="no labels that fit", do=do)
     order = np.argsort(arrays["image_id"], kind="stable")
     scores, labels = arrays["scores"][order], arrays["labels"][order]
-    if not np.isfinite(scores).all():
-        raise _damaged(sample.scores, "NaN or inf")
     figures = evaluate(scores, labels)
     if threshold is not None:
         tuned = evaluate(scores, labels, threshold=threshold)
         figures |= {f"{key}{TUNED}": tuned[key] for key in ("F1_micro", "F1_macro")}
     resampled = resample(scores, labels, {} if threshold is None else {TUNED: threshold})
     return Scored(image_id=arrays["image_id"][order], labels=labels, figures=figures, resampled=resampled)
-
-
-def _arrays(path: Path | None) -> dict[str, npt.NDArray[Any]]:
-    assert path is not None
-    try:
-        arrays: dict[str, npt.NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
-    return {key: arrays[key] for key in ("image_id", "scores", "labels") if key in arrays}
-
-
-def _damaged(path: Path | None, got: str) -> InputError:
-    return InputError(
-        "damaged scores", where=path, got=got, wanted="what mmcli wrote",
-        do="run the command that scores this split again",
-    )  # fmt: skip
 
 
 def arm_pair(arms: Sequence[Arm], a: str, b: str) -> tuple[Arm, Arm] | None:

@@ -1,5 +1,6 @@
 """The sections of a report, in the order that they are read in: the answer first, how to make it again last."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ def build(inputs: Inputs, depth: Depth | None, *, command: str, pictures: bool =
         _again(inputs, depth, command, whole=pictures),
     ]  # fmt: skip
     if depth is not None:
-        again = command if "--run " in command else f"{command} --run {depth.known.run.folder.as_posix()}"
+        again = command if "--run " in command else f"{command} --run {shlex.quote(depth.known.run.folder.as_posix())}"
         sections = [_made_by(section, again) for section in sections]
     return Document(
         title="Multi-label tagging with learned hash codes", subtitle=_subtitle(inputs, depth),

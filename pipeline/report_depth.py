@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from .. import InputError
 from ..heads.config import KnnConfig
 from ..heads.metrics import tune_thresholds
 from ..heads.ranking import average_precision
 from ..heads.voting import shared_weights, weights
-from .codes import Codes
+from .codes import Codes, read_codes
 from .config import load_config
 from .knn_codes import Evaluated
 from .knn_search import Searcher
+from .metrics_file import METRICS
 from .report_inputs import SPLIT, Inputs, Known, has_codes, read_known
 
 SHOWN = 9  # neighbours of a query
@@ -142,11 +144,15 @@ def _settings(known: Known) -> KnnConfig:
     rows = [row for row in known.rows if row["method"] == "knn"]
     row: Mapping[str, Any] = rows[0] if rows else {}
     settings = {key: row[key] for key in OF_ROW if row.get(key) is not None}
-    return KnnConfig(**{**base.model_dump(), **settings})
+    try:
+        return KnnConfig(**{**base.model_dump(), **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            "damaged metrics", where=known.run.folder / METRICS, got=f"{first['loc'][0]} {first['input']!r:.60}",
+            wanted="what mmcli wrote", do="remove the file, and `mmcli knn-eval` writes it again",
+        ) from None  # fmt: skip
 
 
 def _bits(known: Known) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(known.run.folder / "codes" / f"{SPLIT}.safetensors", "numpy") as file:
-        return "packed" in file.keys()  # noqa: SIM118 - no mapping
+    return read_codes(known.run.folder, SPLIT).packed is not None

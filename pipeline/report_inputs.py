@@ -3,7 +3,6 @@
 A folder that is no finished run is left out and counted; nothing here computes anything.
 """
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..cache.strict_json import parse_json
 from .ablate_table import ROWS, read_rows
 from .codes import codes_path
 from .evaluation import scores_path
 from .experiments import DEFAULT, read_experiments
+from .files import command
 from .manifest import Manifest, read_manifest
-from .metrics_file import read_metrics
+from .metrics_file import read_history, read_metrics
 from .report_arms import Arm, Sample
 from .report_pictures import Pictures
 from .run_folders import MARK
@@ -164,11 +165,11 @@ def read_known(folder: Path) -> Known:
     if info.status != "finished":
         raise InputError(
             "cannot report this run", where=folder, got=f"a run that is {info.status}", wanted="a finished run",
-            do=f"finish it with `mmcli {info.kind} --resume {folder}`, or name another --run",
+            do=f"finish it with `{command(info.kind, '--resume', folder)}`, or name another --run",
         )  # fmt: skip
     rows = tuple(row for row in read_metrics(folder) if row["split"] == SPLIT)
     return Known(
-        run=Run(folder=folder, info=info), rows=rows, history=tuple(_history(folder)),
+        run=Run(folder=folder, info=info), rows=rows, history=tuple(read_history(folder)),
         environment=_environment(folder), config=_text(folder / "config.yaml"),
     )  # fmt: skip
 
@@ -215,22 +216,12 @@ def _shown(path: Path) -> str:
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
 
 
-def _history(folder: Path) -> list[Mapping[str, Any]]:
-    found = []
-    for line in _text(folder / "history.jsonl").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that is still written
-    return [line for line in found if isinstance(line, dict) and "epoch" in line]
-
-
 def _environment(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(_text(folder / "environment.json") or "{}")
-    except ValueError:
+        found = parse_json((folder / "environment.json").read_bytes())
+    except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _text(path: Path) -> str:

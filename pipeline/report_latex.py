@@ -9,6 +9,7 @@ SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$",
+    "`": r"\textasciigrave{}",
 }  # fmt: skip
 _PATTERN = re.compile("|".join(map(re.escape, SPECIAL)))
 
@@ -41,7 +42,8 @@ def _cell(cell: Cell) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return " & ".join(f"{{{cell}}}" if cell.startswith("[") else cell for cell in cells) + r" \\"
+    # After the end of a row, "[" would be read as a length and "*" as a part of the command.
+    return " & ".join(f"{{{cell}}}" if cell.startswith(("[", "*")) else cell for cell in cells) + r" \\"
 
 
 def _answers(document: Document) -> list[Table]:

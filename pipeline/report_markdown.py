@@ -50,12 +50,20 @@ def plain(text: str) -> str:
 def inline(text: str) -> str:
     """The same, but for what stands between backticks, which is code."""
     parts = text.split("`")
-    return "".join(f"`{part}`" if at % 2 and part else plain_spaced(part) for at, part in enumerate(parts))
+    return "".join(code(part) if at % 2 and part else plain_spaced(part) for at, part in enumerate(parts))
+
+
+def code(text: str) -> str:
+    """Text as code in one line, between more backticks than it has itself."""
+    line = " ".join(text.splitlines())
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", line)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def plain_spaced(text: str) -> str:
     """Escaped, its spaces kept."""
-    return SPECIAL.sub(r"\\\1", text.replace("\n", " "))
+    return SPECIAL.sub(r"\\\1", re.sub(r"\s", " ", text))
 
 
 def _table(table: Table) -> list[str]:
@@ -78,7 +86,7 @@ def _figure(figure: Figure) -> list[str]:
 
 
 def _made_by(commands: Sequence[str]) -> list[str]:
-    return ["", f"Made from: {', '.join(f'`{command}`' for command in commands)}"] if commands else []
+    return ["", f"Made from: {', '.join(map(code, commands))}"] if commands else []
 
 
 def _text(block: Text) -> list[str]:
@@ -86,11 +94,11 @@ def _text(block: Text) -> list[str]:
 
 
 def _gap(block: Gap) -> list[str]:
-    return [f"{inline(block.text)}: `{block.command}`"]
+    return [f"{inline(block.text)}: {code(block.command)}"]
 
 
 def _commands(block: Commands) -> list[str]:
-    return [f"### {plain(block.title)}", "", *(f"    {line}" for line in block.lines)]
+    return [f"### {plain(block.title)}", "", *(f"    {part}" for line in block.lines for part in line.splitlines())]
 
 
 def _answers(block: Answers) -> list[str]:

@@ -94,14 +94,19 @@ class RunEncoder:
             )  # fmt: skip
         place = pick_device(device)
         head = load_head(run.folder, place)
-        own = run.folder / TOWERS
+        own, named = run.folder / TOWERS, model
         model = str(own) if model is None and own.is_dir() else model
         encoder = Encoder.load(
             model or config.model.siglip2_variant, revision=_revision(config, model),
             patches=config.model.max_num_patches, text_length=config.model.text_max_length, device=place,
         )  # fmt: skip
         key = find_key(encoder.identity, run.info)
-        if key is None and not _may_be_a_copy(run.info, model):
+        if key is None and named is None and model is not None:
+            raise InputError(
+                "damaged towers", where=own, got="weights, settings or a tokenizer that changed",
+                wanted="those that the run was finished with", do="copy the run again, or finetune again",
+            )  # fmt: skip
+        if key is None and not _may_be_a_copy(run.info, named):
             raise InputError(
                 "another checkpoint than the run's", where=model or config.model.siglip2_variant,
                 got=f"{encoder.identity.model}, {encoder.identity.revision[:19]}",

@@ -10,15 +10,18 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from .. import InputError, __version__
+from ..cache.strict_json import parse_json
 from .config import Config, dump_config
-from .files import write_text
+from .files import command, write_text
 from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new
 
@@ -63,6 +66,9 @@ class RunInfo:
     category_names: tuple[str, ...]
     lists_digest: str = ""
     version: int = RUN_VERSION
+
+
+_INFO = TypeAdapter(RunInfo)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
     kinds = TRAINED if kind in TRAINED else (kind,)
     if info.kind not in kinds or info.status != "finished" or info.version != RUN_VERSION:
         begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
-        do = f"finish it with `mmcli {info.kind} --resume {folder}`" if begun else f"run `mmcli {kind}`"
+        do = f"finish it with `{command(info.kind, '--resume', folder)}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
             wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another --run",
@@ -143,9 +149,17 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
     """
     path = folder / MARK
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["category_names"] = tuple(record["category_names"])
-        info = RunInfo(**record)
+        record = parse_json(path.read_bytes())
+        unknown = record.keys() - {field.name for field in fields(RunInfo)}
+        if unknown:
+            raise ValueError(f"the key {min(unknown)!r:.60}")
+        info = _INFO.validate_json(json.dumps(record), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError("broken run", where=path, got=got, wanted="what mmcli wrote", do="train again") from None
+    except PermissionError as error:
+        raise InputError("cannot read a run", where=path, got=error.strerror, do="ask for leave to read it") from None
     except OSError:
         raise InputError(
             "no run",
@@ -154,9 +168,17 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
             wanted="a run folder",
             do=f"name a run of `mmcli {kind}`, or make one first",
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError("broken run", where=path, got=error, wanted="what mmcli wrote", do="train again") from None
     return info
+
+
+def run_identity(folder: Path) -> dict[str, str]:
+    """What the files of a run say to belong to it: when the run was made; nothing where no ``run.json`` says so."""
+    try:
+        return {"run": read_info(folder).created}
+    except InputError:
+        return {}
 
 
 def newest_run(runs: Path, *, kind: str = "train-head") -> Run:

@@ -44,8 +44,8 @@ def resolve_image(root: Path, relative: str) -> Path:
                 "an image is a link out of the data folder", where=joined, got=target, wanted=f"a file below {root}",
                 do="copy the file, or link its whole folder instead",
             )  # fmt: skip
-    except (OSError, RuntimeError) as error:
-        raise InputError("cannot follow an image path", where=joined, got=error) from None
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: NUL, or half a pair of surrogates
+        raise InputError("cannot follow an image path", where=ascii(str(joined)), got=error) from None
     return joined
 
 

@@ -20,6 +20,7 @@ from .codes import Codes, write_codes
 from .config import Config
 from .evaluation import classifier_row, write_scores
 from .files import write_text
+from .metrics_file import HISTORY, read_history
 from .model_folder import write_model_folder
 from .monitor import Alarm, Monitor
 from .progress import Progress
@@ -31,7 +32,6 @@ from .trainer import FitResult, Member, summarise
 from .training_state import STATE, TrainingState, write_state
 
 LATENCY_QUERIES = 100
-HISTORY = "history.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +170,7 @@ def with_seed(config: Config, seed: int) -> Config:
 
 def read_fit(run: Run, config: Config) -> FitResult:
     """How the training of a finished run went."""
-    text = (run.folder / HISTORY).read_text(encoding="utf-8")
-    return summarise([json.loads(line) for line in text.splitlines()], config.training.num_epochs)
+    return summarise(read_history(run.folder), config.training.num_epochs)
 
 
 def _line(record: Mapping[str, float]) -> str:

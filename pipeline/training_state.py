@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import InputError
+from ..heads.hub import reason
+from ..heads.tensor_files import load_tensors, write_tensors
 from .files import write_whole
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def write_state(path: Path, state: TrainingState) -> None:
         "epoch": str(state.epoch), "history": json.dumps(state.history), "precision": state.precision,
         "scaler": json.dumps(state.scaler), "batches": str(state.batches),
     }  # fmt: skip
-    write_whole(path, lambda temporary: save_file(dict(state.tensors), temporary, metadata=note))
+    write_whole(path, lambda temporary: write_tensors(temporary, save_file, state.tensors, note))
 
 
 def read_state(path: Path) -> TrainingState | None:
@@ -114,16 +115,14 @@ def read_state(path: Path) -> TrainingState | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            return TrainingState(
-                epoch=int(note["epoch"]), history=tuple(json.loads(note["history"])), precision=note["precision"],
-                scaler=json.loads(note["scaler"]), batches=int(note.get("batches", 0)),
-                tensors={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-            )  # fmt: skip
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        tensors, note = load_tensors(path, "cpu")
+        return TrainingState(
+            epoch=int(note["epoch"]), history=tuple(json.loads(note["history"])), precision=note["precision"],
+            scaler=json.loads(note["scaler"]), batches=int(note.get("batches", 0)), tensors=tensors,
+        )  # fmt: skip
+    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            "damaged training state", where=path, got=str(error).splitlines()[0], wanted="what mmcli wrote",
+            "damaged training state", where=path, got=reason(error), wanted="what mmcli wrote",
             do="remove it to train from the start, with `mmcli train-head --resume`",
         ) from None  # fmt: skip
 

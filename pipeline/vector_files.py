@@ -26,7 +26,7 @@ class Vectors:
 
     Attributes:
         where: The file or folder.
-        parts: Files and their arrays ``(r, D)`` or ``(r, C, D)``, in order, all of one dtype.
+        parts: Files and their arrays ``(r, D)`` or ``(r, C, D)``, in order, all of one dtype in any byte order.
         in_file_order: Whether row numbers mean something to whoever looks into the files.
     """
 
@@ -40,8 +40,8 @@ class Vectors:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """float16 or float32."""
-        return self.parts[0][1].dtype
+        """float16 or float32, in the byte order of this machine."""
+        return _native(self.parts[0][1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,12 +49,12 @@ class Vectors:
         return (int(self._starts[-1]), *self.parts[0][1].shape[1:])
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows ``start`` to ``stop``, copied into memory."""
+        """Rows ``start`` to ``stop``, copied into memory, in the byte order of this machine."""
         pieces = [
             array[max(0, start - first) : max(0, stop - first)]
             for first, (_, array) in zip(self._starts, self.parts, strict=False)
         ]
-        return np.concatenate(pieces)
+        return np.concatenate(pieces, dtype=self.dtype)
 
     def place(self, row: int) -> str:
         """The file of a row, and which row of the file it is."""
@@ -119,11 +119,11 @@ def open_npy(path: Path, files: Sequence[Path], ndims: tuple[int, ...]) -> Vecto
     for file in files:
         try:
             array: npt.NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # noqa: BLE001 - numpy raises whatever it raises on a header that makes no sense
+            got = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise InputError(
-                "cannot read embeddings", where=file, got=str(error).splitlines()[0][:200],
-                wanted=f"a whole .npy file of {ALLOWED}",
-            ) from None  # fmt: skip
+                "cannot read embeddings", where=file, got=got[:200], wanted=f"a whole .npy file of {ALLOWED}"
+            ) from None
         if array.dtype.kind != "f" or array.dtype.itemsize not in {2, 4}:
             raise InputError(
                 "embeddings of another type", where=file, got=array.dtype, wanted=ALLOWED, do="convert them with astype"
@@ -133,12 +133,16 @@ def open_npy(path: Path, files: Sequence[Path], ndims: tuple[int, ...]) -> Vecto
             raise InputError("embeddings of another shape", where=file, got=array.shape, wanted=wanted)
         parts.append((file, array))
         first = parts[0][1]
-        if (array.dtype, array.shape[1:]) != (first.dtype, first.shape[1:]):
+        if (_native(array), array.shape[1:]) != (_native(first), first.shape[1:]):
             raise InputError(
                 "parts of different widths or types", where=file, got=_form(array),
                 wanted=f"{_form(first)}, as {files[0].name}",
             )  # fmt: skip
     return Vectors(where=path, parts=tuple(parts))
+
+
+def _native(array: npt.NDArray[Any]) -> np.dtype[Any]:
+    return array.dtype.newbyteorder("=")
 
 
 def _form(array: npt.NDArray[Any]) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from .. import InputError
+from ..cache.parquet import open_parquet, unreadable
 from .files import make_folder, unwritable
 from .manifest import Manifest
 from .vector_files import ALLOWED, Vectors
@@ -86,15 +86,10 @@ class VectorTable:
                         "a column of another type", where=f"{file}, column {name}", got=kind or "no such column",
                         wanted="whole numbers" if name == "image_id" else f"{self.dtype} as in {self.files[0].name}",
                     )  # fmt: skip
-            try:
-                with pq.ParquetFile(file) as opened:
-                    for batch in opened.iter_batches(_BATCH, columns=columns):
-                        ordered = batch.select(columns)
-                        if "image_id" in columns:
-                            _no_nulls(file, "image_id", ordered.column("image_id"))
-                        yield file, ordered
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(file, error) from None
+            for batch in _batches(file, columns):
+                if "image_id" in columns:
+                    _no_nulls(file, "image_id", batch.column("image_id"))
+                yield file, batch
 
     def in_order(self, targets: npt.NDArray[np.int64], scratch: Path) -> Vectors:
         """The vectors as memory-mapped rows in another order.
@@ -196,15 +191,31 @@ def _scratch(folder: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.
         raise unwritable(folder, error) from None
 
 
+def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """A few rows of some columns at a time, every value of them valid."""
+    try:
+        with open_parquet(file) as opened:
+            batches = opened.iter_batches(_BATCH, columns=columns, use_threads=False)
+            while (batch := next(batches, None)) is not None:
+                ordered = batch.select(columns)
+                ordered.validate(full=True)
+                yield ordered
+    except GeneratorExit:
+        raise
+    except Exception as error:  # noqa: BLE001 - arrow raises errors of many kinds where the bytes make no sense
+        raise _unreadable(file, error) from None
+
+
 def _schema(file: Path) -> pa.Schema:
     try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
+        with open_parquet(file) as opened:
+            return opened.schema_arrow
+    except (ValueError, OSError) as error:
         raise _unreadable(file, error) from None
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:
-    got = str(error).splitlines()[0][:200]
+    got = getattr(error, "strerror", None) or unreadable(error)
     return InputError("cannot read embeddings", where=file, got=got, wanted="a whole parquet file")
 
 

@@ -10,8 +10,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--slow`` runs the tests that take minutes."""
+    """``--slow`` runs the tests that take minutes, ``--mutations`` damages so many files."""
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--mutations", type=int, default=525, help="damaged files that are read (default: 525)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,7 +1,9 @@
 """A byte that changed is found and named, and only what it spoilt is made again."""
 
+import hashlib
 import json
 import shutil
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -283,3 +285,97 @@ def test_missing_store(tmp_path):
         Store.open(tmp_path)
     with pytest.raises(StoreMissing, match="not a store"):
         verify(tmp_path)
+
+
+def _grow(document, **counts):
+    document["counts"].update(counts)
+
+
+def _seal(folder, edit):
+    """Change manifest.json and set its own checksum right, and nothing else."""
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    edit(document)
+    del document["checksum"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    path.write_text(json.dumps(document | {"checksum": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+COUNTS = {
+    "a quadrillion images": lambda d: _grow(d, images=10**15),
+    "more images than shards": lambda d: _grow(d, images=10**9),
+    "fewer images": lambda d: _grow(d, images=9),
+    "no image": lambda d: _grow(d, images=0),
+    "a negative number of images": lambda d: _grow(d, images=-5),
+    "images by halves": lambda d: _grow(d, images=10.0),
+    "truth for a number": lambda d: _grow(d, shard_rows=True),
+    "a number of 4,000 digits": lambda d: _grow(d, images=10**4000),
+    "a wide vector": lambda d: _grow(d, width=10**9),
+    "a vector wider than its bytes": lambda d: _grow(d, width=10**6),
+    "many captions": lambda d: _grow(d, captions_per_image_max=10**6),
+    "captions beyond the bytes": lambda d: _grow(d, captions_per_image_max=255),
+    "one row a shard": lambda d: _grow(d, images=10**9, shard_rows=1),
+    "a text for rows": lambda d: d["shards"][0].update(rows="4"),
+    "negative rows": lambda d: d["shards"][0].update(rows=-4),
+    "rows of another shard": lambda d: d["shards"][0].update(first_row=1),
+    "no bytes": lambda d: d["shards"][0].update(bytes=0),
+    "negative bytes": lambda d: d["shards"][0].update(bytes=-1),
+    "a list for a file": lambda d: d["shards"][0].update(file=["image-00000.h5"]),
+    "a long name": lambda d: d["shards"][0].update(file="x" * 10**6),
+    "a number for a checksum": lambda d: d["shards"][0].update(sha256=1),
+    "captions by halves": lambda d: d["counts"].update(captions=float(d["counts"]["captions"])),
+    "a text for a skipped row": lambda d: d["skipped"].append({"row": "0", "reason": "x"}),
+    "no reason": lambda d: d["skipped"].append({"row": 0, "reason": None}),
+    "a list of nothing": lambda d: d.update(shards=None),
+    "a mapping for shards": lambda d: d.update(shards={}),
+    "a list for counts": lambda d: d.update(counts=[]),
+    "rows of the index": lambda d: d["index"].update(rows=10**15),
+    "a number for a time": lambda d: d.update(created=5),
+    "an impossible time": lambda d: d.update(created="2024-13-45T00:00:00"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_impossible_counts_are_refused_before_anything_is_allocated(kit, folder, name):
+    _seal(folder, COUNTS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(StoreDamaged, match=r"cannot read: .*manifest\.json") as caught:
+            Store.open(folder)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 600
+    assert not verify(folder).ok
+    with kit.Data().writer(folder, kit.key()) as writer:
+        assert [one.name for one in writer.damaged] == ["manifest.json"]
+
+
+BROKEN_JSON = {
+    "deep": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "NaN": b'{"format": NaN}', "infinity": b'{"a": -Infinity}',
+    "5,000 digits": b'{"format": ' + b"9" * 5000 + b"}", "a key twice": b'{"format": 1, "format": 2}', "half": b'{"format": ',
+    "not UTF-8": b'{"format": "\xff"}', "NUL": b"\0" * 50, "nothing": b"", "a list": b"[]", "null": b"null", "a text": b'"x"',
+    "half a pair": b'{"format": "mmcli-store", "format_version": 2, "a": "\\ud800"}',
+    "a number beyond all": b'{"format": "mmcli-store", "format_version": 2, "a": 1e999}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_JSON)
+def test_a_manifest_that_is_no_json_of_ours_is_one_line(kit, folder, name):
+    for file in ("manifest.json", "key.json"):
+        (folder / file).write_bytes(BROKEN_JSON[name])
+    with pytest.raises(StoreDamaged, match=r"cannot read: .*manifest\.json: got .*") as caught:
+        Store.open(folder)
+    assert len(str(caught.value)) < 600
+    assert len(verify(folder).problems) >= 2
+
+
+def test_an_attribute_of_a_shard_that_claims_gigabytes_is_not_read(kit, folder):
+    path = folder / "image-00000.h5"
+    with h5py.File(path, "r+") as file:
+        del file.attrs["rows"]
+        file.attrs["rows"] = np.zeros(8000)
+        del file["v_img"].attrs["sha256"]
+        file["v_img"].attrs.create("sha256", "x" * 64, dtype=h5py.string_dtype())
+    (folder / "manifest.json").unlink()
+    assert any("attribute rows is None" in problem for problem in verify(folder).problems)

@@ -243,6 +243,17 @@ def test_the_run_is_one_like_any_other(mmcli, miniature, tmp_path: Path) -> None
     again = tagger.encoder.code(arrays.v_img[rows], arrays.v_txt[rows, 0])
     np.testing.assert_allclose(again.soft, codes.soft[order], atol=1e-5)
 
+    weights = tmp_path / "runs" / "tuned" / "towers" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    data_words = words[:2]
+    for call in (("predict", files[0], "--caption", "a dog"), ("finetune", "--from", "runs/tuned", *data_words)):
+        run = ("--run", "runs/tuned") if call[0] == "predict" else ()
+        code, _, err = mmcli(*call, *run, "-q", "--device", "cpu")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "damaged towers" in err or "another checkpoint than the run's" in err
+
 
 def test_it_begins_with_the_head_of_a_run(mmcli, miniature, here) -> None:
     """``--from``: the head as it was, and its towers; with a rate of nothing both stay."""

@@ -95,14 +95,17 @@ def check(source, result, counts, dtype):
     seed=st.integers(0, 1000), dtype=st.sampled_from(["float16", "float32"]),
     form=st.sampled_from(["first", "rows", "slots"]), cuts=st.lists(st.integers(1, N - 1), max_size=3, unique=True),
     to=st.sampled_from([None, "float16", "float32"]), order=st.sampled_from(["C", "F"]),
+    big=st.sets(st.integers(0, 3)),
 )  # fmt: skip
-def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order):
+def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order, big):
     source = Source(tmp_path_factory.mktemp("i"), dtype, seed)
     texts = {"first": source.v_txt[:, 0], "rows": source.flat, "slots": source.v_txt}[form]
     counts = np.minimum(KEPT, 1) if form == "first" else KEPT
     for name, values in (("img", source.v_img), ("txt", texts)):
         for at, part in enumerate(np.split(values, sorted(cuts))):
-            source.save(f"{name}/{name}_{at + 8}.npy", np.asarray(part, order=order))  # 10 sorts before 8 as text
+            ends = np.dtype(dtype).newbyteorder(">" if at in big else "<")
+            # By number: 10 sorts before 8 as text.
+            source.save(f"{name}/{name}_{at + 8}.npy", np.asarray(part, ends, order=order))
     result = source.run(source.folder / "img", source.folder / "txt", dtype=to)
     check(source, result, counts, to or dtype)
 
@@ -140,6 +143,46 @@ def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dt
     result = source.run(source.folder / "img", source.folder / "txt")
     check(source, result, np.minimum(KEPT, 1) if form == "first" else KEPT, dtype)
     assert [path.name for path in (source.folder / "cache").iterdir()] == [result.store.name]  # no scratch is left
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_big_endian_vectors_make_the_same_store(tmp_path_factory, dtype):
+    little, big = (Source(tmp_path_factory.mktemp(name), dtype) for name in ("little", "big"))
+    swapped = np.dtype(dtype).newbyteorder(">")
+    result = big.run(
+        big.save("i.npy", big.v_img.astype(swapped)), big.save("t.npy", np.asfortranarray(big.v_txt.astype(swapped)))
+    )
+    wanted = little.run(little.save("i.npy", little.v_img), little.save("t.npy", little.v_txt))
+    assert (result.dtype, result.digest) == (dtype, wanted.digest)
+    one, other = Store.open(result.store), Store.open(wanted.store)
+    assert [entry.sha256 for entry in one.manifest.shards] == [entry.sha256 for entry in other.manifest.shards]
+
+
+def _npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\n" + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 768)}"),
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 4)}"),
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"9" * 5000 + b", 4)}"),
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-7, 4)}"),
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (7, -4)}"),
+        _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': ('a', 4)}"),
+        _npy(b"{'descr': {'a': 1}, 'fortran_order': False, 'shape': (7, 4)}"),
+        _npy(b"{'descr': '<f4,', 'fortran_order': 3, 'shape': [7, 4]}"),
+        _npy(b"(" * 5000), _npy(b"[" * 150 + b"]" * 150), _npy(b"\xff\xfe"), _npy(b"{'descr': '\x00'"), _npy(b"-" * 9000),
+        b"\x93NUMPY\x09\x00", b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"", b"\x93NUM",
+    ],
+    ids=range(17),
+)  # fmt: skip
+def test_a_npy_header_that_makes_no_sense_is_one_line(source, data):
+    (source.folder / "i.npy").write_bytes(data)
+    with pytest.raises(InputError, match=r"cannot read embeddings: .*i\.npy"):
+        source.run(source.folder / "i.npy", source.save("t.npy", source.flat))
+    assert not (source.folder / "cache").exists()
 
 
 def test_an_export_comes_back_the_same(source, tmp_path):
