@@ -3,13 +3,35 @@
 import errno
 import os
 import shlex
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .. import InputError
+from .. import NOT_THERE, InputError, check_file
+
+
+def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) -> None:
+    """Refuse what is no regular file before it is opened, and say whether it is missing or cannot be looked at.
+
+    Args:
+        path: The file.
+        kind: What it should hold, for the error.
+        wanted: The same in more words.
+        do: What mends it.
+
+    Raises:
+        InputError: No such file, a folder, a FIFO, a device or a socket; or the system does not let one look.
+    """
+    try:
+        is_missing = not stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        is_missing = error.errno in NOT_THERE
+    except ValueError:  # a NUL in the path
+        is_missing = True
+    check_file(path, f"no {kind}" if is_missing else f"cannot read the {kind}", wanted=wanted, do=do)
 
 
 def make_folder(folder: Path) -> None:

@@ -51,6 +51,8 @@ def resolve_image(root: Path, relative: str) -> Path:
                 "an image is a link out of the data folder", where=joined, got=target, wanted=f"a file below {root}",
                 do="give --follow-links where such links are meant, copy the file, or link its whole folder",
             )  # fmt: skip
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: NUL, or half a pair of surrogates
         raise InputError("cannot follow an image path", where=ascii(str(joined)), got=error) from None
     return joined
