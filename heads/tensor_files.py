@@ -5,6 +5,7 @@ covers names, dtypes, shapes, values and everything else that the header says. A
 earlier version or by another program, and is read as it is.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -55,6 +56,11 @@ def read_about(path: Path) -> dict[str, str]:
         OSError: The file cannot be read.
         ValueError: It is no safetensors file, or its content is not what its checksum says.
     """
+    # safetensors says of whatever it cannot open that it is not there, and waits for a FIFO without end.
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="np") as file:
             about: dict[str, str] = file.metadata() or {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .. import InputError, __version__
+from .. import NOT_THERE, InputError, __version__, cannot_read
 from ..cache.strict_json import parse_json
 from ..heads.hub import PICKLES, cannot_load, read_config, reason, refuse_pickle, restore
 from ..heads.model import HEADS, BaseHead, Head, MlpBaseline
@@ -166,7 +166,7 @@ def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) 
     except FileNotFoundError:
         raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
     except OSError as error:
-        raise InputError("cannot read a checkpoint", where=path, got=error.strerror or error, do=do) from None
+        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=do) from None
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
@@ -185,7 +185,11 @@ def best_checkpoint(run: Path) -> Path:
         first = kept[0]
         if first.file != checkpoint_name(first.epoch) or any(one.val_mAP > first.val_mAP for one in kept):
             raise ValueError("a list that does not begin with the best")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except OSError as error:
+        what = "no checkpoint" if error.errno in NOT_THERE else "cannot read the list of checkpoints"
+        do = "train the head again with `mmcli train-head`"
+        raise cannot_read(what, path, error, wanted="a list of at least one", do=do) from None
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise InputError(
             "no checkpoint", where=path, got="no list of checkpoints", wanted="at least one",
             do="train the head again with `mmcli train-head`",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from .. import InputError
+from .. import InputError, cannot_read
 from ..heads.sigmoid import sigmoid
 from ..heads.tensor_files import Arrays, load_arrays, write_tensors
 from .files import write_whole
@@ -113,7 +113,7 @@ def read_run_arrays(
     except FileNotFoundError:
         raise InputError(f"no {what}", where=path, got="no file", wanted=f"the {what} of a run", do=do) from None
     except OSError as error:
-        raise InputError(f"cannot read {what}", where=path, got=error.strerror or error, do=do) from None
+        raise cannot_read(f"cannot read {what}", path, error, do=do) from None
     except ValueError as error:
         raise damaged(str(error)) from None
     for name, wanted in {**about, **run_identity(path.parent.parent)}.items():

@@ -56,4 +56,6 @@ def _who(one: Neighbour) -> Text:
 
 def plain(text: str) -> str:
     """The text in one line, without what a terminal or a font would take for a command."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    # A byte of a name that is not UTF-8 is half a surrogate pair to Python.
+    encodable = text.encode("utf-8", "backslashreplace").decode()
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in encodable).split())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .. import InputError
+from .. import NOT_THERE, InputError, check_file
 from ..cache.files import is_dead, sync_file
 from ..cache.layout import this_host
 
@@ -26,6 +26,27 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-z.-]+)-(?P<
 # As of before the process was in the name: files end in .tmp, scratch folders hold `new` and `old`.
 OLDER_TEMPORARY = re.compile(r"\.(?P<name>[^.].*)\.[a-z0-9_]{8}(?P<end>\.tmp)?")
 NAME_BYTES = 100  # of a file's own name in that of its temporary one; a name may have 255
+
+
+def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) -> None:
+    """Refuse what is no regular file before it is opened, and say whether it is missing or cannot be looked at.
+
+    Args:
+        path: The file.
+        kind: What it should hold, for the error.
+        wanted: The same in more words.
+        do: What mends it.
+
+    Raises:
+        InputError: No such file, a folder, a FIFO, a device or a socket; or the system does not let one look.
+    """
+    try:
+        is_missing = not stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        is_missing = error.errno in NOT_THERE
+    except ValueError:  # a NUL in the path
+        is_missing = True
+    check_file(path, f"no {kind}" if is_missing else f"cannot read the {kind}", wanted=wanted, do=do)
 
 
 def make_folder(folder: Path) -> None:

@@ -17,13 +17,13 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .. import InputError, __version__
+from .. import InputError, __version__, cannot_read
 from ..cache.files import sync_folder
 from ..cache.key import canonical_json
 from ..cache.locks import LockHeld, take_lock
 from ..cache.strict_json import parse_json
 from ..heads.tensor_files import Arrays, load_arrays, read_about
-from .files import make_folder, remove_leftovers_of, unwritable, write_whole
+from .files import check_input, make_folder, remove_leftovers_of, unwritable, write_whole
 from .runs import now
 from .tag_index import Origin, TagIndex
 
@@ -67,12 +67,13 @@ def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
     Raises:
         InputError: No such file, no index, damaged, or of a newer format.
     """
+    wanted = "a file of `mmcli index build`"
+    check_input(path, "index", wanted=wanted, do=REBUILD)
     try:
         about = _header(path, read_about(path))
         arrays, _ = load_arrays(path)
     except OSError as error:
-        got = "a folder" if path.is_dir() else "no such file" if not path.exists() else error
-        raise InputError("no index", where=path, got=got, wanted="a file of `mmcli index build`", do=REBUILD) from None
+        raise cannot_read("cannot read the index", path, error, wanted=wanted, do=REBUILD) from None
     except InputError:
         raise
     except ValueError as error:

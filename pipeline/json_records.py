@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from .. import InputError, cannot_read, check_file
 from ..cache.strict_json import parse_json
 
 AGAIN = "download the file again"
@@ -29,15 +29,18 @@ def read_json(path: Path, slim: Callable[[Record], Record]) -> Record:
         InputError: It cannot be read, with line and column where it is not JSON.
     """
     try:
+        if path.exists():
+            check_file(path, "cannot read JSON", wanted="a whole JSON file", do=AGAIN)
         found = parse_json(path.read_bytes(), slim=slim)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError("a file is missing", where=path, got="no such file", do="download it") from None
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         raise InputError("broken JSON", where=place, got=error.msg, wanted="a whole JSON file", do=AGAIN) from None
     except (OSError, ValueError) as error:
-        got = getattr(error, "strerror", None) or error
-        raise InputError("cannot read JSON", where=path, got=got, wanted="a whole JSON file", do=AGAIN) from None
+        raise cannot_read("cannot read JSON", path, error, wanted="a whole JSON file", do=AGAIN) from None
     if type(found) is not dict:
         raise wrong_structure(path, "the file", found, "a JSON object")
     return found

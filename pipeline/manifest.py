@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .. import InputError
+from .. import InputError, cannot_read
 from ..cache.arrow import numbers
 from ..cache.parquet import read_parquet
-from .files import write_whole
+from .files import check_input, write_whole
 from .manifest_checks import (
     DATA_KEY,
     NAMES_KEY,
@@ -183,19 +183,13 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: It is missing, not a parquet file, or something in it is wrong; the row is named.
     """
-    if not path.is_file():
-        raise InputError(
-            "no manifest", where=path, got="a folder" if path.is_dir() else "no such file",
-            wanted="a parquet file", do="run `mmcli prepare` first, or name the manifest",
-        )  # fmt: skip
+    check_input(path, "manifest", wanted="a parquet file", do="run `mmcli prepare` first, or name the manifest")
     try:
         table = read_parquet(path)
     except (ValueError, OSError) as error:
-        got = getattr(error, "strerror", None) or error
-        raise InputError(
-            "cannot read the manifest", where=path, got=got, wanted="a whole parquet file",
-            do="run `mmcli prepare` again",
-        ) from None  # fmt: skip
+        raise cannot_read(
+            "cannot read the manifest", path, error, wanted="a whole parquet file", do="run `mmcli prepare` again"
+        ) from None
     return Manifest.from_table(table, where=path)
 
 

@@ -71,7 +71,7 @@ class PredictResult:
 def predict(
     tagger: Tagger, requests: Sequence[Request], *, k: int | None = None, top: int = 5, data: Path,
     on_error: Literal["stop", "skip"] = "stop", voters: int = SHOWN_VOTERS, panel: Path | None = None,
-    force: bool = False, index: Path | None = None, progress: Progress | None = None,
+    force: bool = False, index: Path | None = None, notes: Sequence[str] = (), progress: Progress | None = None,
 ) -> PredictResult:  # fmt: skip
     """Tag images.
 
@@ -87,6 +87,7 @@ def predict(
         panel: A picture to draw.
         force: Replace a picture of ours that is there.
         index: The index file, to be named in the result.
+        notes: What a person should know of the requests, such as files of a folder that are left out.
         progress: Who to tell.
 
     Raises:
@@ -96,7 +97,7 @@ def predict(
     tagger.encoder.check_captions([one.path for one in requests], [one.caption for one in requests])
     ids = _own_ids(tagger, requests, data)
     found, bad = _tag(tagger, requests, ids, k, top, on_error, progress or Progress())
-    notes = tagger.notes
+    notes = (*tagger.notes, *notes)
     if panel is not None:
         draw(panel, found, data=data)
         if len(found) > PANELS:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .. import InputError
+from .. import InputError, read_text
 
 # A short ensemble in the manner of CLIP's (Radford et al. 2021, section 3.1.4); lower case, as SigLIP2 is trained.
 TEMPLATES = (
@@ -23,14 +23,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         InputError: No such file, not text, no template, a line without exactly one ``{}``, or a line given twice.
     """
     do = "write one template a line, such as: a photo of a {}."
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError("cannot read prompts", where=path, got=error.strerror, wanted="a text file", do=do) from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            "prompts that are not UTF-8", where=path, got=f"byte {error.start}", wanted="text", do=do
-        ) from None
+    lines = read_text(path, "cannot read prompts", wanted="a text file", do=do).splitlines()
     found: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         template = line.strip()

@@ -13,7 +13,7 @@ from typing import Any, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from .. import InputError, read_text
 from ..cache.key import digest_of
 from .config import DataConfig, ProtocolName
 
@@ -136,13 +136,8 @@ def read_lists(folder: Path) -> Lists:
     widths: set[int] = set()
     for name in LISTS:
         path = folder / f"{name}.txt"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                "cannot read a list", where=path, got=getattr(error, "strerror", None) or "not UTF-8 text",
-                wanted="lines of `path 0 1 0 ...`", do="name the folder of the lists with --protocol-lists",
-            ) from None  # fmt: skip
+        wanted, do = "lines of `path 0 1 0 ...`", "name the folder of the lists with --protocol-lists"
+        lines = read_text(path, "cannot read a list", wanted=wanted, do=do).splitlines()
         kept = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
         for number, (_, *labels) in kept:
             widths.add(len(labels))

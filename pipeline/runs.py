@@ -4,6 +4,7 @@ A run folder holds ``run.json`` (what it is and whether it is finished), ``confi
 ``metrics.json`` and what its stage adds: ``history.jsonl``, ``checkpoints/``, ``codes/``, ``scores/``.
 """
 
+import errno
 import json
 import platform
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .. import InputError, __version__
+from .. import NOT_THERE, InputError, __version__, cannot_read, check_file
 from ..cache.strict_json import parse_json
 from .config import Config, dump_config
 from .cores import count_cores
@@ -185,6 +186,8 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
     """
     path = folder / MARK
     try:
+        if path.exists():
+            check_file(path, "cannot read a run", wanted="what mmcli wrote")
         record = parse_json(path.read_bytes())
         record.pop(BEGUN_WITH, None)
         unknown = record.keys() - {field.name for field in fields(RunInfo)}
@@ -195,9 +198,11 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
         first = error.errors()[0]
         got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise InputError("broken run", where=path, got=got, wanted="what mmcli wrote", do="train again") from None
-    except PermissionError as error:
-        raise InputError("cannot read a run", where=path, got=error.strerror, do="ask for leave to read it") from None
-    except OSError:
+    except InputError:
+        raise
+    except OSError as error:
+        if error.errno not in NOT_THERE | {errno.EISDIR}:
+            raise cannot_read("cannot read a run", path, error) from None
         raise InputError(
             "no run",
             where=folder,

@@ -1,13 +1,20 @@
 """Paths that a manifest names: they never lead out of the data folder, by their text or through a link."""
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PosixPath, PurePosixPath
 
 from .. import InputError
 
 # A path must stay below the data folder on every system: not absolute, no drive, no backslash, no step up.
 UNSAFE_PATH = r"^\s*$|^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|\x00"
 SAFE_PATH = "a path relative to the data folder, with forward slashes and without '..'"
+
+
+class LinkedFolder(PosixPath):
+    """A data folder whose image files may be links to anywhere, as those of DVC, git-annex and the hub's cache are.
+
+    Processes that read images are given it as any other path, so that they need no further argument.
+    """
 
 
 def is_inside(relative: str) -> bool:
@@ -21,7 +28,7 @@ def resolve_image(root: Path, relative: str) -> Path:
     A path that is absolute or steps up is refused, and so is one that a symbolic link leads out of the folder.
     The data folder itself may be a link, and so may its image folder (the first part of the path, or the second below
     ``images``), as is usual for data sets that several people share; then the image has to stay below what that folder
-    links to, or in the data folder.
+    links to, or in the data folder. In a :class:`LinkedFolder` the image file itself may be a link to anywhere.
 
     Args:
         root: The data folder.
@@ -38,12 +45,14 @@ def resolve_image(root: Path, relative: str) -> Path:
         raise InputError("an image path leaves the data folder", where=root, got=repr(relative), wanted=SAFE_PATH)
     joined = root.joinpath(*parts)
     try:
-        target = joined.resolve()
+        target = joined.parent.resolve() if isinstance(root, LinkedFolder) else joined.resolve()
         if not any(target.is_relative_to(base.resolve()) for base in _bases(root, parts)):
             raise InputError(
                 "an image is a link out of the data folder", where=joined, got=target, wanted=f"a file below {root}",
-                do="copy the file, or link its whole folder instead",
+                do="give --follow-links where such links are meant, copy the file, or link its whole folder",
             )  # fmt: skip
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: NUL, or half a pair of surrogates
         raise InputError("cannot follow an image path", where=ascii(str(joined)), got=error) from None
     return joined

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .. import InputError
+from .. import InputError, cannot_read, check_file
 
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES = 1 << 18, 20, 10
 _LARGEST = 2**63
@@ -125,6 +125,7 @@ def read_yaml(path: Path, what: str, *, wanted: str, do: str | None = None) -> A
     Raises:
         InputError: It cannot be read, or is not YAML as :func:`parse_yaml` takes it.
     """
+    check_file(path, f"cannot read {what}", wanted=wanted, do=do)
     try:
         with path.open("rb") as stream:
             data = stream.read(MOST_BYTES + 1)
@@ -133,9 +134,8 @@ def read_yaml(path: Path, what: str, *, wanted: str, do: str | None = None) -> A
         return parse_yaml(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise InputError(f"broken {what}", where=path, got="text that is not UTF-8", wanted="YAML", do=do) from None
-    except (OSError, ValueError) as error:  # ValueError: a path that holds NUL
-        got = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {what}", where=path, got=got, wanted=wanted, do=do) from None
+    except (OSError, ValueError) as error:
+        raise cannot_read(f"cannot read {what}", path, error, wanted=wanted, do=do) from None
     except yaml.YAMLError as error:
         problem, place = yaml_problem(error, path)
         raise InputError(f"broken {what}", where=place, got=problem, wanted="YAML", do=do) from None

@@ -10,6 +10,7 @@ from .options import (
     ConfigFile,
     Data,
     Device,
+    FollowLinks,
     Force,
     Json,
     Model,
@@ -18,6 +19,7 @@ from .options import (
     Seed,
     Set,
     StoreOut,
+    data_folder,
     finish,
     make_progress,
     read_config,
@@ -40,13 +42,14 @@ def prepare(
     data: Data = Path("data/coco"),
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for manifest.parquet [default: the data folder].")] = None,
     check_images: Annotated[bool, typer.Option("--check-images/--no-check-images", help="Look for every image file.")] = True,
+    follow_links: FollowLinks = False,
     json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere; there is no progress to show
 ) -> None:  # fmt: skip
     """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
     from ..prepare import prepare as stage
     from ..prepare import statistics_tables
 
-    result = stage(data, out, check_images=check_images)
+    result = stage(data_folder(data, follow_links), out, check_images=check_images)
     finish(result.to_json(), json_, *statistics_tables(result.statistics), f"wrote {result.path}")
 
 
@@ -65,7 +68,7 @@ def extract(
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray).")] = "local",
     ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", help="Cluster of --engine ray [default: one of this machine alone].")] = None,
     shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Fill one of N stripes; run the others elsewhere.")] = None,
-    device: Device = None, config: ConfigFile = None, set_: Set = None,
+    follow_links: FollowLinks = False, device: Device = None, config: ConfigFile = None, set_: Set = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Stage 1: run the frozen SigLIP2 once and store its raw embeddings; resumes where it was stopped."""
@@ -77,7 +80,7 @@ def extract(
     from ..extract import ExtractPlan, parse_stripe
 
     plan = ExtractPlan(
-        data=data, manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
+        data=data_folder(data, follow_links), manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
         stripe=None if shard is None else parse_stripe(shard),
     )  # fmt: skip
     if ray_address is not None and engine != "ray":

@@ -11,6 +11,7 @@ from .options import (
     FLAGS,
     ConfigFile,
     Device,
+    FollowLinks,
     Force,
     Json,
     Model,
@@ -20,6 +21,7 @@ from .options import (
     RunOut,
     Seed,
     Set,
+    data_folder,
     finish,
     make_progress,
     read_config,
@@ -61,6 +63,7 @@ def finetune(
     print_config: Annotated[bool, typer.Option("--print-config", rich_help_panel="Configuration", help="Print the resolved configuration as YAML, train nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", rich_help_panel="Configuration", help="Print parameters, memory and the largest batch that fits, train nothing.")] = False,
     data: Annotated[Path | None, typer.Option("--data", metavar="DIR", rich_help_panel="Data and run", help="Folder of the data set [default: data/coco].")] = None,
+    follow_links: FollowLinks = False,
     protocol: Annotated[Literal["karpathy", "coco14", "hashnet"] | None, typer.Option("--protocol", rich_help_panel="Data and run", help="Which images train, tune and test [default: karpathy].")] = None,
     protocol_lists: Annotated[str | None, typer.Option("--protocol-lists", metavar="DIR", rich_help_panel="Data and run", help="Folder with database.txt, train.txt and test.txt of hashnet.")] = None,
     patches: Annotated[int | None, typer.Option("--patches", rich_help_panel="Data and run", help="Patch budget of a NaFlex checkpoint [default: 256].")] = None,
@@ -99,13 +102,17 @@ def finetune(
             return
         from ..finetune import resume_finetuning
 
+        if follow_links:
+            from ..runs import read_info
+
+            data = data_folder(data or Path(read_info(resume).store).parent, follow_links)
         result = resume_finetuning(resume, data=data, memory=memory, device=device, **told)
     else:
         resolved = _resolve(config, set_, options, start)
         if print_config:
             show_config(resolved, json_)
             return
-        folder = data or Path("data/coco")
+        folder = data_folder(data or Path("data/coco"), follow_links)
         if plan:
             from ..finetune_plan import plan_memory
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ... import InputError
-from .options import Data, Device, Force, Json, Model, Quiet, RunDir, finish, make_progress
+from ... import InputError, read_text
+from .options import Data, Device, FollowLinks, Force, Json, Model, Quiet, RunDir, data_folder, finish, make_progress
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -34,6 +34,7 @@ def index_add(
     data: Data = Path("data/coco"),
     index: IndexFile = None, run: RunDir = None, model: Model = None,
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
+    follow_links: FollowLinks = False,
     device: Device = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
@@ -41,8 +42,8 @@ def index_add(
     from ..index import NAME, add
 
     result = add(
-        index or found.folder / NAME, found, manifest=manifest, data=data, device=device or "auto", model=model,
-        on_error=on_error, force=force, progress=make_progress(quiet),
+        index or found.folder / NAME, found, manifest=manifest, data=data_folder(data, follow_links),
+        device=device or "auto", model=model, on_error=on_error, force=force, progress=make_progress(quiet),
     )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())
 
@@ -53,7 +54,9 @@ def index_remove(
     index: IndexFile = None, run: RunDir = None, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
 ) -> None:  # fmt: skip
     """Take samples out by their image ids."""
-    given = [*_parse_ids(ids or "", "--ids"), *([] if ids_file is None else _parse_ids(_text(ids_file), ids_file))]
+    given = _parse_ids(ids or "", "--ids")
+    if ids_file is not None:
+        given += _parse_ids(read_text(ids_file, "cannot read image ids", wanted="one a line"), ids_file)
     if not given:
         raise InputError("no image ids", got="neither --ids nor --ids-file", wanted="one of them", do="as in --ids 1,2")
     path = index or _default(run)
@@ -86,14 +89,6 @@ def _default(run: Path | None) -> Path:
     from ..index import NAME
 
     return folder / NAME
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        got = getattr(error, "strerror", None) or "text that is not UTF-8"
-        raise InputError("cannot read image ids", where=path, got=got, wanted="one a line") from None
 
 
 def _parse_ids(text: str, where: object) -> list[int]:

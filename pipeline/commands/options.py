@@ -116,6 +116,12 @@ Set = Annotated[
         help="Any key of the configuration, as in optimizer.lr_hash=1e-3.",
     ),
 ]  # fmt: skip
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links", help="Take images that are links out of the data folder (DVC, git-annex, a hub's cache)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Force = Annotated[bool, typer.Option("--force", rich_help_panel="Store and run", help="Replace what is already there.")]
@@ -142,6 +148,13 @@ FLAGS = {
     "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
     "finetune.start": "--from", "optimizer.lr_towers": "--lr-towers", "training.accumulation_steps": "--accumulation",
 }  # fmt: skip
+
+
+def data_folder(data: Path, follow_links: bool) -> Path:
+    """The folder of the data set, as the stages take it: with ``--follow-links`` its images may be links."""
+    from ..safe_paths import LinkedFolder
+
+    return LinkedFolder(data) if follow_links else data
 
 
 def make_progress(quiet: bool) -> "Progress":

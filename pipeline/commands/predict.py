@@ -6,7 +6,20 @@ from typing import Annotated, Literal
 import typer
 
 from .index import find_run
-from .options import Data, Device, Force, Json, Model, Quiet, RunDir, finish, make_progress, read_config
+from .options import (
+    Data,
+    Device,
+    FollowLinks,
+    Force,
+    Json,
+    Model,
+    Quiet,
+    RunDir,
+    data_folder,
+    finish,
+    make_progress,
+    read_config,
+)
 
 
 def predict(
@@ -26,12 +39,14 @@ def predict(
     panel: Annotated[Path | None, typer.Option("--panel", metavar="FILE", help="Draw images and neighbours into a PNG file.")] = None,
     data: Data = Path("data/coco"),
     on_error: Annotated[Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")] = "stop",
-    model: Model = None, device: Device = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
+    follow_links: FollowLinks = False, model: Model = None, device: Device = None, json_: Json = False, quiet: Quiet = False,
+    force: Force = False,
 ) -> None:  # fmt: skip
     """Tag images with their captions, and show the neighbours that voted for every tag."""
     from ..requests import gather
 
-    requests = gather(images or [], caption, captions)
+    notes: list[str] = []
+    requests = gather(images or [], caption, captions, follow_links=follow_links, notes=notes)
     found = find_run(run)
     options = {
         "knn.K": k, "knn.distance_metric": metric, "knn.voting_strategy": vote, "knn.tau": tau, "knn.theta": theta,
@@ -47,7 +62,7 @@ def predict(
     progress.say(f"tagging with {found.folder}")
     tagger = Tagger.load(found.folder, index=index, device=device or "auto", model=model, knn=resolved.knn)
     result = stage(
-        tagger, requests, top=top, data=data, on_error=on_error, voters=neighbours, panel=panel, force=force,
-        index=index, progress=progress,
+        tagger, requests, top=top, data=data_folder(data, follow_links), on_error=on_error, voters=neighbours,
+        panel=panel, force=force, index=index, notes=notes, progress=progress,
     )  # fmt: skip
     finish(result.to_json(), json_, *result.summary())

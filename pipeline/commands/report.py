@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Force, Json, Quiet, Seed, finish, make_progress
+from .options import FollowLinks, Force, Json, Quiet, Seed, data_folder, finish, make_progress
 
 NamedData = Annotated[
     Path | None,
@@ -47,10 +47,13 @@ def samples(
     split: Annotated[str | None, typer.Option("--split", help="train, val or test [default: all].")] = None,
     seed: Seed = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write, a .png.")] = Path("samples.png"),
+    follow_links: FollowLinks = False,
     force: Force = False, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001
 ) -> None:  # fmt: skip
     """A sheet of random samples of a manifest with their tags and captions: a look at the data before any training."""
     from ..samples import samples as stage
 
-    result = stage(data, n=n, split=split, seed=42 if seed is None else seed, out=out, force=force)
+    result = stage(
+        data_folder(data, follow_links), n=n, split=split, seed=42 if seed is None else seed, out=out, force=force
+    )
     finish(result.to_json(), json_, *result.summary())

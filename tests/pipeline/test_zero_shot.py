@@ -93,8 +93,8 @@ def test_prompts_are_printed_without_a_store(mmcli, tmp_path: Path) -> None:
     [
         (b"a {}\n\na photo\n", r"not a prompt: .*p\.txt, line 3: got 0 times \{\} in 'a photo'"),
         (b"a {} and a {}\n", r"line 1: got 2 times"), (b"a {}\nthe {}\na {} \n", r"line 3: got the template of line 1"),
-        (b"\n \n", "no prompts: .*p.txt"), (b"", "no prompts"), (b"a {} \xff", "not UTF-8: .*byte 5"),
-        (None, "cannot read prompts: .*p.txt: got No such file"),
+        (b"\n \n", "no prompts: .*p.txt"), (b"", "no prompts"), (b"a {} \xff", "not UTF-8 .*byte 0xff at 5"),
+        (None, "cannot read prompts: .*p.txt: got no such file"),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_one_line(mmcli, tmp_path: Path, content: bytes | None, said: str) -> None:
