@@ -131,7 +131,7 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     good = lists_of(of)
     with pytest.raises(InputError, match=r"needs its lists.*--protocol-lists"):
         select("hashnet", of)
-    with pytest.raises(InputError, match=r"database.txt.*No such file"):
+    with pytest.raises(InputError, match=r"database.txt.*no such file"):
         read_lists(tmp_path)
     for names, said in (
         ({**good.names, "test": ("zebra.jpg",)}, r"does not have.*test.txt.*got 1 of 1, as zebra.jpg"),
