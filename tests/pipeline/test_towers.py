@@ -126,9 +126,9 @@ def test_bfloat16_points_the_same_way() -> None:
 def test_pooling_scores_are_not_rounded_before_the_softmax(trained: bool) -> None:
     """Scores of a hundred, as sharp heads have them, are half a unit off in bfloat16: their weights by two thirds."""
     model, grid = make("siglip2", "base"), Grid(5, 8)
-    model.vision_model.head.probe.data *= 2000
+    model.vision_model.head.probe.data *= 4000
     spec = PatchSpec(side=16, budget=40, fixed=None, resample=2)
-    patches = patches_of(images(3, 128, 80), grid, spec)
+    patches = patches_of(images(8, 128, 80), grid, spec)
     full = ImageTower(model.vision_model, SCALE, torch.float32)(patches, grid)
     if trained:
         side = ImageSide(model.vision_model, SCALE, torch.float32, 1, checkpointing=False)
@@ -136,7 +136,7 @@ def test_pooling_scores_are_not_rounded_before_the_softmax(trained: bool) -> Non
             half = side([(patches, grid)])
     else:
         half = ImageTower(model.vision_model, SCALE, torch.bfloat16)(patches, grid)
-    assert torch.cosine_similarity(full, half).min() > 0.999
+    assert torch.cosine_similarity(full, half).min() > 0.994
 
 
 @pytest.mark.parametrize("side", [4, 16])
