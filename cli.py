@@ -4,11 +4,14 @@ Nothing heavy is imported, so that ``--help`` loads no torch. Progress goes to s
 or with ``--json`` as one JSON object. Exit 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else.
 """
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +19,7 @@ import typer
 from . import InputError, __version__
 from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
 from .pipeline.commands.options import Panels
+from .pipeline.cores import limit_threads
 
 INTERRUPTED = 130
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
@@ -81,17 +85,18 @@ def main() -> None:
     """Run the command line and exit with its code."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
+    _prepare_streams()
+    limit_threads()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
         if code == INTERRUPTED:  # typer turns Ctrl-C into this code, and says nothing
             _complain("interrupted; what was finished is kept", INTERRUPTED)
     except InputError as error:
         code = _complain(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _complain("interrupted; what was finished is kept", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of a pipe left; Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe left, as `head` does
         code = 1
     except OSError as error:
         if error.errno not in NO_FAULT_OF_OURS:
@@ -103,9 +108,33 @@ def main() -> None:
         if message is None:
             raise
         code = _complain(f"{message().replace('Value error, ', '')} (see --help)", 2)
+    _abandon_failed_streams()
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _prepare_streams() -> None:
+    """Let stdout and stderr take any text, whatever their encoding; one that was closed goes nowhere."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # It takes the stream's number too. The next file would get it, and with it whatever a library prints.
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _abandon_failed_streams() -> None:
+    """Give up what a stream still holds if it cannot be written: Python would complain of it once more at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _complain(line: str, code: int) -> int:
-    print(f"mmcli: {' '.join(line.split())}", file=sys.stderr)
+    from .pipeline.console import visible
+
+    with contextlib.suppress(OSError):  # stderr may be what failed
+        print(f"mmcli: {visible(' '.join(line.split()))}", file=sys.stderr, flush=True)
     return code

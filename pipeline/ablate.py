@@ -213,6 +213,10 @@ class _Work:
         )  # fmt: skip
         if means.engine == "ray":
             from .ablate_ray import on_ray
+            from .ray_cluster import ignored_address
+
+            if (note := ignored_address(means.address)) is not None:
+                self._progress.say(note)
 
             yield from on_ray(place, units, self._stop, self._config, workers=means.workers, address=means.address)
         elif means.workers > 1:

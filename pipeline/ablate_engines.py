@@ -11,6 +11,7 @@ from .. import InputError
 from .ablate_plan import flat_config
 from .ablate_records import Record, failed, write_record
 from .ablate_work import Unit, Worker, Workplace
+from .cores import count_cores
 from .progress import Progress
 from .reading import end_children, end_with_parent
 
@@ -81,7 +82,7 @@ def _pooled(
     place: Workplace, units: Sequence[Unit], stop: Stop, workers: int, devices: Sequence[str]
 ) -> Iterator[tuple[Unit, list[Record] | None]]:
     """What each unit gave, as they end; None where the processes died under it."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, count_cores() // workers)
     context = multiprocessing.get_context("spawn")
     turn = context.Value("i", 0)
     left, running = list(units), {}  # type: ignore[var-annotated]

@@ -56,10 +56,9 @@ def facts_of(training: Training, folder: Path | None) -> dict[str, Any]:
         "device": str(pick_device(training.config.hardware.device)), "cpu": cpu_name(), "finished_at": now(),
     }  # fmt: skip
     if folder is not None and training.kind in {"head", "finetune"}:
-        fit = read_fit(
-            Run(folder=folder, info=open_run(folder, kind=KINDS[training.kind]).info),
-            load_config(folder / "config.yaml"),
-        )
+        info = open_run(folder, kind=KINDS[training.kind]).info
+        fit = read_fit(Run(folder=folder, info=info), load_config(folder / "config.yaml"))
+        facts |= {"precision": info.precision} if info.precision else {}
         facts |= {
             "train_s": fit.seconds,
             "epochs": len(fit.history),

@@ -36,7 +36,7 @@ class AblateResult:
         """One JSON object; of every row what identifies it and its main figures."""
         keys = (
             "experiment", "value", "order", "seed", "status", "note", "key", "training_key", "method", "mAP", "ci",
-            "F1_micro_tuned", "P@5", "run", "scores",
+            "F1_micro_tuned", "P@5", "precision", "run", "scores",
         )  # fmt: skip
         rows = [{key: row.get(key) for key in keys} | {"ci": (row.get("ci") or {}).get("mAP")} for row in self.rows]
         return {"table_path": str(self.path), **self.counted, "seconds": self.seconds, "rows": rows}

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .ablate_estimate import Estimate
 from .ablate_plan import Plan, Row
+from .console import FittingTable
+from .metrics_file import TWO_PRECISIONS, by_precision
 
 MOST_GRID_ROWS, MOST_TRAININGS, MOST_SHOWN = 20, 40, 4
 FOOT = (
@@ -21,28 +21,33 @@ FOOT = (
 
 def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """A line a value of one experiment."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     table.add_column("value", style="bold")
     for name in ("mAP", "spread", "interval", "F1_micro*", "train"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     notes: dict[str, None] = {}
+    mixed = False
     n_seeds = len({row["seed"] for row in rows})
     values = list(dict.fromkeys((row["order"], row["value"]) for row in rows))
     for order, value in values[:MOST_GRID_ROWS]:
-        own = [row for row in rows if (row["order"], row["value"]) == (order, value)]
-        few = f" ({len(own)} of {n_seeds} seeds)" if len(own) < n_seeds else ""
-        table.add_row(value + few, *_cells(own))
-        notes |= {f"{value}: {row['note']}": None for row in own if row.get("note")}
+        of_value = [row for row in rows if (row["order"], row["value"]) == (order, value)]
+        for precision, own in by_precision(of_value).items():
+            few = f" ({len(own)} of {n_seeds} seeds)" if len(own) < n_seeds else ""
+            table.add_row(value + (f", {precision}" if precision else "") + few, *_cells(own))
+            mixed |= bool(precision)
+            notes |= {f"{value}: {row['note']}": None for row in own if row.get("note")}
     parts: list[RenderableType] = [Text(f"{title}, {n_seeds} seed{'s' * (n_seeds > 1)}", "bold"), table]
     if len(values) > MOST_GRID_ROWS:
         parts.append(Text(f"and {len(values) - MOST_GRID_ROWS} more values, in the table", "dim"))
     parts += [Text(f"  {note}", "dim") for note in list(notes)[:MOST_GRID_ROWS]]
+    if mixed:
+        parts.append(Text(f"  {TWO_PRECISIONS}", "dim"))
     return Group(*parts)
 
 
 def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
     """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is there already."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     for name, justify in (
         ("training", "left"),
         ("kind", "left"),
@@ -50,8 +55,8 @@ def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
         ("rows", "right"),
         ("for", "left"),
     ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("state", overflow="fold")
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("state")
     groups: dict[str, list[str]] = {}
     for key, one in plan.trainings.items():
         groups.setdefault(one.group, []).append(key)

@@ -4,7 +4,6 @@ A speed by itself belongs to its machine; a ratio from one run travels further. 
 over, and the best time of each counts: what disturbs a run only ever makes it slower.
 """
 
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
+from .console import FittingTable
+from .cores import count_cores
 from .device import keep_freed_memory
 
 
@@ -73,7 +72,7 @@ class BenchResult:
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left")
+        table = FittingTable(title=self.title)
         for name in ("case", "plain", "ours", "ceiling", "ours / plain", "ours / ceiling"):
             table.add_column(name, justify="left" if name == "case" else "right")
         for case in self.cases:
@@ -88,7 +87,7 @@ class BenchResult:
 def machine() -> str:
     """The machine in a few words."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{_processor()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+    return f"{_processor()}, {count_cores()} cores{gpu}, torch {torch.__version__}"
 
 
 def best_of(ways: Mapping[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:

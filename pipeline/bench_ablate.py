@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
 from .ablate import Means, ablate, dry_run
 from .ablate_base import Told
@@ -23,6 +21,7 @@ from .ablate_order import Order
 from .ablate_table import ROWS
 from .ablate_views import duration
 from .bench_store import N_TRAIN, make_full_store
+from .console import FittingTable
 from .progress import Progress
 
 NAMES = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4")
@@ -76,7 +75,7 @@ class BenchAblate:
 
     def summary(self) -> list[RenderableType]:
         """What a person reads."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table = FittingTable()
         for name in ("part", "time"):
             table.add_column(name, justify="left" if name == "part" else "right")
         parts = (

@@ -1,6 +1,5 @@
 """``mmcli bench extract``: images and captions a second, beside the plain ``transformers`` loop and the ceiling."""
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ..cache import StoreKey, StoreWriter
 from .bench import BenchResult, Case, best_of
 from .bench_data import draw_photographs, make_base_checkpoint, write_captions
 from .config import Config
+from .cores import count_cores
 from .device import autocast, pick_device, reader_count
 from .encoder import Encoder
 from .images import image_size
@@ -158,7 +158,7 @@ def _measure(setting: _Setting, repeats: int) -> tuple[tuple[Case, ...], dict[st
              ours=len(few) / work["torch"]),
     )  # fmt: skip
     facts = {
-        "decode_per_s": n / seconds, "decode_workers": os.cpu_count() or 1, "n_images": n, "n_captions": m,
+        "decode_per_s": n / seconds, "decode_workers": count_cores(), "n_images": n, "n_captions": m,
         "batch_tokens": setting.encoder.batch_tokens, "bottleneck": clocks[-1].bottleneck,
         "read_s": clocks[-1].read_s, "compute_s": clocks[-1].compute_s, "write_s": clocks[-1].write_s,
     }  # fmt: skip
@@ -168,7 +168,7 @@ def _measure(setting: _Setting, repeats: int) -> tuple[tuple[Case, ...], dict[st
 def _resident(setting: _Setting) -> tuple[list[Piece], float]:
     """Every batch in memory, and the seconds that reading them took with all cores at it."""
     spec, tokens = setting.encoder.spec, setting.encoder.batch_tokens
-    workers = os.cpu_count() or 1
+    workers = count_cores()
     with ImageReader(setting.data, spec, tokens=tokens, workers=workers, ahead=2 * workers) as reader:
         list(reader.read([setting.paths[: 8 * workers]]))  # the processes have to be there
         started = time.perf_counter()
@@ -220,7 +220,7 @@ def _plain_images(setting: _Setting) -> None:
     """What a first script does: the processor in a DataLoader's workers, the model on padded batches."""
     loader: DataLoader[Any] = DataLoader(
         [str(setting.data / path) for path in setting.paths], batch_size=PLAIN_BATCH,  # type: ignore[arg-type]
-        num_workers=min(4, os.cpu_count() or 1), collate_fn=partial(_collate, setting.processor, setting.budget),
+        num_workers=min(4, count_cores()), collate_fn=partial(_collate, setting.processor, setting.budget),
     )  # fmt: skip
     for batch in loader:
         with autocast(setting.device):

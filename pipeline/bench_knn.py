@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
 from ..heads.config import IndexKind, KnnConfig
 from ..heads.knn import build_hamming
@@ -22,6 +20,7 @@ from ..heads.voting import vote
 from .bench import BenchResult, Case, best_of
 from .bench_rivals import Search, loop, make_codes, make_labels, plain_index, sklearn_search, usearch_search
 from .bench_sizes import check_sizes
+from .console import FittingTable
 from .progress import Progress
 
 SINGLE, WARM_UP = 200, 20
@@ -38,7 +37,7 @@ class KnnBenchResult(BenchResult):
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
-        table = Table(title="every index beside the exact one", box=box.SIMPLE_HEAD, title_justify="left")
+        table = FittingTable(title="every index beside the exact one")
         for name in ("codes", "bits", "index", "queries/s", "p50 ms", "p95 ms", "build s", "MB", "recall"):
             table.add_column(name, justify="left" if name == "index" else "right")
         for row in self.facts["indexes"]:

@@ -52,6 +52,8 @@ class Comparison:
     n_images: int
     thresholds: tuple[float, float]
     figures: tuple[Figure, ...]
+    precision_a: str = ""
+    precision_b: str = ""
     n_resamples: int = RESAMPLES
     seed: int = SEED
 
@@ -62,8 +64,11 @@ class Comparison:
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
         t = self.thresholds
+        other = bool(self.precision_a and self.precision_b and self.precision_a != self.precision_b)
         return [
-            f"A: {self.method_a} of {self.run_a}\nB: {self.method_b} of {self.run_b}",
+            f"A: {self.method_a} of {self.run_a}{f', {self.precision_a}' if self.precision_a else ''}\n"
+            f"B: {self.method_b} of {self.run_b}{f', {self.precision_b}' if self.precision_b else ''}",
+            *(["note: A and B were computed in different precisions; their difference is of that as well"] * other),
             comparison_table([asdict(figure) for figure in self.figures], ("A", "B")),
             f"{self.n_images:,} {self.split} images; paired bootstrap, {self.n_resamples:,} resamples; two-sided p."
             f" F1 and Hamming loss at thresholds {t[0]:.3g} (A) and {t[1]:.3g} (B). Each line is a test of its own: of"
@@ -100,7 +105,7 @@ def compare(
     figures = tuple(_figure(key, ending, sides[0], sides[1]) for key in FIGURES)
     return Comparison(
         run_a=run_a, run_b=run_b, method_a=methods[0], method_b=methods[1], split=split, n_images=len(a.image_id),
-        thresholds=thresholds, figures=figures,
+        thresholds=thresholds, figures=figures, precision_a=runs[0].info.precision, precision_b=runs[1].info.precision,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import InputError
+from .cores import count_cores
 
 # What is larger is mapped by itself and given back when freed; glibc takes no higher limit.
 _LARGEST_MAPPED = 32 << 20
@@ -89,6 +90,14 @@ class autocast:  # noqa: N801
         self._context.__exit__(kind, value, traceback)
 
 
+def device_line(device: torch.device, precision: str) -> str:
+    """A device and what it computes in, for a person: ``cpu, float32`` or ``cuda:0 NVIDIA H200, bfloat16``."""
+    if device.type != "cuda":
+        return f"{device}, {precision}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index} {torch.cuda.get_device_name(index)}, {precision}"
+
+
 def has_amx() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware of its own (Intel AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
@@ -129,5 +138,5 @@ def reader_count(wanted: int | None, device: torch.device) -> int:
     """Processes that read images, if not as many as wanted: on a CPU few, because the model computes on its cores."""
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     return max(1, cores // 8) if device.type == "cpu" else cores

@@ -49,7 +49,8 @@ def metrics_row(
         threshold: Where a score predicts a tag.
         logits: The scores are logits. They are ranked as they are: the sigmoid keeps their order, but large ones all
             become 1, and ties cost. Thresholds are given as probabilities all the same, as those of any other method.
-        run: Where given, the rows of the classes are written into it (see :func:`.per_class.write_per_class`).
+        run: Where given, the rows of the classes are written into it (see :func:`.per_class.write_per_class`), and the
+            row has its ``precision``.
 
     Returns:
         Flat keys; F1 and Hamming loss at ``threshold``, again with ``_tuned`` at the one that is best on val, and with
@@ -76,6 +77,8 @@ def metrics_row(
         write_per_class(
             run.folder, method, split, run.info.category_names, scores, labels, thresholds=thresholds, logits=logits
         )
+        if run.info.precision:
+            row["precision"] = run.info.precision
     row = {key: int(value) if key.startswith("n_") else _plain(value) for key, value in row.items()}
     # Of train there is no interval: a model knows these images, and as a sample they say nothing of others.
     return row if split == "train" else with_intervals(row, scores, labels, thresholds)

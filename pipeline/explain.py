@@ -4,9 +4,9 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from .console import FittingTable
 from .tagging import Neighbour, Tagging
 
 SHOWN_VOTERS = 3
@@ -27,12 +27,12 @@ def show(tagging: Tagging, *, voters: int = SHOWN_VOTERS, truth: Collection[str]
         lines.append(Text.assemble(("truth  ", "dim"), ", ".join(map(plain, truth))))
     if not tagging.tags:
         return Group(*lines, Text("no tag: none of the neighbours has any", "dim"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("tag", "score"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("vote", justify="right", no_wrap=True)
-    table.add_column(tagging.unit, justify="right", no_wrap=True)
-    table.add_column("because of", overflow="fold")
+    table = FittingTable(box=None, padding=(0, 2, 0, 0))
+    table.add_column("tag")
+    table.add_column("score", no_wrap=True)
+    table.add_column("vote", justify="right")
+    table.add_column(tagging.unit, justify="right")
+    table.add_column("because of")
     for tag in tagging.tags:
         style = "bold" if truth is None else "bold green" if tag.name in truth else "bold yellow"
         shown = tag.voters[:voters]

@@ -34,7 +34,7 @@ from .splits import Diverged, Split
 from .step import Step
 from .trainer import FitResult, Member, Record, fit
 from .training_run import TrainingRun, TrainResult, read_fit
-from .training_state import STATE, TrainingState, read_state
+from .training_state import STATE, TrainingState, check_precision, read_state
 from .training_work import Place, Work
 
 RUNS = Path("runs")
@@ -115,6 +115,7 @@ def resume_finetuning(
                 "cannot resume", where=folder, got="another data set or checkpoint", wanted="those of the run",
                 do="name the data set's folder with --data, or train again",
             )  # fmt: skip
+        check_precision(info.precision, live.precision)
         state = read_state(folder / STATE)
         live.team.wait()  # nobody reads it while the first process writes it anew
         if live.team.first:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .cores import count_cores
+
 # The exit code of a process whose others have gone: they have said why.
 LOST = 75
 OPTION = "--num-processes"
@@ -38,7 +40,7 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
     words = _without_option(sys.argv[1:] if words is None else words)
     common = {
         "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n))),
+        "OMP_NUM_THREADS": threads_of(n),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         team = [_Process(rank, words, common, Path(scratch) / str(rank)) for rank in range(n)]
@@ -47,6 +49,12 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _end(team, signal.SIGINT)
             raise
+
+
+def threads_of(n: int) -> str:
+    """Threads of each of n processes: as the user says, but not as many in each as one alone would take."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return str(max(1, count_cores() // n)) if given in {None, "", str(count_cores())} else str(given)
 
 
 class _Process:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 from torch import Tensor
 
 from .config import Config
+from .console import FittingTable
 from .device import autocast, pick_device
 from .encoder import Encoder
 from .finetune_towers import Towers
@@ -99,7 +98,7 @@ class MemoryPlan:
         ]
         if not self.needs:
             return [*lines, "no tower is trained: every image and caption goes through the towers once"]
-        table = Table(title="activations", box=box.SIMPLE_HEAD, title_justify="left")
+        table = FittingTable(title="activations")
         for name in ("gradient checkpointing", "an image", "a caption", "largest batch at once"):
             table.add_column(name, justify="right")
         for need in self.needs:

@@ -10,10 +10,12 @@ from ..cache import StoreKey
 from ..heads.model import BaseHead, Head
 from .checkpoint import load_head
 from .config import Config
+from .device import autocast, device_line
 from .encoder import Encoder, EncoderParts
 from .finetune_data import LiveStore
 from .finetune_shards import Shards
 from .finetune_start import refuse_seen
+from .finetune_step import TowerStep
 from .finetune_team import Team, wants_shards
 from .finetune_towers import Towers
 from .manifest import Manifest, read_manifest
@@ -26,6 +28,7 @@ from .runs import RunInfo, now, open_run
 from .shard_jobs import CAPTIONS
 from .siglip import Identity, model_path
 from .splits import Split
+from .step import Step
 from .training_data import check_splits, draw_head
 
 MANIFEST = "manifest.parquet"
@@ -55,6 +58,12 @@ class Live:
     def changing(self) -> set[str]:
         """Modalities whose embeddings in training are not those of the store: trained towers, augmented images."""
         return set(self.towers.sides) | ({"image"} if self.config.finetune.augment else set())
+
+    @property
+    def precision(self) -> str:
+        """What training computes in: that of the towers where they train, else that of the head."""
+        step = TowerStep if self.changing else Step
+        return step.autocast_of(self.team.device, self.config).name
 
     def embed(self) -> None:
         """Embed what the first look at val needs, and all of what never changes."""
@@ -121,7 +130,8 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
     config = config.model_copy(update={"model": model})
     towers = Towers(parts, config.finetune)
     kept = 1 if "text" in towers.sides else CAPTIONS
-    progress.say(f"finetuning {parts.identity.model} on {team.device.type}, {data}")
+    where = device_line(team.device, autocast(team.device, config.training.mixed_precision).name)
+    progress.say(f"finetuning {parts.identity.model} on {where}, from {data}")
     with LiveStore(listing, data, parts, config, captions=kept, team=team, progress=progress) as store:
         check_splits(store.splits, config, data)
         if start is not None:
@@ -139,7 +149,7 @@ def describe(kind: str, live: Live) -> RunInfo:
         kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
         seed=config.hardware.seed, store=str(live.manifest), store_digest=digest_of(live, live.towers.parts.identity),
         model=live.towers.parts.identity.model, patches=config.model.max_num_patches, manifest_sha256=listing.sha256,
-        category_names=listing.category_names, lists_digest=lists_digest(config.data),
+        category_names=listing.category_names, lists_digest=lists_digest(config.data), precision=live.precision,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
+from .device import autocast
 from .finetune_feed import Feed
 from .finetune_towers import PARTS
 from .optimisation import Group
@@ -29,6 +30,11 @@ class TowerStep(Step):
         assert not members.stacked
         self._feed, self._towers, self._shards = feed, feed.towers, feed.shards
         super().__init__(members, train, config, steps=steps)
+
+    @classmethod
+    def autocast_of(cls, device: torch.device, config: Config) -> autocast:
+        """As in the towers, float32 on a CPU: the head is a small part of the step."""
+        return autocast(device, config.training.mixed_precision)
 
     @property
     def others(self) -> Mapping[str, Tensor]:

@@ -5,9 +5,11 @@ Accelerate (extra ``finetune``) finds out how they reach each other: NCCL betwee
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +28,76 @@ def wants_shards() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Which of the launched processes this is.
+
+    Attributes:
+        rank: Its number among all of them.
+        size: How many there are.
+        local_size: How many of them are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+
+def read_launch() -> Launch:
+    """What a launcher (``accelerate launch``, ``torchrun``, ``mmcli finetune --num-processes``) says of this process.
+
+    A variable that is empty counts as unset, and so it is for Accelerate: it leaves the environment. Variables of SLURM
+    and MPI are not read.
+
+    Raises:
+        InputError: A variable that is no such number, or some of them without the others.
+    """
+    for name in (*_NUMBERS, "MASTER_ADDR"):
+        if not os.environ.get(name, "unset").strip():
+            del os.environ[name]
+    numbers = {name: _number(name, least) for name, least in _NUMBERS.items()}
+    size, rank = numbers["WORLD_SIZE"] or 1, numbers["RANK"] or 0
+    local_size = numbers["LOCAL_WORLD_SIZE"]
+    if rank >= size:
+        without = "" if numbers["WORLD_SIZE"] else " without WORLD_SIZE"
+        raise _bad_launch("RANK", f"{rank}{without}", f"less than WORLD_SIZE, here {size}")
+    if size == 1:
+        return Launch()
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise _bad_launch("WORLD_SIZE", f"{size} without {name}", "all that a launcher sets")
+    if local_size is not None and (numbers["LOCAL_RANK"] or 0) >= local_size:
+        raise _bad_launch("LOCAL_RANK", numbers["LOCAL_RANK"], f"less than LOCAL_WORLD_SIZE, here {local_size}")
+    return Launch(rank=rank, size=size, local_size=local_size or 1)
+
+
+# By name the least that a number of a launcher may be.
+_NUMBERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1}
+_LARGEST_PORT = 65_535
+
+
+def _number(name: str, least: int) -> int | None:
+    given = os.environ.get(name)
+    if given is None:
+        return None
+    most = _LARGEST_PORT if name == "MASTER_PORT" else None
+    # More digits than any of these numbers has: Python refuses to read thousands of them.
+    number = int(given) if re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", given) else None
+    if number is None or number < least or (most is not None and number > most):
+        raise _bad_launch(name, repr(given), f"a whole number from {least} on" + (f" to {most}" if most else ""))
+    return number
+
+
+def _bad_launch(name: str, got: object, wanted: str) -> InputError:
+    return InputError(
+        "a launcher's variable that cannot be used", where=name, got=got, wanted=wanted,
+        do="unset it to finetune in one process; --num-processes N starts several",
+    )  # fmt: skip
+
+
 def device_here(name: str) -> str:
     """A configured device where this machine has it, else ``auto``; of several processes each takes its own."""
-    name = name.partition(":")[0] if _several() else name
+    name = name.partition(":")[0] if read_launch().size > 1 else name
     try:
         pick_device(name)
     except InputError:
@@ -38,7 +107,7 @@ def device_here(name: str) -> str:
 
 def is_first() -> bool:
     """Whether this process is the one of its launcher that writes and tells."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return read_launch().rank == 0
 
 
 class Team:
@@ -147,7 +216,8 @@ def open_team(device: str) -> Iterator[Team]:
         InputError: Several processes without Accelerate, a device that several cannot share, or fewer GPUs than
             processes.
     """
-    if not _several():
+    launch = read_launch()
+    if launch.size == 1:
         yield Team(pick_device(device))
         return
     if ":" in device:
@@ -156,7 +226,7 @@ def open_team(device: str) -> Iterator[Team]:
             do="leave it out: every process takes its own",
         )  # fmt: skip
     on_cpu = pick_device(device).type == "cpu"
-    here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    here, n_gpus = launch.local_size, torch.cuda.device_count()
     if not on_cpu and here > n_gpus:
         raise InputError(
             "more processes than GPUs on this machine", where="--num-processes", got=f"{here} processes, {n_gpus} GPUs",
@@ -174,10 +244,6 @@ def open_team(device: str) -> Iterator[Team]:
         yield _Several(state)
     finally:
         state.destroy_process_group()
-
-
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -1,7 +1,6 @@
 """Several processes of this machine fill one store, a stripe each: one a GPU, or a few on the cores of a CPU."""
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from .. import InputError
 from ..cache import Stripe
 from .config import Config
+from .cores import count_cores
 from .device import pick_device, reader_count
 from .extract import ExtractPlan, ExtractResult, clear, extract
 from .model_source import pin_revision
@@ -84,7 +84,7 @@ def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
 def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
     """What runs in each process."""
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
+        torch.set_num_threads(max(1, count_cores() // n))
     wanted = config.data.num_workers
     readers = max(1, reader_count(None, torch.device(device)) // n) if wanted is None else None
     data = config.data if readers is None else config.data.model_copy(update={"num_workers": readers})

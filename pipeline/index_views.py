@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from .console import FittingTable
 from .index_file import read_index
 
 SHOWN_CLASSES = 10
@@ -37,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def info_summary(facts: dict[str, Any]) -> list[RenderableType]:
     """What a person reads of :func:`describe`."""
-    table = Table(show_header=False, box=None)
+    table = FittingTable(show_header=False, box=None)
     kind = f"{facts['bits']} bits" if facts["bits"] else f"no bits, z of {facts['width']}"
     largest = sorted(facts["classes"].items(), key=lambda item: (-item[1], item[0]))[:SHOWN_CLASSES]
     rows = [

@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
 
 from .. import InputError
 from ..heads.config import KnnConfig
 from .config import Config
+from .console import FittingTable
 from .device import pick_device
 from .evaluation import metrics_row
 from .files import write_text
@@ -119,13 +118,11 @@ def _idle(key: str, strategy: str) -> bool:
     return (key in ("tau", "tau_bits") and strategy != "softmax") or (key == "theta" and strategy != "threshold")
 
 
-def readable(rows: tuple[dict[str, Any], ...], split: str) -> Table:
+def readable(rows: tuple[dict[str, Any], ...], split: str) -> FittingTable:
     """One line an evaluation."""
     bits = rows[0]["bits"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer",
+    table = FittingTable(
+        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer"
     )
     for name in ("metric", "K", "vote", "tau", "tau*B", "theta", "mAP", "F1*", "P@5", "tied"):
         table.add_column(name, justify="left" if name in ("metric", "vote") else "right")

@@ -5,14 +5,19 @@ The keys of the row that was computed last stand flat, where scripts look for th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import InputError
 from .files import write_text
 
 METRICS = "metrics.json"
+TWO_PRECISIONS = (
+    "Trainings in two precisions are not seeds of one method: each precision has a line of its own. To train in float32"
+    " everywhere, give --set training.mixed_precision=false."
+)
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -61,6 +66,23 @@ def merge_rows(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, An
     for row in rest:
         rows[_key(row)] = {**rows.get(_key(row), {}), **row}
     return [dict(headline), *rows.values()]
+
+
+def by_precision(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of one method by the precision that it was computed in, in the order of the rows.
+
+    Two precisions are two methods: their rows are no seeds of one another. A row that does not say its precision (an
+    earlier version made it, or nothing was computed) stands with the others where these have one precision.
+
+    Returns:
+        By a name for a table: ``""`` where there is one group, else ``float32``, ``bfloat16`` or ``precision unknown``.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get("precision") or ""), []).append(row)
+    if len([name for name in groups if name]) < 2:
+        return {"": [row for group in groups.values() for row in group]} if groups else {}
+    return {name or "precision unknown": group for name, group in groups.items()}
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.progress import Progress as RichBar
 from rich.text import Text
 
+from .console import make_console
+
 LINE_EVERY_S = 10.0
 
 
@@ -81,12 +83,13 @@ class ConsoleProgress(Progress):
     """Bars on a terminal, a line every ten seconds elsewhere; always on stderr, so that stdout stays clean."""
 
     def __init__(self, console: Console | None = None, *, bars: bool = True) -> None:
-        self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._bars = bars and self.console.is_terminal
+        self.console = console or make_console(sys.stderr)
+        # Not what the console takes for a terminal: FORCE_COLOR asks a log of CI for colours, not for bars.
+        self._bars = bars and self.console.file.isatty() and not self.console.is_dumb_terminal
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, markup=False)
+        self.console.print(line)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or a panel."""
@@ -99,9 +102,14 @@ class ConsoleProgress(Progress):
         started = time.perf_counter()
         if self._bars:
             columns = (
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-            )  # fmt: skip
+                SpinnerColumn("line"),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+            )
             with RichBar(*columns, console=self.console, transient=True) as bar:
                 counted: _Bar | _Lines = _Bar(bar, title, total)
                 yield counted

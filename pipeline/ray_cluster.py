@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from .. import InputError
 from .config import Config
+from .cores import count_cores
 
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2
@@ -23,6 +25,8 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",
 }  # fmt: skip
+# Where Ray supports no clusters its servers listen on loopback, and not on every interface.
+NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +48,19 @@ class Shares:
     reader: dict[str, float]
 
 
-def import_ray() -> Any:  # noqa: ANN401 - Ray is an extra
+def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
     """The module ``ray`` with ``ray.data``.
+
+    Args:
+        joins: Whether it is for a cluster of other machines; else what is started here listens on loopback alone.
 
     Raises:
         InputError: It is not installed.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if not joins and "ray" not in sys.modules:
+        _protect()
     try:
         import ray
         import ray.data
@@ -66,20 +75,25 @@ def import_ray() -> Any:  # noqa: ANN401 - Ray is an extra
 def cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected; a connection that was made here ends with the block, and a cluster that was started here too.
 
+    A cluster of this machine listens on loopback alone and asks for a token that only this process and its workers
+    have. A process that has started one joins no other: Ray reads such settings once.
+
     Args:
-        address: A running cluster's; when not given that of ``RAY_ADDRESS``, and without it one of this machine.
+        address: A running cluster's; when not given, or ``local``, one of this machine, whatever ``RAY_ADDRESS`` says.
 
     Raises:
         InputError: Ray is not installed, or no cluster answers.
     """
-    ray = import_ray()
+    address = None if address in {"", "local"} else address
+    ray = import_ray(joins=address is not None)
     if ray.is_initialized():
         yield ray
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address is None:
+        address, options = "local", {"include_dashboard": False, "num_cpus": count_cores()}
     _answers(address)
     handler = signal.getsignal(signal.SIGTERM)
-    options = {"include_dashboard": False} if address == "local" else {}
     try:
         try:
             with _without_stderr():
@@ -92,6 +106,25 @@ def cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def ignored_address(address: str | None) -> str | None:
+    """A line for the user where ``RAY_ADDRESS`` names a cluster that is not joined, because no option names it."""
+    named = os.environ.get("RAY_ADDRESS")
+    if address is not None or not named:
+        return None
+    return f"note: RAY_ADDRESS is {named}, but only --ray-address joins a cluster; Ray is started on this machine"
+
+
+def _protect() -> None:
+    """Keep others out of a cluster that this process starts: loopback, and a token; settings of the user's stay.
+
+    Ray reads them when it is imported; where it was imported before, it asks for the token in the user's home.
+    """
+    os.environ.setdefault(NO_CLUSTERS, "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _answers(address: str) -> None:
@@ -109,7 +142,7 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     return InputError(
         "no Ray cluster", where=address, got=(str(error).splitlines() or [type(error).__name__])[0],
         wanted="the address of a running one",
-        do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address and RAY_ADDRESS out",
+        do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address out",
     )  # fmt: skip
 
 

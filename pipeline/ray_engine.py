@@ -19,7 +19,7 @@ from .extract_plan import ExtractPlan, ExtractResult
 from .manifest import read_manifest
 from .progress import Progress
 from .ray_actor import Description, Done, EncodeShards, Work, describe
-from .ray_cluster import Shares, cluster, quiet_data, share_out
+from .ray_cluster import Shares, cluster, ignored_address, quiet_data, share_out
 from .shard_jobs import Clock, count_captions
 from .shard_reading import PATHS, SHARD, read_row
 from .siglip import model_path
@@ -48,10 +48,13 @@ def extract_on_ray(
     started = time.perf_counter()
     config, plan = _from_anywhere(config, plan)
     listing = read_manifest(plan.manifest or plan.data / "manifest.parquet")
+    progress = progress or Progress()
+    if (note := ignored_address(address)) is not None:
+        progress.say(note)
     with cluster(address) as ray:
         shares = share_out(ray, config, processes)
         work = Work(config=config, plan=plan, listing=listing, device=shares.device, threads=shares.threads)
-        result = _Extraction(ray, work, shares, progress or Progress()).run()
+        result = _Extraction(ray, work, shares, progress).run()
     return replace(result, seconds=time.perf_counter() - started)
 
 

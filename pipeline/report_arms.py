@@ -42,11 +42,34 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A value of an experiment, or a method: its name as a table shows it, and its seeds."""
+    """A value of an experiment, or a method, and its seeds.
 
-    name: str
+    Attributes:
+        value: The value or the method.
+        samples: Its seeds.
+        note: What a table says of it.
+        precision: What its seeds were computed in, where others of the same value were computed in another precision.
+    """
+
+    value: str
     samples: tuple[Sample, ...]
     note: str = ""
+    precision: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name as a table shows it."""
+        return f"{self.value}, {self.precision}" if self.precision else self.value
+
+    def computed_as(self, other: "Arm") -> bool:
+        """Whether nothing says that the two were computed in different precisions."""
+        mine, theirs = ({row["precision"] for row in arm.rows if row.get("precision")} for arm in (self, other))
+        return not mine or not theirs or mine == theirs
+
+    @property
+    def rows(self) -> list[Mapping[str, Any]]:
+        """The figures of every seed."""
+        return [sample.row for sample in self.samples]
 
     def values(self, key: str) -> list[float]:
         """A figure of every seed that has it."""
@@ -213,6 +236,7 @@ def _damaged(path: Path | None, got: str) -> InputError:
 
 
 def arm_pair(arms: Sequence[Arm], a: str, b: str) -> tuple[Arm, Arm] | None:
-    """Two arms by name; None where one is absent or has no figures."""
-    found = {arm.name: arm for arm in arms if arm.samples}
-    return (found[a], found[b]) if a in found and b in found else None
+    """The arms of two values, in the first precision that both have; None where there are no two such arms."""
+    with_seeds = [arm for arm in arms if arm.samples]
+    pairs = ((one, other) for one in with_seeds for other in with_seeds if (one.value, other.value) == (a, b))
+    return next((pair for pair in pairs if pair[0].computed_as(pair[1])), None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from .experiments import read_experiments
+from .metrics_file import TWO_PRECISIONS
 from .plots_depth import (
     bit_balance,
     bit_correlation,
@@ -83,6 +84,9 @@ def _notes(inputs: Inputs, depth: Depth | None, command: str) -> tuple[str, ...]
     sets = {known.run.info.manifest_sha256 for known in inputs.runs.values()}
     if len(sets) > 1:
         found.append(f"The runs are of {len(sets)} data sets: lines of different ones are not comparable.")
+    precisions = sorted({known.run.info.precision for known in inputs.runs.values() if known.run.info.precision})
+    if len(precisions) > 1:
+        found.append(f"The runs were computed in {' and '.join(precisions)}. {TWO_PRECISIONS}")
     return tuple(found)
 
 
@@ -266,7 +270,8 @@ def _environment(known: Known) -> tuple[str, ...]:
     git = found.get("git") or {}
     lines = [
         f"mmcli {found.get('mmcli', '?')}, Python {found.get('python', '?')}, {found.get('platform', '?')}",
-        f"device {found.get('device', '?')}, {found.get('cpu_count', '?')} CPU cores, seed {found.get('seed', '?')}",
+        f"device {found.get('device', '?')}, {info.precision or 'precision unknown'}",
+        f"{found.get('cpu_count', '?')} CPU cores, seed {found.get('seed', '?')}",
         packages,
         f"commit {git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else "",
         f"manifest {info.manifest_sha256[:16]}, store {info.store_digest[:16]}, {info.patches} patches",

@@ -18,7 +18,7 @@ from .codes import codes_path
 from .evaluation import scores_path
 from .experiments import DEFAULT, read_experiments
 from .manifest import Manifest, read_manifest
-from .metrics_file import read_metrics
+from .metrics_file import by_precision, read_metrics
 from .report_arms import Arm, Sample
 from .report_pictures import Pictures
 from .run_folders import MARK
@@ -94,9 +94,13 @@ class Inputs:
         for row in sorted(self.rows, key=lambda row: (row["order"], row["seed"])):
             if row["experiment"] == experiment:
                 found.setdefault(row["value"], []).append(row)
-        return [self._arm(value, rows) for value, rows in found.items()]
+        return [
+            self._arm(value, own, precision)
+            for value, rows in found.items()
+            for precision, own in by_precision(rows).items()
+        ]
 
-    def _arm(self, value: str, rows: list[Mapping[str, Any]]) -> Arm:
+    def _arm(self, value: str, rows: list[Mapping[str, Any]], precision: str) -> Arm:
         notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
         found = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
         # What no seed changes, as zero-shot, is one evaluation under several seeds.
@@ -107,7 +111,7 @@ class Inputs:
             )
             for row in done
         )  # fmt: skip
-        return Arm(name=value, samples=samples, note="; ".join(notes))
+        return Arm(value=value, precision=precision, samples=samples, note="; ".join(notes))
 
 
 def read_inputs(runs: Path, ablations: Path, data: Path | None) -> Inputs:
@@ -145,7 +149,7 @@ def arm_of(known: Known, row: Mapping[str, Any], name: str) -> Arm:
     labels = codes_path(folder, SPLIT)
     scores = scores_path(folder, str(row["method"]), SPLIT)
     sample = Sample(seed=known.run.info.seed, row=row, scores=scores, labels=labels if labels.is_file() else None)
-    return Arm(name=name, samples=(sample,))
+    return Arm(value=name, samples=(sample,))
 
 
 def has_codes(known: Known) -> bool:

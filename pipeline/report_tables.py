@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..heads.metrics import per_class
+from .metrics_file import TWO_PRECISIONS
 from .report_arms import FIGURES, Arm, Pairs, best_of
 from .report_depth import Depth
 from .report_document import Cell, Column, Table, number
@@ -50,6 +51,8 @@ def arms_table(
         for arm in arms
     ]  # fmt: skip
     notes = [f"{arm.name}: {arm.note}." for arm in arms if arm.note]
+    if any(arm.precision for arm in arms):
+        notes.append(TWO_PRECISIONS)
     ceilings = [f"{key} {value:.3f}" for key in ("P@5", "R@5") if (value := _ceiling(arms, key)) is not None]
     if ceilings:
         notes.append(f"Ceilings on these images: {', '.join(ceilings)}.")

@@ -5,7 +5,6 @@ A run folder holds ``run.json`` (what it is and whether it is finished), ``confi
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from .. import InputError, __version__
 from .config import Config, dump_config
+from .cores import count_cores
 from .files import write_text
 from .metrics_file import write_metrics
 from .run_folders import MARK, claim_named, claim_new
@@ -47,6 +47,8 @@ class RunInfo:
         manifest_sha256: Content hash of the manifest.
         category_names: Names of the C classes.
         lists_digest: Digest of the protocol's lists as they were read; empty without.
+        precision: What the model was computed in, ``float32``, ``bfloat16`` or ``float16``; empty in runs of a version
+            that did not write it down.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class RunInfo:
     manifest_sha256: str
     category_names: tuple[str, ...]
     lists_digest: str = ""
+    precision: str = ""
     version: int = RUN_VERSION
 
 
@@ -197,7 +200,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
             continue
     return {
         "mmcli": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-        "cpu_count": os.cpu_count(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
+        "cpu_count": count_cores(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
         "command": sys.argv,
     }  # fmt: skip
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.table import Table
 
+from .console import FittingTable
 from .manifest import SPLITS, Manifest
 
 
@@ -88,6 +90,9 @@ def count(
     )
 
 
+_RULED: dict[str, Any] = {"box": box.HEAVY_HEAD, "pad_edge": True, "collapse_padding": False}
+
+
 def statistics_tables(statistics: Statistics) -> list[Table]:
     """Two tables: one line per split, and one per category."""
     return [_split_table(statistics), _class_table(statistics)]
@@ -99,7 +104,7 @@ def _split_table(found: Statistics) -> Table:
         notes.append(f"{found.captions_left_out:,} captions beyond five an image were left out")
     if found.images_left_out:
         notes.append(f"{found.images_left_out:,} annotated images are in no split")
-    table = Table(title="Splits", title_justify="left", caption="; ".join(notes), caption_justify="left")
+    table = FittingTable(title="Splits", caption="; ".join(notes), caption_justify="left", **_RULED)
     table.add_column("split", style="bold")
     for name in ("images", "captions", "no label", "tags an image"):
         table.add_column(name, justify="right")
@@ -113,9 +118,9 @@ def _split_table(found: Statistics) -> Table:
 
 
 def _class_table(found: Statistics) -> Table:
-    table = Table(title="Categories: images of each split, and annotations", title_justify="left")
+    table = FittingTable(title="Categories: images of each split, and annotations", **_RULED)
     table.add_column("label", justify="right")
-    table.add_column("category", style="bold", no_wrap=True)
+    table.add_column("category", style="bold")
     for name in (*SPLITS, "annotations"):
         table.add_column(name, justify="right")
     for label, row in enumerate(found.classes):

@@ -44,7 +44,7 @@ class Step:
             keep_freed_memory()
         self._epochs = config.scheduler.total_epochs or config.training.num_epochs
         self.optimizer = AdamW(members.groups(), config.optimizer, self._more_groups())
-        self._precision = autocast(self._device, config.training.mixed_precision, on_cpu=True)
+        self._precision = self.autocast_of(self._device, config)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.dtype == torch.float16)
         decay = config.training.ema_decay
         self.averages = None if decay is None else Averages(members, decay)
@@ -61,6 +61,11 @@ class Step:
         self.sums: dict[str, Tensor] = {}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._eager = 0
+
+    @classmethod
+    def autocast_of(cls, device: torch.device, config: Config) -> autocast:
+        """What the forward pass computes in on a device, as configured."""
+        return autocast(device, config.training.mixed_precision, on_cpu=True)
 
     @property
     def precision(self) -> str:

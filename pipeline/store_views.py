@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from .. import InputError
 from ..cache import ExportReport, LeakReport, Store, export_store, find_leaks, passes, verify
 from ..cache.export import Captions, Format
+from .console import FittingTable
 from .progress import Progress
 
 THRESHOLD, MOST = 0.98, 50
@@ -100,9 +100,9 @@ def export_summary(report: ExportReport) -> list[RenderableType]:
 
 def info_summary(facts: Mapping[str, Any]) -> list[RenderableType]:
     """What :func:`mmcli.cache.describe` found, for a person."""
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = FittingTable(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     for name, value in _info_rows(facts):
         table.add_row(name, Text(value))
     parts: list[RenderableType] = [table]
@@ -142,7 +142,7 @@ def _norms(title: str, spread: Mapping[str, float], histogram: Mapping[str, Any]
     figures = ", ".join(f"{name} {spread[name]:.4g}" for name in ("min", "mean", "max", "std"))
     edges, counts = histogram["edges"], histogram["counts"]
     longest = max(counts)
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = FittingTable(show_header=False, box=None)
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column()
@@ -164,9 +164,9 @@ def _leak_parts(report: LeakReport) -> list[RenderableType]:
     title = f"near-duplicates across splits, cosine of {report.threshold:g} and more: {found}"
     if not report.pairs:
         return [title]
-    table = Table(box=None, pad_edge=False)
+    table = FittingTable(box=None)
     for name in ("cosine", "split", "image id", "path"):
-        table.add_column(name, justify="left" if name in {"split", "path"} else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in {"split", "path"} else "right")
     for pair in report.pairs:
         table.add_row(f"{pair.cosine:.4f}", pair.split, str(pair.image_id), Text(pair.path))
         table.add_row("", pair.other_split, str(pair.other_id), Text(pair.other_path))

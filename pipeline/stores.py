@@ -126,14 +126,14 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
     return config.model_copy(update={"model": model, "classifier": classifier})
 
 
-def describe_run(kind: str, config: Config, labelled: LabelledStore) -> RunInfo:
-    """What ``run.json`` says of a run that reads this store."""
+def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precision: str) -> RunInfo:
+    """What ``run.json`` says of a run that reads this store and computes in a precision."""
     key = labelled.store.key
     return RunInfo(
         kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
         seed=config.hardware.seed, store=str(labelled.store.folder), store_digest=key.digest, model=key.model,
         patches=key.patches, manifest_sha256=key.manifest_sha256, category_names=labelled.listing.category_names,
-        lists_digest=lists_digest(config.data),
+        lists_digest=lists_digest(config.data), precision=precision,
     )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from .console import FittingTable
 
 # Column title, key in a metrics row, format. F1 is shown at the threshold tuned on val: at 0.5 it measures mostly
 # how a method scales its scores, and cosine scores never reach 0.5.
@@ -28,10 +28,10 @@ FOOTNOTE = (
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per method under a title, with the ceilings of P@5 and R@5 where they are known."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("method", style="bold", no_wrap=True)
+    table = FittingTable()
+    table.add_column("method", style="bold")
     for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(str(row["method"]), *cells(row))
     ceilings = {"P@5": rows[0].get("P@5_ceiling"), "R@5": rows[0].get("R@5_ceiling")}
@@ -56,10 +56,10 @@ def _interval(row: Mapping[str, Any], key: str) -> str:
 
 def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per seed of one method, then mean and standard deviation of every column."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     table.add_column("seed", style="bold")
     for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(str(row["seed"]), *cells(row))
     table.add_section()
@@ -71,7 +71,7 @@ def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTyp
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> RenderableType:
     """A figure a line: its value for A and for B, their difference with its interval, p, and the verdict."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = FittingTable()
     for name in ("figure", *names, "A - B", "95% interval", "p", "A is"):
         table.add_column(name, justify="left" if name in {"figure", "A is"} else "right")
     for row in rows:

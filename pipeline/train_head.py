@@ -16,12 +16,13 @@ from .protocols import lists_digest
 from .runs import Run, mark, read_info
 from .settle import notices
 from .splits import Diverged
+from .step import Step
 from .stores import Reading, describe_run
 from .tables import spread_table
 from .trainer import fit
 from .training_data import Prepared, prepare_training
 from .training_run import TrainingRun, TrainResult, read_fit, shape_of, with_seed
-from .training_state import TrainingState
+from .training_state import TrainingState, check_precision
 from .training_work import Place, Work
 
 KIND, RUNS = "train-head", Path("runs")
@@ -220,12 +221,14 @@ class _Work(Work):
     def begin(self, prepared: Prepared, place: Place, config: Config) -> TrainingRun:
         """Start a run in a folder of its own."""
         name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
-        info = describe_run(KIND, config, prepared.labelled)
+        precision = Step.autocast_of(prepared.device, config).name
+        info = describe_run(KIND, config, prepared.labelled, precision=precision)
         run = self.start(info, config, place, name=name, device=str(prepared.device))
         return self._make(prepared, run, config, None, resume=False)
 
     def go_on(self, prepared: Prepared, run: Run, config: Config) -> TrainingRun:
         """Go on with a run that this process holds."""
+        check_precision(run.info.precision, Step.autocast_of(prepared.device, config).name)
         run, state = self.take_up(run)
         return self._make(prepared, run, config, state, resume=True)
 

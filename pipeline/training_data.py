@@ -10,11 +10,12 @@ import torch
 from .. import InputError
 from ..heads.model import BaseHead, Head, make_head
 from .config import Config
-from .device import pick_device, seed_everything
+from .device import device_line, pick_device, seed_everything
 from .progress import Progress
 from .protocols import chosen
 from .settle import check_frozen, settle
 from .splits import Split
+from .step import Step
 from .stores import LabelledStore, Reading, find_store, read_store, resolve_config
 
 
@@ -82,7 +83,8 @@ def prepare_training(
     folder = find_store(store) if reading is None else reading.folder
     device = pick_device(config.hardware.device)
     labelled = read_store(folder, config, reading)
-    progress.say(f"training from {folder} on {device.type}" + ("" if store else " (the newest store)"))
+    where = device_line(device, Step.autocast_of(device, config).name)
+    progress.say(f"training from {folder} on {where}" + ("" if store else " (the newest store)"))
     config = settle(resolve_config(config, labelled))
     splits = place_splits(labelled, config, device)
     check_splits(splits, config, folder)

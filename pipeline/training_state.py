@@ -69,11 +69,7 @@ def restore_state(step: "Step", place: int, state: TrainingState) -> None:
     Raises:
         InputError: It is of another head, or was computed in another precision.
     """
-    if state.precision != step.precision:
-        raise InputError(
-            "cannot resume", got=f"a training in {state.precision}", wanted=f"one in {step.precision}, as this machine",
-            do="resume it where it was begun, or train again",
-        )  # fmt: skip
+    check_precision(state.precision, step.precision)
     views = _views(step, place)
     sums = {name: value for name, value in state.tensors.items() if name.startswith(_SUM)}
     known = {name: value for name, value in state.tensors.items() if name not in sums}
@@ -89,6 +85,23 @@ def restore_state(step: "Step", place: int, state: TrainingState) -> None:
         step.sums[name.removeprefix(_SUM)] = value.to(step.members.parameters[0].device)
     if state.scaler:
         step.scaler.load_state_dict(dict(state.scaler))
+
+
+def check_precision(begun: str, now: str) -> None:
+    """Refuse to resume a training in another precision than it was begun in.
+
+    Args:
+        begun: What it was begun in; empty where an earlier version did not write it down.
+        now: What this machine would compute in.
+
+    Raises:
+        InputError: They differ.
+    """
+    if begun and begun != now:
+        raise InputError(
+            "cannot resume", got=f"a training in {begun}", wanted=f"one in {now}, as this machine computes",
+            do="resume it where it was begun, or train again",
+        )  # fmt: skip
 
 
 def _other(name: str) -> str:

@@ -17,7 +17,7 @@ from ..cache import Store, StoreMismatch
 from ..heads.prototypes import class_prototypes, mean_logits, zero_shot_scores
 from ..heads.sigmoid import sigmoid
 from .config import Config, ModelConfig
-from .device import pick_device
+from .device import device_line, pick_device
 from .encoder import Encoder
 from .evaluation import Labels, Scores, metrics_row, write_scores
 from .manifest import Manifest
@@ -90,13 +90,16 @@ def zero_shot(
     _check_captions(labelled, rows, inputs)
     encoder = _matching_encoder(config, labelled, asked)
     names = listing.category_names
-    progress.say(f"zero-shot on {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts, {inputs}")
+    progress.say(
+        f"zero-shot of {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts, {inputs},"
+        f" on {device_line(encoder.device, encoder.identity.compute_dtype)}"
+    )
     prompts = [template.replace(GAP, name) for name in names for template in templates]
     embedded = encoder.encode_texts(prompts).reshape(len(names), len(templates), -1)
     score = _Scorer(labelled, class_prototypes(embedded), encoder, inputs)
     run = start_run(
-        describe_run("zero-shot", config, labelled), config, label="zero-shot", out=out, runs=runs,
-        device=str(encoder.device), force=force,
+        describe_run("zero-shot", config, labelled, precision=encoder.identity.compute_dtype), config,
+        label="zero-shot", out=out, runs=runs, device=str(encoder.device), force=force,
     )  # fmt: skip
     logits = {name: score(at) for name, at in rows.items()}
     labels = {name: listing.labels_matrix()[at] for name, at in rows.items()}

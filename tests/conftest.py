@@ -1,6 +1,9 @@
 """Fixtures that several test modules share."""
 
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +13,52 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--slow`` runs the tests that take minutes."""
+    """``--slow`` runs the tests that take minutes, ``--fake-machine`` shows all tests another machine."""
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption(
+        "--fake-machine", metavar="WHAT", help="amx, no-amx, cores=N, l2=BYTES, or several joined by commas"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let this process and all that it starts see another machine, where one is asked for."""
+    machine = config.getoption("--fake-machine")
+    if machine:
+        folder = str(REPO / "tests" / "machines")
+        os.environ["FAKE_MACHINE"] = machine
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip slow tests unless asked for."""
+    """Skip slow tests unless asked for; begin with the longest, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture
+def count_calls():
+    """How many Python functions an action calls: unlike its time, the same on any machine, however busy it is."""
+
+    def count(action: Callable[[], object]) -> int:
+        calls = 0
+
+        def seen(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        before = sys.getprofile()
+        sys.setprofile(seen)
+        try:
+            action()
+        finally:
+            sys.setprofile(before)
+        return calls
+
+    return count
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmcli import cli
+
 COMMANDS = (
     (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("compare",), ("cache",),
     ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"), ("predict",), ("index",),
@@ -15,22 +17,33 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def mmcli(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def mmcli(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mmcli", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words) or "mmcli")
-def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
-    code = (
-        "import sys\nsys.argv = ['mmcli', *sys.argv[1:]]\nfrom mmcli.cli import main\n"
-        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'PIL', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
+HELP = """
+import contextlib, io, json, sys
+from mmcli.cli import main
+
+heavy = {"torch", "transformers", "faiss", "numpy", "pyarrow", "h5py", "PIL", "sklearn", "matplotlib"}
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["mmcli", *words, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, (words, end.code)
+    assert f"Usage: {' '.join(['mmcli', *words])}" in out.getvalue(), (words, out.getvalue())
+    assert not heavy & set(sys.modules), (words, heavy & set(sys.modules))
+"""
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """One process for all commands: what an earlier one loaded would be seen at the later ones."""
+    command = [sys.executable, "-c", HELP, json.dumps(COMMANDS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage: mmcli" in done.stdout
 
 
 def test_the_configuration_is_printed_without_torch_or_store(tmp_path: Path) -> None:
@@ -128,15 +141,25 @@ def test_every_command_of_the_readme_exists(repo: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    done = mmcli(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("mmcli: ")
+def test_a_mistake_is_one_line_and_exit_2(
+    tmp_path: Path, monkeypatch, capsys, words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["mmcli", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, ""), err
+    assert err.count("\n") == 1, err
+    assert err.startswith("mmcli: ")
     for part in parts:
-        assert part in done.stderr
+        assert part in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
+    done = mmcli("train-head", "--store", str(tmp_path / "nowhere"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
 
 
 @pytest.mark.parametrize(

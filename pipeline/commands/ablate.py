@@ -37,7 +37,7 @@ def ablate(
     max_time: Annotated[str | None, typer.Option("--max-time", metavar="TIME", rich_help_panel="How", help="Begin nothing more after this, as 90m or 2h; the same command goes on later.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, rich_help_panel="How", help="Processes, each with its share of threads.")] = 1,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", rich_help_panel="How", help="This machine, or a Ray cluster (install the extra ray).")] = "local",
-    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", rich_help_panel="How", help="Cluster of --engine ray [default: RAY_ADDRESS, else one of this machine].")] = None,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", rich_help_panel="How", help="Cluster of --engine ray [default: one of this machine alone].")] = None,
     device: Device = None, seed: Seed = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", rich_help_panel="Device and seed", help="Rows of N seeds from --seed on.")] = 1,
     preset: PresetName = None, config: ConfigFile = None, set_: Set = None,

@@ -63,7 +63,7 @@ def extract(
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight].")] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray).")] = "local",
-    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", help="Cluster of --engine ray [default: RAY_ADDRESS, else one of this machine].")] = None,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", metavar="ADDRESS", help="Cluster of --engine ray [default: one of this machine alone].")] = None,
     shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Fill one of N stripes; run the others elsewhere.")] = None,
     device: Device = None, config: ConfigFile = None, set_: Set = None,
     json_: Json = False, quiet: Quiet = False, force: Force = False,

@@ -198,8 +198,8 @@ def finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -
     if as_json:
         print(json.dumps(result, allow_nan=False, default=str))
         return
-    from rich.console import Console
+    from ..console import make_console
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))

@@ -1,7 +1,6 @@
 """Votes against plain loops, and that weights are made after the cut to K."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -112,11 +111,9 @@ def test_what_cannot_vote_is_refused() -> None:
             weights(bad, "softmax", tau=1, theta=0)
 
 
-def test_fast_enough() -> None:
+def test_no_loop_over_queries(count_calls) -> None:
     found, labels = make_case(0, Q=5000, K=20, N=5000, C=80)
-    started = time.perf_counter()
-    vote(found, labels, KnnConfig())
-    assert time.perf_counter() - started < 1.0  # about 0.015 s; the limit leaves room for a busy machine
+    assert count_calls(lambda: vote(found, labels, KnnConfig())) < 1000
 
 
 def shuffled(seed: int, N: int, bits: int = 8, C: int = 6, Q: int = 5) -> tuple[np.ndarray, ...]:

@@ -48,7 +48,8 @@ def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> N
         assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
     assert result["epoch_s"] == pytest.approx(40 / cases["training, batch 64"]["ours_per_s"])
     assert result["validation_share"] == pytest.approx(result["validation_s"] / result["epoch_s"])
-    assert 0 < result["import_torch_s"] < result["first_step_s"]
+    assert result["import_torch_s"] > 0
+    assert result["first_step_s"] > 0
 
 
 def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:

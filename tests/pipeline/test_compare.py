@@ -173,7 +173,8 @@ def test_methods_of_trained_runs(mmcli, here: Path) -> None:
         assert line["B"] == pytest.approx(rows["classifier"][line["figure"]], abs=1e-12)
 
 
-def test_the_table_names_both_and_says_the_verdict(mmcli, tmp_path: Path) -> None:
+def test_the_table_names_both_and_says_the_verdict(monkeypatch, mmcli, tmp_path: Path) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # lines of a table that is not folded
     ids, labels, scores = data()
     a = make_run(tmp_path / "a", ids, labels, scores)
     b = make_run(tmp_path / "b", ids, labels, np.clip(scores - 0.25 * labels, 0, 1))

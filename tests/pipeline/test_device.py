@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmcli.pipeline.device import autocast, seed_everything
+from mmcli.pipeline.device import autocast, device_line, seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,11 @@ def test_a_cpu_takes_bfloat16_where_it_has_amx_and_is_asked(monkeypatch, amx: bo
     assert precision.name == wanted
     with precision:
         assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{wanted}"
+
+
+def test_the_line_of_a_device_names_it_and_its_precision(monkeypatch) -> None:
+    assert device_line(torch.device("cpu"), "float32") == "cpu, float32"
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"Card {index}")
+    assert device_line(torch.device("cuda"), "bfloat16") == "cuda:1 Card 1, bfloat16"
+    assert device_line(torch.device("cuda:0"), "float16") == "cuda:0 Card 0, float16"

@@ -289,7 +289,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_stays(miniature, tmp_path: Path) -> None:
-    assert end(start(miniature, tmp_path / "once"))[0] == 0
+    run(miniature, tmp_path / "once", shard_rows=4)
     sizes = {
         part: max(path.stat().st_size for path in (tmp_path / "once").glob(f"{part}-*.h5"))
         for part in ("image", "text")

@@ -149,12 +149,19 @@ def test_a_run_goes_on_where_its_device_is_not(mmcli, miniature, tmp_path: Path)
         change_record(run, status="interrupted")
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    """The environment that a launcher gives the first of its processes."""
+    common = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (common | more).items():
+        monkeypatch.setenv(name, value)
+
+
 def test_a_device_of_one_process_is_each_ones_own_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (device_here("cpu"), device_here("cuda:99")) == ("cpu", "auto")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert (device_here("cuda:1"), device_here("cuda:2")) == ("cuda:1", "auto")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched(monkeypatch, WORLD_SIZE="2")
     assert device_here("cuda:1") == "cuda"
 
 
@@ -162,8 +169,7 @@ def test_two_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     """NCCL would refuse it in the middle, with a traceback."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    for name, value in (("WORLD_SIZE", "6"), ("LOCAL_WORLD_SIZE", "3")):
-        monkeypatch.setenv(name, value)
+    launched(monkeypatch, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3")
     for device in ("auto", "cuda"):
         with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_team(device):
             pass

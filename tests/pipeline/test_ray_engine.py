@@ -1,5 +1,6 @@
 """The Ray engine's store is the local engine's: when an actor is killed, when some is there already, with bad images."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from mmcli.pipeline import ray_actor, ray_cluster
 from mmcli.pipeline.config import load_config
 from mmcli.pipeline.extract import ExtractPlan, extract
 from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.progress import Progress
 from mmcli.pipeline.ray_engine import extract_on_ray
 from mmcli.pipeline.shard_reading import read_row
 
@@ -52,7 +54,9 @@ def ray(miniature):
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # names a cluster that is not to be joined
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            patch.delenv(name, raising=False)
         with ray_cluster.cluster(None) as ray:
             yield ray
     shutil.rmtree(folder, ignore_errors=True)
@@ -181,9 +185,7 @@ def test_a_stripe_resumes_and_keeps_what_is_whole(miniature, ray, tmp_path: Path
 
 @needs_ray
 def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path, monkeypatch) -> None:
-    import ray
-
-    monkeypatch.setattr(ray, "get", lambda work: work)
+    monkeypatch.setattr(ray_cluster.import_ray(), "get", lambda work: work)
     plan = plan_of(miniature, tmp_path / "s", data=spoiled)
     threads, listing = torch.get_num_threads(), read_manifest(spoiled / "manifest.parquet")
     work = ray_actor.Work(
@@ -205,8 +207,68 @@ def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path, monkeyp
     assert {path.name for path in (tmp_path / "s").glob("*.h5")} == {"image-00000.h5", "text-00000.h5"}
 
 
+def listening() -> dict[str, str]:
+    """Addresses that processes below this one, and this one, listen on: ``/proc``'s hexadecimal, and the command."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                sockets[f"socket:[{words[9]}]"] = words[1].rpartition(":")[0]
+    found = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            target, command = str(link.readlink()), (link.parents[1] / "cmdline").read_text()
+        except OSError:
+            continue
+        if target in sockets:
+            found[f"{sockets[target]} {target}"] = command
+    return found
+
+
+@needs_ray
+@pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="finds the sockets in /proc")
+def test_a_cluster_of_this_machine_is_nobody_elses(ray, monkeypatch) -> None:
+    """Loopback in /proc: 127.0.0.1 ends in 0100007F, alone or within an IPv6 address; ::1 is 0...01000000."""
+    servers = {
+        at: name for at, name in listening().items() if "gcs_server" in name or "raylet" in name or "ray::" in name
+    }
+    assert any("gcs_server" in name for name in servers.values())
+    assert any("raylet" in name for name in servers.values())
+    outside = [at for at in servers if not at.split()[0].endswith(("0100007F", "00000000000000000000000001000000"))]
+    assert outside == []
+    assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_cluster_is_joined_by_the_option_alone(miniature, tmp_path: Path, monkeypatch) -> None:
+    joined = []
+
+    @contextlib.contextmanager
+    def cluster(address):
+        joined.append(address)
+        raise InputError("stop")
+        yield
+
+    monkeypatch.setattr("mmcli.pipeline.ray_engine.cluster", cluster)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    said = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    for address in (None, "10.0.0.2:6379"):
+        plan = plan_of(miniature, tmp_path / "s")
+        with pytest.raises(InputError, match="stop"):
+            extract_on_ray(config_of(miniature), plan, address=address, progress=progress)
+    assert joined == [None, "10.0.0.2:6379"]
+    assert len(said) == 1
+    assert "RAY_ADDRESS is 10.0.0.1:6379, but only --ray-address joins" in said[0]
+
+
 @needs_ray
 def test_a_cluster_that_does_not_answer_is_one_line(miniature, tmp_path: Path, monkeypatch) -> None:
+    ray_cluster.import_ray()
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(InputError, match=r"no Ray cluster: 127\.0\.0\.1:1: .*ray start --head"):
         extract_on_ray(config_of(miniature), plan_of(miniature, tmp_path / "s"), address="127.0.0.1:1")

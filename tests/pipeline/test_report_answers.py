@@ -118,7 +118,7 @@ def test_the_ratio_has_a_t_interval_over_seeds() -> None:
 
     def arm(name: str, n: int) -> Arm:
         rows = [{"query_latency_ms_p50": value} for value in times[name][:n]]
-        return Arm(name=name, samples=tuple(Sample(seed=at, row=row, scores=None) for at, row in enumerate(rows)))
+        return Arm(value=name, samples=tuple(Sample(seed=at, row=row, scores=None) for at, row in enumerate(rows)))
 
     found = _ratio(arm("hamming", 4), arm("cosine", 4))
     logs = np.log(np.divide(times["cosine"], times["hamming"]))

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 D, C = 12, 5
 SMALL = {
     "fusion.mlp_dims": [16, 8], "hash.bits": 8, "classifier.num_classes": C, "training.num_epochs": 2,
-    "training.early_stopping_patience": 0,
+    "training.early_stopping_patience": 0, "training.mixed_precision": False,
 }  # fmt: skip
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--device", "cpu")
 
