@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import InputError
 from .encoder import Encoder, Floats
-from .images import UNREADABLE, open_rgb, upright_rgb
+from .images import UnreadableImage, open_rgb, upright_rgb
 from .patches import Grid, PatchSpec, Pixels, cut, resize
 from .planner import plan
 
@@ -39,10 +39,7 @@ def read_rgb(picture: Picture) -> Image.Image:
             )  # fmt: skip
         return upright_rgb(Image.fromarray(np.ascontiguousarray(picture)))
     if isinstance(picture, Image.Image):
-        try:
-            return upright_rgb(picture)
-        except UNREADABLE as error:
-            raise InputError("cannot read an image", where=picture, got=error, wanted="a whole image") from None
+        return upright_rgb(picture)
     if not isinstance(picture, str | PathLike):
         raise InputError(
             "not an image", got=type(picture).__name__, wanted="a path, an array of uint8, or an image of Pillow"
@@ -70,7 +67,7 @@ def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, unreadable: d
         for row, picture in enumerate(pictures[start : start + CHUNK]):
             try:
                 chunk[row] = _cut(read_rgb(picture), encoder.spec)
-            except InputError as error:
+            except UnreadableImage as error:
                 if unreadable is None:
                     raise
                 unreadable[start + row] = str(error)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from .. import InputError
-from .images import image_size
+from .images import UnreadableImage, image_size
 from .patches import Box, Grid, PatchSpec, Pixels, read_patches
 from .planner import Batch, plan
 from .safe_paths import resolve_image
@@ -56,14 +56,18 @@ class Piece(NamedTuple):
 
 
 def measure(data: Path, paths: Sequence[str], spec: PatchSpec) -> list[Grid | str]:
-    """The grid of each image from its header, or why it has none."""
-    found: list[Grid | str] = []
+    """The grid of each image from its header, or why it has none.
+
+    Raises:
+        InputError: The file system fails, or a path leaves the data folder: neither says anything about the image.
+    """
+    grids: list[Grid | str] = []
     for path in paths:
         try:
-            found.append(spec.grid(*image_size(resolve_image(data, path))))
-        except InputError as error:
-            found.append(str(error))
-    return found
+            grids.append(spec.grid(*image_size(resolve_image(data, path))))
+        except UnreadableImage as error:
+            grids.append(str(error))
+    return grids
 
 
 def fill(
@@ -72,13 +76,16 @@ def fill(
     """Read a batch of images into ``pixels``, ``(n, P, 3 p^2)`` uint8; those that cannot be read are zero and named.
 
     Of every image the part in its box is read, where boxes are given.
+
+    Raises:
+        InputError: As for :func:`measure`.
     """
     bad: Bad = {}
     for at, path in enumerate(paths):
         try:
             box = None if boxes is None else boxes[at]
             read_patches(resolve_image(data, path), grid, spec, pixels[at], box)
-        except InputError as error:
+        except UnreadableImage as error:
             bad[at] = str(error)
             pixels[at] = 0
     return bad
@@ -130,7 +137,7 @@ class ImageReader:
         """The grids of the next images, or why there is none, some images at a time.
 
         Raises:
-            InputError: A worker process was killed.
+            InputError: A worker process was killed, or as for :func:`measure`.
         """
         with self._watched():
             for future in self._measure(paths):
@@ -143,6 +150,11 @@ class ImageReader:
         except BrokenProcessPool:
             raise InputError(
                 "a process that reads images was killed", where=self._data, got="most likely too little memory",
+                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
+            ) from None  # fmt: skip
+        except (MemoryError, OSError) as error:
+            raise InputError(
+                "the processes that read images cannot work", where=self._data, got=error or "too little memory",
                 wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
             ) from None  # fmt: skip
 
@@ -163,7 +175,7 @@ class ImageReader:
             tokens: Most patches of a batch, where these lists are to have smaller ones.
 
         Raises:
-            InputError: A worker process was killed.
+            InputError: A worker process was killed, or as for :func:`measure`.
         """
         free = deque(range(self._n_slots))
         waiting: deque[tuple[_Work, int | None, Future[Bad]]] = deque()
@@ -298,7 +310,10 @@ def _shared_memory(size: int) -> SharedMemory:
             "too little shared memory", where=SHM, got=f"{free / 2**20:,.0f} MiB", wanted=f"{size / 2**20:,.0f} MiB",
             do="enlarge it (docker run --shm-size), or give a smaller --batch-tokens or fewer --workers",
         )  # fmt: skip
-    return SharedMemory(create=True, size=size)
+    try:
+        return SharedMemory(create=True, size=size)
+    except OSError as error:
+        raise InputError("no shared memory", where=SHM, got=error, do="give --workers 0, which needs none") from None
 
 
 def _fill(

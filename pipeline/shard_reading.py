@@ -14,18 +14,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .. import InputError
 from .patches import Grid, PatchSpec
 from .planner import Batch, plan
 from .reading import Piece, fill, measure
 
-SHARD, PATHS, PLAN, PIXELS = "shard", "paths", "plan", "pixels"
+SHARD, PATHS, PLAN, PIXELS, REFUSAL = "shard", "paths", "plan", "pixels", "refusal"
 SCHEMA = pa.schema([(SHARD, pa.int64()), (PLAN, pa.string()), (PIXELS, pa.large_binary())])
 
 
 def read_row(row: pa.Table, *, data: Path, spec: PatchSpec, tokens: int) -> pa.Table:
-    """:func:`read_shard` for one row with columns ``shard`` and ``paths``."""
-    paths = row.column(PATHS)[0].as_py()
-    return read_shard(row.column(SHARD)[0].as_py(), paths, data, spec, tokens=tokens)
+    """:func:`read_shard` for one row with columns ``shard`` and ``paths``; what it raises travels in the row."""
+    number, paths = row.column(SHARD)[0].as_py(), row.column(PATHS)[0].as_py()
+    try:
+        return read_shard(number, paths, data, spec, tokens=tokens)
+    except InputError as error:
+        refusal = json.dumps({REFUSAL: str(error)})
+        return pa.table([pa.array([number]), pa.array([refusal]), pa.array([b""], pa.large_binary())], schema=SCHEMA)
 
 
 def read_shard(number: int, paths: Sequence[str], data: Path, spec: PatchSpec, *, tokens: int) -> pa.Table:
@@ -40,6 +45,9 @@ def read_shard(number: int, paths: Sequence[str], data: Path, spec: PatchSpec, *
 
     Returns:
         One row of :data:`SCHEMA`; the plan lists ``[grid, rows, bad]`` a batch, and what the headers say first.
+
+    Raises:
+        InputError: As for :func:`~mmcli.pipeline.reading.measure`.
     """
     measured = measure(data, paths, spec)
     unreadable = {row: one for row, one in enumerate(measured) if isinstance(one, str)}
@@ -59,7 +67,7 @@ def read_shard(number: int, paths: Sequence[str], data: Path, spec: PatchSpec, *
 
 
 def pieces_of(row: pa.Table, spec: PatchSpec) -> Iterator[Piece]:
-    """The pieces of a row that :func:`read_shard` made, as ``ImageReader`` gives them.
+    """The pieces of a row that :func:`read_row` made, as ``ImageReader`` gives them.
 
     Args:
         row: One row.
@@ -67,9 +75,14 @@ def pieces_of(row: pa.Table, spec: PatchSpec) -> Iterator[Piece]:
 
     Yields:
         Pieces whose pixels are their own, so that they may be written to.
+
+    Raises:
+        InputError: What reading the shard raised.
     """
-    number = row.column(SHARD)[0].as_py()
-    first, *steps = json.loads(row.column(PLAN)[0].as_py())
+    number, steps = row.column(SHARD)[0].as_py(), json.loads(row.column(PLAN)[0].as_py())
+    if isinstance(steps, dict):
+        raise InputError(steps[REFUSAL])
+    first, *steps = steps
     found = dict[int, str](first)
     if not steps:
         yield Piece(number, None, np.empty((0, 0, spec.width), np.uint8), found, last=True)

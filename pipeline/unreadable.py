@@ -1,4 +1,7 @@
-"""Images that cannot be read: they stop everything, or are left out with a reason and tried again by a later run."""
+"""Images that cannot be read: they stop everything, or are left out with a reason and tried again by a later run.
+
+Only what is wrong with a file itself is recorded. Trouble of the file system stops everything, since it passes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +11,7 @@ import numpy as np
 
 from .. import InputError
 from ..cache import StoreWriter
-from .images import image_size
+from .images import UnreadableImage, image_size
 from .patches import PatchSpec, read_patches
 from .safe_paths import resolve_image
 
@@ -71,6 +74,6 @@ class Unreadable:
             path, spec = resolve_image(self.data, self._paths[row]), self._spec
             grid = spec.grid(*image_size(path))
             read_patches(path, grid, spec, np.empty((grid.tokens, spec.width), np.uint8))
-        except InputError as error:
+        except UnreadableImage as error:
             return str(error)
         return None

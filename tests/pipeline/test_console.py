@@ -41,11 +41,12 @@ def _no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed(renderable, monkeypatch: pytest.MonkeyPatch, columns: object = None, encoding: str = "utf-8") -> str:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns is not None:
-        monkeypatch.setenv("COLUMNS", str(columns))
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
-    make_console(file).print(renderable, soft_wrap=isinstance(renderable, str))
+    with monkeypatch.context() as environment:  # pytest itself reads COLUMNS when it reports the test
+        environment.delenv("COLUMNS", raising=False)
+        if columns is not None:
+            environment.setenv("COLUMNS", str(columns))
+        make_console(file).print(renderable, soft_wrap=isinstance(renderable, str))
     file.seek(0)
     return file.read()
 
