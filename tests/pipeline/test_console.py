@@ -143,7 +143,7 @@ def test_any_encoding_of_the_streams_will_do(call, made, miniature, encoding: st
 def test_an_error_line_sends_no_command_to_the_terminal(mmcli) -> None:
     code, out, err = mmcli("knn-eval", "--run", "\x1b]0;title\x07\udc80 :dog: [red]")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "\\x1b]0;title\\x07\\udc80 :dog: [red]" in err
+    assert "\\x1b]0;title\\x07\\x80 :dog: [red]" in err
 
 
 SHELL = {
