@@ -23,7 +23,10 @@ from .pipeline.cores import limit_threads
 
 INTERRUPTED = 130
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
-NO_FAULT_OF_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+NO_FAULT_OF_OURS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
 
 app = typer.Typer(
     name="mmcli", add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None,
