@@ -28,7 +28,7 @@ from .pipeline.interrupts import INTERRUPTED, Interrupted
 NO_FAULT_OF_OURS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
     errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
-    errno.ENOMEM,
+    errno.ENOMEM, errno.EAGAIN, errno.EHOSTUNREACH,
 }  # fmt: skip
 
 

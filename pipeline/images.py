@@ -131,7 +131,8 @@ def _read(path: Path, use: Callable[[Image.Image, int], T]) -> T:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are of metadata, which nobody here reads
             try:
-                with Image.open(path) as image:
+                # Opened here, since Pillow leaves a file open whose first bytes it cannot read.
+                with path.open("rb") as stream, Image.open(stream) as image:
                     return use(image, _orientation(image))
             except Exception as error:
                 alone = pixels_alone(path) if _may_be_metadata(error) else None

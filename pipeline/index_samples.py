@@ -32,15 +32,15 @@ def encode_samples(
         The index, and why the images that are not in it cannot be read.
 
     Raises:
-        InputError: An image cannot be read, or none can.
+        InputError: An image cannot be read, or none can, or a path or a link leaves the data folder.
     """
     bad: dict[int, str] = {}
     captions = [texts[0] for texts in listing.captions]
-    files = [_place(data, path, row, bad, on_error) for row, path in enumerate(listing.paths)]
+    files = [resolve_image(data, path) for path in listing.paths]
     parts = []
     with progress.task("samples", len(listing)) as task:
         for start in range(0, len(listing), BATCH):
-            rows = [row for row in range(start, min(start + BATCH, len(listing))) if row not in bad]
+            rows = range(start, min(start + BATCH, len(listing)))
             found: dict[int, str] | None = None if on_error == "stop" else {}
             coded = encoder.encode([files[r] for r in rows], [captions[r] for r in rows], unreadable=found)
             parts.append(coded.without(found or {}))
@@ -48,18 +48,8 @@ def encode_samples(
             task.advance(len(rows))
     kept = np.array([row for row in range(len(listing)) if row not in bad], np.int64)
     if not len(kept):
-        raise InputError("nothing to add", where=data, got=f"no image that can be read: {bad[0]}", wanted="one")
+        raise InputError(f"no image that can be read, and this is the first: {bad[0]}")
     return _as_index(listing, kept, captions, _joined(parts), encoder), tuple(bad[row] for row in sorted(bad))
-
-
-def _place(data: Path, path: str, row: int, bad: dict[int, str], on_error: Literal["stop", "skip"]) -> Path:
-    try:
-        return resolve_image(data, path)
-    except InputError as error:
-        if on_error == "stop":
-            raise
-        bad[row] = str(error)
-        return data
 
 
 def _joined(parts: Sequence[Coded]) -> Coded:

@@ -66,19 +66,6 @@ def test_a_colour_that_means_transparent_is_laid_on_white(tmp_path: Path) -> Non
     assert pixels[0].tolist() == [list(RED), [255, 255, 255]]
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
-    grey = np.array([[0, 257 * 128, 65535]], np.uint16)
-    pixels = load_image(save(tmp_path / "a.png", Image.fromarray(grey)))
-    assert pixels[0, :, 0].tolist() == [0, 128, 255]
-
-
-def test_first_frame_of_an_animation(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, "blue")]
-    path = tmp_path / "a.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert np.abs(load_image(path)[0, 0].astype(int) - RED).max() < 8
-
-
 def test_one_pixel_high_and_very_long(tmp_path: Path) -> None:
     assert load_image(save(tmp_path / "a.png", Image.new("RGB", (3000, 1)))).shape == (1, 3000, 3)
 
@@ -168,3 +155,142 @@ def test_real_jpegs_have_the_same_pixels_whoever_decodes_them(realdata: Path) ->
     paths = sorted(realdata.rglob("*.jpg"))[:200]
     assert paths
     assert all(np.array_equal(load_image(path), np.asarray(open_rgb(path))) for path in paths)
+
+
+OF_THE_SYSTEM = (
+    errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN,
+    errno.EINTR, errno.EACCES, errno.EPERM, errno.EHOSTDOWN, errno.EBUSY,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", OF_THE_SYSTEM, ids=errno.errorcode.get)
+@pytest.mark.parametrize("where", ["stat", "open", "decode"])
+def test_an_error_of_the_system_says_nothing_about_the_file(tmp_path, monkeypatch, number: int, where: str) -> None:
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (8, 8)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(
+        *{"stat": (Path, "stat"), "open": (Image, "open"), "decode": (Image.Image, "load")}[where], fail
+    )
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    for read in (open_rgb, load_image) if where == "decode" else (open_rgb, load_image, image_size):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert not isinstance(caught.value, UnreadableImage)
+        permission = "no permission to read it" if number in {errno.EACCES, errno.EPERM} else os.strerror(number)
+        assert f"cannot read an image: {path}: got {permission}, wanted a whole image file; " in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as it comes from a process
+
+
+def test_too_little_memory_says_nothing_about_the_file(tmp_path: Path, monkeypatch) -> None:
+    path = save(tmp_path / "a.png", Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: bytes(2**62))
+    with pytest.raises(InputError, match="got too little memory") as caught:
+        open_rgb(path)
+    assert not isinstance(caught.value, UnreadableImage)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("image file is truncated"), OSError(errno.EINVAL, "Invalid argument"), SyntaxError("broken"),
+        struct.error("short"), ValueError("x"), OverflowError("x"), TypeError("x"), AttributeError("x"), KeyError(9),
+        IndexError(), zlib.error("x"), EOFError(), RuntimeError("x"), RecursionError(), AssertionError(),
+        ZeroDivisionError("x"), NotImplementedError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), SystemError("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_whatever_a_decoder_raises_is_a_damaged_file(
+    tmp_path: Path, monkeypatch, error: Exception, suffix: str
+) -> None:
+    path = save(tmp_path / f"a.{suffix}", Image.new("CMYK" if suffix == "jpg" else "RGB", (8, 8)))
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    for read in (open_rgb, load_image):
+        with pytest.raises(UnreadableImage, match=rf"{path.name}: got a damaged file \(.+\), wanted"):
+            read(path)
+
+
+def test_what_pillow_logs_is_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "a.tif", Image.new("RGB", (8, 8)))
+    data = bytearray(path.read_bytes())
+    at = data.index(struct.pack("<HHLH", 277, 3, 1, 3))  # samples of a pixel
+    data[at + 8 : at + 10] = struct.pack("<H", 9000)
+    path.write_bytes(data)
+    with pytest.raises(UnreadableImage):
+        open_rgb(path)
+    assert capfd.readouterr().err == ""
+
+
+GREY = np.array([[0, 4095, 65535], [257 * 128, 1, 30_000]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    "kind", ["png", "tif", "tif, high bytes first", "tif, white is zero", "tif of 12 bits", "pgm", "jp2"]
+)
+def test_grey_of_more_than_eight_bits_is_scaled(tmp_path: Path, kind: str) -> None:
+    suffix = kind[:3]
+    path, wanted = tmp_path / f"a.{suffix}", (GREY >> 8).astype(int)
+    if kind == "pgm":
+        path.write_bytes(b"P5 3 2 65535\n" + GREY.astype(">u2").tobytes())
+    elif kind == "tif of 12 bits":
+        values = GREY >> 4  # two in three bytes, and a line ends with a whole byte
+        rows = [[*row, 0] for row in values.tolist()]
+        packed = b"".join(
+            (first << 12 | second).to_bytes(3)
+            for row in rows
+            for first, second in zip(row[::2], row[1::2], strict=True)
+        )
+        strips = b"".join(packed[at : at + 5] for at in (0, 6))
+        save(path, Image.fromarray(GREY))
+        tags = [
+            (256, 4, 3),
+            (257, 4, 2),
+            (258, 3, 12),
+            (259, 3, 1),
+            (262, 3, 1),
+            (273, 4, 8 + 2 + 12 * 8 + 4),
+            (278, 4, 2),
+            (279, 4, 10),
+        ]
+        entries = b"".join(struct.pack("<HHLL", tag, form, 1, value) for tag, form, value in tags)
+        path.write_bytes(b"II*\0" + struct.pack("<LH", 8, len(tags)) + entries + bytes(4) + strips)
+    else:
+        if kind == "tif, white is zero":
+            save(path, Image.fromarray(65535 - GREY))
+            path.write_bytes(
+                path.read_bytes().replace(struct.pack("<HHLH", 262, 3, 1, 1), struct.pack("<HHLH", 262, 3, 1, 0))
+            )
+        elif kind == "tif, high bytes first":
+            save(path, Image.frombytes("I;16B", (3, 2), GREY.astype(">u2").tobytes()))
+        else:
+            save(path, Image.fromarray(GREY))
+    for pixels in (load_image(path), np.asarray(open_rgb(path))):
+        assert np.abs(pixels[..., 0].astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("quality", [{"subsampling": 0}, {"subsampling": 2}])
+def test_cmyk_of_photoshop_is_not_taken_for_its_negative(tmp_path: Path, quality) -> None:
+    path = save(tmp_path / "a.jpg", Image.new("RGB", (16, 16), RED).convert("CMYK"), **quality)
+    assert np.abs(load_image(path)[8, 8].astype(int) - RED).max() < 16
+    stripped = path.read_bytes()
+    comment = b"\xff\xfe" + struct.pack(">H", 9) + b"comment"
+    path.write_bytes(stripped[:2] + comment + stripped[2:])
+    assert np.abs(load_image(path)[8, 8].astype(int) - RED).max() < 16
+    assert image_size(path) == (16, 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif", "mpo", "avif"])
+def test_of_several_frames_the_first_is_read(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, "blue", "lime")]
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert np.abs(load_image(path)[8, 8].astype(int) - RED).max() < 16
+    assert image_size(path) == (16, 16)

@@ -1,11 +1,13 @@
 """What worker processes read is what is read here, in order; what cannot be read has its reason; nobody is left over."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mmcli import InputError
-from mmcli.pipeline.images import image_size
+from mmcli.pipeline.images import UnreadableImage, image_size
 from mmcli.pipeline.patches import PatchSpec, read_patches
 from mmcli.pipeline.reading import ImageReader
 
@@ -60,19 +62,39 @@ def test_what_cannot_be_read_has_its_reason_and_changes_no_other_batch(data: Pat
     raw = (data / "3.jpg").read_bytes()
     (data / "3.jpg").write_bytes(raw[: len(raw) // 2])  # the header is there, the pixels are not
     (data / "6.jpg").write_bytes(b"")
-    paths.append("../x.jpg")
     pieces = read(data, [paths, ["6.jpg"]], workers=workers)
     bad = {(piece.number, row): reason for piece in pieces for row, reason in piece.bad.items()}
-    assert bad.keys() == {(0, 3), (0, 6), (0, 7), (1, 0)}
+    assert bad.keys() == {(0, 3), (0, 6), (1, 0)}
     assert "damaged file" in bad[0, 3]
     assert "an empty file" in bad[0, 6]
-    assert "leaves the data folder" in bad[0, 7]
     assert pieces[-1].batch is None
     assert pieces[-1].last
     # The truncated image keeps its place, so what is computed for the others does not move by a bit.
     assert [piece.batch for piece in whole if 6 not in piece.batch.rows] == [one.batch for one in pieces if one.batch]
     zeroed = next(piece for piece in pieces if piece.batch and 3 in piece.batch.rows)
     assert not zeroed.pixels[zeroed.batch.rows.index(3)].any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("path", "line"), [("proc/mem", "got Input/output error"), ("../x.jpg", "leaves the data folder")]
+)
+def test_what_says_nothing_about_an_image_stops_everything(data: Path, workers: int, path: str, line: str) -> None:
+    (data / "proc").symlink_to("/proc/self")
+    with pytest.raises(InputError, match=line) as caught:
+        read(data, [["0.jpg", path, "1.jpg"]], workers=workers)
+    assert not isinstance(caught.value, UnreadableImage)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EAGAIN, "Resource temporarily unavailable")])
+def test_processes_that_cannot_be_started_are_one_line(data: Path, monkeypatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", fail)
+    with pytest.raises(InputError, match=r"the processes that read images cannot work: .*; give fewer --workers"):
+        read(data, [["0.jpg"]])
 
 
 @pytest.mark.parametrize("what", ["images", "headers"])
