@@ -1,14 +1,18 @@
 """Whatever an image file is, RGB comes out, or one line on why not."""
 
 import contextlib
+import errno
 import io
 import os
+import pickle
 import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mmcli import InputError
 from mmcli.pipeline.images import UnreadableImage, image_size, load_image, open_rgb

@@ -134,7 +134,7 @@ def test_what_cannot_be_written_leaves_the_old_folder(tmp_path: Path, monkeypatc
 def test_a_run_without_checkpoints_and_a_damaged_one_are_one_line(tmp_path: Path) -> None:
     config = make_config("fusion")
     run = make_run(tmp_path / "run", config)
-    with pytest.raises(InputError, match="no checkpoint: .*no such file"):
+    with pytest.raises(InputError, match=r"no checkpoint: .*no such file"):
         load_head(run.folder)
     keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=D)
     keeper.offer(make(config), epoch=1, val_mAP=0.5)
