@@ -66,7 +66,7 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
     instances = _join(parts)
     paths = place_images(data, split.folders, split.filenames)
     if check_images:
-        check_files(data, paths)
+        paths = check_files(data, paths)
     listing, statistics = _merge(split, instances, paths)
     path = (out or data) / MANIFEST_FILE
     write_manifest(path, listing)
