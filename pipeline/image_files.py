@@ -1,10 +1,11 @@
 """Where the images of a split lie below the data folder, and whether they are all there."""
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from .. import InputError
+from .. import InputError, cannot_read
 from .safe_paths import resolve_image
 
 SHOWN = 3
@@ -36,7 +37,7 @@ def _place(data: Path, folder: str, name: str) -> PurePosixPath:
     return (with_image or present or candidates)[0]
 
 
-def check_files(data: Path, paths: Sequence[str]) -> None:
+def check_files(data: Path, paths: Sequence[str]) -> list[str]:
     """Look for every image.
 
     Folders are listed rather than files asked for one by one, which takes minutes on a network's disk.
@@ -45,28 +46,48 @@ def check_files(data: Path, paths: Sequence[str]) -> None:
         data: The data folder.
         paths: N paths relative to it.
 
+    Returns:
+        The N paths, each under the name that its file has: macOS and some archives write letters with accents in
+        another Unicode form than the lists that name them.
+
     Raises:
         InputError: Some are missing (how many, and the first three), or a link leads out of the data folder.
     """
     present: dict[str, dict[str, bool]] = {}
+    composed: dict[str, dict[str, list[str]]] = {}
     missing = []
+    on_disk = []
     for path in paths:
-        folder, _, name = path.rpartition("/")
+        folder, slash, name = path.rpartition("/")
         if folder not in present:
             # A folder that is itself a link out of the data folder shows in any of its images.
             resolve_image(data, path)
             present[folder] = _list_files(data / folder)
+        if name not in present[folder] and not name.isascii():
+            if folder not in composed:
+                composed[folder] = _by_composed_form(present[folder])
+            alike = composed[folder].get(unicodedata.normalize("NFC", name), [])
+            name = alike[0] if len(alike) == 1 else name
         is_link = present[folder].get(name)
+        on_disk.append(f"{folder}{slash}{name}")
         if is_link is None:
             missing.append(path)
         elif is_link:
-            resolve_image(data, path)
+            resolve_image(data, on_disk[-1])
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise InputError(
             "image files are missing", where=data, got=f"{len(missing):,} of {len(paths):,} missing: {shown}",
             wanted="every image of the split file", do=f"{DOWNLOAD}, or give --no-check-images",
         )  # fmt: skip
+    return on_disk
+
+
+def _by_composed_form(names: Iterable[str]) -> dict[str, list[str]]:
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return alike
 
 
 def _list_files(folder: Path) -> dict[str, bool]:
@@ -77,4 +98,4 @@ def _list_files(folder: Path) -> dict[str, bool]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise InputError("cannot look into a folder", where=folder, got=error.strerror) from None
+        raise cannot_read("cannot look into a folder", folder, error) from None

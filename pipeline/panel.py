@@ -11,7 +11,7 @@ import numpy as np
 from .. import InputError
 from .explain import plain
 from .files import refuse_existing, write_whole
-from .images import open_rgb
+from .images import UnreadableImage, open_rgb
 from .patches import Pixels
 from .plots import DRAWN, is_drawn
 from .safe_paths import resolve_image
@@ -57,7 +57,7 @@ def draw(path: Path, taggings: Sequence[Tagging], *, data: Path) -> None:
         data: The folder that paths of neighbours are relative to; nothing outside it is read.
 
     Raises:
-        InputError: The file cannot be written.
+        InputError: The file cannot be written, or the file system fails.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -124,15 +124,16 @@ def _neighbour(one: Neighbour, data: Path) -> Pixels | None:
     if one.path is None:
         return None
     try:
-        return _pixels(resolve_image(data, one.path))
+        path = resolve_image(data, one.path)
     except InputError:
         return None
+    return _pixels(path)
 
 
 def _pixels(path: Path) -> Pixels | None:
     try:
         image = open_rgb(path)
-    except InputError:
+    except UnreadableImage:
         return None
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)

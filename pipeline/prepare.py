@@ -72,7 +72,7 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
     instances = _join(parts)
     paths = place_images(data, split.folders, split.filenames)
     if check_images:
-        check_files(data, paths)
+        paths = check_files(data, paths)
     listing, statistics = _merge(split, instances, paths)
     write_manifest(path, listing)
     return PrepareResult(path=path, sha256=listing.sha256, statistics=statistics)

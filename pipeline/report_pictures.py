@@ -1,7 +1,7 @@
 """Pictures of a data set, small, and with their captions: read from the data folder alone, once each.
 
 A path from a manifest never leads out of the data folder. An image that is missing or damaged has no picture, and the
-page says its number instead.
+page says its number instead; trouble of the file system stops the report.
 """
 
 import base64
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from .. import InputError
-from .images import open_rgb
+from .images import UnreadableImage, open_rgb
 from .manifest import Manifest
 from .safe_paths import resolve_image
 
@@ -70,8 +70,12 @@ class Pictures:
         if row is None or self._listing is None or self._data is None:
             return None
         try:
-            image = open_rgb(resolve_image(self._data, self._listing.paths[row]))
+            path = resolve_image(self._data, self._listing.paths[row])
         except InputError:
+            return None
+        try:
+            image = open_rgb(path)
+        except UnreadableImage:
             return None
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         stream = io.BytesIO()

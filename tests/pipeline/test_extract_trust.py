@@ -1,5 +1,6 @@
 """Extraction that loses nothing: bad images, other writers, full disks, signals, memory that runs out."""
 
+import errno
 import json
 import os
 import resource
@@ -147,6 +148,26 @@ def test_a_refusal_leaves_a_finished_store_finished(miniature, odd, tmp_path: Pa
     with pytest.raises(InputError, match="--on-error skip"):
         run(miniature, tmp_path / "s", data=data, shard_rows=3)
     assert len(Store.open(tmp_path / "s").skipped) == 5
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+def test_trouble_of_the_file_system_is_no_hole_in_a_store(miniature, whole, tmp_path, monkeypatch, number: int) -> None:
+    opened = Image.open
+    calls = iter(range(1000))
+
+    def fail_once(*words: object) -> Image.Image:
+        if next(calls) == 70:  # headers of all images, and pixels of the first ones, could be read
+            raise OSError(number, os.strerror(number))
+        return opened(*words)
+
+    monkeypatch.setattr(Image, "open", fail_once)
+    with pytest.raises(InputError, match="cannot read an image") as caught:
+        run(miniature, tmp_path / "s", on_error="skip")
+    assert "damaged" not in str(caught.value)
+    with pytest.raises(StoreUnfinished):
+        Store.open(tmp_path / "s")
+    assert run(miniature, tmp_path / "s", on_error="skip").skipped == {}
+    assert same(tmp_path / "s", whole)
 
 
 # --- several writers

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,19 @@ def test_what_is_no_image_file_is_missing(data: Path, kind: str) -> None:
         path.mkdir() if kind == "directory" else path.symlink_to("nowhere.jpg")
     with pytest.raises(InputError, match=r"of 6 missing: train2014/7\.jpg"):
         prepare(data)
+
+
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+def test_names_may_be_in_another_unicode_form_than_the_files(data: Path, in_list: str) -> None:
+    on_disk = unicodedata.normalize("NFD" if in_list == "NFC" else "NFC", "café.jpg")
+    split = json.loads((data / SPLIT_FILE).read_text())
+    image = split["images"][0]
+    (data / image["filepath"] / image["filename"]).rename(data / image["filepath"] / on_disk)
+    image["filename"] = unicodedata.normalize(in_list, on_disk)
+    (data / SPLIT_FILE).write_text(json.dumps(split))
+    assert read_manifest(prepare(data).path).paths[0] == f"{image['filepath']}/{on_disk}"
+    (data / image["filepath"] / unicodedata.normalize(in_list, on_disk)).touch()
+    assert read_manifest(prepare(data).path).paths[0] == f"{image['filepath']}/{image['filename']}"
 
 
 def test_links(data: Path, tmp_path: Path) -> None:

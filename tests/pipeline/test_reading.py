@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -85,6 +86,20 @@ def test_what_says_nothing_about_an_image_stops_everything(data: Path, workers: 
     with pytest.raises(InputError, match=line) as caught:
         read(data, [["0.jpg", path, "1.jpg"]], workers=workers)
     assert not isinstance(caught.value, UnreadableImage)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_metadata_is_not_told(data: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Pillow warns of it once an image; nobody here reads it."""
+    maker_of_4_gigabytes = struct.pack("<HHLL", 0x010F, 2, 0xFFFFFFF0, 8)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + maker_of_4_gigabytes + bytes(4)
+    Image.new("RGB", (64, 64)).save(data / "odd.jpg", exif=exif)
+    with pytest.warns(UserWarning, match="Tag data|EXIF"), Image.open(data / "odd.jpg") as image:
+        image.getexif()
+    capfd.readouterr()
+    (piece,) = read(data, [["odd.jpg"]], workers=workers)
+    assert not piece.bad
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EAGAIN, "Resource temporarily unavailable")])
