@@ -87,11 +87,11 @@ class InputError(ValueError):
         if where is not None:
             line += f": {quoted(where, MOST_NAMED)}"
         parts = [] if got is None else [f"got {quoted(got)}"]
-        parts += [] if wanted is None else [f"wanted {quoted(" ".join(str(wanted).split()), MOST_NAMED)}"]
+        parts += [] if wanted is None else [f"wanted {quoted(' '.join(str(wanted).split()), MOST_NAMED)}"]
         if parts:
             line += ": " + ", ".join(parts)
         if do is not None:
-            line += f"; {quoted(" ".join(do.split()), MOST_NAMED)}"
+            line += f"; {quoted(' '.join(do.split()), MOST_NAMED)}"
         super().__init__(line)
 
 
