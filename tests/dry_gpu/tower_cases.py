@@ -15,6 +15,7 @@ import transformers
 
 from mmcli.cache import StoreKey, StoreWriter
 from mmcli.heads.knn import build_index
+from mmcli.pipeline.caption_tokens import CaptionTokenizer
 from mmcli.pipeline.config import Config, load_config
 from mmcli.pipeline.encoder import Encoder, EncoderParts
 from mmcli.pipeline.finetune_data import LiveStore
@@ -47,13 +48,13 @@ def real_tokens() -> Iterator[None]:
     """Token ids are those of the tokenizer, not stand-ins."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    tokenize = Encoder.tokenize
+    tokenize = CaptionTokenizer.__call__
 
-    def outside(self: Encoder, texts: Sequence[str]) -> torch.Tensor:
+    def outside(self: CaptionTokenizer, texts: Sequence[str]) -> torch.Tensor:
         with unset_fake_temporarily():
             return tokenize(self, texts)
 
-    with patch.object(Encoder, "tokenize", outside):
+    with patch.object(CaptionTokenizer, "__call__", outside):
         yield
 
 

@@ -168,7 +168,9 @@ def test_cublas_is_told_of_the_deterministic_mode_before_its_first_product(monke
         ("auto", 0, 2, ["cpu", "cpu"]),
     ],
 )
-def test_an_extraction_takes_every_gpu_or_the_one_named(monkeypatch, tmp_path, device, n, processes, wanted) -> None:
+def test_an_extraction_takes_every_gpu_or_the_one_named(
+    monkeypatch, tmp_path, miniature, device, n, processes, wanted
+) -> None:
     taken: list[str] = []
 
     def run(config, parts, devices, *, quiet):
@@ -178,7 +180,7 @@ def test_an_extraction_takes_every_gpu_or_the_one_named(monkeypatch, tmp_path, d
     monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
     monkeypatch.setattr(fleet, "_run", run)
-    config = load_config(options={"hardware.device": device})
+    config = load_config(options={"hardware.device": device, "model.siglip2_variant": str(miniature.model)})
     with pytest.raises(InputError, match="enough"):
         fleet.extract_here(config, ExtractPlan(data=tmp_path), processes=processes)
     assert taken == wanted

@@ -82,8 +82,8 @@ def test_the_classifiers_threshold_is_vals_after_training_and_beside_the_neighbo
     def from_logits(split: str) -> np.ndarray:
         return 1 / (1 + np.exp(-codes(split).logits.astype(np.float64)))
 
-    after_training = read_metrics(run)[0]
-    assert after_training["method"] == "classifier"
+    rows = {(row["method"], row["split"]): row for row in read_metrics(run)}
+    after_training = rows["classifier", "test"]
     for scores in (saved, from_logits):
         check_tuned_on_val(after_training, scores, codes)
     (run / "metrics.json").unlink()
@@ -125,7 +125,7 @@ def test_log_norms_are_standardised_by_train(here: Path) -> None:
 def test_metrics_keep_what_is_known(mmcli, here: Path) -> None:
     """One row a method and split: the newest flat, the classifier's latency and the figures of test beside it."""
     run = run_of(here)
-    trained = read_metrics(run)[0]
+    trained = next(row for row in read_metrics(run) if (row["method"], row["split"]) == ("classifier", "test"))
     for split, k in (("test", 5), ("val", 5), ("test", 3), ("train", 3)):
         code, out, err = mmcli("knn-eval", "--split", split, "--k", k, "--json")
         assert code == 0, err

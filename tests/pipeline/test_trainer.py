@@ -244,7 +244,7 @@ def test_a_checkpoint_reads_back_the_same_head(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     config = load_config(options=SMALL)
     keeper = CheckpointKeeper(tmp_path / "checkpoints", config, width=D)
-    with pytest.raises(InputError, match="no list of checkpoints"):
+    with pytest.raises(InputError, match=r"no checkpoint: .*no such file"):
         best_checkpoint(tmp_path)
     keeper.offer(make_head(config, make_split()), epoch=1, val_mAP=0.5)
     path = best_checkpoint(tmp_path)
