@@ -165,7 +165,11 @@ def _rule(out: Path) -> Callable[[str], bool]:
     if _read(out / BEGUN) == _UNFINISHED:
         return _could_be
     record, listed = _read(out / MARK), frozenset[str]()
-    if isinstance(record, dict) and {"store_digest", "files", "n_rows"} <= record.keys():
+    if (
+        isinstance(record, dict)
+        and {"store_digest", "files", "n_rows"} <= record.keys()
+        and isinstance(record["files"], list)
+    ):
         listed = frozenset({MARK, *map(str, record["files"])})
     return lambda name: name in listed or (_final(name) != name and _could_be(name))
 

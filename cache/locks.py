@@ -5,6 +5,7 @@ Lustre without locks, a Python without ``fcntl``) is removed by the next who ask
 and gone; one of another machine has to be removed by hand, and the error names it. :mod:`filelock` does both.
 """
 
+import contextlib
 import errno
 import warnings
 from collections.abc import Iterator
@@ -86,9 +87,12 @@ def locked(path: Path, *, wait_s: float = 0.0, keep: bool = True) -> Iterator[No
     try:
         yield
     finally:
-        if not keep:  # whoever opened the file just now sees that it has no name any more, and makes another
-            path.unlink(missing_ok=True)
-        lock.release()
+        try:
+            if not keep:  # whoever opened the file just now sees that it has no name any more, and makes another
+                with contextlib.suppress(OSError):  # an empty file that stays is no harm
+                    path.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def _held(name: Path, pid: int | None) -> LockHeld:

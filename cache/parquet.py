@@ -24,6 +24,8 @@ def open_parquet(source: Path | bytes) -> pq.ParquetFile:
     try:
         opened = pa.BufferReader(source) if isinstance(source, bytes) else source
         file = pq.ParquetFile(opened, page_checksum_verification=True)
+    except MemoryError:  # of this machine, not of the file
+        raise
     except Exception as error:  # noqa: BLE001 - arrow raises errors of many kinds where the bytes make no sense
         raise unreadable(error) from None
     # Nothing else of the footer is asked for: arrow aborts the process over the parts of one that is damaged.
@@ -49,6 +51,8 @@ def read_parquet(source: Path | bytes, columns: Sequence[str] | None = None) -> 
             # without an active exception"). Not read_table, which takes `name=value` folders for further columns.
             table = file.read(columns=columns, use_threads=False)
             table.validate(full=True)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - as above
             raise unreadable(error) from None
         if table.num_rows != file.metadata.num_rows:
