@@ -21,6 +21,7 @@ from .files import write_whole
 from .layout import LOCK
 from .locks import SOFT, LockHeld, locked
 from .ownership import contents, remove_files
+from .strict_json import parse_json
 
 # A name that pyarrow, Spark and the like leave out when they read a folder of parquet files.
 MARK = "_export.json"
@@ -181,8 +182,8 @@ def _could_be(name: str) -> bool:
 
 def _read(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return parse_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
         return None
 
 

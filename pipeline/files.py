@@ -6,6 +6,7 @@ others write.
 """
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -182,21 +183,28 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: boo
         is_ours: Whether we write a file or folder of this name there.
         alone: Whether nobody else can be writing there; otherwise only what dead processes of this machine left goes.
     """
-    for path in list(folder.iterdir()) if folder.is_dir() else []:
-        written = TEMPORARY.fullmatch(path.name)
-        if path.is_symlink():
-            continue
-        if written is not None:
-            name = written["name"]
-            gone = alone or is_dead(written["host"], int(written["pid"]))
+    with suppress(OSError):  # what may not be looked at or removed stays: it is in nobody's way
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            with suppress(OSError):
+                _remove_leftover(path, is_ours, alone=alone)
+
+
+def _remove_leftover(path: Path, is_ours: Callable[[str], bool], *, alone: bool) -> None:
+    """Remove a file or folder if it is a temporary one of ours whose process is gone."""
+    written = TEMPORARY.fullmatch(path.name)
+    if path.is_symlink():
+        return
+    if written is not None:
+        name = written["name"]
+        gone = alone or is_dead(written["host"], int(written["pid"]))
+    else:
+        name = _older(path) if alone else ""
+        gone = alone
+    if name and gone and is_ours(name):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            name = _older(path)
-            gone = alone
-        if name and gone and is_ours(name):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def refuse_existing(
@@ -283,7 +291,11 @@ def _temporary_name(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    return os.fsencode(name)[:NAME_BYTES].decode(errors="ignore")
+    """A name as it stands in that of its temporary file; a long one is cut, with a digest that tells it from others."""
+    whole = os.fsencode(name)
+    if len(whole) <= NAME_BYTES:
+        return whole.decode(errors="ignore")
+    return f"{whole[:NAME_BYTES].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 def _create(path: Path) -> int:

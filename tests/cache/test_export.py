@@ -1,6 +1,7 @@
 """What is exported is what is stored, row by row; files are whole or absent; nothing else is touched."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -175,6 +176,20 @@ def test_force_touches_nothing_but_an_export(kit, tmp_path, name):
     with pytest.raises(StoreError, match="the store itself"):
         export_store(store, store.folder, "npy", force=True)
     assert Store.open(store.folder).load().v_img.any()
+
+
+@pytest.mark.parametrize("name", ["_export.json", "_export_unfinished.json"])
+@pytest.mark.parametrize("mark", [b'{"store_digest": "x", "files": 5, "n_rows": 0}', b"[" * 100_000, b"{}", None])
+def test_a_mark_of_the_wrong_kind_makes_no_export(kit, tmp_path, name, mark):
+    store, out = make(kit, tmp_path / "s"), tmp_path / "out"
+    out.mkdir()
+    if mark is None:
+        os.mkfifo(out / name)
+    else:
+        (out / name).write_bytes(mark)
+    with pytest.raises(StoreError):
+        export_store(store, out, "npy", force=True)
+    assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_a_full_disk_leaves_no_mark_and_no_part_of_a_file(kit, tmp_path, monkeypatch):

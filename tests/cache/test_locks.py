@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,16 @@ def test_one_holder_at_a_time_with_and_without_the_kernel(tmp_path, monkeypatch,
     with locked(path, keep=False):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_lock_is_free_where_its_file_cannot_be_removed(tmp_path, monkeypatch):
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as system, locked(tmp_path / "x.lock", keep=False):
+        system.setattr(Path, "unlink", refuse)
+    with locked(tmp_path / "x.lock"):
+        pass
 
 
 def test_another_error_than_no_locks_is_not_passed_over(tmp_path, monkeypatch):

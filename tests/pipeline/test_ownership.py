@@ -21,7 +21,7 @@ from mmcli.cache import StoreError
 from mmcli.pipeline import demo
 from mmcli.pipeline import report as stage
 from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.files import remove_leftovers, write_folder, write_text, write_whole
+from mmcli.pipeline.files import remove_leftovers, remove_leftovers_of, write_folder, write_text, write_whole
 from mmcli.pipeline.prepare import prepare
 from mmcli.pipeline.report import ReportPlan, report
 from mmcli.pipeline.runs import RunInfo, begun_config, now, open_run, read_info, start_run
@@ -535,3 +535,32 @@ def test_leftovers_of_live_processes_stay_unless_nobody_else_can_be_there(tmp_pa
     assert {*snapshot(tmp_path)} == {alive, elsewhere}
     remove_leftovers(tmp_path, lambda name: name == "a", alone=True)
     assert not snapshot(tmp_path)
+
+
+def test_what_may_not_be_looked_at_stays_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbour's folder that looks like a temporary one, and that this user may not read."""
+    closed = tmp_path / ".x.backup01"
+    closed.mkdir()
+    look = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for alone in (False, True):
+        write_folder(tmp_path / "x", lambda scratch: (scratch / "a").write_text("a"), alone=alone)
+    assert (tmp_path / "x" / "a").read_text() == "a"
+    assert closed.is_dir()
+
+
+def test_long_names_that_begin_alike_are_two_files(tmp_path: Path) -> None:
+    first, second = (tmp_path / ("a" * 120 + end) for end in ("1", "2"))
+
+    def write(scratch: Path) -> None:
+        scratch.write_text("first")
+        remove_leftovers_of(second)  # another process writes the other file now
+
+    write_whole(first, write)
+    assert first.read_text() == "first"
