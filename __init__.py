@@ -7,6 +7,7 @@ stays quick.
 
 import codecs
 import errno
+import os
 import re
 import stat
 from pathlib import Path
@@ -82,15 +83,15 @@ class InputError(ValueError):
         do: str | None = None,
     ) -> None:
         self.what, self.where, self.got, self.wanted, self.do = what, where, got, wanted, do
-        line = quoted(what, MOST_WHOLE)
+        line = quoted(" ".join(what.split()), MOST_WHOLE)
         if where is not None:
             line += f": {quoted(where, MOST_NAMED)}"
         parts = [] if got is None else [f"got {quoted(got)}"]
-        parts += [] if wanted is None else [f"wanted {quoted(wanted, MOST_NAMED)}"]
+        parts += [] if wanted is None else [f"wanted {quoted(' '.join(str(wanted).split()), MOST_NAMED)}"]
         if parts:
             line += ": " + ", ".join(parts)
         if do is not None:
-            line += f"; {quoted(do, MOST_NAMED)}"
+            line += f"; {quoted(' '.join(do.split()), MOST_NAMED)}"
         super().__init__(line)
 
 
@@ -122,7 +123,7 @@ def cannot_read(
     if isinstance(error, UnicodeDecodeError):
         got = f"text that is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,})"
     elif isinstance(error, OSError) and error.errno in NOT_THERE:
-        got = "a link that leads nowhere" if Path(str(path)).is_symlink() else "no such file"
+        got = "a link that leads nowhere" if os.path.islink(str(path)) else "no such file"  # noqa: PTH114 - never raises
     elif isinstance(error, PermissionError):
         got, do = "no permission to read it", "change its permissions (chmod), or ask its owner"
     elif isinstance(error, OSError) and error.errno is not None:

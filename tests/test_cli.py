@@ -193,5 +193,5 @@ def test_input_error_is_always_one_line() -> None:
     from mmcli import InputError
 
     error = InputError("what\nis wrong", where="a\nb", got="c\n\nd", wanted="e", do="mend  it")
-    assert str(error) == "what is wrong: a b: got c d, wanted e; mend it"
+    assert str(error) == r"what is wrong: a\nb: got c\n\nd, wanted e; mend it"
     assert json.loads(json.dumps(str(error))) == str(error)
