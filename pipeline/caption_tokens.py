@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import InputError
-from .model_source import ModelSource, first_line, without_native_output
+from .model_source import ModelSource, first_line
+from .native_output import without_native_output
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from .. import InputError
 from .caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
 from .config import DEFAULT_MODEL
 from .device import autocast, is_memory_shortage, to_device
-from .model_source import ModelSource, find_model, without_native_output
+from .model_source import ModelSource, find_model
+from .native_output import without_native_output
 from .patches import Grid, PatchSpec, Pixels, Resizer, cut, resize
 from .siglip import PROCESSOR_KEYS, Identity, ProcessorSettings, check_config, local_digest, patch_spec
 from .towers import ImageTower, PixelScale, TextTower

@@ -10,6 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .. import NOT_THERE, InputError, cannot_read, file_kind
 from .image_metadata import limit_to_orientation, pixels_alone, read_orientation
+from .native_output import without_native_output
 
 T = TypeVar("T")
 
@@ -116,7 +118,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.load()
+            _load(image)
             return _upright(image, read_orientation(image.getexif))
     except Exception as error:  # noqa: BLE001 - decoders raise whatever the damage leads to
         raise _refusal(image, error) from None
@@ -183,8 +185,14 @@ def _unreadable(where: object, got: object, do: str = "replace the file") -> Unr
     return UnreadableImage("cannot read an image", where=where, got=got, wanted=WHOLE, do=do)
 
 
+def _load(image: Image.Image) -> None:
+    # libtiff says on stderr what Pillow raises.
+    with without_native_output() if image.format == "TIFF" else nullcontext():
+        image.load()
+
+
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    image.load()
+    _load(image)
     turn = TURNS.get(orientation)
     upright = _to_rgb(image)
     return upright if turn is None else upright.transpose(turn)

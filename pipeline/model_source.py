@@ -6,12 +6,10 @@ the snapshot of that commit in the hub's cache, so that parts of two versions ne
 
 import json
 import logging
-import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,6 @@ _PREFIXES = ("_orig_mod.", "module.", "model.")
 # How transformers says what a part needs: the tokenizers of SigLIP 1 are SentencePiece's.
 _MISSING_LIBRARY = re.compile(r"requires the (\w+) library")
 _NAMED = 3
-STREAMS = (1, 2)  # stdout and stderr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,23 +292,6 @@ def silence_transformers() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-
-
-@contextmanager
-def without_native_output() -> Iterator[None]:
-    """Drop what libraries write past Python: a panic in Rust prints its traceback, an unknown key a line on stdout."""
-    kept: dict[int, int] = {}
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        for stream in STREAMS:
-            with suppress(OSError):  # a stream that is closed takes nothing anyway
-                kept[stream] = os.dup(stream)
-                os.dup2(nowhere.fileno(), stream)
-    try:
-        yield
-    finally:
-        for stream, copy in kept.items():
-            os.dup2(copy, stream)
-            os.close(copy)
 
 
 def first_line(error: object) -> str:

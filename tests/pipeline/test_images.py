@@ -233,6 +233,18 @@ def test_what_pillow_logs_is_not_printed(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_what_libtiff_complains_of_is_not_printed(tmp_path: Path, compression: str, capfd) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    path = save(tmp_path / "a.tif", Image.fromarray(noise), compression=compression)
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes(900) + data[1900:])
+    for read in (open_rgb, load_image):
+        with pytest.raises(UnreadableImage):
+            read(path)
+    assert capfd.readouterr() == ("", "")
+
+
 GREY = np.array([[0, 4095, 65535], [257 * 128, 1, 30_000]], np.uint16)
 
 

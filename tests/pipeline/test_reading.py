@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -19,6 +20,7 @@ from mmcli import InputError
 from mmcli.pipeline.images import UnreadableImage, image_size
 from mmcli.pipeline.patches import PatchSpec, read_patches
 from mmcli.pipeline.reading import ImageReader
+from mmcli.pipeline.shard_reading import pieces_of, read_row
 
 SPEC = PatchSpec(side=16, budget=16, fixed=None, resample=2)
 SIZES = ((64, 64), (90, 30), (30, 90), (64, 64), (90, 30), (64, 64), (7, 200))
@@ -86,6 +88,15 @@ def test_what_says_nothing_about_an_image_stops_everything(data: Path, workers: 
     with pytest.raises(InputError, match=line) as caught:
         read(data, [["0.jpg", path, "1.jpg"]], workers=workers)
     assert not isinstance(caught.value, UnreadableImage)
+
+
+def test_a_row_of_a_shard_carries_what_stopped_it(data: Path) -> None:
+    """Tasks of Ray read shards for others, and an error of a task would come as a traceback."""
+    rows = [pa.table({"shard": [3], "paths": [paths]}) for paths in (["0.jpg", "1.jpg"], ["0.jpg", "../x.jpg"])]
+    whole, stopped = (read_row(row, data=data, spec=SPEC, tokens=32) for row in rows)
+    assert [piece.bad for piece in pieces_of(whole, SPEC)] == [{}, {}]
+    with pytest.raises(InputError, match="leaves the data folder"):
+        list(pieces_of(stopped, SPEC))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
