@@ -18,6 +18,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JPEG: start of scan, JFIF's own segment, the one that names the colours, and the first of each range of others.
 SCAN, JFIF, ADOBE, APPLICATION, COMMENT = 0xDA, 0xE0, 0xEE, range(0xE0, 0xF0), 0xFE
+JFIF_BYTES = 18  # of the whole segment, without a thumbnail
 # TIFF: description, maker, model, resolutions, page, software, date, artist, host, XMP, copyright, IPTC, Photoshop,
 # EXIF, ICC, GPS and interoperability.
 TIFF_METADATA = {
@@ -122,7 +123,9 @@ def _strip_jpeg(data: bytes) -> Stripped:
             continue
         stop = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
         segment = data[at:stop]
-        if marker == COMMENT or (marker in APPLICATION and marker not in {JFIF, ADOBE}):
+        # Pillow trips over a JFIF header that was cut short, which decoders of pixels pass over.
+        is_cut = marker == JFIF and segment[4:8] == b"JFIF" and len(segment) < JFIF_BYTES
+        if is_cut or marker == COMMENT or (marker in APPLICATION and marker not in {JFIF, ADOBE}):
             if not exif and segment[4:10] == b"Exif\0\0":
                 exif = segment[10:]
         else:

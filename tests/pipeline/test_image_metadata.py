@@ -186,6 +186,14 @@ def test_odd_segments_of_a_jpeg_do_not_matter(tmp_path: Path, segments: bytes) -
     check(path)
 
 
+@pytest.mark.parametrize("length", [5, 8, 11, 13])
+def test_a_jfif_header_that_is_cut_short_does_not_matter(tmp_path: Path, length: int) -> None:
+    path, whole = tmp_path / "a.jpg", jpeg()
+    assert whole[2:11] == b"\xff\xe0\x00\x10JFIF\0"
+    path.write_bytes(whole[:2] + segment(0xE0, whole[6 : 6 + length]) + whole[20:])
+    check(path)
+
+
 def packed(n_bytes: int) -> bytes:
     return zlib.compress(bytes(n_bytes))
 
