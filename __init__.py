@@ -1,6 +1,7 @@
 """mmcli: tag an image with its caption, and show the neighbours that voted.
 
-This module holds what every package may name: the version and the one error that is the user's to mend; and
+This module holds what every package may name: the version, the one error that is the user's to mend, and how a file
+that cannot be read becomes one (these helpers are not part of the public interface); and
 :func:`load_head` and :class:`Tagger`, which import what they need when they are asked for, so that ``mmcli --help``
 stays quick.
 """
@@ -21,17 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "InputError",
-    "Tagger",
-    "__version__",
-    "cannot_read",
-    "check_file",
-    "file_kind",
-    "load_head",
-    "quoted",
-    "read_text",
-]
+__all__ = ["InputError", "Tagger", "__version__", "load_head"]
 
 # Letters of what was found, of a part of an error's line, and of a line that stands in another one.
 MOST_QUOTED, MOST_NAMED, MOST_WHOLE = 200, 1000, 3000
