@@ -181,7 +181,7 @@ def best_checkpoint(run: Path) -> Path:
     """
     path = run / "checkpoints" / INDEX
     try:
-        kept = [Kept(**one) for one in json.loads(path.read_bytes())]
+        kept = [Kept(**one) for one in parse_json(path.read_bytes())]
         first = kept[0]
         if first.file != checkpoint_name(first.epoch) or any(one.val_mAP > first.val_mAP for one in kept):
             raise ValueError("a list that does not begin with the best")

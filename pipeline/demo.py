@@ -14,6 +14,7 @@ from rich.text import Text
 from .. import InputError, __version__
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
+from ..cache.strict_json import parse_json
 from ..cache.sweep import discard
 from ..heads.config import KnnConfig
 from .codes import Codes, read_codes
@@ -172,8 +173,8 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
 def _read_mark(mark: Path) -> dict[str, object] | None:
     """What a demo's mark says; None where a file of that name is none."""
     try:
-        made = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        made = parse_json(mark.read_bytes())
+    except (OSError, ValueError):
         return None
     return made if isinstance(made, dict) and made.keys() == {"version", "seed", "whole"} else None
 

@@ -4,7 +4,6 @@ A branch or a tag is resolved to a commit once. Configuration, weights, image pr
 the snapshot of that commit in the hub's cache, so that parts of two versions never mix.
 """
 
-import json
 import logging
 import re
 import sys
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from .. import InputError
+from ..cache.strict_json import parse_json
 from .config import DEFAULT_MODEL, ModelConfig
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -327,7 +327,7 @@ def _is_whole(folder: Path) -> bool:
     weights = {WEIGHTS}
     if INDEX in names and WEIGHTS not in names:
         try:
-            weights = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            weights = set(parse_json((folder / INDEX).read_bytes())["weight_map"].values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
     needed = {"config.json", "preprocessor_config.json", "tokenizer_config.json", *weights}

@@ -18,6 +18,7 @@ from rich.console import RenderableType
 from .. import InputError
 from ..cache.locks import SOFT, LockHeld, locked
 from ..cache.ownership import Contents, contents, remove_files
+from ..cache.strict_json import parse_json
 from .files import (
     final_name,
     make_folder,
@@ -182,9 +183,9 @@ def _check_out(plan: ReportPlan) -> None:
 def _inside(out: Path) -> Contents:
     """What of a folder is a report's, by the list that it holds; what passes is in neither."""
     try:
-        record = json.loads((out / INVENTORY).read_text(encoding="utf-8"))
+        record = parse_json((out / INVENTORY).read_bytes())
         listed = frozenset({INVENTORY, *record["files"]}) if record["format"] == FORMAT else frozenset()
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         listed = frozenset()
     older = not listed and _OLDER_TITLE in _start(out / PAGE)
     inside = contents(out, lambda name: name in listed or (older and _OLDER.fullmatch(name) is not None))

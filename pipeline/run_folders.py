@@ -14,6 +14,7 @@ from pathlib import Path
 from .. import InputError
 from ..cache.locks import SOFT, LockHeld, locked
 from ..cache.ownership import Contents, contents, remove_files
+from ..cache.strict_json import parse_json
 from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
 MARK, LOCK = "run.json", ".lock"
@@ -147,8 +148,8 @@ def clean_up(folder: Path) -> None:
 def is_run(folder: Path) -> bool:
     """Whether a folder's ``run.json`` is one of ours, by its content."""
     try:
-        record = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = parse_json((folder / MARK).read_bytes()) if (folder / MARK).is_file() else None
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "status", "config_digest", "store_digest", "version"} <= record.keys()
 
@@ -175,7 +176,7 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
 def _empty(folder: Path) -> None:
     """Remove what a run wrote, but for its mark, which says first that the run is no whole one any more."""
     if is_run(folder):
-        record = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        record = parse_json((folder / MARK).read_bytes())
         write_text(folder / MARK, json.dumps({**record, "status": REPLACED}, indent=1))
     clean_up(folder)
     remove_files(folder, [name for name in _contents(folder).ours if name not in {MARK, LOCK, LOCK + SOFT}])

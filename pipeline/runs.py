@@ -143,7 +143,7 @@ def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
             "nothing to go on with", where=folder, got="a run that was being replaced when it was interrupted", do=again
         )
     if not path.is_file():
-        settings = json.loads(mark_path.read_text(encoding="utf-8")).get(BEGUN_WITH)
+        settings = parse_json(mark_path.read_bytes()).get(BEGUN_WITH)
         if not isinstance(settings, str):
             raise InputError("nothing to go on with", where=folder, got=f"a run without {CONFIG}", do=again)
         write_text(path, settings)
