@@ -12,7 +12,7 @@ al. 2023), rearranged where that changes no more than rounding:
   computed once;
 - the pooling head's query is a constant, so keys and values need not be made of every patch: attention weighs the
   patches themselves, and the values are made of H weighted means;
-- on a CPU with AVX-512, in float32, GELU is computed inside the product before it (oneDNN), its results in cache;
+- on a CPU with AVX-512, in float32, the matrix products are oneDNN's;
 - frozen weights are cast to the compute dtype once, and not in every forward pass as under autocast.
 
 The residual stream and the normalisations stay float32 whatever the compute dtype.
@@ -22,6 +22,7 @@ Symbols: n images or texts, P patches, T tokens, D width, H heads, p side of a p
 
 import functools
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +47,36 @@ class PixelScale:
 
 
 class _Linear:
-    """A frozen linear layer in the compute dtype."""
+    """A frozen linear layer in the compute dtype.
+
+    On a CPU with AVX-512 its float32 product is oneDNN's, which took half as long as PyTorch's default there.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = weight.detach().to(dtype).contiguous()
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self._dtype = dtype
+        self._onednn = weight.device.type == "cpu" and dtype == torch.float32 and _has_fast_onednn()
+        weight = weight.detach().to(dtype).contiguous()
+        bias = None if bias is None else bias.detach().to(dtype).contiguous()
+        if self._onednn:
+            weight, bias = weight.to_mkldnn(), None if bias is None else bias.to_mkldnn()
+        self._weight, self._bias = weight, bias
 
-    def __call__(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        bias = None if self.bias is None else self.bias[rows]
-        return F.linear(x.to(self.weight.dtype), self.weight[rows], bias)
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self._dtype)
+        if self._onednn:
+            return F.linear(x.contiguous().to_mkldnn(), self._weight, self._bias).to_dense()
+        return F.linear(x, self._weight, self._bias)
+
+
+def _concatenated(parts: Sequence[Any], dtype: torch.dtype) -> _Linear:
+    """Several linear layers of one input as one, their outputs side by side."""
+    return _Linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]), dtype)
+
+
+def _has_fast_onednn() -> bool:
+    """Whether oneDNN's products are worth their copies: with AVX2 they were not faster."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _Norm:
@@ -68,57 +90,24 @@ class _Norm:
         return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
 
 
-class _GeluLinear:
-    """A frozen linear layer and its tanh-GELU in one call of oneDNN, float32 on a CPU.
-
-    PyTorch's own compiler emits these calls; they are not part of its public interface, so :meth:`works` asks first.
-    """
-
-    # oneDNN lays the weights out for about so many rows; any number may come.
-    ROWS = 2048
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), self.ROWS)  # noqa: SLF001
-        self._bias = bias.detach()
-
-    @staticmethod
-    def works(device: torch.device, dtype: torch.dtype, activation: str) -> bool:
-        """Whether this layer may take the place of two."""
-        return (
-            activation == "gelu_pytorch_tanh" and device.type == "cpu" and dtype == torch.float32
-            and torch.backends.cpu.get_cpu_capability() == "AVX512"  # with AVX2 two calls were faster
-            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-            and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-        )  # fmt: skip
-
-    def __call__(self, x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "gelu", [], "tanh")  # noqa: SLF001
-        return made
-
-
 class _Mlp:
     def __init__(self, mlp: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
-        weight, bias, activation = mlp.fc1.weight, mlp.fc1.bias, mlp.config.hidden_act
-        self._fused = _GeluLinear(weight, bias) if _GeluLinear.works(weight.device, dtype, activation) else None
-        self._fc1 = _Linear(weight, bias, dtype) if self._fused is None else None
-        self._activation = ACT2FN[activation]
+        self._fc1 = _Linear(mlp.fc1.weight, mlp.fc1.bias, dtype)
+        self._activation = ACT2FN[mlp.config.hidden_act]
         self._fc2 = _Linear(mlp.fc2.weight, mlp.fc2.bias, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._fused is not None:
-            return self._fc2(self._fused(x))
-        assert self._fc1 is not None
         return self._fc2(self._activation(self._fc1(x)))
 
 
 class _Layer:
-    """One encoder layer; ``last`` computes the last position only."""
+    """One encoder layer."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
         attention = layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         self._heads = attention.num_heads
-        self._qkv = _Linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]), dtype)
+        self._qkv = _concatenated(parts, dtype)
         self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias, dtype)
         self._norm1, self._norm2 = _Norm(layer.layer_norm1), _Norm(layer.layer_norm2)
         self._mlp = _Mlp(layer.mlp, dtype)
@@ -135,13 +124,6 @@ class _Layer:
         q, k, v = self._by_head(qkv, 3)
         return self._finish(x, q, k, v)
 
-    def last(self, x: Tensor) -> Tensor:
-        """The layer's output at the last position alone, ``(n, 1, D)``."""
-        normed, D = self._norm1(x), x.shape[-1]
-        q = self._by_head(self._qkv(normed[:, -1:], rows=slice(None, D)), 1)[0]
-        k, v = self._by_head(self._qkv(normed, rows=slice(D, None)), 2)
-        return self._finish(x[:, -1:], q, k, v)
-
     def _finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = x + self._out(_attend(q, k, v))
         return x + self._mlp(self._norm2(x))
@@ -150,6 +132,23 @@ class _Layer:
         """``(n, T, parts D)`` to ``(parts, n, H, T, D / H)``."""
         n, T, _ = made.shape
         return made.view(n, T, parts, self._heads, -1).permute(2, 0, 3, 1, 4)
+
+
+class _LastLayer(_Layer):
+    """The last encoder layer of a tower that pools its last position."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+        super().__init__(layer, dtype)
+        attention = layer.self_attn
+        self._q = _concatenated((attention.q_proj,), dtype)
+        self._kv = _concatenated((attention.k_proj, attention.v_proj), dtype)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The layer's output at the last position alone, ``(n, 1, D)``."""
+        normed = self._norm1(x)
+        q = self._by_head(self._q(normed[:, -1:]), 1)[0]
+        k, v = self._by_head(self._kv(normed), 2)
+        return self._finish(x[:, -1:], q, k, v)
 
 
 class _Pool:
@@ -269,14 +268,16 @@ class TextTower:
     def __init__(self, text: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
         self._token = text.embeddings.token_embedding.weight.detach()
         self._position = text.embeddings.position_embedding.weight.detach().float()
-        self._layers = [_Layer(layer, dtype) for layer in text.encoder.layers]
+        *below, last = text.encoder.layers
+        self._last = _LastLayer(last, dtype)
+        self._layers = [*(_Layer(layer, dtype) for layer in below), self._last]
         self._norm = _Norm(text.final_layer_norm)
         self._head = _Linear(text.head.weight, text.head.bias, dtype)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
-        x = self._layers[-1].last(self.hidden(ids, len(self._layers) - 1))
+        x = self._last.last(self.hidden(ids, len(self._layers) - 1))
         return self._head(self._norm(x[:, -1])).float()
 
     def hidden(self, ids: Tensor, blocks: int) -> Tensor:
