@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812
 
     from .heads.model import Head, MlpBaseline
-    from .pipeline.tagger import Tagger
+    from .pipeline.tagging.tagger import Tagger
 
 __version__ = "0.1.0"
 
@@ -193,7 +193,7 @@ def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | Mlp
     Raises:
         InputError: Nothing is there, it is damaged or a pickle, or there is no such device.
     """
-    from .pipeline.checkpoint import load_head as load
+    from .pipeline.core.checkpoint import load_head as load
 
     return load(path, device)
 
@@ -201,7 +201,7 @@ def load_head(path: "str | Path", device: "str | Device" = "cpu") -> "Head | Mlp
 def __getattr__(name: str) -> object:
     """``mmcli.Tagger``, imported when somebody wants it."""
     if name == "Tagger":
-        from .pipeline.tagger import Tagger
+        from .pipeline.tagging.tagger import Tagger
 
         return Tagger
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

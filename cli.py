@@ -19,10 +19,27 @@ import typer
 from typer.core import TyperGroup
 
 from . import InputError, __version__
-from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
+from .pipeline.commands import (
+    bench,
+    cache,
+    compare,
+    data,
+    finetune,
+    predict,
+    report,
+)
+from .pipeline.commands import (
+    experiments as ablate,
+)
+from .pipeline.commands import (
+    tagging as index,
+)
+from .pipeline.commands import (
+    training as heads,
+)
 from .pipeline.commands.options import Panels
-from .pipeline.cores import limit_threads
-from .pipeline.interrupts import INTERRUPTED, Interrupted
+from .pipeline.core.cores import limit_threads
+from .pipeline.core.interrupts import INTERRUPTED, Interrupted
 
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
 NO_FAULT_OF_OURS = {
@@ -173,13 +190,13 @@ def _is_memory_shortage(error: Exception) -> bool:
     """Whether the device or the machine had no memory left."""
     if "torch" not in sys.modules:  # and there may be no room to import it
         return isinstance(error, MemoryError)
-    from .pipeline.device import is_memory_shortage
+    from .pipeline.core.device import is_memory_shortage
 
     return is_memory_shortage(error)
 
 
 def _complain(line: str, code: int) -> int:
-    from .pipeline.console import visible
+    from .pipeline.core.console import visible
 
     with contextlib.suppress(OSError):  # stderr may be what failed
         print(f"mmcli: {visible(' '.join(line.split()))}", file=sys.stderr, flush=True)

@@ -17,28 +17,28 @@ from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
 from ..cache.sweep import discard
 from ..heads.config import KnnConfig
-from .codes import Codes, read_codes
-from .config import Config, ModelConfig, load_config
-from .device import pick_device
-from .explain import show
-from .extract import ExtractPlan, extract
-from .files import command, make_folder, one_line, write_text
-from .interrupts import interruptible
-from .knn_eval import knn_eval
-from .manifest import read_manifest
-from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
-from .miniature_model import STEPS, make_checkpoint
-from .prepare import prepare, statistics_tables
-from .progress import Progress
-from .report import ReportPlan, report
-from .run_encoder import Coded
-from .run_folders import LOCK, hold
-from .runs import Run
-from .tables import metrics_table
-from .tagger import run_index
-from .train_head import train_head
-from .voters import Query, Voters
-from .zero_shot import zero_shot
+from .core.config import Config, ModelConfig, load_config
+from .core.device import pick_device
+from .core.files import command, make_folder, one_line, write_text
+from .core.interrupts import interruptible
+from .core.progress import Progress
+from .core.results import Codes, read_codes
+from .core.run import Run
+from .core.run_folders import LOCK, hold
+from .core.tables import metrics_table
+from .data.manifest import read_manifest
+from .data.miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
+from .data.prepare import prepare, statistics_tables
+from .evaluation.knn_eval import knn_eval
+from .evaluation.zero_shot import zero_shot
+from .extraction.extract import ExtractPlan, extract
+from .extraction.miniature_model import STEPS, make_checkpoint
+from .report.report import ReportPlan, report
+from .tagging.encode import Coded
+from .tagging.explain import show
+from .tagging.tagger import run_index
+from .tagging.voting import Query, Voters
+from .training.train_head import train_head
 
 PATCHES = 64
 EPOCHS = 100  # the miniature has 21 steps an epoch where COCO has 1,771

@@ -88,9 +88,9 @@ class Miniature:
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
     """Forty-odd pictures in COCO's form, prepared, and a SigLIP2 of two training steps."""
-    from mmcli.pipeline.miniature import make_dataset
-    from mmcli.pipeline.miniature_model import make_checkpoint
-    from mmcli.pipeline.prepare import prepare
+    from mmcli.pipeline.data.miniature import make_dataset
+    from mmcli.pipeline.data.prepare import prepare
+    from mmcli.pipeline.extraction.miniature_model import make_checkpoint
 
     folder = tmp_path_factory.mktemp("miniature")
     data = make_dataset(folder / "data", n_train=40, n_val=10, n_test=10)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmcli import cli
-from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.data.manifest import read_manifest
 
 
 def demo(out: Path, *words: str) -> subprocess.CompletedProcess[str]:

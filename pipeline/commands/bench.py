@@ -6,17 +6,7 @@ from typing import Annotated
 import typer
 
 from ... import InputError
-from .options import (
-    ConfigFile,
-    Device,
-    Json,
-    PresetName,
-    Quiet,
-    Set,
-    finish,
-    make_progress,
-    read_config,
-)
+from .options import ConfigFile, Device, Json, PresetName, Quiet, Set, finish, make_progress, read_config
 
 
 def bench_extract(
@@ -33,7 +23,7 @@ def bench_extract(
     resolved = read_config(
         None, None, {"model.max_num_patches": patches, "hardware.device": device, "data.num_workers": workers}
     )
-    from ..bench_extract import bench_extract as stage
+    from ..bench.extract import bench_extract as stage
 
     result = stage(
         resolved, checkpoint=model, images=images, n_images=n_images, n_captions=n_captions, repeats=repeats,
@@ -56,7 +46,7 @@ def bench_train(
     """Training images a second: a plain DataLoader loop, ours, the products alone; loading, and the first step."""
     options = {"preset": preset, "hash.bits": bits, "hardware.device": device}
     resolved = read_config(config, set_, options)
-    from ..bench_train import bench_train as stage
+    from ..bench.train import bench_train as stage
 
     result = stage(
         resolved, store=store, n_train=n_train, steps=steps, repeats=repeats, replicas=replicas,
@@ -76,9 +66,9 @@ def bench_knn(
     device: Device = None, json_: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
-    from ..bench_knn import bench_knn as stage
-    from ..bench_sizes import parse_kinds, parse_numbers
-    from ..device import pick_device
+    from ..bench.knn import bench_knn as stage
+    from ..bench.sizes import parse_kinds, parse_numbers
+    from ..core.device import pick_device
 
     result = stage(
         sizes=parse_numbers(sizes, "--sizes"), bits=parse_numbers(bits, "--bits"), kinds=parse_kinds(index), K=k,
@@ -107,8 +97,8 @@ def bench_finetune(
     }  # fmt: skip
     resolved = read_config(config, set_, options)
     names = [name.strip() for name in unfreeze.split(",")]
-    from ..bench_finetune import UNFROZEN
-    from ..bench_finetune import bench_finetune as stage
+    from ..bench.finetune import UNFROZEN
+    from ..bench.finetune import bench_finetune as stage
 
     if set(names) - set(UNFROZEN):
         raise InputError("nothing to time", where="--unfreeze", got=unfreeze, wanted=f"of {', '.join(UNFROZEN)}")

@@ -11,8 +11,8 @@ from .options import Force, Json, Quiet, Store, StoreOut, finish, make_progress
 def cache_info(store: Store = None, json_: Json = False, quiet: Quiet = False) -> None:  # noqa: ARG001 - as everywhere
     """What a store is: model, patches, sizes, skipped images, distribution of norms."""
     from ...cache import describe
-    from ..store_views import info_summary
-    from ..stores import find_store
+    from ..extraction.store_views import info_summary
+    from ..extraction.stores import find_store
 
     facts = describe(find_store(store))
     finish(facts, json_, *info_summary(facts))
@@ -26,8 +26,8 @@ def cache_verify(
     json_: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Check everything in a store: checksums, counts, order, NaN, norms, key."""
-    from ..store_views import check_store
-    from ..stores import find_store
+    from ..extraction.store_views import check_store
+    from ..extraction.stores import find_store
 
     checked = check_store(find_store(store), make_progress(quiet), leaks=leaks, threshold=threshold, most=most)
     finish(checked.to_json(), json_, *checked.summary())
@@ -42,8 +42,8 @@ def cache_export(
     store: Store = None, json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Write a store's raw embeddings for other tools, shard by shard."""
-    from ..store_views import export, export_summary
-    from ..stores import find_store
+    from ..extraction.store_views import export, export_summary
+    from ..extraction.stores import find_store
 
     report = export(find_store(store), out, format_, make_progress(quiet), captions=captions, force=force)
     finish(report.to_json(), json_, *export_summary(report))
@@ -60,7 +60,7 @@ def cache_import(
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Make a store of embeddings that another tool computed."""
-    from ..import_store import ImportPlan, import_store
+    from ..extraction.import_store import ImportPlan, import_store
 
     plan = ImportPlan(
         images=images, texts=texts, manifest=manifest, name=name, revision=revision, out=out, dtype=dtype, force=force

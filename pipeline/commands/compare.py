@@ -17,7 +17,7 @@ def compare(
     split: Split = "test", json_: Json = False, quiet: Quiet = False,  # noqa: ARG001
 ) -> None:  # fmt: skip
     """Is one run better than another? Paired bootstrap over the images that both scored."""
-    from ..compare import compare as stage
+    from ..evaluation.compare import compare as stage
 
     result = stage(run_a, run_b, method_a=method_a or method, method_b=method_b or method, split=split)
     finish(result.to_json(), json_, *result.summary())

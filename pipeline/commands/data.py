@@ -46,8 +46,8 @@ def prepare(
     json_: Json = False, quiet: Quiet = False,  # noqa: ARG001 - taken everywhere; there is no progress to show
 ) -> None:  # fmt: skip
     """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
-    from ..prepare import prepare as stage
-    from ..prepare import statistics_tables
+    from ..data.prepare import prepare as stage
+    from ..data.prepare import statistics_tables
 
     result = stage(data_folder(data, follow_links), out, check_images=check_images)
     finish(result.to_json(), json_, *statistics_tables(result.statistics), f"wrote {result.path}")
@@ -77,7 +77,7 @@ def extract(
         "data.num_workers": workers, "hardware.device": device,
     }  # fmt: skip
     resolved = read_config(config, set_, options)
-    from ..extract import ExtractPlan, parse_stripe
+    from ..extraction.extract import ExtractPlan, parse_stripe
 
     plan = ExtractPlan(
         data=data_folder(data, follow_links), manifest=manifest, out=out, dtype=dtype, on_error=on_error, resizer=resizer, batch_tokens=batch_tokens, force=force,
@@ -86,11 +86,11 @@ def extract(
     if ray_address is not None and engine != "ray":
         raise InputError("--ray-address without Ray", got=ray_address, wanted="--engine ray", do="give both or neither")
     if engine == "ray":
-        from ..ray_engine import extract_on_ray
+        from ..extraction.ray_engine import extract_on_ray
 
         result = extract_on_ray(resolved, plan, processes=processes, address=ray_address, progress=make_progress(quiet))
     else:
-        from ..fleet import extract_here
+        from ..extraction.fleet import extract_here
 
         result = extract_here(resolved, plan, processes=processes, progress=make_progress(quiet))
     finish(result.to_json(), json_, *result.summary())

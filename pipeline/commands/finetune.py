@@ -29,7 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..core.config import Config
 
 # What a run that goes on may be told, beside its device: it changes what it needs of memory, not what it computes.
 _MEMORY = (
@@ -87,7 +87,7 @@ def finetune(
     }  # fmt: skip
     told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": make_progress(quiet)}
     if num_processes > 1:
-        from ..finetune_fleet import launch
+        from ..finetuning.fleet import launch
 
         raise typer.Exit(launch(num_processes))
     if resume is not None:
@@ -96,14 +96,14 @@ def finetune(
         _refuse_with_resume({**kept, **others, "--plan": plan or None})
         memory = {key: options[key] for key in _MEMORY}
         if print_config:
-            from ..finetune_settings import read_begun
+            from ..finetuning.settings import read_begun
 
             show_config(read_begun(resume, {**memory, "hardware.device": device})[1], json_)
             return
-        from ..finetune import resume_finetuning
+        from ..finetuning.finetune import resume_finetuning
 
         if follow_links:
-            from ..runs import read_info
+            from ..core.run import read_info
 
             data = data_folder(data or Path(read_info(resume).store).parent, follow_links)
         result = resume_finetuning(resume, data=data, memory=memory, device=device, **told)
@@ -114,12 +114,12 @@ def finetune(
             return
         folder = data_folder(data or Path("data/coco"), follow_links)
         if plan:
-            from ..finetune_plan import plan_memory
+            from ..finetuning.memory import plan_memory
 
             planned = plan_memory(resolved, data=folder, progress=told["progress"])
             finish(planned.to_json(), json_, *planned.summary())
             return
-        from ..finetune import finetune as stage
+        from ..finetuning.finetune import finetune as stage
 
         section = resolved.finetune
         begun = None if section.start is None else Path(section.start)
@@ -127,7 +127,7 @@ def finetune(
             resolved, data=folder, unfreeze=section.unfreeze, towers=section.towers, start=begun, out=out, force=force,
             **told,
         )  # fmt: skip
-    from ..finetune_team import is_first
+    from ..finetuning.distributed import is_first
 
     if is_first():
         finish(result.to_json(), json_, *result.summary())
@@ -137,7 +137,7 @@ def _resolve(
     config: Path | None, settings: list[str] | None, options: Mapping[str, Any], start: Path | None
 ) -> "Config":  # fmt: skip
     """The configuration; a run to begin with gives what goes with its head, under everything that is given."""
-    from ..finetune_settings import settle_finetune, start_config, unfreeze_of
+    from ..finetuning.settings import settle_finetune, start_config, unfreeze_of
 
     base = read_config(config, settings, options)
     begun = start or (None if base.finetune.start is None else Path(base.finetune.start))

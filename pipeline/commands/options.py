@@ -12,14 +12,14 @@ import typer
 from typer.core import TyperCommand
 
 from ... import InputError
-from ..presets import Preset
+from ..core.presets import Preset
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..config import Config
-    from ..knn_plan import Sweep
-    from ..progress import Progress
+    from ..core.config import Config
+    from ..core.progress import Progress
+    from ..evaluation.sweep import Sweep
 
 
 class Panels(TyperCommand):
@@ -152,14 +152,14 @@ FLAGS = {
 
 def data_folder(data: Path, follow_links: bool) -> Path:
     """The folder of the data set, as the stages take it: with ``--follow-links`` its images may be links."""
-    from ..safe_paths import LinkedFolder
+    from ..core.safe_paths import LinkedFolder
 
     return LinkedFolder(data) if follow_links else data
 
 
 def make_progress(quiet: bool) -> "Progress":
     """Who is told how a stage goes: the terminal, or nobody."""
-    from ..progress import ConsoleProgress, Progress
+    from ..core.progress import ConsoleProgress, Progress
 
     return Progress() if quiet else ConsoleProgress()
 
@@ -171,7 +171,7 @@ def read_config(
 
     What is ``under`` the file, sections by name, counts where neither says otherwise.
     """
-    from ..config import load_config, parse_settings
+    from ..core.config import load_config, parse_settings
 
     given = {key: value for key, value in options.items() if value is not None}
     parsed = parse_settings(settings or [])
@@ -190,7 +190,7 @@ def read_sweep(
         options: Options that take one value.
         lists: Options of the knn section that may list several, by key, as they were given.
     """
-    from ..knn_plan import split_values, sweep_of
+    from ..evaluation.sweep import split_values, sweep_of
 
     values = {key: split_values(key.removeprefix("knn."), text) for key, text in lists.items() if text is not None}
     firsts = {**options, **{key: several[0] for key, several in values.items()}}
@@ -206,7 +206,7 @@ def read_sweep(
 
 def show_config(config: "Config", as_json: bool) -> None:
     """The configuration on stdout, as YAML or as JSON."""
-    from ..config import dump_config
+    from ..core.config import dump_config
 
     print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config), end="\n" if as_json else "")
 
@@ -216,7 +216,7 @@ def finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -
     if as_json:
         print(json.dumps(result, allow_nan=False, default=str))
         return
-    from ..console import make_console
+    from ..core.console import make_console
 
     console = make_console()
     for part in parts:

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from .index import find_run
 from .options import (
     Data,
     Device,
@@ -20,6 +19,7 @@ from .options import (
     make_progress,
     read_config,
 )
+from .tagging import find_run
 
 
 def predict(
@@ -43,7 +43,7 @@ def predict(
     force: Force = False,
 ) -> None:  # fmt: skip
     """Tag images with their captions, and show the neighbours that voted for every tag."""
-    from ..requests import gather
+    from ..tagging.requests import gather
 
     notes: list[str] = []
     requests = gather(images or [], caption, captions, follow_links=follow_links, notes=notes)
@@ -53,9 +53,9 @@ def predict(
         "knn.ties": ties,
     }  # fmt: skip
     resolved = read_config(found.folder / "config.yaml", None, options)
-    from ..panel import check_panel
-    from ..predict import predict as stage
-    from ..tagger import Tagger
+    from ..tagging.panel import check_panel
+    from ..tagging.predict import predict as stage
+    from ..tagging.tagger import Tagger
 
     check_panel(panel, force=force)
     progress = make_progress(quiet)

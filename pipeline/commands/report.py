@@ -24,8 +24,8 @@ def report(
     force: Force = False, json_: Json = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """One page of answers, tables, plots, queries and failures, from what runs and experiments left; computes no stage."""
-    from ..report import ReportPlan
-    from ..report import report as stage
+    from ..report.report import ReportPlan
+    from ..report.report import report as stage
 
     plan = ReportPlan(
         runs=runs,
@@ -51,7 +51,7 @@ def samples(
     force: Force = False, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001
 ) -> None:  # fmt: skip
     """A sheet of random samples of a manifest with their tags and captions: a look at the data before any training."""
-    from ..samples import samples as stage
+    from ..report.samples import samples as stage
 
     result = stage(
         data_folder(data, follow_links), n=n, split=split, seed=42 if seed is None else seed, out=out, force=force

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmcli
-from mmcli.pipeline.step import Step
+from mmcli.pipeline.training.step import Step
 
 # Operations that launch nothing: a view, or memory without content.
 VIEWS = (

@@ -15,22 +15,22 @@ import transformers
 
 from mmcli.cache import StoreKey, StoreWriter
 from mmcli.heads.knn import build_index
-from mmcli.pipeline.caption_tokens import CaptionTokenizer
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.encoder import Encoder, EncoderParts
-from mmcli.pipeline.finetune_data import LiveStore
-from mmcli.pipeline.finetune_feed import Feed
-from mmcli.pipeline.finetune_monitor import alikeness
-from mmcli.pipeline.finetune_step import TowerStep
-from mmcli.pipeline.finetune_team import Team
-from mmcli.pipeline.finetune_towers import Towers
-from mmcli.pipeline.manifest import Manifest, read_manifest
-from mmcli.pipeline.patches import Grid
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.shard_jobs import ShardJobs
-from mmcli.pipeline.trainer import Member, fit
-from mmcli.pipeline.training_data import draw_head
-from mmcli.pipeline.unreadable import Unreadable
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.data.manifest import Manifest, read_manifest
+from mmcli.pipeline.extraction.caption_tokens import CaptionTokenizer
+from mmcli.pipeline.extraction.encoder import Encoder, EncoderParts
+from mmcli.pipeline.extraction.images import Grid
+from mmcli.pipeline.extraction.shards import ShardJobs
+from mmcli.pipeline.extraction.unreadable import Unreadable
+from mmcli.pipeline.finetuning.batches import Feed
+from mmcli.pipeline.finetuning.distributed import Team
+from mmcli.pipeline.finetuning.embeddings import LiveStore
+from mmcli.pipeline.finetuning.monitor import alikeness
+from mmcli.pipeline.finetuning.step import TowerStep
+from mmcli.pipeline.finetuning.towers import Towers
+from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.training_data import draw_head
 
 transformers.logging.set_verbosity_error()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from mmcli import cli
-from mmcli.pipeline.config import DEFAULT_MODEL, load_config
+from mmcli.pipeline.core.config import DEFAULT_MODEL, load_config
 
 # Test folders are no packages: what several modules of tests import is loaded by path.
 _spec = importlib.util.spec_from_file_location("report_kit", Path(__file__).with_name("report_kit.py"))
@@ -52,8 +52,8 @@ def check_advice(words: list[str], err: str) -> None:
 @pytest.fixture(scope="session")
 def made(miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store and a trained run of the miniature, in the default places."""
-    from mmcli.pipeline.extract import ExtractPlan, extract
-    from mmcli.pipeline.train_head import train_head
+    from mmcli.pipeline.extraction.extract import ExtractPlan, extract
+    from mmcli.pipeline.training.train_head import train_head
 
     folder = tmp_path_factory.mktemp("made")
     options = {

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mmcli.pipeline.index_file import read_index, write_index, writing
+from mmcli.pipeline.tagging.index_file import read_index, write_index, writing
 
 path = Path(sys.argv[1])
 a, b = (read_index(Path(name))[0] for name in sys.argv[2:4])

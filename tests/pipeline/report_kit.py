@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmcli.pipeline.ablate_table import write_rows
-from mmcli.pipeline.codes import Codes, write_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.evaluation import classifier_row, metrics_row, write_scores
-from mmcli.pipeline.knn_search import Searcher
-from mmcli.pipeline.manifest import Manifest, write_manifest
-from mmcli.pipeline.runs import Run, RunInfo, finish_run, now, start_run
+from mmcli.pipeline.ablation.records import write_rows
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.results import Codes, write_codes
+from mmcli.pipeline.core.run import Run, RunInfo, finish_run, now, start_run
+from mmcli.pipeline.data.manifest import Manifest, write_manifest
+from mmcli.pipeline.evaluation.metrics import classifier_row, metrics_row, write_scores
+from mmcli.pipeline.evaluation.search import Searcher
 
 NAMES = ("person", "<b>cat</b>", "a|b", "$x_1$ & 50%", "`dog`", "quo\"te'd", "plain")
 SCRIPT = "<script>window.pwned = 1</script>"

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.ablate_table import merge, read_rows, write_rows
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.metrics_file import read_metrics
+from mmcli.pipeline.ablation.records import merge, read_rows, write_rows
+from mmcli.pipeline.core.metrics_file import read_metrics
+from mmcli.pipeline.core.results import read_codes
 
 SET = ("--set", "fusion.mlp_dims=[64,32]", "--set", "training.num_epochs=3", "--set", "knn.K=5", "--device", "cpu")
 # What differs between two makings of one table.
@@ -212,7 +212,7 @@ def test_a_wrong_word_is_one_line(here: Path, mmcli, words: list[str], message: 
 
 
 def test_one_process_at_a_time(here: Path, mmcli) -> None:
-    from mmcli.pipeline.run_folders import hold
+    from mmcli.pipeline.core.run_folders import hold
 
     Path("runs/ablations").mkdir(parents=True)
     with hold(Path("runs/ablations")):

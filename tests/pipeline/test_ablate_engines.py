@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcli.pipeline.ablate import Means, ablate
-from mmcli.pipeline.ablate_base import Told
-from mmcli.pipeline.ablate_engines import in_processes
-from mmcli.pipeline.ablate_order import Order, place_order
-from mmcli.pipeline.ablate_table import read_rows
-from mmcli.pipeline.ablate_work import Unit, Worker, Workplace
+from mmcli.pipeline.ablation.ablate import Means, ablate
+from mmcli.pipeline.ablation.base import Told
+from mmcli.pipeline.ablation.engines import in_processes
+from mmcli.pipeline.ablation.records import read_rows
+from mmcli.pipeline.ablation.request import Order, place_order
+from mmcli.pipeline.ablation.worker import Unit, Worker, Workplace
 
 OPTIONS = {
     "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5, "hardware.device": "cpu",
@@ -70,7 +70,7 @@ def test_a_unit_that_kills_its_process_fails_and_the_others_are_done(here: Path)
 
 
 def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, monkeypatch) -> None:
-    from mmcli.pipeline import train_head
+    from mmcli.pipeline.training import train_head
 
     whole = train_head.train_head
 
@@ -93,7 +93,7 @@ def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, mon
 
 def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
     """Stopped after its state was kept, it ends with the weights of one that was not."""
-    from mmcli.pipeline import trainer
+    from mmcli.pipeline.training import loop as trainer
 
     order = order_of(here, "A2", only=("A2=32",), options={"training.num_epochs": 6})
     plain = ablate(order, Means(out=here / "plain", runs=here / "runs"))
@@ -122,8 +122,8 @@ def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
 
 def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
     """What a GPU does with heads of one shape, here on the CPU: the folders are where they are looked for."""
-    from mmcli.pipeline import ablate as stage
-    from mmcli.pipeline import train_head
+    from mmcli.pipeline.ablation import ablate as stage
+    from mmcli.pipeline.training import train_head
 
     calls = []
     whole = train_head.train_together
@@ -139,9 +139,9 @@ def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
 
 def test_one_of_a_pass_that_diverges_fails_alone(here: Path, monkeypatch) -> None:
     """Weights of the loss train in one pass: what did not end in it is made alone."""
-    from mmcli.pipeline import ablate as stage
-    from mmcli.pipeline import train_head
-    from mmcli.pipeline.splits import diverged
+    from mmcli.pipeline.ablation import ablate as stage
+    from mmcli.pipeline.training import train_head
+    from mmcli.pipeline.training.data import diverged
 
     train, passes = train_head._Work.train, []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcli.pipeline.ablate_table import read_rows
+from mmcli.pipeline.ablation.records import read_rows
 
 pytestmark = pytest.mark.slow
 

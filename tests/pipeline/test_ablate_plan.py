@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.ablate_plan import restrict, training_key
-from mmcli.pipeline.ablate_planner import Base, make_plan
-from mmcli.pipeline.config import GridConfig, dump_config, load_config
-from mmcli.pipeline.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
-from mmcli.pipeline.identity import evaluation_identity, training_identity
-from mmcli.pipeline.settle import settle
+from mmcli.pipeline.ablation.ablate_plan import restrict, training_key
+from mmcli.pipeline.ablation.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
+from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
+from mmcli.pipeline.ablation.plan import Base, make_plan
+from mmcli.pipeline.core.config import GridConfig, dump_config, load_config
+from mmcli.pipeline.core.config_rules import settle
 
 SEEDS = (42, 43)
 FROM_STORE = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4", "M0", "M1", "M2", "base")

@@ -9,16 +9,18 @@ import pytest
 
 from mmcli import InputError
 from mmcli.cache import Store
-from mmcli.pipeline import ablate_engines, ablate_work, train_head
-from mmcli.pipeline.ablate_base import _own_processor, check_source
-from mmcli.pipeline.ablate_plan import training_key
-from mmcli.pipeline.ablate_table import read_rows
-from mmcli.pipeline.ablate_work import Unit, Workplace
-from mmcli.pipeline.config import DataConfig, ModelConfig, load_config
-from mmcli.pipeline.experiments import read_experiments
-from mmcli.pipeline.identity import training_identity
-from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
-from mmcli.pipeline.protocols import lists_digest
+from mmcli.pipeline.ablation import engines as ablate_engines
+from mmcli.pipeline.ablation import worker as ablate_work
+from mmcli.pipeline.ablation.ablate_plan import training_key
+from mmcli.pipeline.ablation.base import _own_processor, check_source
+from mmcli.pipeline.ablation.experiments import read_experiments
+from mmcli.pipeline.ablation.identity import training_identity
+from mmcli.pipeline.ablation.records import read_rows
+from mmcli.pipeline.ablation.worker import Unit, Workplace
+from mmcli.pipeline.core.config import DataConfig, ModelConfig, load_config
+from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.data.protocols import lists_digest
+from mmcli.pipeline.training import train_head
 
 SET = ("--set", "fusion.mlp_dims=[64,32]", "--set", "training.num_epochs=3", "--set", "knn.K=5", "--device", "cpu")
 
@@ -64,7 +66,7 @@ def test_lists_are_what_they_said_when_they_were_read(tmp_path: Path) -> None:
 def test_a_row_of_few_neighbours_does_not_depend_on_those_of_many(here: Path, mmcli) -> None:
     words = ("ablate", "C1", "--set", "knn.distance_metric=hybrid", "--json", "--seeds", 1)
     import mmcli.heads.knn as knn
-    import mmcli.pipeline.knn_plan as plan
+    import mmcli.pipeline.evaluation.sweep as plan
 
     found = []
     with pytest.MonkeyPatch.context() as patch:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mmcli.heads.losses import total_loss
-from mmcli.pipeline import bench_plain, bench_train
-from mmcli.pipeline.bench import Case, best_of
-from mmcli.pipeline.bench_data import base_config, draw_photographs, write_captions
-from mmcli.pipeline.coco_sizes import SIZES
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.images import image_size
-from mmcli.pipeline.progress import Progress
+from mmcli.pipeline.bench import plain as bench_plain
+from mmcli.pipeline.bench import train as bench_train
+from mmcli.pipeline.bench.bench_data import base_config, draw_photographs, write_captions
+from mmcli.pipeline.bench.coco_sizes import SIZES
+from mmcli.pipeline.bench.harness import Case, best_of
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.extraction.images_part import image_size
 
 
 def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:
@@ -62,7 +63,7 @@ def test_the_ceiling_multiplies_in_the_precision_of_a_step(here, monkeypatch) ->
         return multiply(left, right)
 
     for amx in (True, False):
-        monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda amx=amx: amx)
         monkeypatch.setattr(torch, "mm", seen)
         prepared = bench_train.prepare_training(config, store, Progress())
         setting = bench_train._Setting(prepared=prepared, steps=1)

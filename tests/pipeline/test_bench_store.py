@@ -9,10 +9,10 @@ import pytest
 
 from mmcli import InputError
 from mmcli.cache import Store, verify
-from mmcli.pipeline import bench_loading
-from mmcli.pipeline.bench_store import COUNTS, N_TRAIN, draw_labels, full_size_arrays, make_full_store
-from mmcli.pipeline.config import Config
-from mmcli.pipeline.stores import read_store
+from mmcli.pipeline.bench import loading as bench_loading
+from mmcli.pipeline.bench.data import COUNTS, N_TRAIN, draw_labels, full_size_arrays, make_full_store
+from mmcli.pipeline.core.config import Config
+from mmcli.pipeline.extraction.stores import read_store
 
 SIZES = {"n_train": 1500, "n_val": 40, "n_test": 30, "width": 24}
 
@@ -92,7 +92,7 @@ def test_reading_a_store_imports_nothing_heavy(folder) -> None:
     code = """
 import sys
 from pathlib import Path
-from mmcli.pipeline.stores import Config, read_store
+from mmcli.pipeline.extraction.stores import Config, read_store
 listing = read_store(Path(sys.argv[1]), Config()).listing
 listing.labels_matrix(), listing.rows("train"), listing.image_ids
 heavy = {"torch", "transformers", "sklearn", "faiss", "scipy", "matplotlib", "pandas", "pyarrow.dataset"}

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoTokenizer
 
 from mmcli import InputError
-from mmcli.pipeline.caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
-from mmcli.pipeline.model_source import find_model
+from mmcli.pipeline.extraction.caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer
+from mmcli.pipeline.extraction.model_source import find_model
 
 LENGTH = 64
 WORDS = ("▁cat", "▁dog", "▁person", "▁a", "▁red", "▁car", "▁two", "▁people", "▁on", "▁beach", "▁mat")

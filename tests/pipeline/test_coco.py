@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.coco import read_instances, read_karpathy
+from mmcli.pipeline.data.coco import read_instances, read_karpathy
 
 INSTANCES: dict[str, Any] = {
     "info": {"year": 2014},

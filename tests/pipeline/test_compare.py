@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.compare import EQUAL, FIGURES, compare
-from mmcli.pipeline.config import Config
-from mmcli.pipeline.evaluation import metrics_row, write_scores
-from mmcli.pipeline.metrics_file import read_metrics
-from mmcli.pipeline.runs import RunInfo, finish_run, now, start_run
+from mmcli.pipeline.core.config import Config
+from mmcli.pipeline.core.metrics_file import read_metrics
+from mmcli.pipeline.core.run import RunInfo, finish_run, now, start_run
+from mmcli.pipeline.evaluation.compare import EQUAL, FIGURES, compare
+from mmcli.pipeline.evaluation.metrics import metrics_row, write_scores
 
 NAMES = tuple("abcd")
 N = 300

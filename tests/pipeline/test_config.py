@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.config import Config, dump_config, load_config, parse_settings
-from mmcli.pipeline.presets import PRESETS
+from mmcli.pipeline.core.config import Config, dump_config, load_config, parse_settings
+from mmcli.pipeline.core.presets import PRESETS
 
 PLAN_FILE = """
 model: {siglip2_variant: google/siglip2-base-patch16-naflex, max_num_patches: 512, text_max_length: 64, freeze_towers: true}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcli.pipeline import cores
-from mmcli.pipeline.cores import count_cores, limit_threads
+from mmcli.pipeline.core import cores
+from mmcli.pipeline.core.cores import count_cores, limit_threads
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_threads_follow_a_quota_but_not_against_the_user(machine, monkeypatch, g
 def test_readers_and_processes_share_the_cores(machine, monkeypatch, n: int) -> None:
     import torch
 
-    from mmcli.pipeline import finetune_fleet
-    from mmcli.pipeline.device import reader_count
+    from mmcli.pipeline.core.device import reader_count
+    from mmcli.pipeline.finetuning import fleet as finetune_fleet
 
     machine(n, {})
     assert reader_count(None, torch.device("cpu")) == max(1, n // 8)

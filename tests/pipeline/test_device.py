@@ -12,11 +12,18 @@ import pytest
 import torch
 
 from mmcli import InputError
-from mmcli.pipeline import fleet
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.device import autocast, device_line, is_memory_shortage, pick_device, seed_everything, to_device
-from mmcli.pipeline.extract import ExtractPlan, load_encoder
-from mmcli.pipeline.ray_cluster import share_out
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.device import (
+    autocast,
+    device_line,
+    is_memory_shortage,
+    pick_device,
+    seed_everything,
+    to_device,
+)
+from mmcli.pipeline.extraction import fleet
+from mmcli.pipeline.extraction.extract import ExtractPlan, load_encoder
+from mmcli.pipeline.extraction.ray_cluster import share_out
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,7 @@ def test_the_deterministic_mode_is_that_of_the_option(mmcli, here) -> None:
     ],
 )
 def test_a_cpu_takes_bfloat16_where_it_has_amx_and_is_asked(monkeypatch, amx: bool, options, wanted: str) -> None:
-    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: amx)
+    monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: amx)
     precision = autocast(torch.device("cpu"), **options)
     assert precision.name == wanted
     with precision:
@@ -139,7 +146,7 @@ def test_a_training_without_memory_ends_in_one_line(mmcli, here, monkeypatch) ->
     def never(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore of it")
 
-    monkeypatch.setattr("mmcli.pipeline.splits.Split.place", never)
+    monkeypatch.setattr("mmcli.pipeline.training.data.Split.place", never)
     code, _, err = mmcli("train-head", "--epochs", 1, "--set", "knn.K=5")
     assert code == 1
     assert err.splitlines()[-1].startswith("mmcli: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; give")

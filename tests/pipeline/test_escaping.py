@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.compare import compare
-from mmcli.pipeline.files import command
-from mmcli.pipeline.plots import SERIES, draw, for_page
-from mmcli.pipeline.report_document import Cell, Column, Commands, Document, Gap, Section, Table, Text, text_cells
-from mmcli.pipeline.report_html import to_html
-from mmcli.pipeline.report_latex import to_latex
-from mmcli.pipeline.report_markdown import to_markdown
-from mmcli.pipeline.runs import mark, open_run, read_info
+from mmcli.pipeline.core.files import command
+from mmcli.pipeline.core.run import mark, open_run, read_info
+from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.report.document import Cell, Column, Commands, Document, Gap, Section, Table, Text, text_cells
+from mmcli.pipeline.report.html import to_html
+from mmcli.pipeline.report.latex import to_latex
+from mmcli.pipeline.report.plots_part import SERIES, draw, for_page
+from mmcli.pipeline.report.render import to_markdown
 
 NAMES = (
     "</td><script>alert(1)</script>", "a|b", r"100%_$x\y", "line\none", "`tick`", "``` fence", "[x](javascript:alert(1))",

@@ -13,11 +13,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmcli import InputError
 from mmcli.cache import Store
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.device import pick_device
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.extract import ExtractPlan, extract
-from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.device import pick_device
+from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract
 
 PATCHES = 64
 
@@ -143,9 +143,9 @@ def test_a_second_call_does_nothing(miniature, store: Store, monkeypatch: pytest
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.extract import ExtractPlan, extract
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract
 
 model, data, out, *after = sys.argv[1:]
 config = load_config(options={"model.siglip2_variant": model, "model.max_num_patches": 64, "hardware.device": "cpu"})

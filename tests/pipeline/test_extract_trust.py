@@ -17,13 +17,13 @@ from PIL import Image, PngImagePlugin
 
 from mmcli import InputError
 from mmcli.cache import Store, StoreBusy, StoreUnfinished, Stripe, verify
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.extract import ExtractPlan, extract, parse_stripe
-from mmcli.pipeline.fleet import extract_here
-from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
-from mmcli.pipeline.stores import read_store
-from mmcli.pipeline.towers import ImageTower
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract, parse_stripe
+from mmcli.pipeline.extraction.fleet import extract_here
+from mmcli.pipeline.extraction.stores import read_store
+from mmcli.pipeline.extraction.towers import ImageTower
 
 NAMES = ("v_img", "v_txt", "norm_img", "norm_txt", "n_captions")
 
@@ -306,7 +306,7 @@ if sys.argv[4] != "0":
 print("ready", flush=True)
 sys.argv[1:] = ["extract", "--model", sys.argv[1], "--data", sys.argv[2], "--out", sys.argv[3], "--patches", "64",
                 "--device", "cpu", "--batch-tokens", "256", "--workers", "0" if sys.argv[4] != "0" else "1"]
-import mmcli.pipeline.extract as stage
+import mmcli.pipeline.extraction.extract as stage
 stage.SHARD_ROWS = {"cpu": 4}
 from mmcli.cli import main
 main()

@@ -16,11 +16,11 @@ from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.metrics import best_threshold, evaluate
 from mmcli.heads.sigmoid import sigmoid
-from mmcli.pipeline.checkpoint import best_checkpoint, load_head
-from mmcli.pipeline.codes import Codes, read_codes
-from mmcli.pipeline.evaluation import classifier_row, metrics_row
-from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
-from mmcli.pipeline.metrics_file import merge_rows, read_metrics, write_metrics
+from mmcli.pipeline.core.checkpoint import best_checkpoint, load_head
+from mmcli.pipeline.core.metrics_file import merge_rows, read_metrics, write_metrics
+from mmcli.pipeline.core.results import Codes, read_codes
+from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.evaluation.metrics import classifier_row, metrics_row
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
 

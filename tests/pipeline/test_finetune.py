@@ -10,16 +10,16 @@ from safetensors.numpy import load_file
 
 from mmcli import InputError, Tagger, load_head
 from mmcli.cache import Store
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.config import Config, FinetuneConfig, OptimizerConfig, load_config
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.extract import ExtractPlan, extract
-from mmcli.pipeline.finetune import finetune
-from mmcli.pipeline.finetune_towers import Towers
-from mmcli.pipeline.patches import Grid
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.runs import read_info
-from mmcli.pipeline.train_head import train_head
+from mmcli.pipeline.core.config import Config, FinetuneConfig, OptimizerConfig, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract
+from mmcli.pipeline.extraction.images import Grid
+from mmcli.pipeline.finetuning.finetune import finetune
+from mmcli.pipeline.finetuning.towers import Towers
+from mmcli.pipeline.training.train_head import train_head
 
 CPU = torch.device("cpu")
 WORDS = (

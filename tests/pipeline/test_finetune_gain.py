@@ -7,13 +7,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from mmcli.heads.metrics import mean_average_precision
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.finetune import finetune
-from mmcli.pipeline.knn_eval import knn_eval
-from mmcli.pipeline.miniature import make_dataset
-from mmcli.pipeline.miniature_model import make_checkpoint
-from mmcli.pipeline.prepare import prepare
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.data.miniature import make_dataset
+from mmcli.pipeline.data.prepare import prepare
+from mmcli.pipeline.evaluation.knn_eval import knn_eval
+from mmcli.pipeline.extraction.miniature_model import make_checkpoint
+from mmcli.pipeline.finetuning.finetune import finetune
 
 SEEDS = (1, 2, 3)
 RESAMPLES = 1000

@@ -15,21 +15,21 @@ from torch.distributed.tensor import DTensor
 
 from mmcli import InputError
 from mmcli.heads.losses import total_loss
-from mmcli.pipeline.config import FinetuneConfig, load_config
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.finetune_augment import LEAST, draw_views, flip
-from mmcli.pipeline.finetune_data import LiveStore
-from mmcli.pipeline.finetune_feed import Feed
-from mmcli.pipeline.finetune_fleet import _without_option
-from mmcli.pipeline.finetune_plan import kept_bytes, plan_memory
-from mmcli.pipeline.finetune_settings import settle_finetune, unfreeze_of
-from mmcli.pipeline.finetune_shards import Shards
-from mmcli.pipeline.finetune_team import Team, _buckets, open_team
-from mmcli.pipeline.finetune_towers import Towers
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.patches import Grid, PatchSpec, cut, read_patches
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.training_data import draw_head
+from mmcli.pipeline.core.config import FinetuneConfig, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, read_patches
+from mmcli.pipeline.finetuning.augment import LEAST, draw_views, flip
+from mmcli.pipeline.finetuning.batches import Feed
+from mmcli.pipeline.finetuning.distributed import Team, _buckets, open_team
+from mmcli.pipeline.finetuning.embeddings import LiveStore
+from mmcli.pipeline.finetuning.fleet import _without_option
+from mmcli.pipeline.finetuning.memory import kept_bytes, plan_memory
+from mmcli.pipeline.finetuning.settings import settle_finetune, unfreeze_of
+from mmcli.pipeline.finetuning.shards import Shards
+from mmcli.pipeline.finetuning.towers import Towers
+from mmcli.pipeline.training.training_data import draw_head
 
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=20, unique=True), seed=st.integers(0, 2**32 - 1))
@@ -128,7 +128,7 @@ def test_a_head_of_one_modality_takes_its_tower() -> None:
 
 
 def test_tensors_travel_in_buckets_and_every_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.finetune_team.BUCKET", 10)
+    monkeypatch.setattr("mmcli.pipeline.finetuning.distributed.BUCKET", 10)
     tensors = [torch.zeros(n, dtype=d) for n, d in ((4, torch.float32), (6, torch.float32), (1, torch.float32), (50, torch.float32), (2, torch.int64))]  # fmt: skip
     buckets = _buckets(tensors)
     assert [len(bucket) for bucket in buckets] == [2, 1, 1, 1]

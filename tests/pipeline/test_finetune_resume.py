@@ -14,8 +14,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.runs import read_info
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.core.run import read_info
 
 WORDS = (
     "--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0,
@@ -104,8 +104,8 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 3]
     words += ["--unfreeze", "last-1", "--batch-size", 8, *SMOOTH]
     assert mmcli(*words, "--out", "whole")[0] == 0
-    from mmcli.pipeline import trainer
-    from mmcli.pipeline.finetune_feed import Feed
+    from mmcli.pipeline.finetuning.batches import Feed
+    from mmcli.pipeline.training import loop as trainer
 
     backward, calls = Feed.backward, []
 

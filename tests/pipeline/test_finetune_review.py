@@ -15,14 +15,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError
-from mmcli.pipeline.codes import codes_path
-from mmcli.pipeline.config import DataConfig, load_config
-from mmcli.pipeline.finetune_data import refuse_unreadable
-from mmcli.pipeline.finetune_monitor import LiveMonitor
-from mmcli.pipeline.finetune_start import refuse_seen
-from mmcli.pipeline.finetune_team import Team, device_here, open_team
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.runs import read_info
+from mmcli.pipeline.core.config import DataConfig, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.core.results import codes_path
+from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.finetuning.distributed import Team, device_here, open_team
+from mmcli.pipeline.finetuning.embeddings import refuse_unreadable
+from mmcli.pipeline.finetuning.monitor import LiveMonitor
+from mmcli.pipeline.finetuning.start import refuse_seen
 
 WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0)
 
@@ -253,9 +253,9 @@ def test_lists_are_compared_by_what_they_said(tmp_path: Path, monkeypatch) -> No
     """Where the codes of a run are gone, lists that were edited since are other lists."""
     from types import SimpleNamespace
 
-    from mmcli.pipeline import finetune_start
-    from mmcli.pipeline.config import load_config
-    from mmcli.pipeline.protocols import lists_digest
+    from mmcli.pipeline.core.config import load_config
+    from mmcli.pipeline.data.protocols import lists_digest
+    from mmcli.pipeline.finetuning import start as finetune_start
 
     (tmp_path / "test.txt").write_text("a.jpg 1\n")
     config = load_config(options={"data.split_type": "hashnet", "data.protocol_lists": str(tmp_path)})

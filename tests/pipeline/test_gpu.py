@@ -8,14 +8,14 @@ import torch
 
 from mmcli.cache import Store
 from mmcli.heads.model import make_head
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.extract import ExtractPlan
-from mmcli.pipeline.fleet import extract_here
-from mmcli.pipeline.patches import Grid
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.splits import Split
-from mmcli.pipeline.trainer import Member, fit
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.extract import ExtractPlan
+from mmcli.pipeline.extraction.fleet import extract_here
+from mmcli.pipeline.extraction.images import Grid
+from mmcli.pipeline.training.data import Split
+from mmcli.pipeline.training.loop import Member, fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +91,7 @@ def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, 
             Member(head=head.to(place), seed=seed, monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: 0)
         )
     if not graphs:
-        monkeypatch.setattr("mmcli.pipeline.step.WARM_UP", 10**9)
+        monkeypatch.setattr("mmcli.pipeline.training.step.WARM_UP", 10**9)
     with Progress().task("", 1) as task:
         results = fit(members, split, config, task=task)
     return [member.head for member in members], [[r["loss"] for r in result.history] for result in results]

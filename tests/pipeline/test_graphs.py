@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmcli.heads.model import make_head
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.splits import Split
-from mmcli.pipeline.step import Step
-from mmcli.pipeline.trainer import Member, fit
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.training.data import Split
+from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.step import Step
 
 
 class Graph(TorchDispatchMode):

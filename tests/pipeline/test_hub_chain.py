@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mmcli.pipeline.config import DEFAULT_MODEL
+from mmcli.pipeline.core.config import DEFAULT_MODEL
 
 FIRST, SECOND = "a" * 39 + "1", "b" * 39 + "2"
 # Images of each split that are taken of the real slice.

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.identity import evaluation_identity, training_identity
-from mmcli.pipeline.settle import settle
-from mmcli.pipeline.train_head import train_head
+from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.training.train_head import train_head
 
 SMALL = {
     "fusion.mlp_dims": [32, 16], "training.num_epochs": 2, "knn.K": 5, "hash.bits": 16, "hardware.device": "cpu",

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mmcli import InputError
 from mmcli.cache import Store, StoreError, StoreWriter, export_store, verify
-from mmcli.pipeline.import_store import ImportPlan, import_store
-from mmcli.pipeline.manifest import Manifest, write_manifest
+from mmcli.pipeline.data.manifest import Manifest, write_manifest
+from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
 
 N, D = 7, 3
 COUNTS = np.array([5, 1, 7, 2, 6, 1, 3])  # captions in the manifest; five are kept
@@ -487,7 +487,7 @@ def test_skipped_images_are_shown_and_left_out(mmcli, tmp_path, monkeypatch):
     skipped = [1, 2, 3, 4, 5, 6]
     source.v_img[skipped] = 0
     result = source.plain
-    monkeypatch.setattr("mmcli.pipeline.import_store.check_images", lambda *_: "x")
+    monkeypatch.setattr("mmcli.pipeline.extraction.import_store.check_images", lambda *_: "x")
     original = StoreWriter.write_image
     monkeypatch.setattr(
         StoreWriter, "write_image",

@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError, Tagger
-from mmcli.pipeline import index_file
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.index import add, build, remove
-from mmcli.pipeline.index_file import read_index, write_index, writing
-from mmcli.pipeline.index_views import describe
-from mmcli.pipeline.manifest import Manifest, read_manifest, write_manifest
-from mmcli.pipeline.runs import open_run
-from mmcli.pipeline.tag_index import Origin, TagIndex
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.core.run import open_run
+from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
+from mmcli.pipeline.tagging import index_file
+from mmcli.pipeline.tagging.index import add, build, remove
+from mmcli.pipeline.tagging.index_file import read_index, write_index, writing
+from mmcli.pipeline.tagging.index_views import describe
+from mmcli.pipeline.tagging.tag_index import Origin, TagIndex
 
 
 def run_of(folder: Path) -> Path:

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.heads.tensor_files import load_arrays, read_about, write_tensors
-from mmcli.pipeline.codes import codes_path, read_codes
-from mmcli.pipeline.compare import compare
-from mmcli.pipeline.evaluation import read_scores, scores_path
+from mmcli.pipeline.core.results import codes_path, read_codes
+from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.evaluation.metrics import read_scores, scores_path
 
 
 def run_of(here: Path) -> Path:

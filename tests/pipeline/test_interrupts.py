@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from mmcli.cache import verify
-from mmcli.pipeline import ablate, extract, train_head, trainer, training_run, zero_shot
-from mmcli.pipeline.runs import open_run, read_info
-from mmcli.pipeline.shard_jobs import ShardJobs
-from mmcli.pipeline.training_state import TrainingState
+from mmcli.pipeline.ablation import ablate
+from mmcli.pipeline.core.run import open_run, read_info
+from mmcli.pipeline.evaluation import zero_shot
+from mmcli.pipeline.extraction import extract
+from mmcli.pipeline.extraction.shards import ShardJobs
+from mmcli.pipeline.training import loop as trainer
+from mmcli.pipeline.training import run as training_run
+from mmcli.pipeline.training import train_head
+from mmcli.pipeline.training.state import TrainingState
 
 HEAD = ("--preset", "small", "--epochs", 3, "--patience", 0, "-q")
 

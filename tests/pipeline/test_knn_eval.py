@@ -10,11 +10,11 @@ from sklearn.metrics import average_precision_score
 
 from mmcli.heads.bootstrap import RESAMPLES
 from mmcli.heads.ranking import mean_average_precision
-from mmcli.pipeline import knn_table as table_module
-from mmcli.pipeline.codes import Codes, read_codes, write_codes
-from mmcli.pipeline.knn_search import Searcher
-from mmcli.pipeline.predictors import GRID, hybrid_row, mix, tune_mix
-from mmcli.pipeline.runs import open_run
+from mmcli.pipeline.core.results import Codes, read_codes, write_codes
+from mmcli.pipeline.core.run import open_run
+from mmcli.pipeline.evaluation import table as table_module
+from mmcli.pipeline.evaluation.predictors import GRID, hybrid_row, mix, tune_mix
+from mmcli.pipeline.evaluation.search import Searcher
 
 
 def run_of(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli.heads.config import KnnConfig
-from mmcli.pipeline.knn_plan import ALL, Sweep, plan, split_values, sweep_of
+from mmcli.pipeline.evaluation.sweep import ALL, Sweep, plan, split_values, sweep_of
 
 VOTES, METRICS = ALL["voting_strategy"], ALL["distance_metric"]
 

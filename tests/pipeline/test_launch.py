@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.finetune_team import Launch, is_first, open_team, read_launch
+from mmcli.pipeline.finetuning.distributed import Launch, is_first, open_team, read_launch
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {

@@ -30,9 +30,9 @@ def figures(run: Path) -> dict:
 @pytest.fixture(scope="module")
 def wanted(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The figures of this machine as it is, but for its precision."""
-    from mmcli.pipeline.config import load_config
-    from mmcli.pipeline.knn_eval import knn_eval
-    from mmcli.pipeline.train_head import train_head
+    from mmcli.pipeline.core.config import load_config
+    from mmcli.pipeline.evaluation.knn_eval import knn_eval
+    from mmcli.pipeline.training.train_head import train_head
 
     options = {
         "training.num_epochs": 1, "fusion.mlp_dims": [16, 8], "knn.K": 5, "hardware.device": "cpu",
@@ -66,7 +66,7 @@ def test_the_figures_are_the_same(monkeypatch, mmcli, here, wanted, time_zone, u
     words: tuple[object, ...] = TRAIN
     match setting.split():
         case ["AMX,", *_]:
-            monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: True)
+            monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: True)
             words = (*TRAIN, "--set", "training.mixed_precision=false")
         case [n, "core" | "cores"]:
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(int(n))), raising=False)
@@ -79,7 +79,7 @@ def test_the_figures_are_the_same(monkeypatch, mmcli, here, wanted, time_zone, u
         case ["umask"]:
             umask(0o077)
     if setting[:3] != "AMX":
-        monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: False)
+        monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: False)
     assert mmcli(*words, "--out", "run")[0] == 0
     code, out, err = mmcli("knn-eval", "--run", "run")
     assert code == 0, err

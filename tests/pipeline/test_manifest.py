@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.manifest import SPLITS, Manifest, read_manifest, resolve_image, write_manifest
+from mmcli.pipeline.data.manifest import SPLITS, Manifest, read_manifest, resolve_image, write_manifest
 
 NAMES = ("person", "traffic light", "Zebra “é”")
 COLUMNS: dict[str, list[Any]] = {

@@ -13,11 +13,11 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from mmcli.pipeline.coco_categories import CATEGORIES
-from mmcli.pipeline.miniature import draw_legend, make_dataset
-from mmcli.pipeline.miniature_model import make_checkpoint, siglip_loss
-from mmcli.pipeline.miniature_pictograms import draw_pictogram, parse_pictograms
-from mmcli.pipeline.miniature_scenes import SYNONYMS, THEME_SHARE, THEMES, draw_scene, write_captions
+from mmcli.pipeline.data.coco_categories import CATEGORIES
+from mmcli.pipeline.data.miniature import draw_legend, make_dataset
+from mmcli.pipeline.data.miniature_scenes import SYNONYMS, THEME_SHARE, THEMES, draw_scene, write_captions
+from mmcli.pipeline.data.pictograms import draw_pictogram, parse_pictograms
+from mmcli.pipeline.extraction.miniature_model import make_checkpoint, siglip_loss
 
 
 def digest(folder: Path) -> dict[str, str]:

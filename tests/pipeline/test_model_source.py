@@ -19,9 +19,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from mmcli import InputError
-from mmcli.pipeline.config import DEFAULT_MODEL
-from mmcli.pipeline.encoder import Encoder
-from mmcli.pipeline.model_source import find_model
+from mmcli.pipeline.core.config import DEFAULT_MODEL
+from mmcli.pipeline.extraction.encoder import Encoder
+from mmcli.pipeline.extraction.model_source import find_model
 
 CPU = torch.device("cpu")
 FIRST, SECOND = "a" * 39 + "1", "b" * 39 + "2"

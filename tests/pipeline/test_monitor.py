@@ -9,9 +9,9 @@ from mmcli.heads.knn import build_index
 from mmcli.heads.metrics import mean_average_precision
 from mmcli.heads.model import make_head
 from mmcli.heads.voting import vote
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.monitor import Alarm, Monitor
-from mmcli.pipeline.splits import Split
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.training.data import Split
+from mmcli.pipeline.training.monitor import Alarm, Monitor
 
 D, C = 12, 5
 
@@ -51,7 +51,7 @@ def test_val_map_is_that_of_the_neighbours_or_of_the_classifier() -> None:
 
 
 def test_a_sample_of_train_votes_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.monitor.VOTERS", 10)
+    monkeypatch.setattr("mmcli.pipeline.training.monitor.VOTERS", 10)
     config, train, val, head = make()
     monitor = Monitor(config, train, val)
     few = train.sample(10, config.hardware.seed)

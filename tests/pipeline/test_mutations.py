@@ -23,25 +23,25 @@ from PIL import Image
 
 from mmcli import InputError, load_head
 from mmcli.cache import Store, verify
-from mmcli.pipeline.ablate_table import read_rows
-from mmcli.pipeline.checkpoint import best_checkpoint
-from mmcli.pipeline.coco import read_instances, read_karpathy
-from mmcli.pipeline.compare import compare
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.evaluation import read_scores
-from mmcli.pipeline.experiments import read_experiments, read_grid
-from mmcli.pipeline.images import load_image
-from mmcli.pipeline.import_store import ImportPlan, import_store
-from mmcli.pipeline.index import build
-from mmcli.pipeline.index_file import read_index
-from mmcli.pipeline.knn_codes import Evaluated
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.metrics_file import read_history, read_metrics
-from mmcli.pipeline.prompts import read_prompts
-from mmcli.pipeline.report_inputs import read_known
-from mmcli.pipeline.requests import gather
-from mmcli.pipeline.runs import open_run, read_info
-from mmcli.pipeline.training_state import TrainingState, read_state, write_state
+from mmcli.pipeline.ablation.experiments import read_experiments, read_grid
+from mmcli.pipeline.ablation.records import read_rows
+from mmcli.pipeline.core.checkpoint import best_checkpoint
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.metrics_file import read_history, read_metrics
+from mmcli.pipeline.core.run import open_run, read_info
+from mmcli.pipeline.data.coco import read_instances, read_karpathy
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.evaluation.codes import Evaluated
+from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.evaluation.metrics import read_scores
+from mmcli.pipeline.evaluation.prompts import read_prompts
+from mmcli.pipeline.extraction.images_part import load_image
+from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
+from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.tagging.index import build
+from mmcli.pipeline.tagging.index_file import read_index
+from mmcli.pipeline.tagging.requests import gather
+from mmcli.pipeline.training.state import TrainingState, read_state, write_state
 
 SECONDS = 10
 LONGEST_LINE = 1500

@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from mmcli import InputError
 from mmcli.cache import StoreError
 from mmcli.pipeline import demo
-from mmcli.pipeline import report as stage
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.files import remove_leftovers, remove_leftovers_of, write_folder, write_text, write_whole
-from mmcli.pipeline.prepare import prepare
-from mmcli.pipeline.report import ReportPlan, report
-from mmcli.pipeline.runs import RunInfo, begun_config, now, open_run, read_info, start_run
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.files import remove_leftovers, remove_leftovers_of, write_folder, write_text, write_whole
+from mmcli.pipeline.core.run import RunInfo, begun_config, now, open_run, read_info, start_run
+from mmcli.pipeline.data.prepare import prepare
+from mmcli.pipeline.report import report as stage
+from mmcli.pipeline.report.report import ReportPlan, report
 
 Files = dict[str, bytes | str]
 
@@ -119,7 +119,7 @@ def test_a_link_in_a_run_is_neither_followed_nor_replaced(tmp_path: Path, name: 
 
 
 def test_leftovers_of_a_killed_training_go_and_others_stay(tmp_path: Path) -> None:
-    from mmcli.pipeline.run_folders import clean_up
+    from mmcli.pipeline.core.run_folders import clean_up
 
     out = begin(tmp_path / "run")
     (out / "checkpoints").mkdir()

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcli.pipeline.patches import Grid
-from mmcli.pipeline.planner import even_cuts, plan
+from mmcli.pipeline.extraction.images import Grid
+from mmcli.pipeline.extraction.planner import even_cuts, plan
 
 GRIDS = st.lists(st.none() | st.builds(Grid, st.integers(1, 4), st.integers(1, 5)), max_size=60)
 

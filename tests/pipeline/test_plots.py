@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.plots import VARIABLES, draw, for_page, log_axis, name_points
-from mmcli.pipeline.plots_depth import BINS, _binned, _reliability, micro_curves, spearman
-from mmcli.pipeline.plots_runs import Point, loss_terms, pareto_front, val_curves
+from mmcli.pipeline.report.plots import Point, loss_terms, pareto_front, val_curves
+from mmcli.pipeline.report.plots_codes import BINS, _binned, _reliability, micro_curves, spearman
+from mmcli.pipeline.report.plots_part import VARIABLES, draw, for_page, log_axis, name_points
 
 
 def some(axes) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.ablate_views import experiment_table
-from mmcli.pipeline.compare import compare
-from mmcli.pipeline.console import make_console
-from mmcli.pipeline.metrics_file import by_precision
-from mmcli.pipeline.report import ReportPlan, report
-from mmcli.pipeline.report_arms import Arm, Sample, arm_pair
-from mmcli.pipeline.report_inputs import read_inputs
-from mmcli.pipeline.runs import mark, open_run, write_info
-from mmcli.pipeline.train_head import resume_training
+from mmcli.pipeline.ablation.tables import experiment_table
+from mmcli.pipeline.core.console import make_console
+from mmcli.pipeline.core.metrics_file import by_precision
+from mmcli.pipeline.core.run import mark, open_run, write_info
+from mmcli.pipeline.evaluation.arms import Arm, Sample, arm_pair
+from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.report.inputs import read_inputs
+from mmcli.pipeline.report.report import ReportPlan, report
+from mmcli.pipeline.training.train_head import resume_training
 
 WORDS = ("--epochs", 1, "--set", "fusion.mlp_dims=[16, 8]", "--set", "knn.K=5", "--device", "cpu")
 FLOAT32 = ("--set", "training.mixed_precision=false")
@@ -25,7 +25,7 @@ FLOAT32 = ("--set", "training.mixed_precision=false")
     ("amx", "options", "wanted"), [(True, (), "bfloat16"), (True, FLOAT32, "float32"), (False, (), "float32")]
 )
 def test_a_run_says_the_precision_that_it_computed_in(monkeypatch, mmcli, here, amx, options, wanted) -> None:
-    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: amx)
+    monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: amx)
     code, out, err = mmcli("train-head", *WORDS, *options, "--out", "run", "--json")
     assert code == 0, err
     assert f" on cpu, {wanted}" in err
@@ -38,10 +38,10 @@ def test_a_run_says_the_precision_that_it_computed_in(monkeypatch, mmcli, here, 
 
 def test_a_run_is_not_resumed_in_another_precision(monkeypatch, mmcli, here) -> None:
     """Also where no epoch was kept, so that it would begin again."""
-    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: False)
+    monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: False)
     assert mmcli("train-head", *WORDS, "--out", "run")[0] == 0
     mark(open_run(Path("run")), "interrupted")
-    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: True)
+    monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: True)
     with pytest.raises(InputError, match="got a training in float32, wanted one in bfloat16"):
         resume_training(Path("run"))
 
@@ -98,7 +98,7 @@ def test_answers_compare_values_of_one_precision() -> None:
 def test_a_report_has_a_line_for_each_precision(tmp_path: Path) -> None:
     from report_kit import make_kit
 
-    from mmcli.pipeline.ablate_table import read_rows, write_rows
+    from mmcli.pipeline.ablation.records import read_rows, write_rows
 
     kit = make_kit(tmp_path)
     rows = read_rows(kit.ablations)

@@ -11,10 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from mmcli import InputError, Tagger
-from mmcli.pipeline.explain import plain, show
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.panel import AGREES, DIFFERS, MISSING, draw
-from mmcli.pipeline.tagging import Neighbour, Tag, Tagging
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.tagging.explain import plain, show
+from mmcli.pipeline.tagging.panel import AGREES, DIFFERS, MISSING, draw
+from mmcli.pipeline.tagging.tagging import Neighbour, Tag, Tagging
 
 NASTY = "two [red]dogs[/red] $x_1^{ \\frac :smile: 日本語 \x1b[31m\ron a sofa"
 

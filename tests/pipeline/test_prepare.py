@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from mmcli import InputError
-from mmcli.pipeline.manifest import read_manifest, resolve_image
-from mmcli.pipeline.prepare import prepare, statistics_tables
+from mmcli.pipeline.data.manifest import read_manifest, resolve_image
+from mmcli.pipeline.data.prepare import prepare, statistics_tables
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
 # Image id: Karpathy's split, image folder, category ids of its annotations, number of captions.

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.manifest import Manifest
-from mmcli.pipeline.protocols import Lists, check_protocol, read_lists, select
+from mmcli.pipeline.data.manifest import Manifest
+from mmcli.pipeline.data.protocols import Lists, check_protocol, read_lists, select
 
 
 @dataclass(frozen=True)

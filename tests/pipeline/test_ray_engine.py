@@ -18,13 +18,13 @@ import torch
 
 from mmcli import InputError
 from mmcli.cache import Store, Stripe, verify
-from mmcli.pipeline import ray_actor, ray_cluster
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.extract import ExtractPlan, extract
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.ray_engine import extract_on_ray
-from mmcli.pipeline.shard_reading import read_row
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.extraction import ray_actor, ray_cluster
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract
+from mmcli.pipeline.extraction.ray_engine import extract_on_ray
+from mmcli.pipeline.extraction.ray_reading import read_row
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -c constraints.txt -e '.[ray]'"
@@ -252,7 +252,7 @@ def test_a_cluster_is_joined_by_the_option_alone(miniature, tmp_path: Path, monk
         raise InputError("stop")
         yield
 
-    monkeypatch.setattr("mmcli.pipeline.ray_engine.cluster", cluster)
+    monkeypatch.setattr("mmcli.pipeline.extraction.ray_engine.cluster", cluster)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     said = []
     progress = Progress()

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from mmcli import InputError
-from mmcli.pipeline.images import UnreadableImage, image_size
-from mmcli.pipeline.patches import PatchSpec, read_patches
-from mmcli.pipeline.reading import ImageReader
-from mmcli.pipeline.shard_reading import pieces_of, read_row
+from mmcli.pipeline.extraction.images import PatchSpec, read_patches
+from mmcli.pipeline.extraction.images_part import UnreadableImage, image_size
+from mmcli.pipeline.extraction.ray_reading import pieces_of, read_row
+from mmcli.pipeline.extraction.reader import ImageReader
 
 SPEC = PatchSpec(side=16, budget=16, fixed=None, resample=2)
 SIZES = ((64, 64), (90, 30), (30, 90), (64, 64), (90, 30), (64, 64), (7, 200))
@@ -142,8 +142,8 @@ def test_a_worker_that_is_killed_is_one_line(data: Path, what: str) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from mmcli.pipeline.patches import PatchSpec
-from mmcli.pipeline.reading import ImageReader
+from mmcli.pipeline.extraction.images import PatchSpec
+from mmcli.pipeline.extraction.reader import ImageReader
 spec = PatchSpec(side=16, budget=16, fixed=None, resample=2)
 with ImageReader(Path(sys.argv[1]), spec, tokens=16, workers=2, ahead=2) as reader:
     for piece in reader.read([["0.jpg"] * 50]):

@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from mmcli.cache import Store, place
-from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.data.manifest import read_manifest
 
 pytest.importorskip("upath", reason="universal_pathlib is not installed: pip install -e '.[remote]'")
 

@@ -12,8 +12,8 @@ import pytest
 from report_kit import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 
 from mmcli import InputError
-from mmcli.pipeline import report as stage
-from mmcli.pipeline.report import ReportPlan, report
+from mmcli.pipeline.report import report as stage
+from mmcli.pipeline.report.report import ReportPlan, report
 
 VOID = {"meta", "link", "img", "br", "input", "circle", "line", "use", "path", "image", "rect", "stop", "clippath"}
 
@@ -227,8 +227,8 @@ def test_damaged_scores_are_named(kit: Kit, tmp_path: Path) -> None:
 
 
 def test_a_path_of_the_manifest_never_leaves_the_data_folder(kit: Kit, tmp_path: Path) -> None:
-    from mmcli.pipeline.manifest import read_manifest
-    from mmcli.pipeline.report_pictures import Pictures
+    from mmcli.pipeline.data.manifest import read_manifest
+    from mmcli.pipeline.report.pictures import Pictures
 
     shutil.copytree(kit.data, tmp_path / "data")
     listing = read_manifest(tmp_path / "data" / "manifest.parquet")

@@ -13,9 +13,9 @@ from scipy import stats
 
 from mmcli.heads.bootstrap import difference, resample
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.report_answers import T975, T975_OF_MORE, _holm, _ratio, answers
-from mmcli.pipeline.report_arms import EQUAL, Arm, Pairs, Sample, best_of, verdict
-from mmcli.pipeline.report_inputs import Inputs, read_inputs
+from mmcli.pipeline.evaluation.arms import EQUAL, Arm, Pairs, Sample, best_of, verdict
+from mmcli.pipeline.report.answers import T975, T975_OF_MORE, _holm, _ratio, answers
+from mmcli.pipeline.report.inputs import Inputs, read_inputs
 
 
 @pytest.fixture(scope="module")

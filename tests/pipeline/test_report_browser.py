@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from report_kit import make_kit
 
-from mmcli.pipeline.report import ReportPlan, report
+from mmcli.pipeline.report.report import ReportPlan, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

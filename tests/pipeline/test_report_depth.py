@@ -9,13 +9,13 @@ from report_kit import NAMES, Kit, make_kit
 from sklearn.metrics import average_precision_score
 
 from mmcli import InputError
-from mmcli.pipeline.evaluation import read_scores
-from mmcli.pipeline.metrics_file import read_metrics
-from mmcli.pipeline.report_depth import Depth, choose, look_into
-from mmcli.pipeline.report_examples import failures, queries
-from mmcli.pipeline.report_inputs import read_inputs, read_known
-from mmcli.pipeline.report_pictures import Pictures
-from mmcli.pipeline.report_tables import class_table, confusion_table
+from mmcli.pipeline.core.metrics_file import read_metrics
+from mmcli.pipeline.evaluation.metrics import read_scores
+from mmcli.pipeline.report.depth import Depth, choose, look_into
+from mmcli.pipeline.report.examples import failures, queries
+from mmcli.pipeline.report.inputs import read_inputs, read_known
+from mmcli.pipeline.report.pictures import Pictures
+from mmcli.pipeline.report.tables import class_table, confusion_table
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_the_table_of_classes_is_sorted_and_sortable(depth: Depth) -> None:
 
 
 def test_without_a_label_in_test_nothing_is_said_and_nothing_fails(tmp_path: Path) -> None:
-    from mmcli.pipeline.codes import read_codes, write_codes
-    from mmcli.pipeline.report import ReportPlan, report
+    from mmcli.pipeline.core.results import read_codes, write_codes
+    from mmcli.pipeline.report.report import ReportPlan, report
 
     kit = make_kit(tmp_path, rows=False)
     codes = read_codes(kit.run, "test")

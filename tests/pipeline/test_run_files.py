@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.cache.strict_json import parse_json
-from mmcli.pipeline.ablate_table import read_rows, write_rows
-from mmcli.pipeline.index_file import read_index
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.metrics_file import read_history, read_metrics
-from mmcli.pipeline.report_inputs import read_known
-from mmcli.pipeline.requests import gather
-from mmcli.pipeline.runs import read_info
+from mmcli.pipeline.ablation.records import read_rows, write_rows
+from mmcli.pipeline.core.metrics_file import read_history, read_metrics
+from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.tagging.index_file import read_index
+from mmcli.pipeline.tagging.requests import gather
 
 BROKEN = {
     "nothing": "", "half": '{"a": ', "deep lists": "[" * 100_000, "deep objects": '{"a":' * 100_000, "NaN": '{"method": NaN}',
@@ -129,7 +129,7 @@ def test_codes_of_another_kind_are_one_line(run: Path) -> None:
         "packed": whole["packed"].astype(np.int64), "logits": np.full_like(whole["logits"], np.nan),
     }.items():  # fmt: skip
         save_file(whole | {name: np.ascontiguousarray(values)}, path)
-        from mmcli.pipeline.codes import read_codes
+        from mmcli.pipeline.core.results import read_codes
 
         with pytest.raises(InputError, match="damaged codes"):
             read_codes(run, "test")

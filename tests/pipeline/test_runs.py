@@ -14,11 +14,11 @@ import pytest
 from safetensors import SafetensorError
 
 from mmcli import InputError
-from mmcli.pipeline import run_folders
-from mmcli.pipeline.codes import Codes, codes_path, read_codes, write_codes
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.files import write_text, write_whole
-from mmcli.pipeline.runs import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
+from mmcli.pipeline.core import run_folders
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.files import write_text, write_whole
+from mmcli.pipeline.core.results import Codes, codes_path, read_codes, write_codes
+from mmcli.pipeline.core.run import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
 
 
 def make_info(kind: str = "train-head") -> RunInfo:
@@ -91,7 +91,7 @@ def started_together(start: Callable[[], object], n: int = 8) -> list[object]:
 
 
 def test_runs_started_together_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.runs.environment", lambda device, seed: {})
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", lambda device, seed: {})
     for number in range(10):
         runs = started_together(lambda number=number: start(tmp_path / str(number)))
         assert len({run.folder for run in runs}) == len(runs)
@@ -101,7 +101,7 @@ def test_runs_started_together_never_share_a_folder(tmp_path: Path, monkeypatch:
 def test_a_folder_that_many_ask_for_goes_to_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
 ) -> None:
-    monkeypatch.setattr("mmcli.pipeline.runs.environment", lambda device, seed: {})
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", lambda device, seed: {})
     options = {"label": "x", "runs": tmp_path, "device": "cpu"}
     for number in range(10):
         out = tmp_path / str(number)
@@ -188,7 +188,7 @@ def test_the_mark_of_a_finished_run_is_written_after_its_metrics(
         raise KeyboardInterrupt
 
     run = start(tmp_path)
-    monkeypatch.setattr("mmcli.pipeline.runs.write_metrics", killed)
+    monkeypatch.setattr("mmcli.pipeline.core.run.write_metrics", killed)
     with pytest.raises(KeyboardInterrupt):
         finish_run(run, [{"mAP": 0.5}])
     with pytest.raises(InputError, match="running"):

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.config import Config, dump_config, load_config
-from mmcli.pipeline.config_reference import reference
-from mmcli.pipeline.presets import PRESETS
-from mmcli.pipeline.settle import notices, settle
+from mmcli.pipeline.core.config import Config, dump_config, load_config
+from mmcli.pipeline.core.config_reference import reference
+from mmcli.pipeline.core.config_rules import notices, settle
+from mmcli.pipeline.core.presets import PRESETS
 
 MLP = {"head": "mlp"}
 ALPHA, READS_ONE, BATCH = "alpha changes nothing", "other modality", "is taken as 2"
@@ -115,7 +115,7 @@ def test_only_what_was_given_is_remarked_upon(options: dict, said: list[str]) ->
 
 
 def test_the_configuration_page_is_the_schema(repo: Path) -> None:
-    """Mend with: python -m mmcli.pipeline.config_reference > docs/configuration.md"""
+    """Mend with: python -m mmcli.pipeline.core.config_reference > docs/configuration.md"""
     page = (repo / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == reference()
     rows = [line for line in page.splitlines() if line.startswith("| `")]

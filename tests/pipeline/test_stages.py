@@ -16,13 +16,13 @@ from transformers import AutoModel, AutoTokenizer
 from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.metrics import best_threshold
-from mmcli.pipeline.checkpoint import best_checkpoint, load_head
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.evaluation import metrics_row
-from mmcli.pipeline.splits import Split
-from mmcli.pipeline.training_data import check_splits
-from mmcli.pipeline.zero_shot import TEMPLATES
+from mmcli.pipeline.core.checkpoint import best_checkpoint, load_head
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.evaluation.metrics import metrics_row
+from mmcli.pipeline.evaluation.zero_shot import TEMPLATES
+from mmcli.pipeline.training.data import Split
+from mmcli.pipeline.training.training_data import check_splits
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
 
@@ -164,7 +164,7 @@ def test_codes_keep_the_norms_that_the_head_read(mmcli, here: Path) -> None:
 
 def test_codes_are_those_of_the_best_epoch_not_of_the_last(mmcli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.9, 0.5, 0.4])
-    monkeypatch.setattr("mmcli.pipeline.monitor.Monitor.__call__", lambda *_: {"val_mAP": next(values)})
+    monkeypatch.setattr("mmcli.pipeline.training.monitor.Monitor.__call__", lambda *_: {"val_mAP": next(values)})
     code, out, err = mmcli("train-head", *TINY, "--json", "--out", "runs/best")
     assert code == 0, err
     assert json.loads(out)["best_epoch"] == 1

@@ -9,12 +9,12 @@ import torch
 from mmcli import InputError
 from mmcli.heads.label_losses import bce_loss
 from mmcli.heads.model import Head
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.optimisation import AdamW, learning_rate
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.splits import Split, encode_split
-from mmcli.pipeline.step import count_batches
-from mmcli.pipeline.trainer import FitResult, Member, fit
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.training.data import Split, encode_split
+from mmcli.pipeline.training.loop import FitResult, Member, fit
+from mmcli.pipeline.training.optimisation import AdamW, learning_rate
+from mmcli.pipeline.training.step import count_batches
 
 CPU = torch.device("cpu")
 D, C = 12, 5

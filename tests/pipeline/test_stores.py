@@ -6,9 +6,9 @@ import pytest
 
 from mmcli import InputError
 from mmcli.cache import StoreKey, StoreWriter
-from mmcli.pipeline.config import Config
-from mmcli.pipeline.manifest import Manifest
-from mmcli.pipeline.stores import _compacted, read_store
+from mmcli.pipeline.core.config import Config
+from mmcli.pipeline.data.manifest import Manifest
+from mmcli.pipeline.extraction.stores import _compacted, read_store
 
 N = 2600
 

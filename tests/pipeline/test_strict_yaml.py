@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from mmcli import InputError
-from mmcli.pipeline.config import dump_config, load_config, parse_settings
-from mmcli.pipeline.experiments import read_experiments
-from mmcli.pipeline.strict_yaml import MOST_BYTES, parse_yaml, read_yaml
+from mmcli.pipeline.ablation.experiments import read_experiments
+from mmcli.pipeline.core.config import dump_config, load_config, parse_settings
+from mmcli.pipeline.core.strict_yaml import MOST_BYTES, parse_yaml, read_yaml
 
 _LEVELS = [f"{c}: &{c} [{','.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefghi", "bcdefghij", strict=True)]
 

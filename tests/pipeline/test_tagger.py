@@ -13,16 +13,16 @@ from safetensors.numpy import load_file
 import mmcli
 from mmcli import InputError, Tagger
 from mmcli.heads.config import KnnConfig
-from mmcli.pipeline.codes import Codes, read_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.knn_eval import knn_eval
-from mmcli.pipeline.manifest import read_manifest
-from mmcli.pipeline.run_encoder import Coded
-from mmcli.pipeline.runs import open_run
-from mmcli.pipeline.tag_index import Origin, TagIndex
-from mmcli.pipeline.tagger import run_store
-from mmcli.pipeline.train_head import train_head
-from mmcli.pipeline.voters import Query, Voters
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.results import Codes, read_codes
+from mmcli.pipeline.core.run import open_run
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.evaluation.knn_eval import knn_eval
+from mmcli.pipeline.tagging.encode import Coded
+from mmcli.pipeline.tagging.tag_index import Origin, TagIndex
+from mmcli.pipeline.tagging.tagger import run_store
+from mmcli.pipeline.tagging.voting import Query, Voters
+from mmcli.pipeline.training.train_head import train_head
 
 
 def run_of(folder: Path) -> Path:
@@ -113,8 +113,8 @@ def test_paths_arrays_and_pillow_images_are_the_same_picture(miniature, tagger) 
 def test_batches_change_nothing(miniature, tagger, monkeypatch) -> None:
     images, captions, _ = pairs(miniature, "test")
     together = tagger.predict(images, captions)
-    monkeypatch.setattr("mmcli.pipeline.tagger.BATCH", 3)
-    monkeypatch.setattr("mmcli.pipeline.pixels.CHUNK", 2)
+    monkeypatch.setattr("mmcli.pipeline.tagging.tagger.BATCH", 3)
+    monkeypatch.setattr("mmcli.pipeline.tagging.pixels.CHUNK", 2)
     for one, other in zip(together, tagger.predict(images, captions), strict=True):
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
     assert tagger.predict([], []) == []
@@ -240,7 +240,7 @@ def test_heads_without_bits_and_of_images_alone(made, miniature, tmp_path) -> No
         "hash.bits": 0, "fusion.inputs": "image", "fusion.mlp_dims": [32, 16], "training.num_epochs": 1, "knn.K": 3,
         "hardware.device": "cpu",
     }  # fmt: skip
-    from mmcli.pipeline.settle import settle
+    from mmcli.pipeline.core.config_rules import settle
 
     store = next((made / "data" / "cache").iterdir())
     run = train_head(settle(load_config(options=options)), store=store, out=tmp_path / "run").run

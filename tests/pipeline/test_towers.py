@@ -14,10 +14,10 @@ from transformers import (
     SiglipModel,
 )
 
-from mmcli.pipeline.encoder import tokens_of_a_pass
-from mmcli.pipeline.finetune_sides import ImageSide
-from mmcli.pipeline.patches import Grid, PatchSpec, cut, resize
-from mmcli.pipeline.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower, resize_positions
+from mmcli.pipeline.extraction.encoder import tokens_of_a_pass
+from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, resize
+from mmcli.pipeline.extraction.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower, resize_positions
+from mmcli.pipeline.finetuning.sides import ImageSide
 
 SCALE = PixelScale(factor=1 / 255, mean=(0.5, 0.4, 0.6), std=(0.5, 0.6, 0.4))
 STATISTICS = {"image_mean": list(SCALE.mean), "image_std": list(SCALE.std)}

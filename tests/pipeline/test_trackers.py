@@ -10,9 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline import trackers
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.trackers import check_trackers, open_trackers
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.training import trackers
+from mmcli.pipeline.training.trackers import check_trackers, open_trackers
 
 EPOCHS = [{"epoch": float(n), "loss": 1 / n, "lr": 1e-3, "val_mAP": n / 10, "train_s": 0.5} for n in (1, 2, 3)]
 METRICS = {
@@ -177,8 +177,8 @@ def test_the_real_wandb_writes_below_the_run_without_a_login(tmp_path: Path) -> 
     if importlib.util.find_spec("wandb") is None:
         pytest.skip("needs the extra wandb")
     script = (
-        "from pathlib import Path; from mmcli.pipeline.config import Config\n"
-        "from mmcli.pipeline.trackers import open_trackers\n"
+        "from pathlib import Path; from mmcli.pipeline.core.config import Config\n"
+        "from mmcli.pipeline.training.trackers import open_trackers\n"
         "Path('run').mkdir()\n"
         "(t,) = open_trackers(Path('run'), Config(), tensorboard=False, wandb=True)\n"
         f"for r in {EPOCHS!r}: t.epoch(r)\n"

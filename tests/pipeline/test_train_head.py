@@ -15,14 +15,14 @@ import torch
 from safetensors.numpy import load_file
 
 from mmcli.cache import Store
-from mmcli.pipeline.bench_store import make_full_store
-from mmcli.pipeline.codes import read_codes
-from mmcli.pipeline.config import load_config
-from mmcli.pipeline.model_folder import write_model_folder
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.run_folders import hold
-from mmcli.pipeline.runs import read_info
-from mmcli.pipeline.training_data import prepare_training
+from mmcli.pipeline.bench.data import make_full_store
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.model_folder import write_model_folder
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.core.run_folders import hold
+from mmcli.pipeline.training.training_data import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
 # The command line with training kept after every epoch, however short.
@@ -189,7 +189,7 @@ def test_what_is_finished_stays_finished_when_a_later_one_is_stopped(mmcli, here
             raise KeyboardInterrupt
         return write_model_folder(*words)
 
-    monkeypatch.setattr("mmcli.pipeline.training_run.write_model_folder", second_time)
+    monkeypatch.setattr("mmcli.pipeline.training.run.write_model_folder", second_time)
     code, _, _ = mmcli("train-head", *TINY, "--seeds", 3, "--out", "runs/many")
     assert code == 130
     statuses = [read_info(here / "runs" / f"many-seed{seed}").status for seed in (42, 43, 44)]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmcli.pipeline.commands.options import FLAGS
-from mmcli.pipeline.config import dump_config, load_config
+from mmcli.pipeline.core.config import dump_config, load_config
 
 OPTIONS = {
     "--preset": ("preset", "direction-only"), "--head": ("head", "mlp"), "--bits": ("hash.bits", 32),
@@ -45,7 +45,8 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stage that writes down which of its functions was called, and how."""
-    from mmcli.pipeline import stores, train_head
+    from mmcli.pipeline.extraction import stores
+    from mmcli.pipeline.training import train_head
 
     monkeypatch.setattr(stores, "find_store", lambda folder: folder)
     monkeypatch.setattr(stores, "Reading", lambda folder, config: ("read ahead", folder))

@@ -17,15 +17,15 @@ from mmcli.heads.config import HashRegConfig
 from mmcli.heads.dropout import reseed_dropout
 from mmcli.heads.losses import total_loss
 from mmcli.heads.model import Head
-from mmcli.pipeline.checkpoint import CheckpointKeeper, best_checkpoint, load_head
-from mmcli.pipeline.config import Config, SchedulerConfig, load_config
-from mmcli.pipeline.optimisation import AdamW, learning_rate
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.replicas import Replicas
-from mmcli.pipeline.splits import Split, encode_split
-from mmcli.pipeline.step import Step
-from mmcli.pipeline.trainer import Member, fit
-from mmcli.pipeline.training_state import read_state, write_state
+from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint, load_head
+from mmcli.pipeline.core.config import Config, SchedulerConfig, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.training.data import Split, encode_split
+from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.optimisation import AdamW, learning_rate
+from mmcli.pipeline.training.replicas import Replicas
+from mmcli.pipeline.training.state import read_state, write_state
+from mmcli.pipeline.training.step import Step
 
 CPU = torch.device("cpu")
 D, C = 12, 5
@@ -185,13 +185,13 @@ def test_loss_falls_and_the_record_is_whole() -> None:
 @pytest.fixture
 def patient_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience counts from the first step on."""
-    monkeypatch.setattr("mmcli.pipeline.trainer.PATIENT_STEPS", 0)
+    monkeypatch.setattr("mmcli.pipeline.training.loop.PATIENT_STEPS", 0)
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 4), (3, 4), (5, 7), (1000, 9)])
 def test_patience_counts_from_a_number_of_steps_on(monkeypatch, steps: int, epochs: int) -> None:
     """One step an epoch, the best epoch is the second, patience 2."""
-    monkeypatch.setattr("mmcli.pipeline.trainer.PATIENT_STEPS", steps)
+    monkeypatch.setattr("mmcli.pipeline.training.loop.PATIENT_STEPS", steps)
     values = iter([0.1, 0.5, *[0.4] * 9])
     options = {"training.num_epochs": 9, "training.early_stopping_patience": 2}
     monitor = lambda _: {"val_mAP": next(values)}  # noqa: E731
@@ -522,7 +522,7 @@ def test_the_average_of_the_weights_is_that_of_a_slow_loop() -> None:
 @pytest.mark.parametrize("options", [{}, {"training.ema_decay": 0.9}, {"fusion.dropout": 0.3, "hash.bits": 0}])
 @pytest.mark.parametrize("seeds", [(42,), (42, 43)])
 def test_a_training_that_goes_on_ends_with_the_same_bits(tmp_path: Path, monkeypatch, options, seeds) -> None:
-    monkeypatch.setattr("mmcli.pipeline.trainer.KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr("mmcli.pipeline.training.loop.KEEP_EVERY_S", 0.0)
     config = load_config(options={**SMALL, "training.num_epochs": 6, "training.batch_size": 16, **options})
     split = make_split(45)
 
@@ -555,7 +555,7 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(tmp_path: Path, monkeyp
 
 
 def test_the_state_of_another_head_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.trainer.KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr("mmcli.pipeline.training.loop.KEEP_EVERY_S", 0.0)
     split, states = make_split(), []
     run(load_config(options=SMALL), split=split, keep=states.append)
     other = load_config(options={**SMALL, "hash.bits": 16})
@@ -571,7 +571,7 @@ def test_the_state_of_another_head_is_refused(tmp_path: Path, monkeypatch) -> No
 
 
 def test_mixed_precision_trains_float32_weights_to_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.device.has_amx", lambda: True)
+    monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: True)
     losses = {}
     for mixed in (True, False):
         head, result = run(load_config(options={**SMALL, "training.mixed_precision": mixed}))

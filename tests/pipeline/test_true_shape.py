@@ -11,8 +11,8 @@ import torch
 import transformers
 from PIL import Image
 
-from mmcli.pipeline.bench_data import draw_photographs
-from mmcli.pipeline.encoder import Encoder
+from mmcli.pipeline.bench.bench_data import draw_photographs
+from mmcli.pipeline.extraction.encoder import Encoder
 
 WIDTH, VOCABULARY = 768, 256_000
 TEXTS = ["a dog", "Two CATS on a sofa, next to a window", "ein Fahrrad", "自転車", "a " * 100]

@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.sigmoid import sigmoid
-from mmcli.pipeline.prompts import TEMPLATES, read_prompts
-from mmcli.pipeline.zero_shot import _own_patches
+from mmcli.pipeline.evaluation.prompts import TEMPLATES, read_prompts
+from mmcli.pipeline.evaluation.zero_shot import _own_patches
 
 
 def store_of(folder: Path) -> Path:

@@ -1,0 +1,222 @@
+"""The smallest set of extractions, trainings, searches and votes that gives every row that was asked for.
+
+Pure: nothing is read, trained or timed here, and torch is not imported. Rows that differ in what a training does not
+read share the training; rows that differ in nothing at all share the evaluation; and of an experiment's values that
+cannot differ, such as alpha on frozen towers, one row is left, which says why.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ... import InputError
+from ..core.config import Config
+from ..core.config_rules import settle
+from ..data.protocols import lists_digest
+from ..finetuning.settings import settle_finetune
+from .ablate_plan import TRAINED, Evaluation, Kind, Plan, Row, Training, with_seed
+from .experiments import Choice
+from .identity import (
+    FROZEN,
+    evaluation_identity,
+    evaluation_idle,
+    key_of,
+    method_of,
+    training_identity,
+    training_idle,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What rows are resolved against.
+
+    Attributes:
+        resolve: The configuration of the base with some dotted keys over it, checked; it is not settled.
+        store_digest: Digest of the store for a patch budget.
+        images_digest: The same for what is trained from the images themselves.
+        patches: Budget of the store that was named.
+        prompts: What zero-shot is asked, hashed into its key.
+    """
+
+    resolve: Callable[[Mapping[str, Any]], Config]
+    store_digest: Callable[[int], str]
+    images_digest: Callable[[int], str]
+    patches: int
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the configuration and the store."""
+        tree = self.resolve({}).model_dump(mode="json")
+        for key in ("hardware", "grid_search", "model"):
+            tree.pop(key)
+        for key in ("num_workers", "prefetch_factor", "pin_memory"):
+            tree["data"].pop(key)
+        return key_of({"base": tree, "store": self.store_digest(self.patches)})
+
+
+def make_plan(choices: Iterable[Choice], seeds: Sequence[int], base: Base) -> Plan:
+    """Resolve every value for every seed and share what can be shared.
+
+    Args:
+        choices: Values of experiments, in order.
+        seeds: Each value has a row a seed.
+        base: What they are resolved against.
+    """
+    builder = _Builder(base, seeds)
+    experiments: dict[str, list[Choice]] = {}
+    for choice in choices:
+        experiments.setdefault(choice.experiment, []).append(choice)
+    for own in experiments.values():
+        told = [(one.parts, dict(one.settings), one.method, one.towers) for one in own]
+        digest = key_of({"base": base.digest, "values": told})
+        for choice in own:
+            builder.add(choice, digest)
+    return builder.plan()
+
+
+@dataclass(kw_only=True)
+class _Candidate:
+    row: Row
+    choices: list[Choice] = field(default_factory=list)
+
+
+class _Builder:
+    """Collects rows and what they need."""
+
+    def __init__(self, base: Base, seeds: Sequence[int]) -> None:
+        self._base, self._seeds = base, seeds
+        self._plain_knn = base.resolve({}).knn
+        self._rows: dict[tuple[str, int, str], _Candidate] = {}
+        self._trainings: dict[str, Training] = {}
+        self._evaluations: dict[str, Evaluation] = {}
+
+    def add(self, choice: Choice, digest: str) -> None:
+        """A value, for every seed."""
+        line = Row(
+            experiment=choice.experiment, varies=choice.varies, value=choice.value, order=choice.order, seed=0,
+            base=digest,
+        )  # fmt: skip
+        try:
+            config = _settled(self._base.resolve(choice.settings), choice.towers)
+            trained = self._trained_with(config, choice.towers)
+            group = self._group(choice, trained)
+        except InputError as error:
+            for seed in self._seeds:
+                failed = replace(line, seed=seed, status="failed", note=str(error))
+                self._rows[choice.experiment, seed, f"{choice.order}"] = _Candidate(row=failed)
+            return
+        for seed in self._seeds:
+            training = self._training(choice, with_seed(trained, seed), group)
+            method = choice.method or method_of(config)
+            identity = {"training": training.key, **evaluation_identity(config, method)}
+            evaluation = Evaluation(
+                key=key_of(identity), training=training.key, method=method, config=with_seed(config, seed)
+            )
+            self._evaluations.setdefault(evaluation.key, evaluation)
+            self._trainings.setdefault(training.key, training)
+            row = replace(
+                line, seed=seed, key=evaluation.key, training=training.key, config=evaluation.config,
+                towers=choice.towers, patches=training.patches,
+            )  # fmt: skip
+            self._put(row, choice)
+
+    def plan(self) -> Plan:
+        """What was collected."""
+        rows = [_collapsed(one) for one in self._rows.values()]
+        rank = {seed: at for at, seed in enumerate(self._seeds)}
+        names = list(dict.fromkeys(row.experiment for row in rows))
+        rows.sort(key=lambda row: (names.index(row.experiment), row.order, rank[row.seed]))
+        # A stable sort: within a seed the order of the experiments stays. What trains towers comes last.
+        trainings = sorted(self._trainings.values(), key=lambda one: (one.kind == "finetune", rank.get(one.seed, 0)))
+        return Plan(
+            rows=tuple(rows), trainings={one.key: one for one in trainings}, evaluations=dict(self._evaluations)
+        )
+
+    def _trained_with(self, config: Config, towers: str) -> Config:
+        """The same with the base's knn section: what a row votes with is no reason to train again."""
+        metric = {} if config.hash.bits else {"distance_metric": "cosine"}
+        return _settled(config.model_copy(update={"knn": self._plain_knn.model_copy(update=metric)}), towers)
+
+    def _group(self, choice: Choice, config: Config) -> str:
+        store = self._store(choice)
+        if choice.method is not None:
+            prompts = {"prompts": self._base.prompts} if choice.method == "zero-shot" else {}
+            data = {"split_type": config.data.split_type, "lists": lists_digest(config.data)}
+            return key_of({"kind": choice.method, "store": store, **prompts, **data})
+        identity = training_identity(config, choice.towers)
+        identity.pop("hardware.seed")
+        kind = "head" if choice.towers == FROZEN else "finetune"
+        return key_of({"kind": kind, "store": store, **identity})
+
+    def _training(self, choice: Choice, config: Config, group: str) -> Training:
+        patches = self._patches(choice)
+        if choice.method == "zero-shot":
+            kind: Kind = "zero-shot"
+        elif choice.method == "prior":
+            kind = "prior"
+        else:
+            kind = "head" if choice.towers == FROZEN else "finetune"
+        # Baselines without training do not depend on a seed.
+        key = key_of({"group": group, "seed": config.hardware.seed}) if kind in TRAINED else group
+        return Training(
+            key=key, group=group, kind=kind, store=self._store(choice), patches=patches,
+            towers=choice.towers, config=config,
+        )  # fmt: skip
+
+    def _store(self, choice: Choice) -> str:
+        digest = self._base.store_digest if choice.towers == FROZEN else self._base.images_digest
+        return digest(self._patches(choice))
+
+    def _patches(self, choice: Choice) -> int:
+        return int(choice.settings.get("model.max_num_patches", self._base.patches))
+
+    def _put(self, row: Row, choice: Choice) -> None:
+        # Of values that set the same keys, those that cannot differ are one row; others may well be equal.
+        keys = ",".join(sorted(choice.settings))
+        found = self._rows.setdefault((row.experiment, row.seed, f"{row.key} {keys}"), _Candidate(row=row))
+        found.choices.append(choice)
+
+
+def _settled(config: Config, towers: str) -> Config:
+    """The configuration as the stage that trains it will have it."""
+    if towers == FROZEN:
+        return settle(config)
+    return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
+
+
+def _collapsed(found: _Candidate) -> Row:
+    """The row, or the one row of several values that cannot differ, with the reason."""
+    choices, row = found.choices, found.row
+    if len(choices) < 2 or row.config is None:
+        return row
+    parts = ["/".join(_distinct(texts)) for texts in zip(*(choice.parts for choice in choices), strict=True)]
+    tidy = [_joined([choice.parts[at] for choice in choices]) for at in range(len(parts))]
+    differing = [
+        key for key in dict.fromkeys(key for choice in choices for key in choice.settings)
+        if len({repr(choice.settings.get(key)) for choice in choices}) > 1
+    ]  # fmt: skip
+    method = choices[0].method or method_of(row.config)
+    idle = {**evaluation_idle(row.config, method), **training_idle(row.config, choices[0].towers)}
+    reasons = _distinct([why for key in differing for at, why in idle.items() if _covers(at, key)])
+    note = "; ".join(reasons) or "these values resolve to one configuration"
+    return replace(row, value=", ".join(tidy), status="collapsed", note=note, stands_for=len(choices))
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """``alpha 0.5``, ``alpha 1`` to ``alpha 0.5/1``."""
+    texts = _distinct(texts)
+    heads = {text.rpartition(" ")[0] for text in texts}
+    if len(texts) == 1 or len(heads) > 1:
+        return "/".join(texts)
+    head = heads.pop()
+    return f"{head} {'/'.join(text.rpartition(' ')[2] for text in texts)}".strip()
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _covers(root: str, key: str) -> bool:
+    return key == root or key.startswith(f"{root}.")

@@ -1,0 +1,171 @@
+"""A store of embeddings that another tool computed: checked against a manifest, then written like any other.
+
+Everything is read twice, a few thousand rows at a time: once to check and to hash it, before anything is written, and
+once to write it. Symbols: ``N`` images, ``D`` width, ``C`` captions of an image.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+
+from ... import InputError, __version__
+from ...cache import StoreError, StoreKey, StoreWriter, is_remote
+from ...cache.layout import StoredDtype
+from ..core.interrupts import interruptible
+from ..core.progress import Progress
+from ..data.manifest import Manifest, read_manifest
+from .import_source import Texts, check_images, check_texts, open_images, open_texts
+from .vector_files import Vectors
+
+SHARD_ROWS = 1024
+# A key has whole numbers there, and nobody knows the other tool's.
+UNKNOWN = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportPlan:
+    """Everything that an import is told.
+
+    Attributes:
+        images: A ``.npy`` or ``.parquet`` file of image vectors ``(N, D)``, or a folder of numbered ones.
+        texts: Likewise of captions: one an image ``(N, D)``; ``(N, C, D)``; or one row a caption, in manifest order.
+        manifest: The manifest whose images they are of, in its order; parquet is matched by ``image_id``.
+        name: The model that computed them.
+        revision: Which revision of it; the hash of the content where nobody knows.
+        out: The store's folder; below ``cache`` when not given.
+        cache: The folder of all stores.
+        dtype: How they are stored; as they are when not given.
+        shard_rows: Images per shard.
+        force: Throw an existing store in ``out`` away first.
+    """
+
+    images: Path
+    texts: Path
+    manifest: Path
+    name: str
+    revision: str | None = None
+    out: Path | None = None
+    cache: Path = Path("data/cache")
+    dtype: StoredDtype | None = None
+    shard_rows: int = SHARD_ROWS
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult:
+    """What an import did."""
+
+    store: Path
+    digest: str
+    n_images: int
+    n_captions: int
+    width: int
+    dtype: StoredDtype
+    revision: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        return vars(self) | {"store": str(self.store)}
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        what = f"{self.n_images:,} images and {self.n_captions:,} captions, {self.width} wide, {self.dtype}"
+        return [what, f"wrote {self.store}"]
+
+
+def import_store(plan: ImportPlan, progress: Progress | None = None) -> ImportResult:
+    """Make a store of embeddings that were computed elsewhere.
+
+    Args:
+        plan: What, and where to.
+        progress: Who to tell.
+
+    Raises:
+        InputError: Files that cannot be read, wrong counts, widths or ids, a NaN, a zero row, or a folder that holds
+            another store. Nothing was written then.
+    """
+    progress = progress or Progress()
+    for option, value in (("--name", plan.name), ("--revision", plan.revision)):
+        if value is not None and not value.strip():
+            raise InputError("an empty name", where=option, wanted="the model, or its revision, that computed them")
+    listing = read_manifest(plan.manifest)
+    scratch = plan.cache if plan.out is None or is_remote(plan.out) else plan.out.parent
+    images = open_images(plan.images, listing, scratch)
+    texts = open_texts(plan.texts, listing, scratch)
+    width = images.shape[-1]
+    if texts.vectors.shape[-1] != width:
+        raise InputError(
+            "images and texts of different widths", where=plan.texts, got=texts.vectors.shape[-1],
+            wanted=f"{width}, as in {plan.images}", do="name embeddings of one model",
+        )  # fmt: skip
+    key = _key(plan, listing, images, texts, progress)
+    folder = plan.out or plan.cache / _folder_name(key)
+    extra = {
+        "mmcli": __version__, "data": listing.name,
+        "imported": {"images": str(plan.images.resolve()), "texts": str(plan.texts.resolve())},
+    }  # fmt: skip
+    progress.say(f"importing {len(listing):,} images with embeddings of {key.model} into {folder}")
+    with _own_advice(), StoreWriter(
+        folder, key, listing.table, width=width, n_captions_max=int(texts.counts.max()), shard_rows=plan.shard_rows,
+        extra=extra, overwrite=plan.force,
+    ) as writer, interruptible(without=["--force"]):  # fmt: skip
+        _fill(writer, images, texts, progress)
+        writer.finish()
+    return ImportResult(
+        store=folder, digest=key.digest, n_images=len(listing), n_captions=int(texts.counts.sum()), width=width,
+        dtype=key.dtype, revision=key.revision,
+    )  # fmt: skip
+
+
+def _key(plan: ImportPlan, listing: Manifest, images: Vectors, texts: Texts, progress: Progress) -> StoreKey:
+    """Check all values, and name what the store depends on; the hashes stand for what the other tool did."""
+    wide = np.dtype(np.float32) in {images.dtype, texts.vectors.dtype}
+    dtype: StoredDtype = plan.dtype or ("float32" if wide else "float16")
+    with progress.task("rows checked", images.shape[0] + texts.vectors.shape[0]) as task:
+        hashes = {
+            "images": check_images(images, listing, dtype, task.advance),
+            "texts": check_texts(texts, listing, dtype, task.advance),
+        }
+    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return StoreKey(
+        model=plan.name, revision=plan.revision or f"sha256:{digest}",
+        processor=json.dumps({"imported_sha256": hashes}), patches=UNKNOWN, text_length=UNKNOWN, dtype=dtype,
+        manifest_sha256=listing.sha256, compute_dtype=dtype,
+    )  # fmt: skip
+
+
+def _fill(writer: StoreWriter, images: Vectors, texts: Texts, progress: Progress) -> None:
+    missing = {part: writer.missing(part) for part in ("image", "text")}
+    with progress.task("rows written", sum(shard.n_rows for shards in missing.values() for shard in shards)) as task:
+        for shard in missing["image"]:
+            writer.write_image(shard, v_img=images.read(shard.start, shard.stop).astype(np.float32))
+            task.advance(shard.n_rows)
+        for shard in missing["text"]:
+            v_txt = texts.read(shard.start, shard.stop, writer.layout.n_captions_max)
+            writer.write_text(shard, v_txt=v_txt, n_captions=texts.counts[shard.start : shard.stop])
+            task.advance(shard.n_rows)
+
+
+def _folder_name(key: StoreKey) -> str:
+    """As of any store, without a patch budget that nobody knows."""
+    model, _, rest = key.folder_name.rpartition(f"-p{UNKNOWN}-")
+    return f"{model}-imported-{rest}"
+
+
+@contextmanager
+def _own_advice() -> Iterator[None]:
+    """A store's errors say to extract again; here it is to import again."""
+    try:
+        yield
+    except StoreError as error:
+        if error.do is None or "mmcli extract" not in error.do:
+            raise
+        do = error.do.replace("mmcli extract", "mmcli cache import")
+        raise type(error)(error.what, where=error.where, got=error.got, wanted=error.wanted, do=do) from error

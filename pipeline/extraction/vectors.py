@@ -1,0 +1,268 @@
+"""Embeddings that another tool wrote as parquet, matched to a manifest by image id.
+
+The rows may come in any order, so they are put in the manifest's order in a scratch file on the disk of the store,
+which has no name and is gone when the process ends.
+"""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ... import InputError
+from ...cache.parquet import open_parquet, unreadable
+from ..core.files import make_folder, unwritable
+from ..data.manifest import Manifest
+from .vector_files import ALLOWED, Vectors
+
+_BATCH = 1024
+_BLOCK = 1 << 20
+# What the system says where a file system does not take room beforehand.
+NO_ALLOCATION = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV, errno.EPERM}
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorTable:
+    """Parquet files with a column ``image_id`` and one of vectors, or of lists of vectors.
+
+    Attributes:
+        where: What the user named.
+        files: The files, in order.
+        column: The column of vectors.
+        depth: 1 for vectors, 2 for lists of vectors.
+        dtype: float16 or float32.
+        ids: The image id of each vector, in file order ``(R,)``.
+    """
+
+    where: Path
+    files: Sequence[Path]
+    column: str
+    depth: int
+    dtype: np.dtype[Any]
+    ids: npt.NDArray[np.int64]
+
+    @classmethod
+    def open(cls, path: Path, files: Sequence[Path], name: str) -> "VectorTable":
+        """Read types and image ids.
+
+        Args:
+            path: What the user named.
+            files: The files, in order.
+            name: The column to prefer, where there are several of vectors.
+
+        Raises:
+            InputError: A file is not readable, or has not the columns.
+        """
+        schema = _schema(files[0])
+        column = _pick_column(schema, name, files[0])
+        kind, depth = _kind(schema.field(column).type)
+        table = cls(
+            where=path, files=files, column=column, depth=depth,
+            dtype=np.dtype(kind.to_pandas_dtype()), ids=np.empty(0, np.int64),
+        )  # fmt: skip
+        ids = []
+        for file, batch in table.batches(["image_id", column] if depth == 2 else ["image_id"]):
+            own = np.asarray(batch.column(0).cast(pa.int64(), safe=False), np.int64)
+            if depth == 2:
+                _no_nulls(file, column, batch.column(1))
+                own = np.repeat(own, np.asarray(pc.list_value_length(batch.column(1)), np.int64))
+            ids.append(own)
+        return cls(**vars(table) | {"ids": np.concatenate([np.empty(0, np.int64), *ids])})
+
+    def batches(self, columns: list[str]) -> Iterator[tuple[Path, pa.RecordBatch]]:
+        """A few rows at a time, of some columns, each with its file."""
+        for file in self.files:
+            schema = _schema(file)
+            for name in columns:
+                kind = schema.field(name).type if name in schema.names else None
+                right = pa.types.is_integer(kind) if name == "image_id" and kind else _is(kind, self.depth, self.dtype)
+                if not right:
+                    raise InputError(
+                        "a column of another type", where=f"{file}, column {name}", got=kind or "no such column",
+                        wanted="whole numbers" if name == "image_id" else f"{self.dtype} as in {self.files[0].name}",
+                    )  # fmt: skip
+            for batch in _batches(file, columns):
+                if "image_id" in columns:
+                    _no_nulls(file, "image_id", batch.column("image_id"))
+                yield file, batch
+
+    def in_order(self, targets: npt.NDArray[np.int64], scratch: Path) -> Vectors:
+        """The vectors as memory-mapped rows in another order.
+
+        Args:
+            targets: The row of each vector ``(R,)``, every one of 0..R-1 once.
+            scratch: Folder of the scratch file; made when absent.
+
+        Raises:
+            InputError: Vectors of different widths, nulls, or no room for the scratch file.
+        """
+        rows: npt.NDArray[Any] | None = None
+        at = 0
+        for file, batch in self.batches([self.column]):
+            values = self._vectors(file, batch.column(0), at)
+            if not len(values):
+                continue
+            if rows is None:
+                rows = _scratch(scratch, self.dtype, (len(targets), values.shape[1]))
+            if values.shape[1] != rows.shape[1]:
+                raise self._width(file, at, values.shape[1], rows.shape[1])
+            rows[targets[at : at + len(values)]] = values
+            at += len(values)
+        assert rows is not None, "a table without rows has no right ids"
+        return Vectors(where=self.where, parts=((self.where, rows),), in_file_order=False)
+
+    def _vectors(self, file: Path, column: pa.Array, at: int) -> npt.NDArray[Any]:
+        _no_nulls(file, self.column, column)
+        if self.depth == 2:
+            column = column.flatten()
+            _no_nulls(file, self.column, column)
+        lengths = np.asarray(pc.list_value_length(column), np.int64)
+        if len(lengths) and (lengths != lengths[0]).any():
+            odd = int(np.argmax(lengths != lengths[0]))
+            raise self._width(file, at + odd, int(lengths[odd]), int(lengths[0]))
+        if len(lengths) and not lengths[0]:
+            raise self._width(file, at, 0, "at least 1")
+        flat = column.flatten()
+        _no_nulls(file, self.column, flat)
+        return np.asarray(flat).reshape(len(lengths), -1 if len(lengths) else 0)
+
+    def _width(self, file: Path, at: int, got: int, wanted: object) -> InputError:
+        where = f"{file}, column {self.column}, image id {self.ids[at]}"
+        return InputError("vectors of different widths", where=where, got=got, wanted=wanted)
+
+
+def match(
+    table: VectorTable, listing: Manifest, wanted: Counts, *, or_one: bool
+) -> tuple[npt.NDArray[np.int64], Counts]:
+    """Which row each vector has in the manifest's order: the images in order, the captions of an image as they come.
+
+    Args:
+        table: The table.
+        listing: The manifest, N images.
+        wanted: Vectors that each image should have ``(N,)``.
+        or_one: Whether one vector for every image will do as well.
+
+    Returns:
+        ``(R,)`` rows, and the vectors of each image ``(N,)``.
+
+    Raises:
+        InputError: An id that the manifest does not have, an image without vectors, or with another number of them.
+    """
+    order = np.argsort(listing.image_ids)
+    at = np.searchsorted(listing.image_ids, table.ids, sorter=order)
+    rows = order[np.minimum(at, len(order) - 1)]
+    if (unknown := listing.image_ids[rows] != table.ids).any():
+        raise InputError(
+            "an image id that the manifest does not have", where=table.where,
+            got=f"{table.ids[unknown.argmax()]}{_more(int(unknown.sum()) - 1)}", do="leave these rows out",
+        )  # fmt: skip
+    got = np.bincount(rows, minlength=len(listing)).astype(np.int64)
+    if or_one and (got == 1).all():
+        wanted = got
+    if (wrong := got != wanted).any():
+        row = int(wrong.argmax())
+        more, also = _more(int(wrong.sum()) - 1), ", or 1 for every image" if or_one else ""
+        raise InputError(
+            "another number of vectors for an image", where=f"{table.where}, image id {listing.image_ids[row]}{more}",
+            got=got[row], wanted=f"{wanted[row]}{also}", do="the manifest and the embeddings must have the same images",
+        )  # fmt: skip
+    targets = np.empty(len(rows), np.int64)
+    targets[np.argsort(rows, kind="stable")] = np.arange(len(rows))
+    return targets, got
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count else ""
+
+
+def _scratch(folder: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Room is taken now: a disk that is full when a mapped page is written ends the process.
+            _take_room(file, int(np.prod(shape)) * dtype.itemsize)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _take_room(file: IO[bytes], size: int) -> None:
+    """Make a new file so large that all of it has its place on the disk."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such function, and not every file system does it
+        if isinstance(error, OSError) and error.errno not in NO_ALLOCATION:
+            raise
+        for start in range(0, size, _BLOCK):
+            file.write(bytes(min(_BLOCK, size - start)))
+        file.flush()
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """A few rows of some columns at a time, every value of them valid."""
+    try:
+        with open_parquet(file) as opened:
+            batches = opened.iter_batches(_BATCH, columns=columns, use_threads=False)
+            while (batch := next(batches, None)) is not None:
+                ordered = batch.select(columns)
+                ordered.validate(full=True)
+                yield ordered
+    except GeneratorExit:
+        raise
+    except Exception as error:  # noqa: BLE001 - arrow raises errors of many kinds where the bytes make no sense
+        raise _unreadable(file, error) from None
+
+
+def _schema(file: Path) -> pa.Schema:
+    try:
+        with open_parquet(file) as opened:
+            return opened.schema_arrow
+    except (ValueError, OSError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    got = getattr(error, "strerror", None) or unreadable(error)
+    return InputError("cannot read embeddings", where=file, got=got, wanted="a whole parquet file")
+
+
+def _pick_column(schema: pa.Schema, name: str, file: Path) -> str:
+    found = [field.name for field in schema if _kind(field.type)[1]]
+    if "image_id" not in schema.names or not (name in found or len(found) == 1):
+        raise InputError(
+            "no clear column of vectors", where=file, got=f"columns {', '.join(schema.names)}",
+            wanted=f"image_id, and one column of lists of {ALLOWED}, or one called {name}",
+        )  # fmt: skip
+    return name if name in found else found[0]
+
+
+def _kind(kind: pa.DataType) -> tuple[pa.DataType, int]:
+    """The type of the values, and how many lists are around them; 0 for what holds no vectors."""
+    depth = 0
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    floats = pa.types.is_float16(kind) or pa.types.is_float32(kind)
+    return kind, depth if floats and depth in {1, 2} else 0
+
+
+def _is(kind: pa.DataType | None, depth: int, dtype: np.dtype[Any]) -> bool:
+    if kind is None:
+        return False
+    value, found = _kind(kind)
+    return found == depth and np.dtype(value.to_pandas_dtype()) == dtype
+
+
+def _no_nulls(file: Path, column: str, values: pa.Array) -> None:
+    if values.null_count:
+        raise InputError(
+            "a null among the embeddings", where=f"{file}, column {column}", got=f"{values.null_count} nulls"
+        )

@@ -1,0 +1,231 @@
+"""From an image and its caption to a code, as a run made the codes of its splits: towers, store's precision, head.
+
+Symbols: N pairs, D embedding width, F features of a soft code, B bits.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ... import InputError
+from ...cache import FORMAT_VERSION, StoreKey
+from ...cache.key import ComputeDtype, canonical_json, digest_of
+from ...cache.layout import StoredDtype
+from ...heads.hashing import binarise, pack_codes
+from ...heads.model import BaseHead, Head, MlpBaseline
+from ..core.checkpoint import load_head
+from ..core.config import Config, load_config
+from ..core.device import pick_device
+from ..core.run import Run, RunInfo
+from ..extraction.encoder import Encoder
+from ..extraction.siglip import Identity
+from ..training.data import all_finite
+from .pixels import Picture, embed_images
+from .tag_index import Origin
+
+HEAD_ROWS = 4096
+# Where a run keeps towers that it trained.
+TOWERS = "towers"
+
+
+class Coded(NamedTuple):
+    """Codes of N pairs.
+
+    Attributes:
+        soft: h ``(N, F)`` float32, or z without hash layer.
+        packed: ``(N, B / 8)`` uint8; ``None`` without hash layer.
+    """
+
+    soft: npt.NDArray[np.float32]
+    packed: npt.NDArray[np.uint8] | None
+
+    def without(self, rows: Collection[int]) -> "Coded":
+        """All codes but those of some rows."""
+        kept = [row for row in range(len(self.soft)) if row not in rows]
+        return Coded(self.soft[kept], None if self.packed is None else self.packed[kept])
+
+
+class RunEncoder:
+    """The encoder and the head of a run on one device; loaded once, used for any number of pairs.
+
+    Attributes:
+        head: The run's head, in ``eval()`` mode.
+        encoder: The towers.
+        origin: What codes that come from here are made with.
+        notes: What a person should know, a line each.
+    """
+
+    def __init__(self, head: Head | MlpBaseline, encoder: Encoder, info: RunInfo, key: StoreKey | None) -> None:
+        self.head, self.encoder, self._dtype = head, encoder, np.dtype("float16" if key is None else key.dtype)
+        self.inputs: str = head.build["fusion"]["inputs"]
+        self.notes: tuple[str, ...] = ()
+        if key is None:
+            self.notes = (f"cannot tell whether {encoder.identity.model} is the {info.model} of the run's store",)
+        self.origin = Origin(
+            head=head_digest(head), store=info.store_digest, model=info.model, patches=info.patches,
+            encoder="" if key is None else encoder_digest(key),
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, run: Run, *, device: str = "auto", model: str | None = None) -> "RunEncoder":
+        """Load what a run's codes were made with.
+
+        Args:
+            run: A finished run of ``train-head`` or ``finetune``; towers that it trained are read from the run.
+            device: Where to compute.
+            model: Where the checkpoint is, if no longer where the run says: a folder or a hub id.
+
+        Raises:
+            InputError: No checkpoint, or another one than the run's store was made with; a damaged head.
+        """
+        config = load_config(run.folder / "config.yaml")
+        if config.model.text_max_length == 1:
+            raise InputError(
+                "embeddings from elsewhere", where=run.folder, got="a run of a store that `mmcli cache import` made",
+                wanted="a run of a store that `mmcli extract` made", do="extract the data set, then train again",
+            )  # fmt: skip
+        place = pick_device(device)
+        head = load_head(run.folder, place)
+        own, named = run.folder / TOWERS, model
+        model = str(own) if model is None and own.is_dir() else model
+        encoder = Encoder.load(
+            model or config.model.siglip2_variant, revision=_revision(config, model),
+            patches=config.model.max_num_patches, text_length=config.model.text_max_length, device=place,
+        )  # fmt: skip
+        key = find_key(encoder.identity, run.info)
+        if key is None and named is None and model is not None:
+            raise InputError(
+                "damaged towers", where=own, got="weights, settings or a tokenizer that changed",
+                wanted="those that the run was finished with", do="copy the run again, or finetune again",
+            )  # fmt: skip
+        if key is None and not _may_be_a_copy(run.info, named):
+            raise InputError(
+                "another checkpoint than the run's", where=model or config.model.siglip2_variant,
+                got=f"{encoder.identity.model}, {encoder.identity.revision[:19]}",
+                wanted=f"the {run.info.model} whose embeddings {run.folder} was trained on",
+                do="give --model with that checkpoint, or extract and train again with this one",
+            )  # fmt: skip
+        if key is not None and "resizer" in json.loads(key.processor):
+            encoder.spec = replace(encoder.spec, resizer="torch")
+        return cls(head, encoder, run.info, key)
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the head reads captions; one of ``inputs`` image does not."""
+        return self.inputs != "image"
+
+    def encode(
+        self, images: Sequence[Picture], captions: Sequence[str | None], *, unreadable: dict[int, str] | None = None
+    ) -> Coded:
+        """Codes of N pairs.
+
+        Args:
+            images: Paths, arrays ``(height, width, 3)`` uint8, or images of Pillow.
+            captions: One an image; ``None`` or blank where the head reads images alone.
+            unreadable: Where given, a row whose image cannot be read is noted here with the reason; its code means
+                nothing.
+
+        Raises:
+            InputError: An image cannot be read, a caption is missing, or the numbers of both differ.
+        """
+        texts = self.check_captions(images, captions)
+        v_img = embed_images(self.encoder, images, unreadable=unreadable)
+        v_txt = np.zeros_like(v_img)
+        if self.reads_captions:
+            v_txt = self.encoder.encode_texts(texts)
+        # A store keeps float16 where nothing else was asked for, and that is what the head was trained on.
+        return self.code(v_img.astype(self._dtype), v_txt.astype(self._dtype))
+
+    def check_captions(self, images: Sequence[Picture], captions: Sequence[str | None]) -> list[str]:
+        """The captions as texts.
+
+        Raises:
+            InputError: As for :meth:`encode`.
+        """
+        if len(images) != len(captions):
+            raise InputError("one caption an image", got=f"{len(images)} images, {len(captions)} captions")
+        for image, caption in zip(images, captions, strict=True):
+            if self.reads_captions and not (caption or "").strip():
+                raise InputError(
+                    "no caption", where=image if isinstance(image, str | Path) else None,
+                    got=f"a head that reads {'image and caption' if self.inputs == 'both' else 'captions'}",
+                    wanted="a caption of every image",
+                    do="give --caption or --captions, or train a head with `mmcli train-head --inputs image`",
+                )  # fmt: skip
+        return [caption or "" for caption in captions]
+
+    @torch.inference_mode()
+    def code(self, v_img: npt.NDArray[Any], v_txt: npt.NDArray[Any]) -> Coded:
+        """Codes of raw embeddings ``(N, D)`` and ``(N, D)``.
+
+        Raises:
+            InputError: Some are no numbers.
+        """
+        parts = []
+        for start in range(0, len(v_img), HEAD_ROWS):
+            pair = [torch.from_numpy(v[start : start + HEAD_ROWS]).to(self.encoder.device) for v in (v_img, v_txt)]
+            parts.append(self.head(*(v.float() for v in pair)).features.float())
+        soft = torch.cat(parts)
+        if not all_finite(soft):
+            raise InputError("the head gives no numbers", got="NaN or inf in codes", do="train the head again")
+        codes = soft.cpu().numpy()
+        hashed = getattr(self.head, "hash", None) is not None
+        return Coded(codes, pack_codes(binarise(codes)) if hashed else None)
+
+
+def head_digest(head: BaseHead) -> str:
+    """SHA-256, in hex, of a head: what builds it, and every tensor by name, dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json(head.build).encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def encoder_digest(key: StoreKey) -> str:
+    """SHA-256, in hex, of what an encoder's numbers depend on, but for the rounding of the device."""
+    return digest_of({
+        "revision": key.revision, "processor": key.processor, "patches": key.patches,
+        "text_length": key.text_length, "dtype": key.dtype,
+    })  # fmt: skip
+
+
+def find_key(identity: Identity, info: RunInfo) -> StoreKey | None:
+    """The key of the store that a run was trained from, if this encoder can have filled that store.
+
+    A run keeps the digest of the key, not the key, and the store may be gone. What the encoder leaves open has few
+    values, so all are tried: the precision of the arithmetic and of the store, the resizer, the format's version.
+    """
+    return next((key for key in _keys(identity, info) if key.digest == info.store_digest), None)
+
+
+def _keys(identity: Identity, info: RunInfo) -> Iterator[StoreKey]:
+    settings = json.loads(identity.processor)
+    processors = [json.dumps(settings), json.dumps({**settings, "resizer": "torch"})]
+    choices = itertools.product(processors, get_args(StoredDtype), get_args(ComputeDtype), range(FORMAT_VERSION, 0, -1))
+    for processor, dtype, compute, version in choices:
+        # The name of a local checkpoint is its folder's, which may have been moved; its revision is a hash.
+        yield StoreKey(
+            model=info.model, revision=identity.revision, processor=processor, patches=identity.patches,
+            text_length=identity.text_length, dtype=dtype, manifest_sha256=info.manifest_sha256,
+            compute_dtype=compute, format_version=version,
+        )  # fmt: skip
+
+
+def _revision(config: Config, model: str | None) -> str | None:
+    """The hub's revision that the run asked for; a checkpoint named otherwise has none."""
+    return config.model.revision if model in {None, config.model.siglip2_variant} else None
+
+
+def _may_be_a_copy(info: RunInfo, model: str | None) -> bool:
+    """Whether a folder that the user named may be a copy of the hub's checkpoint: then no hash can tell."""
+    return model is not None and Path(model).is_dir() and "/" in info.model

@@ -1,0 +1,142 @@
+"""From codes to tags with reasons: neighbours in an index vote, and every vote is told.
+
+Symbols: Q queries, K neighbours, C categories, N samples of the index.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import InputError
+from ...heads.boundary import BoundaryIndex
+from ...heads.config import KnnConfig, Metric
+from ...heads.knn import Neighbours, build_index
+from ...heads.voting import shared_weights, vote, vote_shared, weights
+from ..evaluation.search import check_ties
+from .encode import Coded
+from .tag_index import TagIndex
+from .tagging import Neighbour, Tag, Tagging
+
+
+class Query(NamedTuple):
+    """What is known of a query besides its code: how it is named, its caption, and its own id in the index if any."""
+
+    image: str | None
+    caption: str | None
+    image_id: int | None = None
+
+
+class Voters:
+    """An index that tags codes.
+
+    Args:
+        index: The samples.
+        knn: How to search and vote. Without hash layer the metric is cosine unless Hamming was asked for by name.
+
+    Attributes:
+        knn: The same with the metric that is used.
+
+    Raises:
+        InputError: Hamming distance, or ties that share their votes, were asked for, and the codes have no bits.
+    """
+
+    def __init__(self, index: TagIndex, knn: KnnConfig) -> None:
+        self.index = index
+        self.knn = knn.model_copy(update={"distance_metric": _metric(index, knn)})
+        check_ties(self.knn)
+        self._search = build_index(self.knn.distance_metric, packed=index.packed, soft=index.soft)
+        packed = index.packed if self.knn.ties == "average" else None
+        self._boundary = None if packed is None else BoundaryIndex(packed, index.labels)
+
+    def check_k(self, k: int | None, *, usable: int | None = None) -> int:
+        """K: what was asked for, else as configured.
+
+        Args:
+            k: Neighbours that are to vote.
+            usable: Samples that may; all when not given.
+
+        Raises:
+            InputError: There are not so many.
+        """
+        K, usable = self.knn.K if k is None else k, len(self.index) if usable is None else usable
+        if not 1 <= K <= usable:
+            raise InputError("K does not fit the index", got=f"--k {K}", wanted=f"1 to {usable}", do="give another --k")
+        return K
+
+    def tag(self, coded: Coded, queries: Sequence[Query], *, k: int | None = None, top: int = 5) -> list[Tagging]:
+        """Tag Q codes.
+
+        Args:
+            coded: Of Q queries, made as the index's were.
+            queries: What is known of them.
+            k: K, neighbours that vote; those of the configuration when not given.
+            top: Tags of each at most.
+
+        Raises:
+            InputError: K is larger than the index, without the query's own sample where it is there.
+        """
+        given = np.array([query.image_id is not None for query in queries], bool)
+        rows = self.index.rows_of(np.array([query.image_id or 0 for query in queries], np.int64))
+        exclude = np.where(given, rows, -1)
+        K = self.check_k(k, usable=len(self.index) - int((exclude >= 0).any()))
+        found = self._search.search(K=K, packed=coded.packed, soft=coded.soft, exclude=exclude)
+        scores, shares = self._vote(found, coded, exclude)
+        return [
+            self._tagging(query, scores[at], [
+                self._neighbour(int(row), float(distance), float(similarity), float(share))
+                for row, distance, similarity, share in zip(
+                    found.index[at], found.distance[at], found.similarity[at], shares[at], strict=True
+                )
+            ], top)
+            for at, query in enumerate(queries)
+        ]  # fmt: skip
+
+    def _vote(
+        self, found: Neighbours, coded: Coded, exclude: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Scores ``(Q, C)``, and the weight of every neighbour ``(Q, K)``."""
+        labels, K = self.index.labels, found.index.shape[1]
+        if self._boundary is None or not len(found.index):
+            shares = weights(found.similarity, self.knn.voting_strategy, tau=self.knn.tau, theta=self.knn.theta)
+            return vote(found, labels, self.knn, K), shares
+        assert coded.packed is not None
+        groups = self._boundary.groups(coded.packed, found.distance[:, -1].astype(np.int32), exclude)
+        return vote_shared(found, labels, self.knn, groups, K), shared_weights(found, self.knn, groups, K)
+
+    def _neighbour(self, row: int, distance: float, similarity: float, weight: float) -> Neighbour:
+        index = self.index
+        return Neighbour(
+            image_id=int(index.image_id[row]), path=index.paths[row].as_py() or None,
+            caption=index.captions[row].as_py() or None, distance=distance, similarity=similarity, weight=weight,
+            labels=tuple(index.category_names[c] for c in np.flatnonzero(index.labels[row])),
+        )  # fmt: skip
+
+    def _tagging(
+        self, query: Query, scores: npt.NDArray[np.float32], near: Sequence[Neighbour], top: int
+    ) -> Tagging:  # fmt: skip
+        names = self.index.category_names
+        best = [c for c in np.argsort(-scores, kind="stable")[:top] if scores[c] > 0]
+        tags = tuple(
+            Tag(
+                name=names[c], score=float(scores[c]),
+                voters=tuple(one for one in near if names[c] in one.labels and one.weight > 0),
+            )
+            for c in best
+        )  # fmt: skip
+        return Tagging(
+            image=query.image, caption=query.caption, tags=tags, neighbours=tuple(near), scores=scores,
+            category_names=names, metric=self.knn.distance_metric,
+        )  # fmt: skip
+
+
+def _metric(index: TagIndex, knn: KnnConfig) -> Metric:
+    if index.packed is not None or knn.distance_metric == "cosine":
+        return knn.distance_metric
+    if "distance_metric" in knn.model_fields_set:
+        raise InputError(
+            "no hash layer", where="the run", got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
+            do="train with `mmcli train-head --bits 64`, or use --metric cosine",
+        )  # fmt: skip
+    return "cosine"

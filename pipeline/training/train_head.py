@@ -1,0 +1,277 @@
+"""Stage 2: train a head from a store, keep the best checkpoints, and write the codes of every split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import RenderableType
+
+from ... import InputError
+from ..core.config import Config, load_config
+from ..core.config_rules import notices
+from ..core.metrics_file import read_metrics
+from ..core.progress import Progress
+from ..core.run import Run, begun_config, mark, read_info
+from ..core.tables import spread_table
+from ..data.protocols import lists_digest
+from ..extraction.stores import Reading, describe_run
+from .data import Diverged
+from .loop import fit
+from .run import TrainingRun, TrainResult, read_fit, shape_of, with_seed
+from .state import TrainingState, check_precision
+from .step import Step
+from .training_data import Prepared, prepare_training
+from .training_work import Place, Work
+
+KIND, RUNS = "train-head", Path("runs")
+MOST_SEEDS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas:
+    """Finished runs that differ in the seed alone."""
+
+    results: tuple[TrainResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every run, and mean and standard deviation of every figure that all of them have."""
+        rows = [result.to_json() for result in self.results]
+        numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
+        columns = {key: [row[key] for row in rows] for key in numbers}
+        full = {key: values for key, values in columns.items() if None not in values}
+        return {
+            "runs": rows, "seeds": [row["seed"] for row in rows],
+            "mean": {key: mean(values) for key, values in full.items()},
+            "std": {key: stdev(values) for key, values in full.items()},
+        }  # fmt: skip
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        rows = [{**result.metrics, "seed": result.run.info.seed} for result in self.results]
+        folders = [f"wrote {result.run.folder}" for result in self.results]
+        return [spread_table(rows, f"test split, {len(rows)} seeds"), *folders]
+
+
+def train_head(
+    config: Config, *, store: Path | None = None, out: Path | None = None, runs: Path = RUNS, force: bool = False,
+    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None, reading: Reading | None = None,
+    prepared: Prepared | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a head on the train split of a store.
+
+    Args:
+        config: Everything but the data section is used.
+        store: The store; the newest below ``data/cache`` when not given.
+        out: The run folder; a new one below ``runs`` when not given.
+        runs: The folder of all runs.
+        force: Replace an existing run in ``out``.
+        tensorboard: Log every epoch for TensorBoard, below the run folder.
+        wandb: Log every epoch for Weights & Biases, likewise.
+        progress: Who to tell.
+        reading: The store, where reading it has begun already.
+        prepared: The store, where an earlier training of this process has read it; its protocol and device count.
+
+    Raises:
+        InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, fewer train images
+            than neighbours, or a loss that diverges.
+    """
+    with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
+        prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress, reading)
+        _note(prepared.config, work.progress)
+        place = Place(out=out, runs=runs, force=force)
+        return work.train([work.begin(prepared, place, prepared.config)], prepared)[0]
+
+
+def train_replicas(
+    config: Config, *, seeds: int, store: Path | None = None, out: Path | None = None, runs: Path = RUNS,
+    force: bool = False, tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+    prepared: Prepared | None = None,
+) -> Replicas:  # fmt: skip
+    """Train heads that differ in the seed alone, each a run of its own: on a GPU in one pass.
+
+    Args:
+        config: As of :func:`train_head`; the seeds are ``hardware.seed`` and the numbers after it.
+        seeds: How many, 2 or more.
+        store: As of :func:`train_head`, and so are the other arguments; names of run folders end in ``-seedN``.
+        out: Likewise.
+        runs: Likewise.
+        force: Likewise.
+        tensorboard: Likewise.
+        wandb: Likewise.
+        progress: Likewise.
+        prepared: Likewise.
+
+    Raises:
+        InputError: As of :func:`train_head`.
+    """
+    wanted = _seeds(config.hardware.seed, seeds)
+    if out is not None and not out.name:
+        raise InputError(
+            "no name for run folders", where="--out", got=out, wanted="a folder with a name", do="name one"
+        )
+    with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
+        prepared = prepared.configured(config) if prepared else prepare_training(config, store, work.progress)
+        _note(prepared.config, work.progress)
+        places = [
+            Place(
+                out=None if out is None else out.with_name(f"{out.name}-seed{seed}"), runs=runs, force=force,
+                suffix=f"-seed{seed}",
+            )
+            for seed in wanted
+        ]  # fmt: skip
+        configs = [with_seed(prepared.config, seed) for seed in wanted]
+        return Replicas(results=tuple(work.train_all(prepared, configs, places)))
+
+
+def train_together(
+    configs: Sequence[Config], outs: Sequence[Path], *, store: Path | None = None, progress: Progress | None = None,
+    prepared: Prepared | None = None,
+) -> list[TrainResult]:  # fmt: skip
+    """Train heads that differ in the seed and in the weights of the loss's terms: on a GPU in one pass.
+
+    Args:
+        configs: As of :func:`train_head`.
+        outs: The run folder of each; what is there is replaced.
+        store: As of :func:`train_head`.
+        progress: Likewise.
+        prepared: Likewise.
+
+    Raises:
+        ValueError: Configurations that differ in more.
+        InputError: As of :func:`train_head`.
+    """
+    if any(shape_of(one) != shape_of(configs[0]) for one in configs):
+        raise ValueError("trainings of one pass may differ in the seed and in the weights of the loss's terms alone")
+    with _Work(progress or Progress(), tensorboard=False, wandb=False) as work:
+        prepared = prepared or prepare_training(configs[0], store, work.progress)
+        settled = [prepared.configured(config).config for config in configs]
+        _note(settled[0], work.progress)
+        return work.train_all(prepared.configured(configs[0]), settled, [_replacing(out) for out in outs])
+
+
+def resume_training(
+    folder: Path, *, store: Path | None = None, tensorboard: bool = False, wandb: bool = False,
+    progress: Progress | None = None, prepared: Prepared | None = None,
+) -> TrainResult:  # fmt: skip
+    """Go on with a run that was interrupted, as it was configured; a finished one is left as it is.
+
+    Args:
+        folder: The run.
+        store: Where its store is now; where it was when not given.
+        tensorboard: As of :func:`train_head`.
+        wandb: Likewise.
+        progress: Who to tell.
+        prepared: As of :func:`train_head`.
+
+    Raises:
+        InputError: No run of a head, another store, a damaged state, or one of another precision; or as of
+            :func:`train_head`.
+    """
+    settings = begun_config(folder, kind=KIND)
+    info = read_info(folder, kind=KIND)
+    run = Run(folder=folder, info=info)
+    if info.kind != KIND:
+        raise InputError("cannot resume", where=folder, got=f"a run of {info.kind}", wanted=f"a run of {KIND}")
+    config = load_config(settings)
+    with _Work(progress or Progress(), tensorboard=tensorboard, wandb=wandb) as work:
+        if info.status == "finished":
+            work.progress.say(f"{folder} is finished already")
+            row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
+            return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
+        work.hold(run)
+        if prepared is None:
+            prepared = prepare_training(config, store or Path(info.store), work.progress)
+        prepared = prepared.configured(config)
+        digest = prepared.labelled.store.key.digest
+        if info.lists_digest and lists_digest(config.data) != info.lists_digest:
+            raise InputError(
+                "cannot resume", where=folder, got=f"other lists in {config.data.protocol_lists}",
+                wanted="those that it was begun with", do="bring them back, or train again",
+            )  # fmt: skip
+        if digest != info.store_digest:
+            raise InputError(
+                "cannot resume", where=folder, got=f"store {digest}", wanted=f"store {info.store_digest}",
+                do="name the store that it was trained from with --store",
+            )  # fmt: skip
+        return work.train([work.go_on(prepared, run, config)], prepared)[0]
+
+
+def _replacing(out: Path) -> Place:
+    return Place(out=out, runs=out.parent, force=True)
+
+
+def _note(config: Config, progress: Progress) -> None:
+    for line in notices(config):
+        progress.say(line)
+
+
+def _seeds(first: int, n: int) -> range:
+    if first + n > MOST_SEEDS:
+        raise InputError(
+            "no such seeds", where="--seeds", got=f"{n} from {first} on", wanted=f"numbers below {MOST_SEEDS}",
+            do="lower --seed",
+        )  # fmt: skip
+    return range(first, first + n)
+
+
+class _Work(Work):
+    """Begins, goes on with and finishes runs of heads."""
+
+    def begin(self, prepared: Prepared, place: Place, config: Config) -> TrainingRun:
+        """Start a run in a folder of its own."""
+        name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
+        precision = Step.autocast_of(prepared.device, config).name
+        info = describe_run(KIND, config, prepared.labelled, precision=precision)
+        run = self.start(info, config, place, name=name, device=str(prepared.device))
+        return self._make(prepared, run, config, None, resume=False)
+
+    def go_on(self, prepared: Prepared, run: Run, config: Config) -> TrainingRun:
+        """Go on with a run that this process holds."""
+        check_precision(run.info.precision, Step.autocast_of(prepared.device, config).name)
+        run, state = self.take_up(run)
+        return self._make(prepared, run, config, state, resume=True)
+
+    def _make(
+        self, prepared: Prepared, run: Run, config: Config, state: TrainingState | None, *, resume: bool
+    ) -> TrainingRun:  # fmt: skip
+        splits = prepared.splits_of(config)
+        after = (0 if state is None else state.epoch) if resume else None
+        return TrainingRun(
+            run, config, prepared.make_head(config, splits["train"]), splits, width=prepared.labelled.store.width,
+            progress=self.progress, resume=resume, state=state, trackers=self.trackers(run, config, after=after),
+        )  # fmt: skip
+
+    def train_all(
+        self, prepared: Prepared, configs: Sequence[Config], places: Sequence[Place]
+    ) -> list[TrainResult]:  # fmt: skip
+        """Train heads of one shape, each a run of its own; all folders are taken before anything is trained."""
+        opened = [self.begin(prepared, place, config) for place, config in zip(places, configs, strict=True)]
+        # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.
+        # Shuffled magnitudes are other data for every seed.
+        together = prepared.device.type == "cuda" and prepared.config.fusion.magnitude == "own"
+        parts = [opened] if together else [[one] for one in opened]
+        return [result for part in parts for result in self.train(part, prepared)]
+
+    def train(self, opened: Sequence[TrainingRun], prepared: Prepared) -> list[TrainResult]:
+        """Train runs in one pass and finish them; one that diverges does so after the others are finished.
+
+        Raises:
+            Diverged: A run did.
+        """
+        members = [one.member for one in opened]
+        try:
+            with self.progress.task("epochs", prepared.config.training.num_epochs) as task:
+                fits = fit(members, opened[0].splits["train"], prepared.config, task=task)
+        except Diverged:
+            for one in opened:
+                mark(one.run, "failed")
+            raise
+        pairs = list(zip(opened, fits, strict=True))
+        results = [one.finish(fitted, prepared.image_ids) for one, fitted in pairs if fitted.error is None]
+        for one, fitted in pairs:
+            if fitted.error is not None:
+                mark(one.run, "failed")
+                raise fitted.error
+        return results
