@@ -21,22 +21,24 @@ from typer.core import TyperGroup
 from . import InputError, __version__
 from .pipeline.commands import (
     bench,
-    cache,
-    compare,
     data,
     finetune,
-    predict,
-    report,
 )
 from .pipeline.commands import (
-    experiments as ablate,
+    data as cache,
+)
+from .pipeline.commands import experiments as ablate
+from .pipeline.commands import (
+    experiments as compare,
 )
 from .pipeline.commands import (
-    tagging as index,
+    experiments as report,
 )
+from .pipeline.commands import tagging as index
 from .pipeline.commands import (
-    training as heads,
+    tagging as predict,
 )
+from .pipeline.commands import training as heads
 from .pipeline.commands.options import Panels
 from .pipeline.core.cores import limit_threads
 from .pipeline.core.interrupts import INTERRUPTED, Interrupted

@@ -18,6 +18,7 @@ from ..cache.strict_json import parse_json
 from ..cache.sweep import discard
 from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config
+from .core.console import metrics_table
 from .core.device import pick_device
 from .core.files import command, make_folder, one_line, write_text
 from .core.interrupts import interruptible
@@ -25,7 +26,6 @@ from .core.progress import Progress
 from .core.results import Codes, read_codes
 from .core.run import Run
 from .core.run_folders import LOCK, hold
-from .core.tables import metrics_table
 from .data.manifest import read_manifest
 from .data.miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
 from .data.prepare import prepare, statistics_tables

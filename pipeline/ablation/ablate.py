@@ -17,14 +17,10 @@ from ..core.interrupts import interruptible
 from ..core.progress import NoteOf, Progress
 from ..core.run_folders import hold
 from ..extraction.stores import DEFAULT_CACHE
-from .ablate_plan import Plan, Training
-from .ablate_records import Record, read_record
-from .estimate import Estimate, estimate
-from .records import lines_of, merge, read_rows, write_rows
+from .plan import Plan, Training
+from .records import OWN, STORES, Record, find_runs, find_stores, lines_of, merge, read_record, read_rows, write_rows
 from .request import Order, Ordered, place_order
-from .result import AblateResult, DryRun
-from .runs import OWN, STORES, find_runs, find_stores
-from .tables import counts
+from .tables import AblateResult, DryRun, Estimate, counts, estimate
 
 OUT, RUNS = Path("runs/ablations"), Path("runs")
 WRITE_EVERY_S = 5.0
@@ -214,7 +210,7 @@ class _Work:
         )  # fmt: skip
         if means.engine == "ray":
             from ..extraction.ray_cluster import ignored_address
-            from .ray import on_ray
+            from .engines import on_ray
 
             if (note := ignored_address(means.address)) is not None:
                 self._progress.say(note)
@@ -234,7 +230,7 @@ class _Work:
         for digest, patches in needed.items():
             if digest in stores or self._stop():
                 continue
-            from .extract import extract_at
+            from .worker import extract_at
 
             try:
                 stores[digest] = extract_at(

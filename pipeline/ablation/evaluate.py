@@ -16,11 +16,9 @@ from ... import InputError
 from ...heads.retrieval import retrieval_row
 from ..core.metrics_file import read_metrics
 from ..core.run import Run
-from ..evaluation.codes import Evaluated
-from ..evaluation.metrics import classifier_row, metrics_row
-from ..evaluation.predictors import check_predictor, mix, tune_mix
-from ..evaluation.search import Searcher, settings
-from .ablate_plan import Evaluation, search_of
+from ..evaluation.metrics import check_predictor, classifier_row, metrics_row, mix, tune_mix
+from ..evaluation.search import Evaluated, Searcher, settings
+from .plan import Evaluation, search_of
 
 Scores = npt.NDArray[np.floating[Any]]
 

@@ -7,17 +7,126 @@ disk, and asking again brings them back).
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
 from ... import InputError
+from ...cache import Store, list_stores
 from ...cache.parquet import read_parquet
-from ..core.files import write_whole
-from .ablate_plan import Plan, Row
-from .ablate_records import Record
+from ...cache.strict_json import parse_json
+from ...heads.tensor_files import write_tensors
+from ..core.config import load_config
+from ..core.files import write_text, write_whole
+from ..core.metrics_file import check_row, read_metrics
+from ..core.results import SPLITS, codes_path
+from ..core.run import Run, RunInfo, open_run, read_info
+from ..core.run_folders import MARK
+from ..data.protocols import lists_digest
+from ..evaluation.zero_shot import TEMPLATES
+from .identity import FROZEN
+from .plan import Plan, Row, Training, training_key
+
+_TEXTS = ("key", "training", "status", "note", "method", "split", "run", "scores")
+EVALUATIONS, SCORES = "evaluations", "scores"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """An evaluation that was done, or failed.
+
+    Attributes:
+        key: Of the evaluation.
+        training: Key of its training.
+        status: ``finished`` or ``failed``.
+        note: The error.
+        method: What predicts.
+        split: Whose images.
+        run: The run's folder, relative to the table's.
+        scores: The file of its scores, likewise.
+        figures: Every figure of ``metrics.json``, with ``ci``.
+        facts: Seconds, epochs, bytes, versions, device, and when it was done.
+        config: The resolved configuration, dotted.
+    """
+
+    key: str
+    training: str
+    status: str
+    note: str = ""
+    method: str = ""
+    split: str = ""
+    run: str = ""
+    scores: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there are figures."""
+        return self.status == "finished"
+
+
+def record_path(out: Path, key: str) -> Path:
+    """Where the figures of an evaluation are kept."""
+    return out / EVALUATIONS / f"{key[:32]}.json"
+
+
+def scores_file(key: str) -> str:
+    """The file of an evaluation's scores, relative to the table's folder."""
+    return f"{SCORES}/{key[:32]}.safetensors"
+
+
+def write_record(out: Path, record: Record) -> None:
+    """Keep an evaluation."""
+    write_text(record_path(out, record.key), json.dumps(asdict(record), indent=1, allow_nan=False))
+
+
+def read_record(out: Path, key: str) -> Record | None:
+    """An evaluation that was kept; None where there is none, or its scores are gone.
+
+    A file that is damaged is none either: the evaluation is done again.
+    """
+    try:
+        record = Record(**parse_json(record_path(out, key).read_bytes()))
+        if not all(isinstance(getattr(record, name), str) for name in _TEXTS):
+            return None
+        if record.finished:
+            check_row({**record.figures, "method": record.method, "split": record.split})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    whole = record.key == key and (not record.finished or (out / record.scores).is_file())
+    return record if whole else None
+
+
+def keep_scores(
+    out: Path, key: str, image_id: npt.NDArray[np.int64], scores: npt.NDArray[Any], labels: npt.NDArray[Any]
+) -> str:
+    """Keep the scores of an evaluation: ``scores (N, C)`` float32, ``image_id (N,)`` int64, ``labels (N, C)`` uint8.
+
+    Returns:
+        The file, relative to ``out``.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "scores": np.ascontiguousarray(scores, np.float32), "image_id": np.ascontiguousarray(image_id, np.int64),
+        "labels": np.ascontiguousarray(labels, np.uint8),
+    }  # fmt: skip
+    name = scores_file(key)
+    write_whole(out / name, lambda temporary: write_tensors(temporary, save_file, arrays, {"key": key}))
+    return name
+
+
+def failed(key: str, training: str, error: Exception, config: Mapping[str, Any]) -> Record:
+    """The record of an evaluation that could not be done."""
+    note = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    return Record(key=key, training=training, status="failed", note=" ".join(note.split()), config=config)
+
 
 ROWS = "rows.parquet"
 VERSION = 1
@@ -192,3 +301,122 @@ def _intervals(values: Sequence[Any]) -> pa.DataType:
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["experiment"], row["value"], row["seed"]
+
+
+OWN, STORES = "runs", "stores"
+KINDS = {"head": "train-head", "finetune": "finetune", "zero-shot": "zero-shot"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Keys of trainings that a search looks for, and the digests of their stores."""
+
+    trainings: Mapping[str, Training]
+
+    @property
+    def stores(self) -> set[str]:
+        """Digests of the stores that any of them is of."""
+        return {one.store for one in self.trainings.values()}
+
+
+def find_runs(plan: Mapping[str, Training], places: Iterable[Path]) -> dict[str, Path]:
+    """Finished runs that are trainings of a plan.
+
+    Args:
+        plan: Trainings by key.
+        places: Folders of runs; of several that are one training the first is taken.
+
+    Returns:
+        The run's folder by key.
+    """
+    wanted = Wanted(trainings=plan)
+    found: dict[str, Path] = {}
+    for place in places:
+        for mark in sorted(place.glob(f"*/{MARK}")):
+            key = _key_of_run(mark.parent, wanted)
+            if key is not None:
+                found.setdefault(key, mark.parent)
+    return found
+
+
+def own_folder(out: Path, training: Training) -> Path:
+    """Where a training of the plan is made. Replicas of one configuration differ in the end of the name alone."""
+    config = training.config
+    name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
+    towers = "" if training.kind != "finetune" else f"-{training.towers}"
+    label = name if training.kind in {"head", "finetune"} else training.kind
+    return out / OWN / f"{training.group[:12]}-{label}{towers}-seed{training.seed}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run that ended lies there."""
+    try:
+        return read_info(folder).status == "finished"
+    except InputError:
+        return False
+
+
+def resumable(folder: Path, training: Training) -> bool:
+    """Whether an interrupted run of this very training lies there."""
+    try:
+        info = read_info(folder)
+        config = load_config(folder / "config.yaml")
+        towers, store = _began_with(folder, info)
+    except (InputError, OSError, ValueError, LookupError, TypeError):
+        return False
+    if info.kind not in {KINDS["head"], KINDS["finetune"]} or info.status not in {"running", "interrupted"}:
+        return False
+    return training_key(config, store, towers, info.lists_digest) == training.key
+
+
+def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Path]:
+    """Finished stores below some folders, by the digest of their key."""
+    wanted, found = set(digests), dict[str, Path]()
+    for place in places:
+        for folder in list_stores(place) if place.is_dir() else []:
+            digest = Store.open(folder).key.digest
+            if digest in wanted:
+                found.setdefault(digest, folder)
+    return found
+
+
+def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
+    """The training that a run is, if it is finished, whole and one of those wanted."""
+    try:
+        info = read_info(folder)
+        towers, store = _began_with(folder, info)
+        if info.status != "finished" or store not in wanted.stores:
+            return None
+        run = open_run(folder, kind=info.kind)
+        if info.kind == "zero-shot":
+            return _zero_shot(run, wanted)
+        if info.kind not in {KINDS["head"], KINDS["finetune"]} or not all(
+            codes_path(folder, s).is_file() for s in SPLITS
+        ):
+            return None
+        key = training_key(load_config(folder / "config.yaml"), store, towers, info.lists_digest)
+    except (InputError, OSError, ValueError, LookupError, TypeError):
+        return None  # half-written, of another version, or somebody's own
+    return key if key in wanted.trainings else None
+
+
+def _began_with(folder: Path, info: RunInfo) -> tuple[str, str]:
+    """What of the towers a run trained, and the digest of the store that it, or its towers, began with."""
+    if info.kind != KINDS["finetune"]:
+        return FROZEN, info.store_digest
+    record = parse_json((folder / "finetune.json").read_bytes())
+    return str(record["unfreeze"]), str(record["base"]["store_digest"])
+
+
+def _zero_shot(run: Run, wanted: Wanted) -> str | None:
+    """A run of zero-shot with the default prompts, on the images alone, is the baseline of every seed."""
+    rows = [row for row in read_metrics(run.folder) if row["split"] == "test"]
+    if not rows or rows[0].get("inputs") != "image" or tuple(rows[0].get("prompts", ())) != TEMPLATES:
+        return None
+    data = load_config(run.folder / "config.yaml").data
+    own = (run.info.store_digest, data.split_type, run.info.lists_digest or lists_digest(data))
+    for one in wanted.trainings.values():
+        read = one.config.data
+        if one.kind == "zero-shot" and (one.store, read.split_type, lists_digest(read)) == own:
+            return one.key
+    return None

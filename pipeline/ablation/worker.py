@@ -5,26 +5,153 @@ kept as its result, and the next one is done; only the end of the process ends t
 """
 
 import os
+import platform
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ... import InputError
-from ...cache import Store
+import numpy as np
+
+from ... import InputError, __version__
+from ...cache import Store, is_remote
+from ..core.config import Config, load_config
 from ..core.device import pick_device
+from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
-from ..core.run import open_run
+from ..core.run import Run, now, open_run
+from ..evaluation.metrics import metrics_row, read_scores
+from ..extraction.extract import ExtractPlan, extract_here
 from ..training.data import Diverged
-from ..training.run import shape_of
-from ..training.training_data import Prepared, prepare_training
-from .ablate_plan import Evaluation, Training, flat_config
-from .ablate_records import Record, failed, keep_scores, write_record
-from .base import check_source, model_of
+from ..training.run import read_fit, shape_of
+from ..training.setup import Prepared, prepare_training
 from .evaluate import Measured, evaluate_run
-from .facts import SPLIT, facts_of, prior, zero_shot_row
-from .runs import KINDS, is_finished, own_folder, resumable
+from .plan import Evaluation, Training, flat_config
+from .records import KINDS, STORES, Record, failed, is_finished, keep_scores, own_folder, resumable, write_record
+from .request import check_source, model_of
+
+
+class Places(Protocol):
+    """Where to write, and where the images are."""
+
+    @property
+    def out(self) -> Path:
+        """Folder of the table."""
+
+    @property
+    def data(self) -> Path:
+        """Folder of the images."""
+
+
+def extract_at(patches: int, digest: str, store: Path, places: Places, config: Config, progress: Progress) -> Path:
+    """Extract a store like another one at another patch budget, below the folder of the table.
+
+    Args:
+        patches: The budget.
+        digest: Of the key that the new store must have.
+        store: The other one; its caption embeddings are taken over.
+        places: Where to write, and where the images are.
+        config: Hardware and data sections are used, and the model where it was given.
+        progress: Who to tell.
+
+    Raises:
+        InputError: No images, no checkpoint, or one that is not the store's.
+    """
+    opened = Store.open(store)
+    key = opened.key
+    folder = places.out / STORES / f"{key.model.rsplit('/', 1)[-1]}-p{patches}-{digest[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_remote(store):
+        # Captions are taken over from stores that lie beside the new one.
+        beside = folder.parent / f"base-{key.digest[:12]}"
+        if not beside.exists():
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(store.resolve(), target_is_directory=True)
+    model = model_of(opened, config, patches)
+    # Shards of captions are taken over where they are of the same rows.
+    rows = opened.columns(["shard"])["shard"].to_pylist().count(0)
+    plan = ExtractPlan(data=places.data, out=folder, dtype=key.dtype, shard_rows=rows)
+    result = extract_here(config.model_copy(update={"model": model}), plan, progress=progress)
+    if result.digest != digest:
+        raise InputError(
+            "another store than was planned", where=folder, got=f"key {result.digest[:12]}", wanted=digest[:12],
+            do="name the checkpoint, the data and the device that made the store",
+        )  # fmt: skip
+    progress.say(
+        f"  {result.n_encoded:,} images encoded, {result.reused_text_shards} shards of captions taken over: {folder}"
+    )
+    return folder.absolute()
+
+
+SPLIT = "test"
+
+
+def prior(evaluation: Evaluation, prepared: Prepared) -> Measured:
+    """The share of train images that have a tag, as every image's score: what no image has to be looked at for."""
+    started = time.perf_counter()
+    labels = {name: split.own_labels.cpu().numpy() for name, split in prepared.splits.items()}
+    voters = labels.get("database", labels["train"])
+    share = voters.mean(axis=0, dtype=np.float64)
+    scores = {name: np.tile(share, (len(labels[name]), 1)) for name in (SPLIT, "val")}
+    row = metrics_row("prior", SPLIT, scores[SPLIT], labels[SPLIT], tuned_on=(scores["val"], labels["val"]))
+    return Measured(
+        evaluation=evaluation, figures=row, scores=scores[SPLIT], image_id=prepared.image_ids[SPLIT],
+        labels=labels[SPLIT], facts={"eval_s": time.perf_counter() - started},
+    )  # fmt: skip
+
+
+def zero_shot_row(evaluation: Evaluation, run: Run) -> Measured:
+    """What the stage measured."""
+    row = next(row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("zero-shot", SPLIT))
+    arrays = read_scores(run.folder, "zero-shot", SPLIT)
+    facts = {"query_latency_ms": row.get("query_latency_ms")}
+    figures = {key: value for key, value in row.items() if key not in {"query_latency_ms", "inputs"}}
+    return Measured(
+        evaluation=evaluation, figures=figures, scores=arrays["scores"], image_id=arrays["image_id"],
+        labels=arrays["labels"], facts=facts,
+    )  # fmt: skip
+
+
+def facts_of(training: Training, folder: Path | None) -> dict[str, Any]:
+    """How the training went, and what computed it."""
+    facts: dict[str, Any] = {
+        "version.mmcli": __version__, "version.torch": metadata.version("torch"), "version.faiss": _faiss(),
+        "device": str(pick_device(training.config.hardware.device)), "cpu": cpu_name(), "finished_at": now(),
+    }  # fmt: skip
+    if folder is not None and training.kind in {"head", "finetune"}:
+        info = open_run(folder, kind=KINDS[training.kind]).info
+        fit = read_fit(Run(folder=folder, info=info), load_config(folder / "config.yaml"))
+        facts |= {"precision": info.precision} if info.precision else {}
+        facts |= {
+            "train_s": fit.seconds,
+            "epochs": len(fit.history),
+            "best_epoch": fit.best_epoch,
+            "best_val_mAP": fit.best_value,
+        }
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _faiss() -> str:
+    for name in ("faiss-cpu", "faiss-gpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
 
 BASE = "base"
 # Heads of one pass: each keeps five copies of its parameters, a few hundred megabytes for all.

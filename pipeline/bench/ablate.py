@@ -16,9 +16,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from ..ablation.ablate import Means, ablate, dry_run
-from ..ablation.base import Told
 from ..ablation.records import ROWS
-from ..ablation.request import Order
+from ..ablation.request import Order, Told
 from ..ablation.tables import duration
 from ..core.console import FittingTable
 from ..core.progress import Progress

@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+import transformers
 from numpy.typing import NDArray
+from PIL import Image
 
 from ...cache import StoreKey, StoreWriter
-from ..data.coco_categories import CATEGORIES
+from ..data.coco import CATEGORIES
 from ..data.manifest import SPLITS, Manifest
 from ..data.manifest_checks import label_lists
+from ..data.miniature import draw_scene
+from ..data.miniature import write_captions as captions_of
+from ..extraction.miniature_model import make_tokenizer
 
 N_TRAIN, N_VAL, N_TEST, WIDTH = 113_287, 5_000, 5_000, 768
 CAPTIONS = 5
@@ -188,3 +194,111 @@ def _things(own: list[int], names: list[str], draw: int) -> str:
         return "something"
     first = names[own[draw % len(own)]]
     return f"a {first}" if draw & 64 or len(own) == 1 else f"a {first} and a {names[own[(draw + 1) % len(own)]]}"
+
+
+SIZES: tuple[tuple[int, int, int], ...] = (
+    (640, 480, 169), (640, 427, 87), (480, 640, 56), (640, 426, 32), (500, 375, 28), (640, 428, 25), (640, 425, 24),
+    (427, 640, 24), (375, 500, 17), (500, 333, 13), (640, 424, 10), (612, 612, 10), (428, 640, 7), (426, 640, 7),
+    (640, 478, 6), (640, 361, 5), (478, 640, 5), (425, 640, 5), (640, 360, 4), (500, 374, 4), (359, 640, 4),
+    (333, 500, 4), (640, 640, 3), (640, 484, 3), (640, 464, 3), (640, 457, 3), (640, 433, 3), (640, 429, 3),
+    (640, 359, 3), (500, 334, 3), (479, 640, 3), (320, 240, 3), (640, 536, 2), (640, 512, 2), (640, 489, 2),
+    (640, 483, 2), (640, 482, 2), (640, 481, 2), (640, 449, 2), (640, 444, 2), (640, 423, 2), (640, 421, 2),
+    (640, 406, 2), (640, 399, 2), (640, 383, 2), (638, 640, 2), (621, 640, 2), (600, 400, 2), (500, 500, 2),
+    (500, 400, 2), (500, 332, 2), (481, 640, 2), (457, 640, 2), (448, 336, 2), (423, 640, 2), (358, 640, 2),
+    (640, 611, 1), (640, 605, 1), (640, 580, 1), (640, 579, 1), (640, 574, 1), (640, 573, 1), (640, 559, 1),
+    (640, 555, 1), (640, 543, 1), (640, 539, 1), (640, 535, 1), (640, 531, 1), (640, 522, 1), (640, 513, 1),
+    (640, 511, 1), (640, 508, 1), (640, 506, 1), (640, 500, 1), (640, 499, 1), (640, 498, 1), (640, 491, 1),
+    (640, 488, 1), (640, 486, 1), (640, 479, 1), (640, 476, 1), (640, 474, 1), (640, 463, 1), (640, 462, 1),
+    (640, 461, 1), (640, 459, 1), (640, 450, 1), (640, 446, 1), (640, 443, 1), (640, 442, 1), (640, 440, 1),
+    (640, 436, 1), (640, 422, 1), (640, 420, 1), (640, 419, 1), (640, 418, 1), (640, 416, 1), (640, 414, 1),
+    (640, 413, 1), (640, 409, 1), (640, 408, 1), (640, 407, 1), (640, 400, 1), (640, 393, 1), (640, 389, 1),
+    (640, 388, 1), (640, 384, 1), (640, 382, 1), (640, 368, 1), (640, 366, 1), (640, 363, 1), (640, 358, 1),
+    (640, 351, 1), (640, 349, 1), (640, 342, 1), (640, 327, 1), (640, 320, 1), (640, 315, 1), (640, 313, 1),
+    (640, 304, 1), (640, 248, 1), (640, 229, 1), (640, 226, 1), (640, 218, 1), (634, 640, 1), (614, 461, 1),
+    (600, 600, 1), (600, 593, 1), (600, 500, 1), (600, 450, 1), (591, 640, 1), (586, 640, 1), (565, 640, 1),
+    (551, 640, 1), (550, 640, 1), (520, 640, 1), (516, 640, 1), (512, 640, 1), (500, 495, 1), (500, 486, 1),
+    (500, 429, 1), (500, 423, 1), (500, 406, 1), (500, 396, 1), (500, 377, 1), (500, 370, 1), (500, 357, 1),
+    (500, 346, 1), (500, 335, 1), (500, 313, 1), (500, 302, 1), (500, 169, 1), (485, 640, 1), (480, 360, 1),
+    (474, 640, 1), (473, 500, 1), (470, 640, 1), (469, 469, 1), (461, 500, 1), (460, 640, 1), (460, 312, 1),
+    (458, 640, 1), (455, 310, 1), (450, 600, 1), (449, 640, 1), (446, 640, 1), (444, 640, 1), (443, 640, 1),
+    (429, 640, 1), (424, 640, 1), (416, 640, 1), (414, 640, 1), (411, 640, 1), (409, 640, 1), (409, 500, 1),
+    (400, 640, 1), (400, 302, 1), (394, 500, 1), (389, 500, 1), (383, 640, 1), (381, 500, 1), (378, 640, 1),
+    (376, 500, 1), (360, 640, 1), (352, 230, 1), (351, 500, 1), (336, 500, 1), (334, 500, 1), (213, 140, 1),
+)  # fmt: skip
+
+
+QUALITY = 90
+# Standard deviations of noise at each scale, chosen so that a file has COCO's bytes a pixel: decoding costs by these.
+OCTAVES = ((2, 40.0), (8, 25.0), (32, 14.0), (128, 9.0), (320, 12.0), (640, 20.0))
+
+
+def draw_photographs(folder: Path, n: int, seed: int = 0) -> Path:
+    """Write JPEGs whose sizes are drawn from COCO's, and which decode about as slowly.
+
+    Args:
+        folder: Where to write.
+        n: How many.
+        seed: Seed of sizes and pixels.
+
+    Returns:
+        ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    counts = np.array([count for _, _, count in SIZES])
+    for at, which in enumerate(rng.choice(len(SIZES), n, p=counts / counts.sum())):
+        width, height, _ = SIZES[which]
+        _photograph(width, height, rng).save(folder / f"{at:06d}.jpg", "JPEG", quality=QUALITY)
+    return folder
+
+
+def _photograph(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """Noise of several scales, as the detail of a photograph is."""
+    pixels = np.full((height, width, 3), 128.0)
+    for scale, strength in OCTAVES:
+        size = (max(1, width * scale // 640), max(1, height * scale // 640))
+        grey, tint = rng.normal(0, strength, size[::-1]), rng.normal(0, strength / 4, (*size[::-1], 3))
+        for channel in range(3):
+            layer = Image.fromarray((grey + tint[..., channel]).astype(np.float32))
+            pixels[..., channel] += np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_captions(n: int, seed: int = 0) -> list[str]:
+    """Captions of drawn scenes, numbered so that no two are the same."""
+    texts: list[str] = []
+    while len(texts) < n:
+        rng = np.random.default_rng([seed, len(texts)])
+        texts += captions_of(draw_scene(rng), rng, 5)
+    return [f"{text} {at}" for at, text in enumerate(texts[:n])]
+
+
+def make_base_checkpoint(folder: Path, captions: list[str], vocabulary: int | None = None) -> Path:
+    """Towers of SigLIP2 base's size, patch 16 NaFlex, with random weights and a tokenizer of their own.
+
+    Args:
+        folder: Where to write, in ``save_pretrained`` form.
+        captions: What the tokenizer is trained on.
+        vocabulary: Token embeddings, where there are to be more than the tokenizer knows.
+
+    Returns:
+        ``folder``.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(captions)
+    transformers.Siglip2Model(base_config(vocabulary or len(tokenizer))).save_pretrained(folder)
+    transformers.Siglip2ImageProcessorPil().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def base_config(vocabulary: int) -> transformers.Siglip2Config:
+    """SigLIP2 base, patch 16 NaFlex, but for the vocabulary (looking a token up costs nothing)."""
+    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {
+        "vocab_size": vocabulary, "max_position_embeddings": 64, "projection_size": 768, "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
+    return transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, "num_patches": 256})

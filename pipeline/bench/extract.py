@@ -22,12 +22,10 @@ from ..core.device import autocast, pick_device, reader_count
 from ..core.progress import Progress
 from ..data.manifest import Manifest
 from ..extraction.encoder import Encoder
-from ..extraction.images import Resizer, read_patches
-from ..extraction.images_part import image_size
+from ..extraction.images import Resizer, image_size, read_patches
 from ..extraction.reader import ImageReader, Piece
-from ..extraction.shards import CAPTIONS, Clock, ShardJobs
-from ..extraction.unreadable import Unreadable
-from .bench_data import draw_photographs, make_base_checkpoint, write_captions
+from ..extraction.shards import CAPTIONS, Clock, ShardJobs, Unreadable
+from .data import draw_photographs, make_base_checkpoint, write_captions
 from .harness import BenchResult, Case, best_of
 
 PLAIN_BATCH = 32

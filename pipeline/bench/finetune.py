@@ -26,15 +26,14 @@ from ..core.device import autocast, pick_device
 from ..core.progress import Progress
 from ..data.manifest import Manifest
 from ..extraction.encoder import Encoder
-from ..finetuning.batches import Feed
+from ..finetuning.batches import Feed, TowerStep
 from ..finetuning.distributed import Team
 from ..finetuning.embeddings import LiveStore
-from ..finetuning.step import TowerStep
 from ..finetuning.towers import Towers
 from ..training.replicas import Replicas
+from ..training.setup import draw_head
 from ..training.step import Step
-from ..training.training_data import draw_head
-from .bench_data import draw_photographs, make_base_checkpoint, write_captions
+from .data import draw_photographs, make_base_checkpoint, write_captions
 from .harness import BenchResult, Case, best_of, plainly
 from .plain import plain_loss
 

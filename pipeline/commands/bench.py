@@ -67,7 +67,7 @@ def bench_knn(
 ) -> None:  # fmt: skip
     """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     from ..bench.knn import bench_knn as stage
-    from ..bench.sizes import parse_kinds, parse_numbers
+    from ..bench.knn import parse_kinds, parse_numbers
     from ..core.device import pick_device
 
     result = stage(

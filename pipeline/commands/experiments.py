@@ -11,6 +11,7 @@ from .options import (
     ConfigFile,
     Data,
     Device,
+    FollowLinks,
     Force,
     Json,
     Model,
@@ -18,14 +19,15 @@ from .options import (
     Quiet,
     Seed,
     Set,
+    Split,
     Store,
+    data_folder,
     finish,
     make_progress,
 )
 
 if TYPE_CHECKING:
-    from ..ablation.base import Told
-
+    from ..ablation.request import Told
 
 def ablate(
     experiments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT...", help="A1 A2 A3 B1 B2 B3 B4 C1 C2 C3 C4 M0 M1 M2 base [default: those that need no images, where no --grid is given].", show_default=False)] = None,
@@ -98,10 +100,77 @@ def bench_ablate(
 
 def _told(file: Path | None, settings: list[str] | None, options: dict[str, Any]) -> "Told":
     """The configuration as it was given; it is resolved for every row."""
-    from ..ablation.base import Told
+    from ..ablation.request import Told
     from ..core.config import parse_settings
 
     given = {key: value for key, value in options.items() if value is not None}
     parsed = parse_settings(settings or [])
     flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
     return Told(file=file, options={**given, **parsed}, flags=flags, tree={})
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="A run to compare it with; the same for two methods.", show_default=False)],
+    method: Annotated[str | None, typer.Option("--method", help="Method of both: knn, classifier, zero-shot [default: knn where both have it, else classifier].")] = None,
+    method_a: Annotated[str | None, typer.Option("--method-a", metavar="NAME", help="Method of RUN_A alone.")] = None,
+    method_b: Annotated[str | None, typer.Option("--method-b", metavar="NAME", help="Method of RUN_B alone.")] = None,
+    split: Split = "test", json_: Json = False, quiet: Quiet = False,  # noqa: ARG001
+) -> None:  # fmt: skip
+    """Is one run better than another? Paired bootstrap over the images that both scored."""
+    from ..evaluation.compare import compare as stage
+
+    result = stage(run_a, run_b, method_a=method_a or method, method_b=method_b or method, split=split)
+    finish(result.to_json(), json_, *result.summary())
+
+
+NamedData = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", help="Folder of the data set [default: data/coco, where it is there]."),
+]
+
+
+def report(
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")] = Path("runs"),
+    ablations: Annotated[Path | None, typer.Option("--ablations", metavar="DIR", help="Folder of the experiments' rows.parquet [default: ablations below --runs].")] = None,
+    data: NamedData = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run whose queries, curves, bits and classes are shown [default: the highest val mAP of those made by hand or of the full method].")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write: report.html, report.md, figures/, pictures/.")] = Path("report"),
+    latex: Annotated[bool, typer.Option("--latex", help="Write every table for LaTeX too, into tables/.")] = False,
+    markdown_only: Annotated[Path | None, typer.Option("--markdown-only", metavar="FILE", help="Write this file alone: answers and tables as Markdown, without figures and pictures.")] = None,
+    force: Force = False, json_: Json = False, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """One page of answers, tables, plots, queries and failures, from what runs and experiments left; computes no stage."""
+    from ..report.report import ReportPlan
+    from ..report.report import report as stage
+
+    plan = ReportPlan(
+        runs=runs,
+        ablations=ablations,
+        data=data,
+        run=run,
+        out=out,
+        latex=latex,
+        markdown_only=markdown_only,
+        force=force,
+    )
+    result = stage(plan, make_progress(quiet))
+    finish(result.to_json(), json_, *result.summary())
+
+
+def samples(
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder of the data set.")] = Path("data/coco"),
+    n: Annotated[int, typer.Option("--n", min=1, max=100, help="Images on the sheet.")] = 16,
+    split: Annotated[str | None, typer.Option("--split", help="train, val or test [default: all].")] = None,
+    seed: Seed = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write, a .png.")] = Path("samples.png"),
+    follow_links: FollowLinks = False,
+    force: Force = False, json_: Json = False, quiet: Quiet = False,  # noqa: ARG001
+) -> None:  # fmt: skip
+    """A sheet of random samples of a manifest with their tags and captions: a look at the data before any training."""
+    from ..report.samples import samples as stage
+
+    result = stage(
+        data_folder(data, follow_links), n=n, split=split, seed=42 if seed is None else seed, out=out, force=force
+    )
+    finish(result.to_json(), json_, *result.summary())

@@ -87,7 +87,7 @@ def finetune(
     }  # fmt: skip
     told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": make_progress(quiet)}
     if num_processes > 1:
-        from ..finetuning.fleet import launch
+        from ..finetuning.distributed import launch
 
         raise typer.Exit(launch(num_processes))
     if resume is not None:

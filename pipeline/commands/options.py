@@ -152,7 +152,7 @@ FLAGS = {
 
 def data_folder(data: Path, follow_links: bool) -> Path:
     """The folder of the data set, as the stages take it: with ``--follow-links`` its images may be links."""
-    from ..core.safe_paths import LinkedFolder
+    from ..core.files import LinkedFolder
 
     return LinkedFolder(data) if follow_links else data
 

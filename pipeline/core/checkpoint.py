@@ -1,6 +1,8 @@
 """Checkpoints of a head: safetensors for numbers, JSON for the rest, never a pickle."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from safetensors.torch import save_file
 
 from ... import NOT_THERE, InputError, __version__, cannot_read
 from ...cache.strict_json import parse_json
+from ...heads.card import FIGURES
 from ...heads.hub import PICKLES, cannot_load, read_config, reason, refuse_pickle, restore
 from ...heads.model import HEADS, BaseHead, Head, MlpBaseline
 from ...heads.tensor_files import load_tensors, read_about, write_tensors
 from .config import Config
 from .device import pick_device
-from .files import write_text, write_whole
+from .files import write_folder, write_text, write_whole
 from .run import read_info, run_identity
 from .run_folders import MARK
 
@@ -200,3 +203,34 @@ def best_checkpoint(run: Path) -> Path:
 def checkpoint_name(epoch: int) -> str:
     """The file of an epoch's checkpoint."""
     return f"epoch-{epoch:03d}.safetensors"
+
+
+FOLDER = "model"
+
+
+def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mapping[str, Any] | None = None) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and the card ``README.md``, each whole or not at all.
+
+    Args:
+        run: The run folder; its ``run.json`` says what the head was trained on.
+        head: The best one, on any device.
+        config: The resolved configuration.
+        metrics: A row of metrics to show on the card: ``method``, ``split`` and figures.
+
+    Returns:
+        The folder, ``run/model``; its files replace those that are there.
+
+    Raises:
+        InputError: The run does not describe itself, or the folder cannot be written.
+    """
+    about = {**describe_head(run), "preset": config.preset, "seed": config.hardware.seed}
+    if metrics is not None:
+        about["metrics"] = {key: _plain(metrics[key]) for key in ("method", "split", *FIGURES) if key in metrics}
+    folder = run / FOLDER
+    write_folder(folder, lambda scratch: head.save_pretrained(scratch, config=about))
+    return folder
+
+
+def _plain(value: object) -> object:
+    """JSON's null where a figure is undefined: JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

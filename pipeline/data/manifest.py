@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from ... import InputError, cannot_read
 from ...cache.arrow import numbers
 from ...cache.parquet import read_parquet
-from ..core.files import check_input, write_whole
-from ..core.safe_paths import is_inside, resolve_image
+from ..core.files import check_input, is_inside, resolve_image, write_whole
 from .manifest_checks import DATA_KEY, NAMES_KEY, SCHEMA, SPLITS, VERSION, VERSION_KEY, check_table
 
 Array = TypeVar("Array", bound=npt.NDArray[Any])

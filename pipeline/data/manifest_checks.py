@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from ... import InputError
 from ...cache.arrow import booleans, integers, numbers, texts
 from ...cache.strict_json import parse_json
-from ..core.safe_paths import SAFE_PATH, UNSAFE_PATH
+from ..core.files import SAFE_PATH, UNSAFE_PATH
 
 SPLITS = ("train", "val", "test")
 SCHEMA = pa.schema(

@@ -1,18 +1,232 @@
 """The stage ``prepare``: COCO's files and Karpathy's split become one checked manifest."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.table import Table
 
-from ... import InputError
-from ..core.files import refuse_existing
+from ... import InputError, cannot_read
+from ..core.console import FittingTable
+from ..core.files import refuse_existing, resolve_image
 from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_instances, read_karpathy
-from .image_files import check_files, place_images
-from .manifest import Manifest, says_it_is_of, write_manifest
+from .manifest import SPLITS, Manifest, says_it_is_of, write_manifest
 from .manifest_checks import label_lists
-from .statistics import Statistics, count, statistics_tables
+
+SHOWN = 3
+DOWNLOAD = "unpack train2014.zip and val2014.zip from https://cocodataset.org/#download there"
+
+
+def place_images(data: Path, folders: Sequence[str], filenames: Sequence[str]) -> list[str]:
+    """Paths of N images relative to the data folder: below ``train2014`` or below ``images/train2014``.
+
+    An image folder is looked up once, with its first image, so all images of a folder lie in the same place.
+
+    Args:
+        data: The data folder.
+        folders: The image folder of each, as the split file names it.
+        filenames: The file in it.
+
+    Returns:
+        N POSIX paths.
+    """
+    first = dict(zip(reversed(folders), reversed(filenames), strict=True))
+    where = {folder: _place(data, folder, name) for folder, name in first.items()}
+    return [(where[folder] / name).as_posix() for folder, name in zip(folders, filenames, strict=True)]
+
+
+def _place(data: Path, folder: str, name: str) -> PurePosixPath:
+    candidates = [PurePosixPath(folder), PurePosixPath("images", folder)]
+    with_image = [place for place in candidates if (data / place / name).is_file()]
+    present = [place for place in candidates if (data / place).is_dir()]
+    return (with_image or present or candidates)[0]
+
+
+def check_files(data: Path, paths: Sequence[str]) -> list[str]:
+    """Look for every image.
+
+    Folders are listed rather than files asked for one by one, which takes minutes on a network's disk.
+
+    Args:
+        data: The data folder.
+        paths: N paths relative to it.
+
+    Returns:
+        The N paths, each under the name that its file has: macOS and some archives write letters with accents in
+        another Unicode form than the lists that name them.
+
+    Raises:
+        InputError: Some are missing (how many, and the first three), or a link leads out of the data folder.
+    """
+    present: dict[str, dict[str, bool]] = {}
+    composed: dict[str, dict[str, list[str]]] = {}
+    missing = []
+    on_disk = []
+    for path in paths:
+        folder, slash, name = path.rpartition("/")
+        if folder not in present:
+            # A folder that is itself a link out of the data folder shows in any of its images.
+            resolve_image(data, path)
+            present[folder] = _list_files(data / folder)
+        if name not in present[folder] and not name.isascii():
+            if folder not in composed:
+                composed[folder] = _by_composed_form(present[folder])
+            alike = composed[folder].get(unicodedata.normalize("NFC", name), [])
+            name = alike[0] if len(alike) == 1 else name
+        is_link = present[folder].get(name)
+        on_disk.append(f"{folder}{slash}{name}")
+        if is_link is None:
+            missing.append(path)
+        elif is_link:
+            resolve_image(data, on_disk[-1])
+    if missing:
+        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        raise InputError(
+            "image files are missing", where=data, got=f"{len(missing):,} of {len(paths):,} missing: {shown}",
+            wanted="every image of the split file", do=f"{DOWNLOAD}, or give --no-check-images",
+        )  # fmt: skip
+    return on_disk
+
+
+def _by_composed_form(names: Iterable[str]) -> dict[str, list[str]]:
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return alike
+
+
+def _list_files(folder: Path) -> dict[str, bool]:
+    """Name of every file of a folder, and whether it is a link; dangling links are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise cannot_read("cannot look into a folder", folder, error) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCount:
+    """One category: its images per split, and its annotations in all of them."""
+
+    name: str
+    images: dict[str, int]
+    annotations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Counts of a prepared data set.
+
+    Attributes:
+        images: Images per split; those of restval are among train.
+        restval: Images of train that come from restval.
+        captions: Captions per split, at most five an image.
+        captions_left_out: Captions beyond the fifth of their image.
+        images_left_out: Images that the instances list and the split file does not.
+        unlabelled: Images with no label, per split.
+        positives: Pairs of an image and a category it shows, per split.
+        tags_per_image: Mean number of categories an image shows, per split and over ``all``.
+        classes: One entry per category, in label order.
+    """
+
+    images: dict[str, int]
+    restval: int
+    captions: dict[str, int]
+    captions_left_out: int
+    images_left_out: int
+    unlabelled: dict[str, int]
+    positives: dict[str, int]
+    tags_per_image: dict[str, float]
+    classes: tuple[ClassCount, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return asdict(self) | {"classes": [asdict(row) for row in self.classes]}
+
+
+def count(
+    listing: Manifest,
+    annotations: npt.NDArray[np.int64],
+    *,
+    restval: int,
+    captions_left_out: int,
+    images_left_out: int,
+) -> Statistics:
+    """Count a manifest.
+
+    Args:
+        listing: The manifest of N images and C categories.
+        annotations: Annotations per category in its images, ``(C,)`` int64.
+        restval: As in :class:`Statistics`, like the two after it.
+        captions_left_out: See there.
+        images_left_out: See there.
+    """
+    labels, rows = listing.labels_matrix(), {split: listing.rows(split) for split in SPLITS}
+    n_captions = np.array([len(texts) for texts in listing.captions])
+    per_class = {split: labels[at].sum(axis=0, dtype=np.int64) for split, at in rows.items()}
+    positives = {split: int(counts.sum()) for split, counts in per_class.items()}
+    tags = {split: positives[split] / len(at) for split, at in rows.items()}
+    return Statistics(
+        images={split: len(at) for split, at in rows.items()},
+        restval=restval,
+        captions={split: int(n_captions[at].sum()) for split, at in rows.items()},
+        captions_left_out=captions_left_out,
+        images_left_out=images_left_out,
+        unlabelled={split: int((~labels[at].any(axis=1)).sum()) for split, at in rows.items()},
+        positives=positives,
+        tags_per_image=tags | {"all": sum(positives.values()) / len(listing)},
+        classes=tuple(
+            ClassCount(name=name, images={s: int(per_class[s][c]) for s in SPLITS}, annotations=int(annotations[c]))
+            for c, name in enumerate(listing.category_names)
+        ),
+    )
+
+
+_RULED: dict[str, Any] = {"box": box.HEAVY_HEAD, "pad_edge": True, "collapse_padding": False}
+
+
+def statistics_tables(statistics: Statistics) -> list[Table]:
+    """Two tables: one line per split, and one per category."""
+    return [_split_table(statistics), _class_table(statistics)]
+
+
+def _split_table(found: Statistics) -> Table:
+    notes = [f"train holds {found.restval:,} images of restval"]
+    if found.captions_left_out:
+        notes.append(f"{found.captions_left_out:,} captions beyond five an image were left out")
+    if found.images_left_out:
+        notes.append(f"{found.images_left_out:,} annotated images are in no split")
+    table = FittingTable(title="Splits", caption="; ".join(notes), caption_justify="left", **_RULED)
+    table.add_column("split", style="bold")
+    for name in ("images", "captions", "no label", "tags an image"):
+        table.add_column(name, justify="right")
+    counts = (found.images, found.captions, found.unlabelled)
+    for split in SPLITS:
+        table.add_row(split, *(f"{column[split]:,}" for column in counts), f"{found.tags_per_image[split]:.2f}")
+    table.add_section()
+    totals = (f"{sum(column.values()):,}" for column in counts)
+    table.add_row("all", *totals, f"{found.tags_per_image['all']:.2f}")
+    return table
+
+
+def _class_table(found: Statistics) -> Table:
+    table = FittingTable(title="Categories: images of each split, and annotations", **_RULED)
+    table.add_column("label", justify="right")
+    table.add_column("category", style="bold")
+    for name in (*SPLITS, "annotations"):
+        table.add_column(name, justify="right")
+    for label, row in enumerate(found.classes):
+        table.add_row(str(label), row.name, *(f"{row.images[split]:,}" for split in SPLITS), f"{row.annotations:,}")
+    return table
+
 
 __all__ = ["MANIFEST_FILE", "PrepareResult", "Statistics", "prepare", "statistics_tables"]
 

@@ -4,27 +4,145 @@ One process fills a whole store or one stripe of its shards; several of them, on
 together, and whoever ends last finishes it.
 """
 
+import multiprocessing
 import time
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
+from rich.console import RenderableType
 
 from ... import InputError, __version__
-from ...cache import StoreKey, StoreWriter, is_remote
+from ...cache import StoreKey, StoreWriter, Stripe, is_remote
 from ...cache.metadata import read_key
 from ..core.config import Config
+from ..core.cores import count_cores
 from ..core.device import pick_device, reader_count
 from ..core.interrupts import interruptible
-from ..core.progress import Progress
+from ..core.progress import ConsoleProgress, Progress
 from ..data.manifest import Manifest, read_manifest
 from .encoder import Encoder
-from .extract_plan import ExtractPlan, ExtractResult, parse_stripe
-from .shards import CAPTIONS, ShardJobs, count_captions
+from .images import Resizer
+from .model_source import pin_revision
+from .reader import end_children, end_with_parent
+from .shards import CAPTIONS, Clock, OnError, ShardJobs, Unreadable, count_captions
 from .siglip import Identity, model_path
-from .unreadable import Unreadable
+
+DEFAULT_CACHE = Path("data/cache")
+SHOWN_REASONS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractPlan:
+    """Everything that an extraction is told, beside the configuration.
+
+    Attributes:
+        data: The folder that the manifest's paths are relative to.
+        manifest: The manifest; ``data/manifest.parquet`` when not given.
+        out: The store's folder, or a URL's place; below ``cache`` under the key's name when not given.
+        cache: The folder of all stores.
+        dtype: How embeddings are stored. Norms are always float32, taken before the cast.
+        on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
+        resizer: What resizes images; see :class:`~mmcli.pipeline.extraction.images.PatchSpec`.
+        batch_tokens: Most tokens of a forward pass of a new store; what suits the device when not given.
+        shard_rows: Images per shard of a new store; likewise.
+        stripe: Which shards to fill; all when not given.
+        force: Throw an existing store in ``out`` away first.
+    """
+
+    data: Path
+    manifest: Path | None = None
+    out: Path | None = None
+    cache: Path = DEFAULT_CACHE
+    dtype: Literal["float16", "float32"] = "float16"
+    on_error: OnError = "stop"
+    resizer: Resizer = "pillow"
+    batch_tokens: int | None = None
+    shard_rows: int | None = None
+    stripe: Stripe | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractResult:
+    """What an extraction did.
+
+    Attributes:
+        store: The store.
+        finished: Whether it has all its shards; False after a stripe while others are at work.
+        was_finished: Whether it had them before.
+        digest: Digest of its key.
+        n_images: Images in the store.
+        n_captions: Captions in the store.
+        n_encoded: Images encoded by this call; the others were already there.
+        width: Embedding width D.
+        damaged: Shards that were found damaged and were redone, each ``name: reason``.
+        skipped: Rows that this call found unreadable, and why.
+        reused_text_shards: Caption shards taken from a store with another patch budget.
+        seconds: Wall time.
+        clock: Seconds by part.
+    """
+
+    store: Path
+    finished: bool
+    was_finished: bool
+    digest: str
+    n_images: int
+    n_captions: int
+    n_encoded: int
+    width: int
+    damaged: tuple[str, ...]
+    skipped: dict[int, str]
+    reused_text_shards: int
+    seconds: float
+    clock: Clock
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        plain = {name: value for name, value in vars(self).items() if name != "clock"}
+        lists = {"store": str(self.store), "damaged": list(self.damaged), "skipped": list(self.skipped.values())}
+        seconds = {name: getattr(self.clock, name) for name in ("read_s", "compute_s", "write_s", "bottleneck")}
+        return {**plain, **lists, **seconds}
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        lines = [f"{self.n_images:,} images and {self.n_captions:,} captions, {self.width} wide"]
+        if self.n_encoded:
+            waited = ", ".join(
+                f"{name} {getattr(self.clock, f'{name}_s'):.1f} s" for name in ("read", "compute", "write")
+            )
+            lines += [
+                f"{self.n_encoded:,} images encoded, {self.seconds:.1f} s in all; waited for: {waited}",
+                f"the bottleneck was {self.clock.bottleneck}",
+            ]
+        if self.skipped:
+            shown = list(self.skipped.values())[:SHOWN_REASONS]
+            more = f"  and {len(self.skipped) - len(shown):,} more, in the store's manifest.json"
+            lines += [f"{len(self.skipped):,} images could not be read; training leaves them out, a later run retries:"]
+            lines += [f"  {reason}" for reason in shown] + ([more] if len(shown) < len(self.skipped) else [])
+        if not self.finished:
+            return [*lines, f"wrote this stripe of {self.store}; the last stripe to end finishes the store"]
+        return [*lines, f"nothing was missing in {self.store}" if self.was_finished else f"wrote {self.store}"]
+
+
+def parse_stripe(text: str) -> Stripe:
+    """Read ``i/n``, as in ``--shard 3/8``: the third of eight stripes.
+
+    Raises:
+        InputError: It is not that.
+    """
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise InputError(
+            "no such stripe", where="--shard", got=text, wanted="i/n with i from 1 to n",
+            do="as in --shard 1/8 to --shard 8/8",
+        )  # fmt: skip
+    return Stripe(int(number) - 1, int(of))
+
 
 __all__ = ["ExtractPlan", "ExtractResult", "extract", "parse_stripe"]
 
@@ -176,3 +294,105 @@ def reuse_text(writer: StoreWriter, siblings: Path) -> int:
         return 0
     folders = [folder for folder in sorted(siblings.iterdir()) if folder.is_dir() and folder != writer.folder]
     return sum(writer.reuse_text(folder) for folder in folders)
+
+
+def extract_here(
+    config: Config, plan: ExtractPlan, *, processes: int | None = None, progress: Progress | None = None
+) -> ExtractResult:
+    """Run an extraction on every GPU of this machine, or in so many processes.
+
+    Args:
+        config: As for :func:`~mmcli.pipeline.extraction.extract.extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
+        plan: Likewise.
+        processes: Processes; one a GPU when not given, and one without a GPU.
+        progress: Who to tell.
+
+    Raises:
+        InputError: As for ``extract``, from whichever process meets it first.
+    """
+    devices = _devices(config, processes)
+    if len(devices) == 1:
+        return extract(config, plan, progress)
+    config = config.model_copy(update={"model": pin_revision(config.model)})
+    progress = progress or Progress()
+    if plan.force:
+        plan = clear(config, plan)
+        torch.cuda.empty_cache()  # it has loaded an encoder, whose room the first process wants
+    progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
+    quiet = not isinstance(progress, ConsoleProgress)
+    parts = [_part(plan, at, len(devices)) for at in range(len(devices))]
+    with interruptible(without=["--force"]):
+        return _joined(_run(config, parts, devices, quiet=quiet))
+
+
+def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet: bool) -> list[ExtractResult]:
+    """One process a part; the first error ends the others, and what they finished is kept."""
+    context = multiprocessing.get_context("spawn")
+    before = multiprocessing.active_children()
+    with ProcessPoolExecutor(len(devices), mp_context=context, initializer=end_with_parent) as pool:
+        futures = [
+            pool.submit(_stripe, config, part, device, len(devices), quiet)
+            for part, device in zip(parts, devices, strict=True)
+        ]
+        try:
+            return [future.result() for future in as_completed(futures)]
+        except BrokenProcessPool:
+            raise InputError(
+                "a process was killed", got="most likely too little memory", wanted=f"room for {len(devices)} of them",
+                do="give fewer --processes; what was finished is kept",
+            ) from None  # fmt: skip
+        except BaseException:
+            end_children(before)
+            raise
+
+
+def _devices(config: Config, processes: int | None) -> list[str]:
+    """The device of each process."""
+    device = pick_device(config.hardware.device)
+    every = [f"cuda:{at}" for at in range(torch.cuda.device_count())]
+    names = every if device == torch.device("cuda") and every else [str(device)]
+    return [names[at % len(names)] for at in range(processes or len(names))]
+
+
+def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
+    """The plan of one process: a stripe of the stripe that the plan is for."""
+    whole = plan.stripe or Stripe(0, 1)
+    return replace(plan, stripe=Stripe(whole.at + at * whole.n, whole.n * n))
+
+
+def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
+    """What runs in each process."""
+    if device == "cpu":
+        torch.set_num_threads(max(1, count_cores() // n))
+    wanted = config.data.num_workers
+    readers = max(1, reader_count(None, torch.device(device)) // n) if wanted is None else None
+    data = config.data if readers is None else config.data.model_copy(update={"num_workers": readers})
+    hardware = config.hardware.model_copy(update={"device": device})
+    config = config.model_copy(update={"hardware": hardware, "data": data})
+    assert plan.stripe is not None
+    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
+
+
+class _Labelled(ConsoleProgress):
+    """Lines that say which stripe they are of; bars of several processes would draw over each other."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(bars=False)
+        self._label = label
+
+    def say(self, line: str) -> None:
+        super().say(f"[{self._label}] {line.strip()}")
+
+
+def _joined(results: list[ExtractResult]) -> ExtractResult:
+    clock = Clock()
+    for result in results:
+        for name in ("read_s", "compute_s", "write_s"):
+            setattr(clock, name, getattr(clock, name) + getattr(result.clock, name))
+    return replace(
+        results[0], finished=any(one.finished for one in results), clock=clock,
+        was_finished=all(one.was_finished for one in results), n_encoded=sum(one.n_encoded for one in results),
+        damaged=tuple(line for one in results for line in one.damaged),
+        skipped={row: why for one in results for row, why in one.skipped.items()},
+        reused_text_shards=sum(one.reused_text_shards for one in results), seconds=max(one.seconds for one in results),
+    )  # fmt: skip

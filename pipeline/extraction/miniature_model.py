@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.device import seed_everything
 from ..core.files import write_folder
-from .images_part import load_image
+from .images import load_image
 
 WIDTH = 64
 PATCH, PATCHES = 16, 64

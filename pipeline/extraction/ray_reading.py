@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from ... import InputError
 from .images import Grid, PatchSpec
-from .planner import Batch, plan
-from .reader import Piece, fill, measure
+from .reader import Batch, Piece, fill, measure, plan
 
 SHARD, PATHS, PLAN, PIXELS, REFUSAL = "shard", "paths", "plan", "pixels", "refusal"
 SCHEMA = pa.schema([(SHARD, pa.int64()), (PLAN, pa.string()), (PIXELS, pa.large_binary())])

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
@@ -26,10 +28,59 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ... import InputError
-from ..core.safe_paths import resolve_image
-from .images import Box, Grid, PatchSpec, Pixels, read_patches
-from .images_part import UnreadableImage, image_size
-from .planner import Batch, plan
+from ..core.files import resolve_image
+from .images import Box, Grid, PatchSpec, Pixels, UnreadableImage, image_size, read_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one grid.
+
+    Attributes:
+        grid: Their grid.
+        rows: Their rows in the shard, rising.
+    """
+
+    grid: Grid
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Patches of all images together."""
+        return self.grid.tokens * len(self.rows)
+
+
+def plan(grids: Sequence[Grid | None], *, tokens: int) -> list[Batch]:
+    """Group the images of a shard by grid and cut each group into even batches.
+
+    Args:
+        grids: The grid of every image in the shard's order; None for an image that cannot be read.
+        tokens: Most patches of a batch. An image that has more by itself is a batch of its own.
+
+    Returns:
+        Batches, the grids in order of first appearance; every readable image is in exactly one.
+
+    Raises:
+        ValueError: ``tokens`` is not positive.
+    """
+    if tokens < 1:
+        raise ValueError(f"a batch of {tokens} tokens holds nothing")
+    groups: dict[Grid, list[int]] = {}
+    for row, grid in enumerate(grids):
+        if grid is not None:
+            groups.setdefault(grid, []).append(row)
+    return [
+        Batch(grid=grid, rows=tuple(rows[start:stop]))
+        for grid, rows in groups.items()
+        for start, stop in even_cuts(len(rows), max(1, tokens // grid.tokens))
+    ]
+
+
+def even_cuts(count: int, most: int) -> list[tuple[int, int]]:
+    """Cut ``count`` things into as few runs of at most ``most`` as there can be; their sizes differ by at most one."""
+    parts = -(-count // most)
+    return list(pairwise(part * count // parts for part in range(parts + 1))) if parts else []
+
 
 HEADERS_A_TASK = 64
 SHM = Path("/dev/shm")  # noqa: S108

@@ -9,9 +9,9 @@ Symbols: n images of a batch, D embedding width.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,56 @@ from torch import Tensor
 
 from ..core.config import Config
 from ..core.device import autocast, to_device
-from ..extraction.images import Grid, Pixels
+from ..extraction.images import Box, Grid, Pixels
 from ..extraction.reader import Piece
 from ..training.data import Split
-from .augment import draw_views, flip
+from ..training.replicas import Replicas
+from ..training.step import Group, Step
+from .distributed import Shards
 from .embeddings import LiveStore, refuse_unreadable
-from .shards import Shards
-from .towers import Towers
+from .towers import PARTS, Towers
+
+# The smallest part of an image, as a share of its sides: at 0.7 half of its area.
+LEAST = 0.7
+
+
+class Views(NamedTuple):
+    """What is seen of n images.
+
+    Attributes:
+        boxes: The part of each.
+        mirrored: Whether left and right are exchanged, ``(n,)``.
+    """
+
+    boxes: list[Box]
+    mirrored: npt.NDArray[np.bool_]
+
+
+def draw_views(rows: npt.NDArray[np.int64], *, seed: int, epoch: int) -> Views:
+    """Draw a view of every image: a side uniform in [0.7, 1] of the whole, its place uniform, half of them mirrored.
+
+    Args:
+        rows: Rows of the manifest ``(n,)``.
+        seed: Of the run.
+        epoch: From 1 on.
+    """
+    drawn = np.array([np.random.default_rng((seed, epoch, int(row))).random(4) for row in rows]).reshape(-1, 4)
+    side = LEAST + (1 - LEAST) * drawn[:, 0]
+    left, upper = (1 - side) * drawn[:, 1], (1 - side) * drawn[:, 2]
+    edges = np.stack([left, upper, left + side, upper + side], axis=1)
+    return Views([(a, b, min(c, 1.0), min(d, 1.0)) for a, b, c, d in edges.tolist()], drawn[:, 3] < 0.5)
+
+
+def flip(pixels: Pixels, grid: Grid, mirrored: npt.NDArray[np.bool_]) -> Pixels:
+    """Patches ``(n, P, 3 p^2)`` uint8 in which some images are mirrored."""
+    if not mirrored.any():
+        return pixels
+    side = round((pixels.shape[-1] / 3) ** 0.5)
+    seen = pixels[mirrored].reshape(-1, grid.rows, grid.columns, side, side, 3)
+    out = pixels.copy()
+    out[mirrored] = seen[:, :, ::-1, :, ::-1].reshape(-1, grid.tokens, 3 * side**2)
+    return out
+
 
 Rows = npt.NDArray[np.int64]
 
@@ -226,3 +269,63 @@ class Feed:
 
 def _text_length(store: LiveStore) -> int:
     return int(store.encoder.identity.text_length)
+
+
+class TowerStep(Step):
+    """As :class:`~mmcli.pipeline.training.step.Step`, its batches made by towers that are trained with the head.
+
+    Args:
+        members: One head.
+        train: The train split.
+        config: As of ``Step``, and the finetune section; a batch is a whole optimiser step.
+        steps: Optimiser steps in an epoch.
+        feed: Makes the batches.
+    """
+
+    def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int, feed: Feed) -> None:
+        assert not members.stacked
+        self._feed, self._towers, self._shards = feed, feed.towers, feed.shards
+        super().__init__(members, train, config, steps=steps)
+
+    @classmethod
+    def autocast_of(cls, device: torch.device, config: Config) -> autocast:
+        """As in the towers, float32 on a CPU: the head is a small part of the step."""
+        return autocast(device, config.training.mixed_precision)
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Trained parameters of the towers by name, or what this process has of them."""
+        return self._shards.local
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """All of what is shaped like a trained parameter."""
+        return self._shards.whole(name, part)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this process has of it."""
+        return self._shards.part(name, whole)
+
+    def _more_groups(self) -> Sequence[Group]:
+        return self._towers.groups(self._config.optimizer, self._shards.local)
+
+    def _over_all(self, group: str, square: Tensor) -> Tensor:
+        if group.endswith(PARTS):
+            square = square.clone()
+            self._feed.team.sum_([square])
+        return square
+
+    def begin(self, epoch: int, order: Tensor, caption: Tensor, *, done: int = 0, images: int = 0) -> None:
+        """Set out on an epoch; images are read ahead from here on."""
+        super().begin(epoch, order, caption, done=done, images=images)
+        rows = self._train.rows[order].cpu()
+        batches = [part.numpy() for part in torch.tensor_split(rows, self._steps)]
+        self._feed.begin(epoch, batches[done:])
+
+    def run(self, sizes: tuple[int, ...]) -> None:
+        """One step, launched piece by piece: every batch has other grids, so there is no graph to replay."""
+        self._body(sizes)
+
+    def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
+        self._backward_of(self._feed.embed(self._train, at, caption), at, parts)
+        self._feed.backward()
+        self._shards.take_gradients()

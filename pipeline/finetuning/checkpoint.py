@@ -16,7 +16,7 @@ from ..core.config import Config
 from ..core.files import write_folder, write_text, write_whole
 from ..core.run import RunInfo
 from ..tagging.encode import TOWERS
-from .shards import Shards
+from .distributed import Shards
 from .towers import Towers
 
 RECORD = "finetune.json"

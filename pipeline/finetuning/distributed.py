@@ -6,18 +6,152 @@ Accelerate (extra ``finetune``) finds out how they reach each other: NCCL betwee
 
 import os
 import re
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import InputError
+from ..core.cores import count_cores
 from ..core.device import pick_device
-from .fleet import LOST
+from ..core.interrupts import INTERRUPTED, Interrupted
+from .towers import Towers
+
+# The exit code of a process whose others have gone: they have said why.
+LOST = 75
+# Says in each process how many there are, so that it can name the command that goes on.
+PROCESSES = "MMCLI_NUM_PROCESSES"
+OPTION = "--num-processes"
+LOOK_EVERY_S = 0.1
+# How long the others may take to end by themselves when one has ended.
+GRACE_S = 30.0
+# How long the first one may take to meet the error that another has met.
+SAME_S = 3.0
+
+
+def launch(n: int, words: Sequence[str] | None = None) -> int:
+    """Run this command in n processes and wait for all of them.
+
+    Args:
+        n: Processes.
+        words: The command's words; those of this process when not given.
+
+    Returns:
+        The exit code: that of the first process to fail, 0 where none did.
+    """
+    words = _without_option(sys.argv[1:] if words is None else words)
+    common = {
+        PROCESSES: str(n),
+        "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": threads_of(n),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        team = [_Process(rank, words, common, Path(scratch) / str(rank)) for rank in range(n)]
+        try:
+            return _wait(team)
+        except KeyboardInterrupt:
+            _end(team, signal.SIGINT)
+            team[0].hear_out()
+            raise Interrupted(silent=team[0].process.returncode == INTERRUPTED) from None
+
+
+def threads_of(n: int) -> str:
+    """Threads of each of n processes: as the user says, but not as many in each as one alone would take."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return str(max(1, count_cores() // n)) if given in {None, "", str(count_cores())} else str(given)
+
+
+class _Process:
+    """One of them. What the first says is passed on, what another says only if it is the one that fails."""
+
+    def __init__(self, rank: int, words: Sequence[str], common: Mapping[str, str], told: Path) -> None:
+        self._told, self.passes_on = told, rank == 0
+        with told.open("wb") as stream:
+            self.process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", __package__.partition(".")[0], *words],
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE if rank == 0 else stream,
+            )  # fmt: skip
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def hear_out(self) -> None:
+        """Wait until all that this process said is passed on."""
+        self._thread.join(GRACE_S)
+
+    def complain(self) -> None:
+        """Say what this process said, if nobody heard it."""
+        self._thread.join(GRACE_S)
+        sys.stderr.write(self._told.read_text(encoding="utf-8", errors="replace"))
+
+    def _pass_on(self) -> None:
+        for line in self.process.stderr or ():
+            if self.passes_on:
+                sys.stderr.write(line.decode(errors="replace"))
+                sys.stderr.flush()
+
+
+def _wait(team: Sequence[_Process]) -> int:
+    while True:
+        codes = [one.process.poll() for one in team]
+        if None not in codes and not any(codes):
+            return 0
+        if any(codes):
+            # Who waits for one that has gone would wait for ever; but the same error may be on its way in all of them.
+            deadline = time.monotonic() + SAME_S
+            while None in codes and time.monotonic() < deadline:
+                time.sleep(LOOK_EVERY_S)
+                codes = [one.process.poll() for one in team]
+            ended = [one for one in team if one.process.poll()]
+            failed = next((one for one in ended if one.process.returncode != LOST), ended[0])
+            team[0].passes_on = failed is team[0]
+            _end(team, signal.SIGTERM)
+            failed.complain()
+            return code if (code := failed.process.returncode) > 0 else 1
+        time.sleep(LOOK_EVERY_S)
+
+
+def _end(team: Sequence[_Process], sign: int) -> None:
+    processes = [one.process for one in team]
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(sign)
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _without_option(words: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == OPTION:
+            skip = True
+        elif not word.startswith(f"{OPTION}="):
+            kept.append(word)
+    return kept
+
 
 # Gradients are summed in pieces of so many numbers: a call each would wait on the network again and again.
 BUCKET = 1 << 24
@@ -263,3 +397,100 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(tensor)
         held += tensor.numel()
     return [bucket for bucket in buckets if bucket]
+
+
+class Shards:
+    """What of trained parameters a process has; all of each where nothing is sharded.
+
+    Args:
+        towers: What is trained; its blocks are sharded here.
+        team: The processes.
+        sharded: Whether blocks are.
+
+    Attributes:
+        local: By name, what the optimiser of this process steps on.
+    """
+
+    def __init__(self, towers: Towers, team: Team, *, sharded: bool) -> None:
+        self._towers, self._team = towers, team
+        self._units: list[Any] = _shard(towers, team) if sharded else []
+        self.local: dict[str, Tensor] = {
+            name: parameter.detach().to_local() if self.is_part(name) else parameter  # type: ignore[attr-defined]
+            for name, parameter in towers.trained.items()
+        }
+
+    @property
+    def sharded(self) -> bool:
+        """Whether anything is."""
+        return bool(self._units)
+
+    def is_part(self, name: str) -> bool:
+        """Whether this process has a part of a parameter only."""
+        return hasattr(self._towers.trained[name], "to_local")
+
+    def take_gradients(self) -> None:
+        """Give what the optimiser steps on its gradients."""
+        for name, parameter in self._towers.trained.items():
+            if self.is_part(name):
+                grad: Any = parameter.grad
+                self.local[name].grad = None if grad is None else grad.to_local()
+                parameter.grad = None
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """All of what is shaped like a parameter, from everybody's part of it; all processes ask together."""
+        like: Any = self._towers.trained[name]
+        if not self.is_part(name) or part.dim() == 0:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        made = DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return made.full_tensor()
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of it."""
+        like: Any = self._towers.trained[name]
+        if not self.is_part(name) or whole.dim() == 0:
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole.to(self._team.device), like.device_mesh, like.placements).to_local()
+
+    def wholes(self) -> dict[str, Tensor]:
+        """All trained parameters on the CPU, whole; all processes ask together."""
+        return {name: self.whole(name, value.detach()).cpu().contiguous() for name, value in self.local.items()}
+
+    @torch.no_grad()
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """Put whole values back."""
+        for name, value in self.local.items():
+            value.copy_(self.part(name, found[name]))
+
+    def gather(self) -> None:
+        """Have every block whole, until :meth:`scatter`."""
+        for unit in self._units:
+            unit.unshard()
+
+    def scatter(self) -> None:
+        """Keep a part of every block again."""
+        for unit in self._units:
+            unit.reshard()
+
+
+def _shard(towers: Towers, team: Team) -> list[Any]:
+    """Shard every trained block, and the embeddings of tokens: half of a base checkpoint's parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(team.device.type, (team.size,))
+    units: list[Any] = []
+    for side in towers.sides.values():
+        units += list(side.blocks)  # type: ignore[arg-type]
+        tokens = getattr(side.embeddings, "token_embedding", None)
+        units += [] if tokens is None else [tokens]
+    for unit in units:
+        # Each block is a root of its own, and a root stays whole after its forward pass unless it is told otherwise.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    towers.find_trained()
+    return units

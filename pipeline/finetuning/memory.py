@@ -14,6 +14,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
+from ... import InputError
 from ..core.config import Config
 from ..core.console import FittingTable
 from ..core.device import autocast, pick_device
@@ -21,7 +22,7 @@ from ..core.progress import Progress
 from ..data.manifest import read_manifest
 from ..extraction.encoder import Encoder
 from ..extraction.images import Grid
-from ..training.training_data import draw_head
+from ..training.setup import draw_head
 from .towers import Towers
 
 FLOAT_BYTES = 4
@@ -196,3 +197,21 @@ def free_bytes(device: torch.device) -> int:
         return 1024 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def short_of_memory(config: Config, where: object) -> InputError:
+    """The error for it, with the three things that would help most."""
+    training = config.training
+    parts = 2 * training.accumulation_steps
+    size = max(1, training.batch_size * training.accumulation_steps // parts)
+    checkpointing = "" if config.finetune.gradient_checkpointing else "--gradient-checkpointing, "
+    less = "--unfreeze last-1 or --towers image" if config.finetune.gradient_checkpointing else "fewer --patches"
+    return InputError(
+        "out of memory", where=where,
+        got=f"batches of {training.batch_size} in {training.accumulation_steps} parts"
+        if training.accumulation_steps > 1
+        else f"batches of {training.batch_size}",
+        wanted="more memory",
+        do=f"{checkpointing}--batch-size {size} --accumulation {parts} (the same batch, half at once), or {less};"
+        " what was kept stays, and --resume goes on with the first two",
+    )  # fmt: skip

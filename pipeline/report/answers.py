@@ -14,10 +14,9 @@ import numpy as np
 
 from ...heads.bootstrap import difference, resample_classes
 from ...heads.ranking import average_precision
-from ..evaluation.arms import EQUAL, Arm, Pairs, arm_pair, verdict
-from .depth import Depth
+from ..evaluation.compare import EQUAL, Arm, Pairs, arm_pair, verdict
 from .document import Answer, Comparison, Gap
-from .inputs import Inputs, arm_of
+from .inputs import Depth, Inputs, arm_of
 
 LEVEL = 0.05
 # Quantiles 0.975 of Student's t by degrees of freedom, one upwards.

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from ... import __version__
 from .document import Comparison, Document
-from .plots_part import for_page
+from .plots import for_page
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDTH = 240  # of the interval's drawing

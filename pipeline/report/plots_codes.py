@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from ...heads.bootstrap import interval
 from ...heads.ranking import average_precision
-from .depth import Depth
 from .document import Figure
-from .plots_part import DASHES, INK, MARKERS, MUTED, SERIES, draw, legend, legend_above, log_axis, name_points
+from .inputs import Depth
+from .plots import DASHES, INK, MARKERS, MUTED, SERIES, draw, legend, legend_above, log_axis, name_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

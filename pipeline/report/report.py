@@ -30,10 +30,9 @@ from ..core.files import (
     write_text,
 )
 from ..core.progress import Progress
-from .depth import choose, look_into
 from .document import Answers, Document, Failures, Queries, Shown
 from .html import to_html
-from .inputs import read_inputs
+from .inputs import choose, look_into, read_inputs
 from .latex import to_latex
 from .render import to_markdown
 from .sections import build

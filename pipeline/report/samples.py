@@ -10,12 +10,11 @@ import numpy as np
 from rich.console import RenderableType
 
 from ... import InputError
-from ..core.files import refuse_existing, write_whole
-from ..core.safe_paths import resolve_image
+from ..core.files import refuse_existing, resolve_image, write_whole
 from ..data.manifest import SPLITS, Manifest, read_manifest
-from ..extraction.images_part import open_rgb
+from ..extraction.images import open_rgb
 from ..tagging.explain import plain
-from .plots_part import DRAWN, INK, LINE, MUTED, PAPER, STYLE, is_drawn
+from .plots import DRAWN, INK, LINE, MUTED, PAPER, STYLE, is_drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,15 +7,23 @@ from typing import Any
 
 from ..ablation.experiments import read_experiments
 from ..core.metrics_file import TWO_PRECISIONS
-from ..evaluation.arms import Pairs
+from ..evaluation.compare import Pairs
 from .answers import answers
-from .depth import Depth
 from .document import Answers, Block, Commands, Document, Failures, Figure, Gap, Queries, Section, Table, Text
-from .examples import failures, queries
-from .inputs import Inputs, Known
+from .inputs import Depth, Inputs, Known
 from .plots import Point, against, loss_terms, pareto, val_curves
 from .plots_codes import bit_balance, bit_correlation, calibration, class_scatter, norms, threshold_curves
-from .tables import READING, arms_table, base_arms, class_table, confusion_table, experiment_tables, run_arms
+from .tables import (
+    READING,
+    arms_table,
+    base_arms,
+    class_table,
+    confusion_table,
+    experiment_tables,
+    failures,
+    queries,
+    run_arms,
+)
 
 # Experiments whose values are set beside each other by cost, and what a legend and a point call them.
 COSTED = {

@@ -15,15 +15,14 @@ from rich.console import RenderableType
 from ...heads.config import HashRegConfig, LossConfig
 from ...heads.hashing import binarise, pack_codes
 from ...heads.model import BaseHead
-from ..core.checkpoint import CheckpointKeeper, load_head
+from ..core.checkpoint import CheckpointKeeper, load_head, write_model_folder
 from ..core.config import Config
+from ..core.console import metrics_table
 from ..core.files import append_text, write_text
 from ..core.metrics_file import HISTORY, read_history
-from ..core.model_folder import write_model_folder
 from ..core.progress import Progress
 from ..core.results import Codes, write_codes
 from ..core.run import Run, finish_run
-from ..core.tables import metrics_table
 from ..evaluation.metrics import classifier_row, write_scores
 from .data import Split, encode_split
 from .loop import FitResult, Member, summarise

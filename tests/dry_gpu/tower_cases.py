@@ -21,16 +21,14 @@ from mmcli.pipeline.data.manifest import Manifest, read_manifest
 from mmcli.pipeline.extraction.caption_tokens import CaptionTokenizer
 from mmcli.pipeline.extraction.encoder import Encoder, EncoderParts
 from mmcli.pipeline.extraction.images import Grid
-from mmcli.pipeline.extraction.shards import ShardJobs
-from mmcli.pipeline.extraction.unreadable import Unreadable
-from mmcli.pipeline.finetuning.batches import Feed
+from mmcli.pipeline.extraction.shards import ShardJobs, Unreadable
+from mmcli.pipeline.finetuning.batches import Feed, TowerStep
 from mmcli.pipeline.finetuning.distributed import Team
 from mmcli.pipeline.finetuning.embeddings import LiveStore
-from mmcli.pipeline.finetuning.monitor import alikeness
-from mmcli.pipeline.finetuning.step import TowerStep
+from mmcli.pipeline.finetuning.finetune import alikeness
 from mmcli.pipeline.finetuning.towers import Towers
 from mmcli.pipeline.training.loop import Member, fit
-from mmcli.pipeline.training.training_data import draw_head
+from mmcli.pipeline.training.setup import draw_head
 
 transformers.logging.set_verbosity_error()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from mmcli.pipeline.ablation.ablate import Means, ablate
-from mmcli.pipeline.ablation.base import Told
 from mmcli.pipeline.ablation.engines import in_processes
 from mmcli.pipeline.ablation.records import read_rows
-from mmcli.pipeline.ablation.request import Order, place_order
+from mmcli.pipeline.ablation.request import Order, Told, place_order
 from mmcli.pipeline.ablation.worker import Unit, Worker, Workplace
 
 OPTIONS = {

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.ablation.ablate_plan import restrict, training_key
 from mmcli.pipeline.ablation.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
 from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
-from mmcli.pipeline.ablation.plan import Base, make_plan
+from mmcli.pipeline.ablation.plan import Base, make_plan, restrict, training_key
 from mmcli.pipeline.core.config import GridConfig, dump_config, load_config
 from mmcli.pipeline.core.config_rules import settle
 

@@ -11,11 +11,11 @@ from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.pipeline.ablation import engines as ablate_engines
 from mmcli.pipeline.ablation import worker as ablate_work
-from mmcli.pipeline.ablation.ablate_plan import training_key
-from mmcli.pipeline.ablation.base import _own_processor, check_source
 from mmcli.pipeline.ablation.experiments import read_experiments
 from mmcli.pipeline.ablation.identity import training_identity
+from mmcli.pipeline.ablation.plan import training_key
 from mmcli.pipeline.ablation.records import read_rows
+from mmcli.pipeline.ablation.request import _own_processor, check_source
 from mmcli.pipeline.ablation.worker import Unit, Workplace
 from mmcli.pipeline.core.config import DataConfig, ModelConfig, load_config
 from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest

@@ -9,12 +9,11 @@ import torch
 from mmcli.heads.losses import total_loss
 from mmcli.pipeline.bench import plain as bench_plain
 from mmcli.pipeline.bench import train as bench_train
-from mmcli.pipeline.bench.bench_data import base_config, draw_photographs, write_captions
-from mmcli.pipeline.bench.coco_sizes import SIZES
+from mmcli.pipeline.bench.data import SIZES, base_config, draw_photographs, write_captions
 from mmcli.pipeline.bench.harness import Case, best_of
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
-from mmcli.pipeline.extraction.images_part import image_size
+from mmcli.pipeline.extraction.images import image_size
 
 
 def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:

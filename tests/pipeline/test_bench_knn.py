@@ -11,9 +11,16 @@ from mmcli.heads.config import KnnConfig
 from mmcli.heads.knn import build_index
 from mmcli.heads.voting import vote
 from mmcli.pipeline.bench import knn as bench_knn
-from mmcli.pipeline.bench import rivals as bench_rivals
-from mmcli.pipeline.bench.rivals import loop, make_codes, make_labels, plain_index, sklearn_search, usearch_search
-from mmcli.pipeline.bench.sizes import parse_numbers
+from mmcli.pipeline.bench import knn as bench_rivals
+from mmcli.pipeline.bench.knn import (
+    loop,
+    make_codes,
+    make_labels,
+    parse_numbers,
+    plain_index,
+    sklearn_search,
+    usearch_search,
+)
 
 
 def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.MonkeyPatch) -> None:

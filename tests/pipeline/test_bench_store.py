@@ -9,7 +9,7 @@ import pytest
 
 from mmcli import InputError
 from mmcli.cache import Store, verify
-from mmcli.pipeline.bench import loading as bench_loading
+from mmcli.pipeline.bench import train as bench_loading
 from mmcli.pipeline.bench.data import COUNTS, N_TRAIN, draw_labels, full_size_arrays, make_full_store
 from mmcli.pipeline.core.config import Config
 from mmcli.pipeline.extraction.stores import read_store

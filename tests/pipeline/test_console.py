@@ -12,8 +12,14 @@ import pytest
 from rich.text import Text
 
 from mmcli import cli
-from mmcli.pipeline.core.console import FittingTable, make_console, visible
-from mmcli.pipeline.core.tables import comparison_table, metrics_table, spread_table
+from mmcli.pipeline.core.console import (
+    FittingTable,
+    comparison_table,
+    make_console,
+    metrics_table,
+    spread_table,
+    visible,
+)
 
 LONG = "p" * 63
 NASTY = "a :dog: [red]b[/red] \x1b[31m\x07\x9b \u202ec"

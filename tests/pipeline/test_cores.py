@@ -91,7 +91,7 @@ def test_readers_and_processes_share_the_cores(machine, monkeypatch, n: int) -> 
     import torch
 
     from mmcli.pipeline.core.device import reader_count
-    from mmcli.pipeline.finetuning import fleet as finetune_fleet
+    from mmcli.pipeline.finetuning import distributed as finetune_fleet
 
     machine(n, {})
     assert reader_count(None, torch.device("cpu")) == max(1, n // 8)

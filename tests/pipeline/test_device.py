@@ -21,7 +21,7 @@ from mmcli.pipeline.core.device import (
     seed_everything,
     to_device,
 )
-from mmcli.pipeline.extraction import fleet
+from mmcli.pipeline.extraction import extract as fleet
 from mmcli.pipeline.extraction.extract import ExtractPlan, load_encoder
 from mmcli.pipeline.extraction.ray_cluster import share_out
 

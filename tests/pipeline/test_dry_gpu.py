@@ -155,7 +155,7 @@ def test_towers_are_trained_on_a_gpu_without_a_fault(dry: Dry, miniature) -> Non
 
 @pytest.mark.slow
 def test_towers_of_base_size_run_on_a_gpu_without_a_fault(dry: Dry, miniature, tmp_path: Path) -> None:
-    from mmcli.pipeline.bench.bench_data import make_base_checkpoint, write_captions
+    from mmcli.pipeline.bench.data import make_base_checkpoint, write_captions
 
     model = make_base_checkpoint(tmp_path / "base", write_captions(100))
     results = dry("base", miniature.data, model)

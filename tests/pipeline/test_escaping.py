@@ -16,7 +16,7 @@ from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.report.document import Cell, Column, Commands, Document, Gap, Section, Table, Text, text_cells
 from mmcli.pipeline.report.html import to_html
 from mmcli.pipeline.report.latex import to_latex
-from mmcli.pipeline.report.plots_part import SERIES, draw, for_page
+from mmcli.pipeline.report.plots import SERIES, draw, for_page
 from mmcli.pipeline.report.render import to_markdown
 
 NAMES = (

@@ -12,9 +12,9 @@ from mmcli.heads.bootstrap import interval, resample
 from mmcli.heads.metrics import evaluate
 from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.core.config import Config
-from mmcli.pipeline.core.per_class import per_class_path, write_per_class
+from mmcli.pipeline.core.console import cells, metrics_table
+from mmcli.pipeline.core.results import per_class_path, write_per_class
 from mmcli.pipeline.core.run import Run, RunInfo, now, start_run
-from mmcli.pipeline.core.tables import cells, metrics_table
 from mmcli.pipeline.evaluation.metrics import metrics_row, read_scores, scores_path, with_intervals, write_scores
 
 C = 5

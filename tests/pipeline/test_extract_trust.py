@@ -20,8 +20,7 @@ from mmcli.cache import Store, StoreBusy, StoreUnfinished, Stripe, verify
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mmcli.pipeline.extraction.encoder import Encoder
-from mmcli.pipeline.extraction.extract import ExtractPlan, extract, parse_stripe
-from mmcli.pipeline.extraction.fleet import extract_here
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract, extract_here, parse_stripe
 from mmcli.pipeline.extraction.stores import read_store
 from mmcli.pipeline.extraction.towers import ImageTower
 

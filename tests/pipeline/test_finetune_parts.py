@@ -20,16 +20,13 @@ from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.extraction.encoder import Encoder
 from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, read_patches
-from mmcli.pipeline.finetuning.augment import LEAST, draw_views, flip
-from mmcli.pipeline.finetuning.batches import Feed
-from mmcli.pipeline.finetuning.distributed import Team, _buckets, open_team
+from mmcli.pipeline.finetuning.batches import LEAST, Feed, draw_views, flip
+from mmcli.pipeline.finetuning.distributed import Shards, Team, _buckets, _without_option, open_team
 from mmcli.pipeline.finetuning.embeddings import LiveStore
-from mmcli.pipeline.finetuning.fleet import _without_option
 from mmcli.pipeline.finetuning.memory import kept_bytes, plan_memory
 from mmcli.pipeline.finetuning.settings import settle_finetune, unfreeze_of
-from mmcli.pipeline.finetuning.shards import Shards
 from mmcli.pipeline.finetuning.towers import Towers
-from mmcli.pipeline.training.training_data import draw_head
+from mmcli.pipeline.training.setup import draw_head
 
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=20, unique=True), seed=st.integers(0, 2**32 - 1))

@@ -21,8 +21,8 @@ from mmcli.pipeline.core.results import codes_path
 from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.finetuning.distributed import Team, device_here, open_team
 from mmcli.pipeline.finetuning.embeddings import refuse_unreadable
-from mmcli.pipeline.finetuning.monitor import LiveMonitor
-from mmcli.pipeline.finetuning.start import refuse_seen
+from mmcli.pipeline.finetuning.finetune import LiveMonitor
+from mmcli.pipeline.finetuning.setup import refuse_seen
 
 WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0)
 
@@ -255,7 +255,7 @@ def test_lists_are_compared_by_what_they_said(tmp_path: Path, monkeypatch) -> No
 
     from mmcli.pipeline.core.config import load_config
     from mmcli.pipeline.data.protocols import lists_digest
-    from mmcli.pipeline.finetuning import start as finetune_start
+    from mmcli.pipeline.finetuning import setup as finetune_start
 
     (tmp_path / "test.txt").write_text("a.jpg 1\n")
     config = load_config(options={"data.split_type": "hashnet", "data.protocol_lists": str(tmp_path)})

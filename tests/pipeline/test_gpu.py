@@ -11,8 +11,7 @@ from mmcli.heads.model import make_head
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.extraction.encoder import Encoder
-from mmcli.pipeline.extraction.extract import ExtractPlan
-from mmcli.pipeline.extraction.fleet import extract_here
+from mmcli.pipeline.extraction.extract import ExtractPlan, extract_here
 from mmcli.pipeline.extraction.images import Grid
 from mmcli.pipeline.training.data import Split
 from mmcli.pipeline.training.loop import Member, fit

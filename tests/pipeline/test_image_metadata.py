@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mmcli.pipeline.extraction.images import PatchSpec, read_patches
-from mmcli.pipeline.extraction.images_part import TURNS, UnreadableImage, image_size, load_image, open_rgb
+from mmcli.pipeline.extraction.images import (
+    TURNS,
+    PatchSpec,
+    UnreadableImage,
+    image_size,
+    load_image,
+    open_rgb,
+    read_patches,
+)
 
 # Three colours in the corners, so that every orientation gives another picture; large blocks, so that JPEG keeps them.
 PIXELS = np.zeros((32, 64, 3), np.uint8)

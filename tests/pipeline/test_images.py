@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from mmcli import InputError
-from mmcli.pipeline.extraction.images_part import UnreadableImage, image_size, load_image, open_rgb
+from mmcli.pipeline.extraction.images import UnreadableImage, image_size, load_image, open_rgb
 
 RED = (250, 10, 10)
 

@@ -21,10 +21,8 @@ from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import open_run
 from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mmcli.pipeline.tagging import index_file
-from mmcli.pipeline.tagging.index import add, build, remove
-from mmcli.pipeline.tagging.index_file import read_index, write_index, writing
-from mmcli.pipeline.tagging.index_views import describe
-from mmcli.pipeline.tagging.tag_index import Origin, TagIndex
+from mmcli.pipeline.tagging.index import add, build, describe, remove
+from mmcli.pipeline.tagging.index_file import Origin, TagIndex, read_index, write_index, writing
 
 
 def run_of(folder: Path) -> Path:

@@ -12,8 +12,8 @@ from mmcli.heads.bootstrap import RESAMPLES
 from mmcli.heads.ranking import mean_average_precision
 from mmcli.pipeline.core.results import Codes, read_codes, write_codes
 from mmcli.pipeline.core.run import open_run
-from mmcli.pipeline.evaluation import table as table_module
-from mmcli.pipeline.evaluation.predictors import GRID, hybrid_row, mix, tune_mix
+from mmcli.pipeline.evaluation import knn_eval as table_module
+from mmcli.pipeline.evaluation.metrics import GRID, hybrid_row, mix, tune_mix
 from mmcli.pipeline.evaluation.search import Searcher
 
 

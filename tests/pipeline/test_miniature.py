@@ -13,9 +13,16 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from mmcli.pipeline.data.coco_categories import CATEGORIES
-from mmcli.pipeline.data.miniature import draw_legend, make_dataset
-from mmcli.pipeline.data.miniature_scenes import SYNONYMS, THEME_SHARE, THEMES, draw_scene, write_captions
+from mmcli.pipeline.data.coco import CATEGORIES
+from mmcli.pipeline.data.miniature import (
+    SYNONYMS,
+    THEME_SHARE,
+    THEMES,
+    draw_legend,
+    draw_scene,
+    make_dataset,
+    write_captions,
+)
 from mmcli.pipeline.data.pictograms import draw_pictogram, parse_pictograms
 from mmcli.pipeline.extraction.miniature_model import make_checkpoint, siglip_loss
 

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from mmcli import InputError, load_head
 from mmcli.cache import Store
 from mmcli.heads.model import BaseHead, MlpBaseline, make_head
-from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint
+from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint, write_model_folder
 from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.config_rules import settle
-from mmcli.pipeline.core.model_folder import write_model_folder
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import Run, RunInfo, now, start_run
 

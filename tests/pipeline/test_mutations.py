@@ -31,16 +31,16 @@ from mmcli.pipeline.core.metrics_file import read_history, read_metrics
 from mmcli.pipeline.core.run import open_run, read_info
 from mmcli.pipeline.data.coco import read_instances, read_karpathy
 from mmcli.pipeline.data.manifest import read_manifest
-from mmcli.pipeline.evaluation.codes import Evaluated
 from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.evaluation.metrics import read_scores
-from mmcli.pipeline.evaluation.prompts import read_prompts
-from mmcli.pipeline.extraction.images_part import load_image
+from mmcli.pipeline.evaluation.search import Evaluated
+from mmcli.pipeline.evaluation.zero_shot import read_prompts
+from mmcli.pipeline.extraction.images import load_image
 from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
 from mmcli.pipeline.report.inputs import read_known
 from mmcli.pipeline.tagging.index import build
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.requests import gather
+from mmcli.pipeline.tagging.predict import gather
 from mmcli.pipeline.training.state import TrainingState, read_state, write_state
 
 SECONDS = 10

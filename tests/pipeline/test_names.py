@@ -11,13 +11,13 @@ import pytest
 
 from mmcli import InputError, cannot_read, read_text
 from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.files import LinkedFolder, resolve_image
 from mmcli.pipeline.core.run import read_info
-from mmcli.pipeline.core.safe_paths import LinkedFolder, resolve_image
-from mmcli.pipeline.data.json_records import read_json
+from mmcli.pipeline.data.coco import read_json
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.tagging.explain import plain
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.requests import gather
+from mmcli.pipeline.tagging.predict import gather
 
 COMPOSED = "café.jpg"
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)

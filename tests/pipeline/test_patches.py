@@ -11,9 +11,8 @@ from transformers import Siglip2ImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
 from mmcli import InputError
-from mmcli.pipeline.bench.coco_sizes import SIZES
-from mmcli.pipeline.extraction.images import Grid, PatchSpec, naflex_grid, read_patches
-from mmcli.pipeline.extraction.images_part import image_size, open_rgb
+from mmcli.pipeline.bench.data import SIZES
+from mmcli.pipeline.extraction.images import Grid, PatchSpec, image_size, naflex_grid, open_rgb, read_patches
 
 NAFLEX = PatchSpec(side=16, budget=256, fixed=None, resample=2)
 

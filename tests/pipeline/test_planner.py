@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli.pipeline.extraction.images import Grid
-from mmcli.pipeline.extraction.planner import even_cuts, plan
+from mmcli.pipeline.extraction.reader import even_cuts, plan
 
 GRIDS = st.lists(st.none() | st.builds(Grid, st.integers(1, 4), st.integers(1, 5)), max_size=60)
 

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.report.plots import Point, loss_terms, pareto_front, val_curves
+from mmcli.pipeline.report.plots import (
+    VARIABLES,
+    Point,
+    draw,
+    for_page,
+    log_axis,
+    loss_terms,
+    name_points,
+    pareto_front,
+    val_curves,
+)
 from mmcli.pipeline.report.plots_codes import BINS, _binned, _reliability, micro_curves, spearman
-from mmcli.pipeline.report.plots_part import VARIABLES, draw, for_page, log_axis, name_points
 
 
 def some(axes) -> None:

@@ -11,8 +11,7 @@ from mmcli.pipeline.ablation.tables import experiment_table
 from mmcli.pipeline.core.console import make_console
 from mmcli.pipeline.core.metrics_file import by_precision
 from mmcli.pipeline.core.run import mark, open_run, write_info
-from mmcli.pipeline.evaluation.arms import Arm, Sample, arm_pair
-from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.evaluation.compare import Arm, Sample, arm_pair, compare
 from mmcli.pipeline.report.inputs import read_inputs
 from mmcli.pipeline.report.report import ReportPlan, report
 from mmcli.pipeline.training.train_head import resume_training

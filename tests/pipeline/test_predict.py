@@ -12,9 +12,8 @@ from rich.console import Console
 
 from mmcli import InputError, Tagger
 from mmcli.pipeline.data.manifest import read_manifest
-from mmcli.pipeline.tagging.explain import plain, show
-from mmcli.pipeline.tagging.panel import AGREES, DIFFERS, MISSING, draw
-from mmcli.pipeline.tagging.tagging import Neighbour, Tag, Tagging
+from mmcli.pipeline.tagging.explain import AGREES, DIFFERS, MISSING, draw, plain, show
+from mmcli.pipeline.tagging.voting import Neighbour, Tag, Tagging
 
 NASTY = "two [red]dogs[/red] $x_1^{ \\frac :smile: 日本語 \x1b[31m\ron a sofa"
 

@@ -21,7 +21,8 @@ from mmcli.cache import Store, Stripe, verify
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.data.manifest import read_manifest
-from mmcli.pipeline.extraction import ray_actor, ray_cluster
+from mmcli.pipeline.extraction import ray_cluster
+from mmcli.pipeline.extraction import ray_engine as ray_actor
 from mmcli.pipeline.extraction.extract import ExtractPlan, extract
 from mmcli.pipeline.extraction.ray_engine import extract_on_ray
 from mmcli.pipeline.extraction.ray_reading import read_row

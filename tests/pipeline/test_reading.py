@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from mmcli import InputError
-from mmcli.pipeline.extraction.images import PatchSpec, read_patches
-from mmcli.pipeline.extraction.images_part import UnreadableImage, image_size
+from mmcli.pipeline.extraction.images import PatchSpec, UnreadableImage, image_size, read_patches
 from mmcli.pipeline.extraction.ray_reading import pieces_of, read_row
 from mmcli.pipeline.extraction.reader import ImageReader
 

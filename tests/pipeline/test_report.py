@@ -228,7 +228,7 @@ def test_damaged_scores_are_named(kit: Kit, tmp_path: Path) -> None:
 
 def test_a_path_of_the_manifest_never_leaves_the_data_folder(kit: Kit, tmp_path: Path) -> None:
     from mmcli.pipeline.data.manifest import read_manifest
-    from mmcli.pipeline.report.pictures import Pictures
+    from mmcli.pipeline.report.document import Pictures
 
     shutil.copytree(kit.data, tmp_path / "data")
     listing = read_manifest(tmp_path / "data" / "manifest.parquet")

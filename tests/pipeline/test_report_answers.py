@@ -13,7 +13,7 @@ from scipy import stats
 
 from mmcli.heads.bootstrap import difference, resample
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.evaluation.arms import EQUAL, Arm, Pairs, Sample, best_of, verdict
+from mmcli.pipeline.evaluation.compare import EQUAL, Arm, Pairs, Sample, best_of, verdict
 from mmcli.pipeline.report.answers import T975, T975_OF_MORE, _holm, _ratio, answers
 from mmcli.pipeline.report.inputs import Inputs, read_inputs
 

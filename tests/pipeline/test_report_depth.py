@@ -11,11 +11,9 @@ from sklearn.metrics import average_precision_score
 from mmcli import InputError
 from mmcli.pipeline.core.metrics_file import read_metrics
 from mmcli.pipeline.evaluation.metrics import read_scores
-from mmcli.pipeline.report.depth import Depth, choose, look_into
-from mmcli.pipeline.report.examples import failures, queries
-from mmcli.pipeline.report.inputs import read_inputs, read_known
-from mmcli.pipeline.report.pictures import Pictures
-from mmcli.pipeline.report.tables import class_table, confusion_table
+from mmcli.pipeline.report.document import Pictures
+from mmcli.pipeline.report.inputs import Depth, choose, look_into, read_inputs, read_known
+from mmcli.pipeline.report.tables import class_table, confusion_table, failures, queries
 
 
 @pytest.fixture(scope="module")

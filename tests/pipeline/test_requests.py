@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.tagging.requests import gather
+from mmcli.pipeline.tagging.predict import gather
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.report.inputs import read_known
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.requests import gather
+from mmcli.pipeline.tagging.predict import gather
 
 BROKEN = {
     "nothing": "", "half": '{"a": ', "deep lists": "[" * 100_000, "deep objects": '{"a":' * 100_000, "NaN": '{"method": NaN}',

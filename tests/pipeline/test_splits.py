@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mmcli.heads.config import ClassifierConfig, FusionConfig, HashConfig
 from mmcli.heads.model import Head
 from mmcli.pipeline.training.data import Split
-from mmcli.pipeline.training.training_data import fit_statistics
+from mmcli.pipeline.training.setup import fit_statistics
 
 CPU, D, C = torch.device("cpu"), 6, 4
 

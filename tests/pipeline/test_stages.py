@@ -22,7 +22,7 @@ from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.evaluation.metrics import metrics_row
 from mmcli.pipeline.evaluation.zero_shot import TEMPLATES
 from mmcli.pipeline.training.data import Split
-from mmcli.pipeline.training.training_data import check_splits
+from mmcli.pipeline.training.setup import check_splits
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", "3", "--device", "cpu")
 

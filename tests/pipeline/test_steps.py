@@ -13,8 +13,7 @@ from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.training.data import Split, encode_split
 from mmcli.pipeline.training.loop import FitResult, Member, fit
-from mmcli.pipeline.training.optimisation import AdamW, learning_rate
-from mmcli.pipeline.training.step import count_batches
+from mmcli.pipeline.training.step import AdamW, count_batches, learning_rate
 
 CPU = torch.device("cpu")
 D, C = 12, 5

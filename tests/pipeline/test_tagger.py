@@ -19,7 +19,7 @@ from mmcli.pipeline.core.run import open_run
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.evaluation.knn_eval import knn_eval
 from mmcli.pipeline.tagging.encode import Coded
-from mmcli.pipeline.tagging.tag_index import Origin, TagIndex
+from mmcli.pipeline.tagging.index_file import Origin, TagIndex
 from mmcli.pipeline.tagging.tagger import run_store
 from mmcli.pipeline.tagging.voting import Query, Voters
 from mmcli.pipeline.training.train_head import train_head
@@ -114,7 +114,7 @@ def test_batches_change_nothing(miniature, tagger, monkeypatch) -> None:
     images, captions, _ = pairs(miniature, "test")
     together = tagger.predict(images, captions)
     monkeypatch.setattr("mmcli.pipeline.tagging.tagger.BATCH", 3)
-    monkeypatch.setattr("mmcli.pipeline.tagging.pixels.CHUNK", 2)
+    monkeypatch.setattr("mmcli.pipeline.tagging.encode.CHUNK", 2)
     for one, other in zip(together, tagger.predict(images, captions), strict=True):
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
     assert tagger.predict([], []) == []

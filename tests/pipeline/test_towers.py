@@ -17,7 +17,7 @@ from transformers import (
 from mmcli.pipeline.extraction.encoder import tokens_of_a_pass
 from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, resize
 from mmcli.pipeline.extraction.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower, resize_positions
-from mmcli.pipeline.finetuning.sides import ImageSide
+from mmcli.pipeline.finetuning.towers import ImageSide
 
 SCALE = PixelScale(factor=1 / 255, mean=(0.5, 0.4, 0.6), std=(0.5, 0.6, 0.4))
 STATISTICS = {"image_mean": list(SCALE.mean), "image_std": list(SCALE.std)}

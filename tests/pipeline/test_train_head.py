@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 
 from mmcli.cache import Store
 from mmcli.pipeline.bench.data import make_full_store
+from mmcli.pipeline.core.checkpoint import write_model_folder
 from mmcli.pipeline.core.config import load_config
-from mmcli.pipeline.core.model_folder import write_model_folder
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.core.run_folders import hold
-from mmcli.pipeline.training.training_data import prepare_training
+from mmcli.pipeline.training.setup import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
 # The command line with training kept after every epoch, however short.

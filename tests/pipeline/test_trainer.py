@@ -22,10 +22,9 @@ from mmcli.pipeline.core.config import Config, SchedulerConfig, load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.training.data import Split, encode_split
 from mmcli.pipeline.training.loop import Member, fit
-from mmcli.pipeline.training.optimisation import AdamW, learning_rate
 from mmcli.pipeline.training.replicas import Replicas
 from mmcli.pipeline.training.state import read_state, write_state
-from mmcli.pipeline.training.step import Step
+from mmcli.pipeline.training.step import AdamW, Step, learning_rate
 
 CPU = torch.device("cpu")
 D, C = 12, 5

@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
-from mmcli.pipeline.bench.bench_data import draw_photographs
+from mmcli.pipeline.bench.data import draw_photographs
 from mmcli.pipeline.extraction.encoder import Encoder
 
 WIDTH, VOCABULARY = 768, 256_000
