@@ -268,15 +268,17 @@ class TextTower:
     def __init__(self, text: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
         self._token = text.embeddings.token_embedding.weight.detach()
         self._position = text.embeddings.position_embedding.weight.detach().float()
-        *below, last = text.encoder.layers
-        self._last = _LastLayer(last, dtype)
-        self._layers = [*(_Layer(layer, dtype) for layer in below), self._last]
+        # Finetuning makes a tower of the frozen layers alone, of which there may be none.
+        self._last = _LastLayer(text.encoder.layers[-1], dtype) if text.encoder.layers else None
+        self._layers: list[_Layer] = [_Layer(layer, dtype) for layer in text.encoder.layers[:-1]]
+        self._layers += [self._last] if self._last else []
         self._norm = _Norm(text.final_layer_norm)
         self._head = _Linear(text.head.weight, text.head.bias, dtype)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 of token ids ``(n, T)`` int64, padded to one length."""
+        assert self._last is not None
         x = self._last.last(self.hidden(ids, len(self._layers) - 1))
         return self._head(self._norm(x[:, -1])).float()
 
