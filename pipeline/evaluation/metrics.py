@@ -195,8 +195,6 @@ def _plain(value: object) -> object:
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 
-Scores = npt.NDArray[np.floating[Any]]
-
 
 def check_predictor(predictor: Predictor, query: Codes, val: Codes, run: Run) -> None:
     """Refuse a predictor that the codes of a run do not give.

@@ -302,7 +302,7 @@ def extract_here(
     """Run an extraction on every GPU of this machine, or in so many processes.
 
     Args:
-        config: As for :func:`~mmcli.pipeline.extraction.extract.extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
+        config: As for :func:`extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
         plan: Likewise.
         processes: Processes; one a GPU when not given, and one without a GPU.
         progress: Who to tell.

@@ -186,7 +186,8 @@ def extract_on_ray(
     """Encode every image and caption of a manifest into a store, on a cluster; resumes where a call was stopped.
 
     Args:
-        config: As for :func:`~mmcli.pipeline.extraction.extract.extract`; ``data.num_workers`` bounds the tasks that read.
+        config: As for :func:`~mmcli.pipeline.extraction.extract.extract`; ``data.num_workers`` bounds the tasks
+            that read.
         plan: Likewise.
         processes: Actors that encode; one a GPU when not given, and one a machine on a cluster without.
         address: The cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.

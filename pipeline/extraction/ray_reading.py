@@ -1,6 +1,7 @@
 """The images of one shard read and cut by one process, as one Arrow row that travels to whoever encodes them.
 
-The row is a shard's whole plan: batches in the order in which :class:`~mmcli.pipeline.extraction.reader.ImageReader` gives them.
+The row is a shard's whole plan: batches in the order in which
+:class:`~mmcli.pipeline.extraction.reader.ImageReader` gives them.
 No torch is imported here: the processes that read do not compute.
 
 Columns: ``shard`` int64, ``plan`` string (JSON, see :func:`read_shard`), ``pixels`` large_binary (all batches' patches,

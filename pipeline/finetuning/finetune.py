@@ -1,7 +1,8 @@
 """Train head and towers from the images themselves; a run like any other comes out, with towers of its own.
 
 What does not change is embedded once: with ``--unfreeze none`` everything, with ``--towers image`` every caption. The
-rest goes through the towers in every step (:mod:`~mmcli.pipeline.finetuning.batches`) and is embedded anew to look at val.
+rest goes through the towers in every step (:mod:`~mmcli.pipeline.finetuning.batches`) and is embedded anew
+to look at val.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,7 @@ LEFT = 0.5
 
 
 class LiveMonitor:
-    """As :class:`~mmcli.pipeline.training.monitor.Monitor`, of towers that change; says once if they make everything alike.
+    """The monitor of towers that change; says once if they make everything alike.
 
     Every process of a team computes the head, and a GPU may round a sum differently each time. What is the best epoch
     and when to stop must not hang on that, so once an epoch all of them take the first one's weights and figures.

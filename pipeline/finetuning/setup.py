@@ -72,11 +72,11 @@ def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> N
         " of ".join(filter(None, (one.split_type, lists[:12]))) for one, lists in zip((theirs, data), read, strict=True)
     ]
     pairs = {"protocol": protocols, "manifest": [info.manifest_sha256[:12], manifest_sha256[:12]]}
-    for name, (was, now) in pairs.items():
-        if was != now:
+    for name, (wanted, got) in pairs.items():
+        if wanted != got:
             raise InputError(
                 f"another {name} than the run's, and it does not say which images it was trained on",
-                where=codes_path(start, "train"), got=now, wanted=was,
+                where=codes_path(start, "train"), got=got, wanted=wanted,
                 do="bring its codes back, or start from another run",
             )  # fmt: skip
 

@@ -245,7 +245,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-SHOWN = 9  # neighbours of a query
+NEIGHBOURS_SHOWN = 9  # neighbours of a query
 BASE = ("base", "full")
 OF_ROW = ("K", "distance_metric", "voting_strategy", "tau", "theta", "ties")
 

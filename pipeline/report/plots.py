@@ -15,7 +15,7 @@ from .document import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 SERIES = ("#0072b2", "#c74e00", "#00875f", "#a8457f", "#8a6a00", "#5b5fc7")
 INK, MUTED, LINE, PAPER = "#1b1d20", "#5a5f66", "#d9dad6", "#fefefe"
@@ -75,11 +75,11 @@ def draw(name: str, paint: Callable[["Axes"], object], size: tuple[float, float]
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure.subplots())
         return Drawing(svg=_own_ids(_svg(figure), name), png=_png(figure))
@@ -152,13 +152,13 @@ def for_page(svg: str) -> str:
     return body.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def _svg(figure: "Figure") -> str:
+def _svg(figure: "Canvas") -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", dpi=DPI, metadata={"Date": None, "Creator": None})
     return _NO_XML.sub("\ufffd", stream.getvalue())
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: "Canvas") -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     return stream.getvalue()

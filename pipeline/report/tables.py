@@ -7,9 +7,9 @@ import numpy as np
 from ...heads.metrics import per_class
 from ...heads.ranking import average_precision
 from ..core.metrics_file import TWO_PRECISIONS
-from ..evaluation.compare import FIGURES, Arm, Pairs, best_of
+from ..evaluation.compare import ARM_FIGURES, Arm, Pairs, best_of
 from .document import Cell, ClassFailures, Column, Pictures, Query, Shown, Table, Tag, number
-from .inputs import SHOWN, Depth, Inputs, arm_of
+from .inputs import NEIGHBOURS_SHOWN, Depth, Inputs, arm_of
 
 # Title and key of what the tables of arms show.
 SHOWN = (
@@ -36,7 +36,7 @@ def arms_table(
     name: str, title: str, arms: Sequence[Arm], pairs: Pairs, *, first: str, commands: tuple[str, ...]
 ) -> Table:
     """One line an arm; figures, spread and cost."""
-    best = {key: best_of(arms, key, pairs) for _, key in SHOWN if key in FIGURES}
+    best = {key: best_of(arms, key, pairs) for _, key in SHOWN if key in ARM_FIGURES}
     costs = [cost for cost in COSTS if any(arm.values(cost[1]) for arm in arms)]
     columns = (
         Column(title=first, numeric=False), Column(title="seeds"), *(Column(title=shown) for shown, _ in SHOWN),
@@ -198,7 +198,7 @@ def _query(depth: Depth, pictures: Pictures, row: int) -> Query:
     image = int(depth.query.image_id[row])
     truth = depth.query.labels[row].astype(bool)
     near = []
-    for at in range(min(SHOWN, depth.neighbours.shape[1])):
+    for at in range(min(NEIGHBOURS_SHOWN, depth.neighbours.shape[1])):
         other = int(depth.neighbours[row, at])
         number = int(depth.base.image_id[other])
         tags = tuple(

@@ -84,7 +84,8 @@ class TrainingRun:
         progress: Who is told of a collapse.
         resume: Go on with what is there.
         state: Where; from the start where none was kept.
-        monitor: Looks at the head after every epoch; a :class:`~mmcli.pipeline.training.monitor.Monitor` when not given.
+        monitor: Looks at the head after every epoch; a
+            :class:`~mmcli.pipeline.training.monitor.Monitor` when not given.
     """
 
     def __init__(
