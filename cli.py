@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import InputError, __version__
+from . import __version__
+from .errors import InputError
 from .pipeline.commands import (
     bench,
     data,

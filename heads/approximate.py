@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import InputError
+from ..errors import InputError
 from .neighbours import Index, Packed, load_faiss
 from .settled import SettledIndex, searcher
 

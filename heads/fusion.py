@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .config import FusionConfig
 from .decompose import Decomposed, decompose
 from .dropout import Dropout

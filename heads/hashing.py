@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .config import HashConfig
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .card import CARD, card_words
 from .config import HeadKind
 from .tensor_files import load_tensors, write_tensors

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 from . import approximate
 from .asymmetric import AsymmetricIndex
 from .config import HYBRID_CANDIDATES, IndexKind, Metric

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 from .ranking import (
     TAGS_OF_TOP,
     Floats,

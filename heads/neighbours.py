@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 
 Packed = npt.NDArray[np.uint8]
 Soft = npt.NDArray[np.float32]

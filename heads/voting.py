@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 from .config import KnnConfig, Vote
 from .neighbours import Neighbours, Packed, Rows, load_faiss
 

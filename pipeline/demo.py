@@ -11,11 +11,12 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from .. import InputError, __version__
+from .. import __version__
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
 from ..cache.sweep import discard
+from ..errors import InputError
 from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config
 from .core.console import metrics_table

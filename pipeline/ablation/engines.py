@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
 from ..core.progress import Progress

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.retrieval import retrieval_row
 from ..core.metrics_file import read_metrics
 from ..core.run import Run

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config, FinetuneConfig, GridConfig
 from ..core.strict_yaml import read_yaml
 

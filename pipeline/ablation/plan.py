@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config
 from ..core.config_rules import settle
 from ..data.protocols import lists_digest

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from ... import InputError
 from ...cache import Store, list_stores
 from ...cache.parquet import read_parquet
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ...heads.tensor_files import write_tensors
 from ..core.config import load_config
 from ..core.files import write_text, write_whole

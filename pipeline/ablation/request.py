@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from ... import InputError
 from ...cache import FORMAT_VERSION, Store
+from ...errors import InputError
 from ..core.config import Config, ModelConfig, load_config, read_sections
 from ..core.strict_yaml import parse_yaml
 from ..data.manifest import read_manifest

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ... import InputError
+from ...errors import InputError
 from ..core.console import FittingTable
 from ..core.metrics_file import TWO_PRECISIONS, by_precision, read_history
 from .plan import Plan, Row, Training

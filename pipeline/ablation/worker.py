@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ... import InputError, __version__
+from ... import __version__
 from ...cache import Store, is_remote
+from ...errors import InputError
 from ..core.config import Config, load_config
 from ..core.device import pick_device
 from ..core.metrics_file import read_metrics

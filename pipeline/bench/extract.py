@@ -14,8 +14,8 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ... import InputError
 from ...cache import StoreKey, StoreWriter
+from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
 from ..core.device import autocast, pick_device, reader_count

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import RenderableType
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.config import IndexKind, KnnConfig
 from ...heads.knn import build_hamming
 from ...heads.neighbours import Index, Neighbours, Packed, Rows, load_faiss

@@ -20,8 +20,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ... import InputError
 from ...cache import Store, is_remote
+from ...errors import InputError
 from ..core.config import Config
 from ..core.progress import Progress
 from ..training.data import Split

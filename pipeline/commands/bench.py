@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ... import InputError
+from ...errors import InputError
 from .options import ConfigFile, Device, Json, PresetName, Quiet, Set, finish, make_progress, read_config
 
 

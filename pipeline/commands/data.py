@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ... import InputError
+from ...errors import InputError
 from .options import (
     ConfigFile,
     Data,

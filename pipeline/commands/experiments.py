@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ... import InputError
+from ...errors import InputError
 from .options import (
     FLAGS,
     ConfigFile,

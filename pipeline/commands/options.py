@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from ... import InputError
+from ...errors import InputError
 from ..core.presets import Preset
 
 if TYPE_CHECKING:

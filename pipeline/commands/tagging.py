@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ... import InputError, read_text
+from ...errors import InputError, read_text
 from .options import (
     Data,
     Device,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ... import InputError
+from ...errors import InputError
 from .options import (
     FLAGS,
     ConfigFile,

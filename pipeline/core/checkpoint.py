@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ... import NOT_THERE, InputError, __version__, cannot_read
+from ... import __version__
 from ...cache.strict_json import parse_json
+from ...errors import NOT_THERE, InputError, cannot_read
 from ...heads.card import FIGURES
 from ...heads.hub import PICKLES, cannot_load, read_config, reason, refuse_pickle, restore
 from ...heads.model import HEADS, BaseHead, Head, MlpBaseline

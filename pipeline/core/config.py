@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.config import (
     ClassifierConfig,
     FusionConfig,

@@ -5,7 +5,7 @@ Nothing here imports torch.
 
 from typing import Any
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.config import FusionConfig
 from .config import Config
 

@@ -10,6 +10,9 @@ ROOT = Path("/")
 # Folders of cgroup v1 that hold the quota, by the names that distributions give them.
 _V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
+# Says in each process how many there are, so that it can name the command that goes on.
+PROCESSES = "MMCLI_NUM_PROCESSES"
+
 
 def count_cores(root: Path = ROOT) -> int:
     """Cores by the process's affinity, and no more than the CPU time that its control groups allow, rounded up.

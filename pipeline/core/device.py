@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from ... import InputError
+from ...errors import InputError
 from .cores import count_cores
 
 # What is larger is mapped by itself and given back when freed; glibc takes no higher limit.

@@ -19,9 +19,9 @@ from pathlib import Path, PosixPath, PurePosixPath
 
 from safetensors import SafetensorError
 
-from ... import NOT_THERE, InputError, check_file
 from ...cache.files import is_dead, sync_file
 from ...cache.layout import this_host
+from ...errors import NOT_THERE, InputError, check_file
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp")
 # As of before the process was in the name: files end in .tmp, scratch folders hold `new` and `old`.
@@ -378,3 +378,18 @@ def _bases(root: Path, parts: tuple[str, ...]) -> list[Path]:
     """The folders an image may lie below: the data folder and its image folder, which may be a link."""
     depth = 2 if parts[0] == "images" and len(parts) > 2 else 1
     return [root, *(root.joinpath(*parts[: at + 1]) for at in range(min(depth, len(parts) - 1)))]
+
+
+# What a picture that a person asked for says of its maker, so that it can be told from any other before it is replaced.
+DRAWN = {"Software": "mmcli"}
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a PNG picture that mmcli drew."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return bool(image.info.get("Software") == DRAWN["Software"])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False

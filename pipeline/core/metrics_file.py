@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ... import InputError
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from .files import write_text
 from .run_folders import hold
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from ... import InputError, cannot_read
+from ...errors import InputError, cannot_read
 from ...heads.bootstrap import Threshold
 from ...heads.metrics import per_class
 from ...heads.sigmoid import sigmoid

@@ -18,8 +18,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ... import NOT_THERE, InputError, __version__, cannot_read, check_file
+from ... import __version__
 from ...cache.strict_json import parse_json
+from ...errors import NOT_THERE, InputError, cannot_read, check_file
 from .config import Config, dump_config
 from .cores import count_cores
 from .files import command, write_text
@@ -28,6 +29,8 @@ from .run_folders import MARK, REPLACED, claim_named, claim_new
 
 RUN_VERSION = 1
 CONFIG = "config.yaml"
+# Where a run keeps towers that it trained.
+TOWERS = "towers"
 # In a run.json of before config.yaml was written: its text, so that a run that was killed then can begin again.
 BEGUN_WITH = "begun_with"
 # Runs with a head and codes: where one of train-head is asked for, any of them will do.

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ... import InputError
 from ...cache.locks import SOFT, LockHeld, locked
 from ...cache.ownership import Contents, contents, remove_files
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
 MARK, LOCK = "run.json", ".lock"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ... import InputError, cannot_read, check_file
+from ...errors import InputError, cannot_read, check_file
 
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES = 1 << 18, 20, 10
 _LARGEST = 2**63

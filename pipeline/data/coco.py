@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools.coco import COCO
 
-from ... import InputError, cannot_read, check_file
 from ...cache.strict_json import parse_json
+from ...errors import InputError, cannot_read, check_file
 from ..core.files import is_inside
 
 

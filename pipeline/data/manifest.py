@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ... import InputError, cannot_read
 from ...cache.arrow import numbers
 from ...cache.parquet import read_parquet
+from ...errors import InputError, cannot_read
 from ..core.files import check_input, is_inside, resolve_image, write_whole
 from .manifest_checks import DATA_KEY, NAMES_KEY, SCHEMA, SPLITS, VERSION, VERSION_KEY, check_table
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ... import InputError
 from ...cache.arrow import booleans, integers, numbers, texts
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ..core.files import SAFE_PATH, UNSAFE_PATH
 
 SPLITS = ("train", "val", "test")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich import box
 from rich.table import Table
 
-from ... import InputError, cannot_read
+from ...errors import InputError, cannot_read
 from ..core.console import FittingTable
 from ..core.files import refuse_existing, resolve_image
 from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_instances, read_karpathy

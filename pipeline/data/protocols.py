@@ -13,8 +13,8 @@ from typing import Any, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ... import InputError, read_text
 from ...cache.key import digest_of
+from ...errors import InputError, read_text
 from ..core.config import DataConfig, ProtocolName
 
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import RenderableType
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.bootstrap import RESAMPLES, SEED, Difference, Threshold, difference, mean_difference, resample
 from ...heads.metrics import evaluate
 from ..core.console import comparison_table

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 
-from ... import InputError
 from ...cache import Store
+from ...errors import InputError
 from ...heads.config import KnnConfig
 from ...heads.retrieval import retrieval_row
 from ..core.config import Config

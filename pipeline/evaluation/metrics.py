@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.bootstrap import RESAMPLES, SEED, Threshold, interval, resample
 from ...heads.config import Predictor
 from ...heads.metrics import evaluate, mean_average_precision, tune_thresholds

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.config import IndexKind, KnnConfig, Metric
 from ...heads.knn import APPROXIMATE, Neighbours, build_index
 from ...heads.voting import Boundary, BoundaryIndex, vote, vote_shared

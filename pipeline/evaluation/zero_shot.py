@@ -12,8 +12,8 @@ import torch
 from rich.console import RenderableType
 from transformers import AutoConfig
 
-from ... import InputError, read_text
 from ...cache import Store, StoreMismatch
+from ...errors import InputError, read_text
 from ...heads.prototypes import class_prototypes, mean_logits, zero_shot_scores
 from ...heads.sigmoid import sigmoid
 from ..core.config import Config, ModelConfig

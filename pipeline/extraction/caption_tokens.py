@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from .model_source import ModelSource, first_line
 from .native_output import without_native_output
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import DEFAULT_MODEL
 from ..core.device import autocast, is_memory_shortage, to_device
 from .caption_tokens import CaptionTokenizer, compare_vocabulary, load_tokenizer

@@ -16,9 +16,10 @@ import torch
 import transformers
 from rich.console import RenderableType
 
-from ... import InputError, __version__
+from ... import __version__
 from ...cache import StoreKey, StoreWriter, Stripe, is_remote
 from ...cache.metadata import read_key
+from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
 from ..core.device import pick_device, reader_count

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from ... import NOT_THERE, InputError, cannot_read, file_kind
+from ...errors import NOT_THERE, InputError, cannot_read, file_kind
 from .image_metadata import limit_to_orientation, pixels_alone, read_orientation
 from .native_output import without_native_output
 

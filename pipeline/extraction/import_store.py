@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import RenderableType
 
-from ... import InputError, __version__
+from ... import __version__
 from ...cache import StoreError, StoreKey, StoreWriter, is_remote
 from ...cache.layout import StoredDtype
+from ...errors import InputError
 from ..core.interrupts import interruptible
 from ..core.progress import Progress
 from ..data.manifest import Manifest, read_manifest

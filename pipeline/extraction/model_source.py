@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 
-from ... import InputError
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ..core.config import DEFAULT_MODEL, ModelConfig
 
 COMMIT = re.compile("[0-9a-f]{40}")

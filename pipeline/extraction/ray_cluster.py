@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
 

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ... import InputError
 from ...cache import StoreWriter, Stripe
+from ...errors import InputError
 from ..core.config import Config
 from ..core.interrupts import interruptible
 from ..core.progress import Progress

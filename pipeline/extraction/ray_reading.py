@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ... import InputError
+from ...errors import InputError
 from .images import Grid, PatchSpec
 from .reader import Batch, Piece, fill, measure, plan
 

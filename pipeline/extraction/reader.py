@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from ... import InputError
+from ...errors import InputError
 from ..core.files import resolve_image
 from .images import Box, Grid, PatchSpec, Pixels, UnreadableImage, image_size, read_patches
 

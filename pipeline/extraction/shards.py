@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from ... import InputError
 from ...cache import Shard, StoreWriter
+from ...errors import InputError
 from ..core.device import to_device
 from ..core.files import resolve_image
 from ..core.progress import Progress, Task

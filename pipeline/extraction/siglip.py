@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import DEFAULT_MODEL
 from .images import TORCH_MODES, Grid, PatchSpec, Resizer
 from .model_source import ModelSource

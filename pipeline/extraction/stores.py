@@ -1,11 +1,13 @@
 """A store as the stages after extraction see it: embeddings with labels and splits."""
 
+import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,8 @@ import pyarrow as pa
 from rich.console import RenderableType
 from rich.text import Text
 
-from ... import InputError
 from ...cache import (
+    FORMAT_VERSION,
     Embeddings,
     ExportReport,
     LeakReport,
@@ -28,6 +30,9 @@ from ...cache import (
     verify,
 )
 from ...cache.export import Captions, Format
+from ...cache.key import ComputeDtype
+from ...cache.layout import StoredDtype
+from ...errors import InputError
 from ..core.config import Config, ModelConfig
 from ..core.console import FittingTable
 from ..core.progress import Progress
@@ -35,6 +40,9 @@ from ..core.run import RunInfo, now
 from ..data.manifest import CORE, Manifest
 from ..data.manifest_checks import SCHEMA
 from ..data.protocols import lists_digest
+
+if TYPE_CHECKING:
+    from .siglip import Identity
 
 DEFAULT_CACHE = Path("data/cache")
 _MOVED = 1024  # rows that are moved at a time
@@ -340,3 +348,25 @@ def _leak_parts(report: LeakReport) -> list[RenderableType]:
     rest = sum(report.n_pairs.values()) - len(report.pairs)
     note = [Text(f"and {rest:,} more; --most lists more of them", "dim")] if rest else []
     return [title, table, *note]
+
+
+def find_key(identity: "Identity", info: RunInfo) -> StoreKey | None:
+    """The key of the store that a run was trained from, if this encoder can have filled that store.
+
+    A run keeps the digest of the key, not the key, and the store may be gone. What the encoder leaves open has few
+    values, so all are tried: the precision of the arithmetic and of the store, the resizer, the format's version.
+    """
+    return next((key for key in _keys(identity, info) if key.digest == info.store_digest), None)
+
+
+def _keys(identity: "Identity", info: RunInfo) -> Iterator[StoreKey]:
+    settings = json.loads(identity.processor)
+    processors = [json.dumps(settings), json.dumps({**settings, "resizer": "torch"})]
+    choices = itertools.product(processors, get_args(StoredDtype), get_args(ComputeDtype), range(FORMAT_VERSION, 0, -1))
+    for processor, dtype, compute, version in choices:
+        # The name of a local checkpoint is its folder's, which may have been moved; its revision is a hash.
+        yield StoreKey(
+            model=info.model, revision=identity.revision, processor=processor, patches=identity.patches,
+            text_length=identity.text_length, dtype=dtype, manifest_sha256=info.manifest_sha256,
+            compute_dtype=compute, format_version=version,
+        )  # fmt: skip

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ... import InputError
 from ...cache.parquet import open_parquet, unreadable
+from ...errors import InputError
 from ..core.files import make_folder, unwritable
 from ..data.manifest import Manifest
 

@@ -8,14 +8,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import InputError
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ...heads.hub import reason
 from ...heads.tensor_files import load_tensors, write_tensors
 from ..core.config import Config
 from ..core.files import write_folder, write_text, write_whole
-from ..core.run import RunInfo
-from ..tagging.encode import TOWERS
+from ..core.run import TOWERS, RunInfo
 from .distributed import Shards
 from .towers import Towers
 

@@ -22,16 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import InputError
-from ..core.cores import count_cores
+from ...errors import InputError
+from ..core.cores import PROCESSES, count_cores
 from ..core.device import pick_device
 from ..core.interrupts import INTERRUPTED, Interrupted
 from .towers import Towers
 
 # The exit code of a process whose others have gone: they have said why.
 LOST = 75
-# Says in each process how many there are, so that it can name the command that goes on.
-PROCESSES = "MMCLI_NUM_PROCESSES"
 OPTION = "--num-processes"
 LOOK_EVERY_S = 0.1
 # How long the others may take to end by themselves when one has ended.

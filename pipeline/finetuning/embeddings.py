@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config
 from ..core.device import reader_count
 from ..core.progress import Progress, Task

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.model import BaseHead
 from ..core.config import Config
 from ..core.config_rules import notices

@@ -14,7 +14,7 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config
 from ..core.console import FittingTable
 from ..core.device import autocast, pick_device

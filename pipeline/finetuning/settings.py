@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config, FinetuneConfig, load_config
 from ..core.config_rules import settle
 from ..core.run import TRAINED, RunInfo, begun_config, open_run, read_info

@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ... import InputError
 from ...cache import StoreKey
+from ...errors import InputError
 from ...heads.model import BaseHead, Head
 from ..core.checkpoint import load_head
 from ..core.config import Config, DataConfig, load_config
 from ..core.device import autocast, device_line
 from ..core.progress import Progress
 from ..core.results import codes_path, read_codes
-from ..core.run import RunInfo, now, open_run, read_info
+from ..core.run import TOWERS, RunInfo, now, open_run, read_info
 from ..data.manifest import Manifest, read_manifest
 from ..data.protocols import lists_digest
 from ..extraction.encoder import Encoder, EncoderParts
 from ..extraction.model_source import COMMIT, find_commit
 from ..extraction.shards import CAPTIONS
 from ..extraction.siglip import Identity, model_path
-from ..tagging.encode import TOWERS, find_key
+from ..extraction.stores import find_key
 from ..training.data import Split
 from ..training.monitor import Monitor
 from ..training.setup import check_splits, draw_head

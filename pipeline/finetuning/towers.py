@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import FinetuneConfig, OptimizerConfig
 from ..extraction.encoder import EncoderParts
 from ..extraction.images import Grid

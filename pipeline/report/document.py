@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ... import InputError
+from ...errors import InputError
 from ..core.files import resolve_image
 from ..data.manifest import Manifest
 from ..extraction.images import UnreadableImage, open_rgb

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from ... import InputError
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ...heads.config import KnnConfig
 from ...heads.metrics import tune_thresholds
 from ...heads.ranking import average_precision

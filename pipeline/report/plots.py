@@ -4,7 +4,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,21 +36,6 @@ STYLE: Any = {
     "lines.markersize": 5, "legend.frameon": False, "legend.fontsize": 8, "axes.labelsize": 9, "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 3, "axes.titlesize": 9,
 }  # fmt: skip
-
-
-# What a picture that a person asked for says of its maker, so that it can be told from any other before it is replaced.
-DRAWN = {"Software": "mmcli"}
-
-
-def is_drawn(path: Path) -> bool:
-    """Whether a file is a PNG picture that mmcli drew."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return bool(image.info.get("Software") == DRAWN["Software"])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
 
 
 # Characters that XML has no way to write.

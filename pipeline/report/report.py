@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ... import InputError
 from ...cache.locks import SOFT, LockHeld, locked
 from ...cache.ownership import Contents, contents, remove_files
 from ...cache.strict_json import parse_json
+from ...errors import InputError
 from ..core.files import (
     final_name,
     make_folder,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import RenderableType
 
-from ... import InputError
-from ..core.files import refuse_existing, resolve_image, write_whole
+from ...errors import InputError
+from ..core.files import DRAWN, is_drawn, refuse_existing, resolve_image, write_whole
 from ..data.manifest import SPLITS, Manifest, read_manifest
 from ..extraction.images import open_rgb
 from ..tagging.explain import plain
-from .plots import DRAWN, INK, LINE, MUTED, PAPER, STYLE, is_drawn
+from .plots import INK, LINE, MUTED, PAPER, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

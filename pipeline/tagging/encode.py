@@ -4,33 +4,31 @@ Symbols: N pairs, D embedding width, F features of a soft code, B bits.
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ... import InputError
-from ...cache import FORMAT_VERSION, StoreKey
-from ...cache.key import ComputeDtype, canonical_json, digest_of
-from ...cache.layout import StoredDtype
+from ...cache import StoreKey
+from ...cache.key import canonical_json, digest_of
+from ...errors import InputError
 from ...heads.hashing import binarise, pack_codes
 from ...heads.model import BaseHead, Head, MlpBaseline
 from ..core.checkpoint import load_head
 from ..core.config import Config, load_config
 from ..core.device import pick_device
-from ..core.run import Run, RunInfo
+from ..core.run import TOWERS, Run, RunInfo
 from ..extraction.encoder import Encoder, Floats
 from ..extraction.images import Grid, PatchSpec, Pixels, UnreadableImage, cut, open_rgb, resize, upright_rgb
 from ..extraction.reader import plan
-from ..extraction.siglip import Identity
+from ..extraction.stores import find_key
 from ..training.data import all_finite
 from .index_file import Origin
 
@@ -104,8 +102,6 @@ def _cut(image: Image.Image, spec: PatchSpec) -> tuple[Grid, Pixels]:
 
 
 HEAD_ROWS = 4096
-# Where a run keeps towers that it trained.
-TOWERS = "towers"
 
 
 class Coded(NamedTuple):
@@ -269,28 +265,6 @@ def encoder_digest(key: StoreKey) -> str:
         "revision": key.revision, "processor": key.processor, "patches": key.patches,
         "text_length": key.text_length, "dtype": key.dtype,
     })  # fmt: skip
-
-
-def find_key(identity: Identity, info: RunInfo) -> StoreKey | None:
-    """The key of the store that a run was trained from, if this encoder can have filled that store.
-
-    A run keeps the digest of the key, not the key, and the store may be gone. What the encoder leaves open has few
-    values, so all are tried: the precision of the arithmetic and of the store, the resizer, the format's version.
-    """
-    return next((key for key in _keys(identity, info) if key.digest == info.store_digest), None)
-
-
-def _keys(identity: Identity, info: RunInfo) -> Iterator[StoreKey]:
-    settings = json.loads(identity.processor)
-    processors = [json.dumps(settings), json.dumps({**settings, "resizer": "torch"})]
-    choices = itertools.product(processors, get_args(StoredDtype), get_args(ComputeDtype), range(FORMAT_VERSION, 0, -1))
-    for processor, dtype, compute, version in choices:
-        # The name of a local checkpoint is its folder's, which may have been moved; its revision is a hash.
-        yield StoreKey(
-            model=info.model, revision=identity.revision, processor=processor, patches=identity.patches,
-            text_length=identity.text_length, dtype=dtype, manifest_sha256=info.manifest_sha256,
-            compute_dtype=compute, format_version=version,
-        )  # fmt: skip
 
 
 def _revision(config: Config, model: str | None) -> str | None:

@@ -10,11 +10,10 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ... import InputError
+from ...errors import InputError
 from ..core.console import FittingTable
-from ..core.files import refuse_existing, resolve_image, write_whole
+from ..core.files import DRAWN, is_drawn, refuse_existing, resolve_image, write_whole
 from ..extraction.images import Pixels, UnreadableImage, open_rgb
-from ..report.plots import DRAWN, is_drawn
 from .voting import Neighbour, Tagging
 
 if TYPE_CHECKING:

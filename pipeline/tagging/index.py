@@ -14,7 +14,7 @@ import pyarrow as pa
 from rich.console import RenderableType
 from rich.text import Text
 
-from ... import InputError
+from ...errors import InputError
 from ..core.console import FittingTable
 from ..core.files import command, refuse_existing
 from ..core.progress import Progress

@@ -17,11 +17,12 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ... import InputError, __version__, cannot_read
+from ... import __version__
 from ...cache.files import sync_folder
 from ...cache.key import canonical_json
 from ...cache.locks import LockHeld, take_lock
 from ...cache.strict_json import parse_json
+from ...errors import InputError, cannot_read
 from ...heads.tensor_files import Arrays, load_arrays, read_about
 from ..core.files import check_input, make_folder, remove_leftovers_of, unwritable, write_whole
 from ..core.results import Codes

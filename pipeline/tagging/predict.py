@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from rich.console import RenderableType
 
-from ... import InputError, cannot_read, quoted, read_text
 from ...cache.strict_json import parse_json
+from ...errors import InputError, cannot_read, quoted, read_text
 from ..core.files import SAFE_PATH, LinkedFolder, is_inside, resolve_image
 from ..core.progress import Progress
 from .explain import PANELS, SHOWN_VOTERS, check_panel, draw, show

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ... import InputError
 from ...cache import Store, StoreError, place
+from ...errors import InputError
 from ...heads.config import KnnConfig
 from ..core.checkpoint import load_head
 from ..core.config import load_config

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.config import KnnConfig, Metric
 from ...heads.knn import Neighbours, build_index
 from ...heads.voting import BoundaryIndex, shared_weights, vote, vote_shared, weights

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.decompose import EPS
 from ...heads.model import BaseHead
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.model import BaseHead, Head, make_head
 from ..core.config import Config
 from ..core.config_rules import check_frozen, settle

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.hub import reason
 from ...heads.tensor_files import load_tensors, read_about, write_tensors
 from ..core.files import write_whole

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adamw import adamw
 
-from ... import InputError
+from ...errors import InputError
 from ...heads.label_losses import class_balanced_weights
 from ...heads.mixing import mix_batch, shares
 from ...heads.model import BaseHead

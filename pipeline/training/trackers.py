@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config, dump_config
 from ..core.run import read_info
 from ..core.run_folders import MARK

@@ -11,10 +11,11 @@ from typing import Any, Self
 
 from rich.console import RenderableType
 
-from ... import InputError
+from ...errors import InputError
 from ..core.config import Config, load_config
 from ..core.config_rules import notices
 from ..core.console import spread_table
+from ..core.cores import PROCESSES
 from ..core.interrupts import Interrupted
 from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
@@ -22,7 +23,6 @@ from ..core.run import Run, RunInfo, begun_config, mark, read_info, start_run
 from ..core.run_folders import clean_up, hold
 from ..data.protocols import lists_digest
 from ..extraction.stores import Reading, describe_run
-from ..finetuning.distributed import PROCESSES
 from .data import Diverged
 from .loop import fit
 from .run import TrainingRun, TrainResult, read_fit, shape_of, with_seed

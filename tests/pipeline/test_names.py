@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcli import InputError, cannot_read, read_text
+from mmcli import InputError
+from mmcli.errors import cannot_read, read_text
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.files import LinkedFolder, resolve_image
 from mmcli.pipeline.core.run import read_info
