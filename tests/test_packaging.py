@@ -76,7 +76,10 @@ def test_wheel_owns_one_name_and_holds_every_module(repo: Path, wheel: Path) -> 
     assert {name for name in names if name.endswith(".py")} == modules
     assert "mmcli/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    for data in (*(repo / "pipeline" / "report" / "templates").iterdir(), *(repo / "pipeline" / "ablation" / "grids").iterdir()):
+    for data in (
+        *(repo / "pipeline" / "report" / "templates").iterdir(),
+        *(repo / "pipeline" / "ablation" / "grids").iterdir(),
+    ):
         assert f"mmcli/{data.relative_to(repo).as_posix()}" in names
 
 

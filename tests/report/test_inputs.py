@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_kit import NAMES, Kit, make_kit
 from sklearn.metrics import average_precision_score
 
+from kit.reports import NAMES, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.core.metrics_file import read_metrics
 from mmcli.pipeline.evaluation.metrics import read_scores

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from report_kit import make_kit
+
+from kit.reports import make_kit
 
 
 def test_a_sheet_is_drawn_of_any_captions_and_a_broken_image_is_said(mmcli, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_kit import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 
+from kit.reports import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.report import report as stage
 from mmcli.pipeline.report.report import ReportPlan, report

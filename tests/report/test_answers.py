@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_kit import SEEDS, Kit, make_kit
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
+from kit.reports import SEEDS, Kit, make_kit
 from mmcli.heads.bootstrap import difference, resample
 from mmcli.heads.metrics import evaluate
 from mmcli.pipeline.evaluation.compare import EQUAL, Arm, Pairs, Sample, best_of, verdict

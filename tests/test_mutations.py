@@ -1,6 +1,6 @@
 """Files that were damaged at random: every reader gives what was written, or one line, within seconds.
 
-``pytest --mutations 10000 tests/pipeline/test_mutations.py`` tries that many; each is drawn from its number alone, so
+``pytest --mutations 10000 tests/test_mutations.py`` tries that many; each is drawn from its number alone, so
 that a failure can be repeated.
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import report_kit
 import torch
 from PIL import Image
 
+from kit import reports
 from mmcli import InputError, load_head
 from mmcli.cache import Store, verify
 from mmcli.pipeline.ablation.experiments import read_experiments, read_grid
@@ -175,8 +175,8 @@ def folder(made: Path, miniature, tmp_path_factory: pytest.TempPathFactory) -> P
         epoch=2, history=[{"epoch": 1.0}], tensors={"a": torch.ones(5)}, precision="float32", scaler={}
     )
     write_state(folder / "training.safetensors", state)
-    report_kit.make_kit(folder / "kit")
-    grids = Path(report_kit.__file__).parents[2] / "pipeline" / "grids"
+    reports.make_kit(folder / "kit")
+    grids = Path(reports.__file__).parents[2] / "pipeline" / "ablation" / "grids"
     shutil.copy(grids / "miniature.yaml", folder / "e.yaml")
     shutil.copy(grids / "plan.yaml", folder / "g.yaml")
     shutil.copy(miniature.data / "manifest.parquet", folder / "m.parquet")

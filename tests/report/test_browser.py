@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_kit import make_kit
 
+from kit.reports import make_kit
 from mmcli.pipeline.report.report import ReportPlan, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -95,8 +95,7 @@ def test_answers_compare_values_of_one_precision() -> None:
 
 
 def test_a_report_has_a_line_for_each_precision(tmp_path: Path) -> None:
-    from report_kit import make_kit
-
+    from kit.reports import make_kit
     from mmcli.pipeline.ablation.records import read_rows, write_rows
 
     kit = make_kit(tmp_path)

@@ -144,9 +144,9 @@ def test_parquet_with_rows_that_its_bytes_cannot_hold_is_refused_before_it_is_re
 
 
 def test_rows_of_experiments_of_other_types_are_one_line(tmp_path: Path) -> None:
-    import report_kit
+    from kit import reports
 
-    kit = report_kit.make_kit(tmp_path / "kit")
+    kit = reports.make_kit(tmp_path / "kit")
     path = kit.ablations / "rows.parquet"
     whole = pq.read_table(path)
     assert read_rows(kit.ablations)

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from report_kit import make_kit
 from safetensors.numpy import save_file
 
+from kit.reports import make_kit
 from mmcli import InputError
 from mmcli.cache import StoreError
 from mmcli.pipeline import demo

@@ -42,7 +42,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Dry:
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux, to build a CUDA backend without a device")
-    folder, here = tmp_path_factory.mktemp("dry-gpu"), Path(__file__).parent.parent / "dry_gpu"
+    folder, here = tmp_path_factory.mktemp("dry-gpu"), Path(__file__).parent / "dry_gpu"
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
