@@ -29,7 +29,7 @@ from ..core.results import SPLITS, codes_path
 from ..core.run import Run, RunInfo, open_run, read_info
 from ..core.run_folders import MARK
 from ..data.protocols import lists_digest
-from ..evaluation.zero_shot import TEMPLATES
+from ..evaluation.prompts import TEMPLATES
 from .identity import FROZEN
 from .plan import Plan, Row, Training, training_key
 

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ..core.config import Config, ModelConfig, load_config, read_sections
 from ..core.strict_yaml import parse_yaml
 from ..data.manifest import read_manifest
-from ..evaluation.zero_shot import TEMPLATES
+from ..evaluation.prompts import TEMPLATES
 from .experiments import DEFAULT, Experiment, read_experiments, read_grid, with_values
 from .identity import flatten
 from .plan import Base, Plan, Row, make_plan, restrict

@@ -165,7 +165,7 @@ def zero_shot(
     json_: Json = False, quiet: Quiet = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Baseline without training: cosine with the mean of prompts for each category name."""
-    from ..evaluation.zero_shot import TEMPLATES, read_prompts
+    from ..evaluation.prompts import TEMPLATES, read_prompts
 
     templates = TEMPLATES if prompts is None else read_prompts(prompts)
     if print_prompts:

@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -24,13 +25,15 @@ from ...heads.model import BaseHead, Head, MlpBaseline
 from ..core.checkpoint import load_head
 from ..core.config import Config, load_config
 from ..core.device import pick_device
+from ..core.progress import Progress
 from ..core.run import TOWERS, Run, RunInfo
+from ..data.manifest import Manifest, resolve_image
 from ..extraction.encoder import Encoder, Floats
 from ..extraction.images import Grid, PatchSpec, Pixels, UnreadableImage, cut, open_rgb, resize, upright_rgb
 from ..extraction.reader import plan
 from ..extraction.stores import find_key
 from ..training.data import all_finite
-from .index_file import Origin
+from .index_file import Origin, TagIndex
 
 Picture = str | PathLike[str] | Image.Image | npt.NDArray[Any]
 CHUNK = 256  # pictures whose patches are in memory at once: 48 MiB of them at 256 patches
@@ -102,6 +105,7 @@ def _cut(image: Image.Image, spec: PatchSpec) -> tuple[Grid, Pixels]:
 
 
 HEAD_ROWS = 4096
+BATCH = 64  # pairs from pixels to codes at a time
 
 
 class Coded(NamedTuple):
@@ -275,3 +279,55 @@ def _revision(config: Config, model: str | None) -> str | None:
 def _may_be_a_copy(info: RunInfo, model: str | None) -> bool:
     """Whether a folder that the user named may be a copy of the hub's checkpoint: then no hash can tell."""
     return model is not None and Path(model).is_dir() and "/" in info.model
+
+
+def encode_samples(
+    listing: Manifest, data: Path, encoder: RunEncoder, on_error: Literal["stop", "skip"], progress: Progress
+) -> tuple[TagIndex, tuple[str, ...]]:
+    """The samples of a manifest as an index of their own.
+
+    Args:
+        listing: The samples; the first caption of each counts.
+        data: The folder that their paths are relative to.
+        encoder: Of the run whose index they are for.
+        on_error: Whether an image that cannot be read stops everything, or is left out.
+        progress: Who to tell.
+
+    Returns:
+        The index, and why the images that are not in it cannot be read.
+
+    Raises:
+        InputError: An image cannot be read, or none can, or a path or a link leaves the data folder.
+    """
+    bad: dict[int, str] = {}
+    captions = [texts[0] for texts in listing.captions]
+    files = [resolve_image(data, path) for path in listing.paths]
+    parts = []
+    with progress.task("samples", len(listing)) as task:
+        for start in range(0, len(listing), BATCH):
+            rows = range(start, min(start + BATCH, len(listing)))
+            found: dict[int, str] | None = None if on_error == "stop" else {}
+            coded = encoder.encode([files[r] for r in rows], [captions[r] for r in rows], unreadable=found)
+            parts.append(coded.without(found or {}))
+            bad |= {rows[at]: why for at, why in (found or {}).items()}
+            task.advance(len(rows))
+    kept = np.array([row for row in range(len(listing)) if row not in bad], np.int64)
+    if not len(kept):
+        raise InputError(f"no image that can be read, and this is the first: {bad[0]}")
+    return _as_index(listing, kept, captions, _joined(parts), encoder), tuple(bad[row] for row in sorted(bad))
+
+
+def _joined(parts: Sequence[Coded]) -> Coded:
+    packed = [part.packed for part in parts if part.packed is not None]
+    return Coded(np.concatenate([part.soft for part in parts]), np.concatenate(packed) if packed else None)
+
+
+def _as_index(
+    listing: Manifest, kept: npt.NDArray[np.int64], captions: Sequence[str], coded: Coded, encoder: RunEncoder
+) -> TagIndex:
+    return TagIndex(
+        image_id=listing.image_ids[kept], soft=coded.soft, packed=coded.packed, labels=listing.labels_matrix()[kept],
+        category_names=listing.category_names, origin=encoder.origin,
+        paths=pa.array([listing.paths[r] for r in kept], pa.string()),
+        captions=pa.array([captions[r] for r in kept], pa.string()),
+    )  # fmt: skip

@@ -17,8 +17,9 @@ from ...cache.strict_json import parse_json
 from ...errors import InputError, cannot_read, quoted, read_text
 from ..core.files import SAFE_PATH, LinkedFolder, is_inside, resolve_image
 from ..core.progress import Progress
+from .encode import BATCH
 from .explain import PANELS, SHOWN_VOTERS, check_panel, draw, show
-from .tagger import BATCH, Tagger
+from .tagger import Tagger
 from .voting import Tagging
 
 # Formats of pictures; Pillow also opens films, icons, documents and arrays.

@@ -18,11 +18,9 @@ from ..core.config import load_config
 from ..core.results import read_codes
 from ..core.run import Run, open_run
 from ..data.manifest import read_manifest
-from .encode import Picture, RunEncoder, encoder_digest, head_digest
+from .encode import BATCH, Picture, RunEncoder, encoder_digest, head_digest
 from .index_file import Origin, TagIndex, check_origin, read_index
 from .voting import Query, Tagging, Voters
-
-BATCH = 64  # pairs from pixels to tags at a time
 
 
 class Tagger:

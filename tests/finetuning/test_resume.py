@@ -25,7 +25,7 @@ WORDS = (
 SMOOTH = ("--set", "hash.nested=[]", "--set", "hash.code_classifier=false")
 # The command line with training kept after every step.
 EAGER = (
-    "from mmcli.pipeline import finetune, trainer; trainer.KEEP_EVERY_S = finetune.KEEP_WITHIN_S = 0;"
+    "from mmcli.pipeline.finetuning import finetune\nfrom mmcli.pipeline.training import loop\nloop.KEEP_EVERY_S = finetune.KEEP_WITHIN_S = 0\n"
     "from mmcli.cli import main; main()"
 )
 

@@ -26,7 +26,7 @@ from mmcli.pipeline.training.setup import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
 # The command line with training kept after every epoch, however short.
-EAGER = "from mmcli.pipeline import trainer; trainer.KEEP_EVERY_S = 0; from mmcli.cli import main; main()"
+EAGER = "from mmcli.pipeline.training import loop; loop.KEEP_EVERY_S = 0; from mmcli.cli import main; main()"
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -291,7 +291,7 @@ def test_a_database_of_its_own_is_searched(mmcli, here) -> None:
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
     probe = (
-        "import sys; from mmcli.pipeline import train_head;"
+        "import sys; from mmcli.pipeline.training import train_head;"
         "print([name for name in ('transformers', 'sklearn', 'faiss', 'matplotlib', 'scipy', 'pandas', 'ray')"
         " if name in sys.modules])"
     )
