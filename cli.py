@@ -46,10 +46,25 @@ from .pipeline.core.interrupts import INTERRUPTED, Interrupted
 
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
 NO_FAULT_OF_OURS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
-    errno.ENOMEM, errno.EAGAIN, errno.EHOSTUNREACH,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EFBIG,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EHOSTUNREACH,
+}
 
 
 class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruption past typer, which would hide it
@@ -68,10 +83,14 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    name="mmcli", cls=Commands, add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False,
+    name="mmcli",
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)  # fmt: skip
+)
 cache_app = typer.Typer(
     help="Look at a store, check it, export it, or make one of embeddings from elsewhere.", rich_markup_mode=None
 )

@@ -158,9 +158,11 @@ def _checked(K: int, neighbours: Neighbours) -> int:
     searched = neighbours.index.shape[1]
     if not 1 <= K <= searched:
         raise InputError(
-            "more votes than neighbours", got=f"K {K}", wanted=f"1 to {searched}, the neighbours searched for",
+            "more votes than neighbours",
+            got=f"K {K}",
+            wanted=f"1 to {searched}, the neighbours searched for",
             do="search with the largest K",
-        )  # fmt: skip
+        )
     return K
 
 

@@ -76,8 +76,10 @@ class DemoResult:
         lines = [f"  {path!s:<{width}}  {what}" for path, what in self.files]
         return [
             metrics_table(self.rows, f"The miniature's test split ({self.rows[0]['n_images']:.0f} images)"),
-            f"\nAll of it in {self.seconds:.0f} s. Open next:", *lines, f"wrote {self.out}",
-        ]  # fmt: skip
+            f"\nAll of it in {self.seconds:.0f} s. Open next:",
+            *lines,
+            f"wrote {self.out}",
+        ]
 
 
 def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progress | None = None) -> DemoResult:
@@ -146,9 +148,12 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     made = _read_mark(mark)
     if made is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir()):
         raise InputError(
-            "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
+            "the folder is in use",
+            where=out,
+            got="files that are not a demo's",
+            wanted="a new or empty folder",
             do="give another --out",
-        )  # fmt: skip
+        )
     _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
     if not force and made == {**making, "whole": True}:
         progress.say(f"  already in {out} (--force makes it again)")
@@ -165,9 +170,12 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
         make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
     with progress.task("tower training", STEPS) as task:
         make_checkpoint(
-            out / "data", out / "model", seed=seed, device=str(device),
+            out / "data",
+            out / "model",
+            seed=seed,
+            device=str(device),
             progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
-        )  # fmt: skip
+        )
     write_text(mark, json.dumps({**making, "whole": True}))
 
 

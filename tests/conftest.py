@@ -143,13 +143,20 @@ def made(miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("made")
     options = {
-        "model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "hardware.device": "cpu",
-        "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5,
-    }  # fmt: skip
+        "model.siglip2_variant": str(miniature.model),
+        "model.max_num_patches": 64,
+        "hardware.device": "cpu",
+        "fusion.mlp_dims": [64, 32],
+        "training.num_epochs": 3,
+        "knn.K": 5,
+    }
     config = load_config(options=options)
     extract(config, ExtractPlan(data=miniature.data, cache=folder / "data" / "cache", shard_rows=16))
-    train_head(load_config(options={k: v for k, v in options.items() if "model" not in k}),
-               store=next((folder / "data" / "cache").iterdir()), runs=folder / "runs")  # fmt: skip
+    train_head(
+        load_config(options={k: v for k, v in options.items() if "model" not in k}),
+        store=next((folder / "data" / "cache").iterdir()),
+        runs=folder / "runs",
+    )
     return folder
 
 

@@ -11,10 +11,26 @@ import pytest
 from mmcli import cli
 
 COMMANDS = (
-    (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("compare",), ("cache",),
-    ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"), ("predict",), ("index",),
-    ("index", "build"), ("index", "add"), ("index", "remove"), ("index", "info"),
-)  # fmt: skip
+    (),
+    ("demo",),
+    ("prepare",),
+    ("extract",),
+    ("train-head",),
+    ("knn-eval",),
+    ("zero-shot",),
+    ("compare",),
+    ("cache",),
+    ("cache", "info"),
+    ("cache", "verify"),
+    ("cache", "export"),
+    ("cache", "import"),
+    ("predict",),
+    ("index",),
+    ("index", "build"),
+    ("index", "add"),
+    ("index", "remove"),
+    ("index", "info"),
+)
 
 
 def mmcli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +74,11 @@ def test_the_configuration_is_printed_without_torch_or_store(tmp_path: Path) -> 
     for words in ((), ("--json",)):
         done = subprocess.run(
             [sys.executable, "-c", code, "--head", "mlp", "--seed", "7", *words],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         file = tmp_path / "printed.yaml"

@@ -22,18 +22,50 @@ Dry = Callable[..., Results]
 
 # Most launches of a step of a head, by case.
 LAUNCHES = {
-    "recommended": 260, "plan": 229, "small": 258, "direction-only": 257, "0 bits": 166, "32 bits": 248, "128 bits": 260, "mlp": 143,
-    "fusion concat": 255, "fusion hadamard": 257, "image alone": 255, "text alone": 255, "adapter": 320, "focal": 266, "balanced": 262,
-    "average": 285, "accumulation": 526, "two sizes": 260, "float32": 223, "float16": 264, "beta": 262, "straight-through": 266,
-    "no mixtures": 254, "unclipped": 255, "deterministic": 260, "monitor": 260, "monitor of the classifier": 260,
-    "3 replicas": 326, "3 replicas, plan": 255, "3 replicas, small": 306, "3 replicas, average": 351, "3 replicas, adapter": 394,
+    "recommended": 260,
+    "plan": 229,
+    "small": 258,
+    "direction-only": 257,
+    "0 bits": 166,
+    "32 bits": 248,
+    "128 bits": 260,
+    "mlp": 143,
+    "fusion concat": 255,
+    "fusion hadamard": 257,
+    "image alone": 255,
+    "text alone": 255,
+    "adapter": 320,
+    "focal": 266,
+    "balanced": 262,
+    "average": 285,
+    "accumulation": 526,
+    "two sizes": 260,
+    "float32": 223,
+    "float16": 264,
+    "beta": 262,
+    "straight-through": 266,
+    "no mixtures": 254,
+    "unclipped": 255,
+    "deterministic": 260,
+    "monitor": 260,
+    "monitor of the classifier": 260,
+    "3 replicas": 326,
+    "3 replicas, plan": 255,
+    "3 replicas, small": 306,
+    "3 replicas, average": 351,
+    "3 replicas, adapter": 394,
     "3 replicas, focal": 332,
-}  # fmt: skip
+}
 # Of a step of towers and head.
 TOWER_LAUNCHES = {
-    "last-2": 893, "all": 940, "all, deterministic": 940, "last-1 of images, accumulated": 1217, "all, checkpointed": 1052,
-    "last-1 of texts, augmented, float32": 516, "frozen, augmented": 474,
-}  # fmt: skip
+    "last-2": 893,
+    "all": 940,
+    "all, deterministic": 940,
+    "last-1 of images, accumulated": 1217,
+    "all, checkpointed": 1052,
+    "last-1 of texts, augmented, float32": 516,
+    "frozen, augmented": 474,
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +80,23 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Dry:
     assert spec.origin is not None
     torch, library = Path(spec.origin).parent, folder / "no_cuda.so"
     subprocess.run(
-        [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{torch}/include", "-o", library, here / "no_cuda.cpp",
-         f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"],
+        [
+            compiler,
+            "-O0",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{torch}/include",
+            "-o",
+            library,
+            here / "no_cuda.cpp",
+            f"-L{torch}/lib",
+            "-lc10",
+            "-ltorch_cpu",
+            f"-Wl,-rpath,{torch}/lib",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     done: dict[str, Results] = {}
 
     def run(group: str, *words: Path) -> Results:

@@ -22,9 +22,7 @@ def figures(run: Path) -> dict:
     """What a run found, without what was measured of time."""
     flat = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     rows = [flat, *flat.pop("others")]
-    return {
-        f"{row['method']} {key}": value for row in rows for key, value in row.items() if not key.endswith(TIMES)
-    }  # fmt: skip
+    return {f"{row['method']} {key}": value for row in rows for key, value in row.items() if not key.endswith(TIMES)}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +33,12 @@ def wanted(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     from mmcli.pipeline.training.train_head import train_head
 
     options = {
-        "training.num_epochs": 1, "fusion.mlp_dims": [16, 8], "knn.K": 5, "hardware.device": "cpu",
+        "training.num_epochs": 1,
+        "fusion.mlp_dims": [16, 8],
+        "knn.K": 5,
+        "hardware.device": "cpu",
         "training.mixed_precision": False,
-    }  # fmt: skip
+    }
     config = load_config(options=options)
     store = next((made / "data" / "cache").iterdir())
     result = train_head(config, store=store, out=tmp_path_factory.mktemp("wanted") / "run")
@@ -60,8 +61,9 @@ def umask():
 
 
 @pytest.mark.parametrize(
-    "setting", ["AMX, float32 asked for", "1 core", "64 cores", "Kolkata", "St John's", "40 columns", "300 columns", "umask"]
-)  # fmt: skip
+    "setting",
+    ["AMX, float32 asked for", "1 core", "64 cores", "Kolkata", "St John's", "40 columns", "300 columns", "umask"],
+)
 def test_the_figures_are_the_same(monkeypatch, mmcli, here, wanted, time_zone, umask, setting: str) -> None:
     words: tuple[object, ...] = TRAIN
     match setting.split():
@@ -95,8 +97,13 @@ def test_a_locale_of_ascii_alone_is_enough(made: Path, wanted: dict, tmp_path: P
     here = tmp_path / "Läufe 日本"
     shutil.copytree(made, here)
     environment = {
-        **os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Kolkata",
-    }  # fmt: skip
+        **os.environ,
+        "LC_ALL": "C",
+        "LANG": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "TZ": "Asia/Kolkata",
+    }
     environment.pop("PYTHONIOENCODING", None)
     script = (
         "import json, sys\nfrom mmcli.cli import main\nfor words in json.loads(sys.argv[1]):\n"

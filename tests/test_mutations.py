@@ -123,7 +123,9 @@ READERS = {
     "hub weights": Reader("run/model/model.safetensors", lambda f: _head(f / "run/model"), is_exact=True),
     "hub configuration": Reader("run/model/config.json", lambda f: _head(f / "run/model"), is_text=True),
     "training state": Reader(
-        "training.safetensors", lambda f: [*vars(read_state(f / "training.safetensors"))["tensors"].values()], is_exact=True
+        "training.safetensors",
+        lambda f: [*vars(read_state(f / "training.safetensors"))["tensors"].values()],
+        is_exact=True,
     ),
     "index file": Reader("index.safetensors", lambda f: _index(f / "index.safetensors"), is_exact=True),
     "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_known(f / "run")), is_text=True),
@@ -131,14 +133,18 @@ READERS = {
     "history": Reader("run/history.jsonl", lambda f: read_history(f / "run"), is_text=True),
     "run configuration": Reader("run/config.yaml", lambda f: load_config(f / "run/config.yaml"), is_text=True),
     "compared runs": Reader(
-        "kit/runs/head/metrics.json", lambda f: compare(f / "kit/runs/head", f / "kit/runs/head", method_a="knn"), is_text=True
+        "kit/runs/head/metrics.json",
+        lambda f: compare(f / "kit/runs/head", f / "kit/runs/head", method_a="knn"),
+        is_text=True,
     ),
     "rows of experiments": Reader("kit/runs/ablations/rows.parquet", lambda f: read_rows(f / "kit/runs/ablations")),
     "experiments": Reader("e.yaml", lambda f: read_experiments(str(f / "e.yaml")), is_text=True),
     "grid": Reader("g.yaml", lambda f: read_grid(str(f / "g.yaml")), is_text=True),
     "manifest": Reader("m.parquet", lambda f: read_manifest(f / "m.parquet").sha256),
     "image vectors": Reader("i.npy", lambda f: _import(f, images="i.npy", texts="i.npy"), scratch="imported"),
-    "table of vectors": Reader("v.parquet", lambda f: _import(f, images="v.parquet", texts="i.npy"), scratch="imported"),
+    "table of vectors": Reader(
+        "v.parquet", lambda f: _import(f, images="v.parquet", texts="i.npy"), scratch="imported"
+    ),
     "instances": Reader("instances.json", lambda f: read_instances(f / "instances.json"), is_text=True),
     "Karpathy split": Reader("dataset_coco.json", lambda f: read_karpathy(f / "dataset_coco.json"), is_text=True),
     "captions in JSON": Reader("c.jsonl", lambda f: gather([], None, f / "c.jsonl"), is_text=True),
@@ -146,7 +152,7 @@ READERS = {
     "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
     "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
     "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),
-}  # fmt: skip
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -219,8 +225,9 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
         elif kind == "swap":
             other = int(rng.integers(size))
             damaged[at : at + length], damaged[other : other + length] = (
-                damaged[other : other + length], damaged[at : at + length],
-            )  # fmt: skip
+                damaged[other : other + length],
+                damaged[at : at + length],
+            )
         elif kind == "drop":
             del damaged[at : at + length]
         else:  # a number of a header: lengths and counts mostly stand in front
@@ -231,9 +238,28 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 VALUES = [
-    "null", "true", "-1", "0", "1e999", "NaN", "9" * 5000, "1.5", '""', '"a"', "[]", "{}", "[" * 3000, '{"a": ' * 3000,
-    "[[1]]", '"\\ud800"', '"' + "x" * 100_000 + '"', "2024-13-45", "-9223372036854775809", "*a", "!!python/name:x",
-]  # fmt: skip
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e999",
+    "NaN",
+    "9" * 5000,
+    "1.5",
+    '""',
+    '"a"',
+    "[]",
+    "{}",
+    "[" * 3000,
+    '{"a": ' * 3000,
+    "[[1]]",
+    '"\\ud800"',
+    '"' + "x" * 100_000 + '"',
+    "2024-13-45",
+    "-9223372036854775809",
+    "*a",
+    "!!python/name:x",
+]
 
 
 def exchange(data: bytes, rng: np.random.Generator) -> bytes:

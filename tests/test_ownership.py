@@ -56,16 +56,24 @@ def refused(code: int, err: str, option: str = "") -> bool:
 
 def make_info(**changes: object) -> RunInfo:
     given = {
-        "kind": "train-head", "status": "running", "created": now(), "config_digest": "0" * 8, "preset": "plan", "seed": 1,
-        "store": "s", "store_digest": "d", "model": "m", "patches": 64, "manifest_sha256": "f", "category_names": ("a", "b"),
-    }  # fmt: skip
+        "kind": "train-head",
+        "status": "running",
+        "created": now(),
+        "config_digest": "0" * 8,
+        "preset": "plan",
+        "seed": 1,
+        "store": "s",
+        "store_digest": "d",
+        "model": "m",
+        "patches": 64,
+        "manifest_sha256": "f",
+        "category_names": ("a", "b"),
+    }
     return RunInfo(**{**given, **changes})
 
 
 def begin(out: Path, *, force: bool = False) -> Path:
-    return start_run(
-        make_info(), Config(), label="x", out=out, runs=out.parent, device="cpu", force=force
-    ).folder  # fmt: skip
+    return start_run(make_info(), Config(), label="x", out=out, runs=out.parent, device="cpu", force=force).folder
 
 
 @pytest.mark.parametrize("mark", ['{"name": "robot"}', "[]", "not json", "", "{" * 100_000])
@@ -92,10 +100,19 @@ def test_the_commands_refuse_a_folder_with_a_foreign_run_json(mmcli, here: Path)
 def test_foreign_files_in_a_run_stay_when_it_is_replaced(mmcli, here: Path) -> None:
     run = next((here / "runs").iterdir())
     names = (
-        "thesis.tex", "checkpoints/mine.pt", "codes/notes.txt", "codes/extra.safetensors", "model/adapter.safetensors",
-        "scores/mine-test.safetensors", "towers/notes.md", "tensorboard/notes.txt", "wandb/notes.txt", "figures/a.png",
-        ".config.yaml.original", ".model.original/weights.bin",
-    )  # fmt: skip
+        "thesis.tex",
+        "checkpoints/mine.pt",
+        "codes/notes.txt",
+        "codes/extra.safetensors",
+        "model/adapter.safetensors",
+        "scores/mine-test.safetensors",
+        "towers/notes.md",
+        "tensorboard/notes.txt",
+        "wandb/notes.txt",
+        "figures/a.png",
+        ".config.yaml.original",
+        ".model.original/weights.bin",
+    )
     write_files(run, *names)
     code, _, err = mmcli("train-head", "--preset", "small", "--epochs", 1, "--out", run, "--force", "-q")
     assert code == 0, err

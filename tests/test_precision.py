@@ -47,9 +47,15 @@ def test_a_run_is_not_resumed_in_another_precision(monkeypatch, mmcli, here) -> 
 
 def row(seed: int, mAP: float, precision: str | None) -> dict:
     return {
-        "experiment": "A1", "order": 0, "value": "concat", "seed": seed, "status": "finished", "mAP": mAP,
-        "key": f"{seed}", "precision": precision,
-    }  # fmt: skip
+        "experiment": "A1",
+        "order": 0,
+        "value": "concat",
+        "seed": seed,
+        "status": "finished",
+        "mAP": mAP,
+        "key": f"{seed}",
+        "precision": precision,
+    }
 
 
 def shown(renderable, tmp_path: Path) -> str:

@@ -68,10 +68,24 @@ def test_every_stage_finds_what_the_last_one_wrote(mmcli, miniature) -> None:
     assert str(run) in err
     saved = json.loads((run / "metrics.json").read_text())
     wanted = {
-        "mAP", "mAP_sample", "F1_micro", "F1_macro", "P@5", "R@5", "hamming_loss", "query_latency_ms", "query_latency_ms_p50",
-        "query_latency_ms_p95", "throughput_qps", "index_build_s", "index_bytes", "float_over_binary_bytes", "split", "method",
+        "mAP",
+        "mAP_sample",
+        "F1_micro",
+        "F1_macro",
+        "P@5",
+        "R@5",
+        "hamming_loss",
+        "query_latency_ms",
+        "query_latency_ms_p50",
+        "query_latency_ms_p95",
+        "throughput_qps",
+        "index_build_s",
+        "index_bytes",
+        "float_over_binary_bytes",
+        "split",
+        "method",
         "tau_bits",
-    }  # fmt: skip
+    }
     assert wanted <= saved.keys()
     assert (saved["method"], saved["split"], saved["bits"], saved["K"]) == ("knn", "test", 32, 5)
     assert [other["method"] for other in saved["others"]] == ["classifier"]
@@ -265,8 +279,18 @@ def mistakes(here: Path) -> dict[str, tuple[tuple[object, ...], tuple[str, ...]]
     }
 
 
-@pytest.mark.parametrize("name", ["a store of another model", "a store of another budget", "K too large", "a class count that is not the store's",
-                                  "an out folder in use", "a run that is a store", "a store that is a run"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a store of another model",
+        "a store of another budget",
+        "K too large",
+        "a class count that is not the store's",
+        "an out folder in use",
+        "a run that is a store",
+        "a store that is a run",
+    ],
+)
 def test_a_mistake_is_one_line_and_nothing_is_lost(mmcli, here: Path, name: str) -> None:
     words, parts = mistakes(here)[name]
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -322,8 +346,18 @@ def test_the_main_job_on_real_coco(mmcli, realdata: Path, miniature) -> None:
     data = realdata / "coco_slice"
     code, out, err = mmcli("prepare", "--data", data, "--out", "coco", "--json")
     assert code == 0, err
-    code, out, err = mmcli("extract", "--data", data, "--manifest", "coco/manifest.parquet", "--model", miniature.model,
-                           "--patches", 64, "--json")  # fmt: skip
+    code, out, err = mmcli(
+        "extract",
+        "--data",
+        data,
+        "--manifest",
+        "coco/manifest.parquet",
+        "--model",
+        miniature.model,
+        "--patches",
+        64,
+        "--json",
+    )
     assert code == 0, err
     result = json.loads(out)
     assert result["n_images"] == 428

@@ -87,13 +87,20 @@ def dry_run(order: Order, means: Means) -> DryRun:
     status = {key: _state(one, state, {e.training for e in todo}) for key, one in plan.trainings.items()}
     absent = [digest for digest in plan.stores if digest not in state.stores]
     lines = counts(
-        plan, guess, missing=len(state.missing), found=len(plan.trainings) - len(state.missing),
-        evaluations=len(todo), stores=len(absent),
-    )  # fmt: skip
+        plan,
+        guess,
+        missing=len(state.missing),
+        found=len(plan.trainings) - len(state.missing),
+        evaluations=len(todo),
+        stores=len(absent),
+    )
     return DryRun(
-        plan=plan, status=status, runs={key: str(path) for key, path in state.runs.items()}, lines=tuple(lines),
+        plan=plan,
+        status=status,
+        runs={key: str(path) for key, path in state.runs.items()},
+        lines=tuple(lines),
         counted=_counted(plan, state, len(todo), guess, len(absent)),
-    )  # fmt: skip
+    )
 
 
 def ablate(order: Order, means: Means, progress: Progress | None = None) -> AblateResult:
@@ -190,10 +197,11 @@ class _Work:
             keys = {one.key for one in group}
             units.append(
                 Unit(
-                    trainings=tuple(group), evaluations=tuple(one for one in todo if one.training in keys),
+                    trainings=tuple(group),
+                    evaluations=tuple(one for one in todo if one.training in keys),
                     runs={key: self._state.runs[key] for key in keys if key in self._state.runs},
                 )
-            )  # fmt: skip
+            )
         return units
 
     def _engine(self, units: Sequence[Any]) -> Generator[tuple[Any, Record | None]]:
@@ -205,9 +213,12 @@ class _Work:
         means = self._means
         stores = self._extracted(units) | {BASE: anywhere(self._order.store)}
         place = Workplace(
-            out=means.out.absolute(), stores=stores, data=means.data.absolute(), refused=self._refused,
+            out=means.out.absolute(),
+            stores=stores,
+            data=means.data.absolute(),
+            refused=self._refused,
             force=means.force,
-        )  # fmt: skip
+        )
         if means.engine == "ray":
             from ..extraction.ray_cluster import ignored_address
             from .engines import on_ray
@@ -219,7 +230,7 @@ class _Work:
         elif means.workers > 1:
             yield from in_processes(
                 place, units, self._stop, workers=min(means.workers, len(units)), devices=self._every_gpu()
-            )  # fmt: skip
+            )
         else:
             yield from in_this_process(place, units, self._stop, told=self._epochs)
 
@@ -271,14 +282,20 @@ class _Work:
     def _result(self, found: int, trained: int) -> AblateResult:
         rows = tuple(lines_of(self._plan, self._records))
         return AblateResult(
-            path=self._means.out / "rows.parquet", rows=rows, titles=self._titles, left=self._left,
+            path=self._means.out / "rows.parquet",
+            rows=rows,
+            titles=self._titles,
+            left=self._left,
             seconds=time.perf_counter() - self._started,
             counted={
-                "n_rows": len(self._plan.rows), "trained": trained, "evaluated": len(self._records) - found,
-                "found": found, "failed": sum(row["status"] == "failed" for row in rows),
+                "n_rows": len(self._plan.rows),
+                "trained": trained,
+                "evaluated": len(self._records) - found,
+                "found": found,
+                "failed": sum(row["status"] == "failed" for row in rows),
                 "open": len(self._plan.rows) - len(rows),
             },
-        )  # fmt: skip
+        )
 
 
 def _note(record: Record) -> str:
@@ -296,9 +313,16 @@ def _state(one: Training, state: State, needed: set[str]) -> str:
 
 def _counted(plan: Plan, state: State, todo: int, guess: Estimate, stores: int) -> dict[str, Any]:
     return {
-        "n_rows": len(plan.rows), "n_asked": plan.asked, "n_trainings": plan.count("head", "finetune"),
+        "n_rows": len(plan.rows),
+        "n_asked": plan.asked,
+        "n_trainings": plan.count("head", "finetune"),
         "n_trainings_missing": sum(one.kind in {"head", "finetune"} for one in state.missing),
-        "n_baselines": plan.count("zero-shot", "prior"), "n_evaluations": len(plan.evaluations),
-        "n_evaluations_missing": todo, "n_searches": plan.searches, "n_votes": plan.votes,
-        "n_stores_missing": stores, "estimate_s": guess.seconds, "estimate_basis": guess.basis,
-    }  # fmt: skip
+        "n_baselines": plan.count("zero-shot", "prior"),
+        "n_evaluations": len(plan.evaluations),
+        "n_evaluations_missing": todo,
+        "n_searches": plan.searches,
+        "n_votes": plan.votes,
+        "n_stores_missing": stores,
+        "estimate_s": guess.seconds,
+        "estimate_basis": guess.basis,
+    }

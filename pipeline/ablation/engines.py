@@ -141,9 +141,11 @@ def _do(unit: Unit) -> list[Record]:
 def killed(place: Workplace, unit: Unit) -> list[Record]:
     """Keep a unit as failed because its process was killed, most likely for the memory that it took."""
     error = InputError(
-        "a worker was killed", got="most likely too little memory", wanted="room for the store in each",
+        "a worker was killed",
+        got="most likely too little memory",
+        wanted="room for the store in each",
         do="give fewer --workers; what was finished is kept",
-    )  # fmt: skip
+    )
     records = [failed(one.key, one.training, error, flat_config(one.config)) for one in unit.evaluations]
     for record in records:
         write_record(place.out, record)
@@ -174,9 +176,14 @@ class UnitActor:
 
 
 def on_ray(
-    place: Workplace, units: Sequence[Unit], stop: Callable[[], bool], config: Config, *, workers: int,
+    place: Workplace,
+    units: Sequence[Unit],
+    stop: Callable[[], bool],
+    config: Config,
+    *,
+    workers: int,
     address: str | None,
-) -> Iterator[tuple[Unit, Record | None]]:  # fmt: skip
+) -> Iterator[tuple[Unit, Record | None]]:
     """Do units in actors; one whose actor dies is tried once more, then fails.
 
     Args:

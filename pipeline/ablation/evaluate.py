@@ -127,9 +127,13 @@ class _Search:
             row |= retrieval
         eval_s = time.perf_counter() - started
         return Measured(
-            evaluation=evaluation, figures=row | self._recall, scores=shown[0], image_id=codes.query.image_id,
-            labels=codes.query.labels, facts=self._efficiency(evaluation, vote_s) | {"eval_s": eval_s},
-        )  # fmt: skip
+            evaluation=evaluation,
+            figures=row | self._recall,
+            scores=shown[0],
+            image_id=codes.query.image_id,
+            labels=codes.query.labels,
+            facts=self._efficiency(evaluation, vote_s) | {"eval_s": eval_s},
+        )
 
     def _mixed(self, scores: Scores, on_val: Scores) -> tuple[tuple[Scores, Scores], dict[str, Any]]:
         codes = self._codes
@@ -146,11 +150,14 @@ class _Search:
             self._latencies[knn.K] = searcher.latency(codes.query, knn)
         sizes = searcher.sizes()
         return {
-            "index_build_s": searcher.build_s, "search_s": self._search_s,
-            "throughput_qps": len(codes.query) / (self._search_s + vote_s), **self._latencies[knn.K],
-            "index_bytes": int(sizes["index_bytes"]), "float_bytes": int(sizes["float_code_bytes"]),
+            "index_build_s": searcher.build_s,
+            "search_s": self._search_s,
+            "throughput_qps": len(codes.query) / (self._search_s + vote_s),
+            **self._latencies[knn.K],
+            "index_bytes": int(sizes["index_bytes"]),
+            "float_bytes": int(sizes["float_code_bytes"]),
             **({"binary_bytes": int(sizes["binary_code_bytes"])} if "binary_code_bytes" in sizes else {}),
-        }  # fmt: skip
+        }
 
 
 def _of_classifier(evaluation: Evaluation, codes: Evaluated, run: Run) -> Measured:

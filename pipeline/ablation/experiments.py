@@ -28,10 +28,14 @@ FIXED = ("finetune.start", "finetune.unfreeze", "hardware.seed", "hardware.devic
 EXPERIMENT_KEYS = {"title", "needs", "varies", "values"}
 # Keys of the plan's grid, what they set, and what tables call them.
 GRID_KEYS = {
-    "hash_bits": ("hash.bits", "bits"), "K_neighbors": ("knn.K", "K"), "cosine_weight": ("loss.cosine_weight", "alpha"),
-    "hash_weight": ("loss.hash_weight", "gamma"), "tau": ("knn.tau", "tau"),
-    "max_num_patches": ("model.max_num_patches", "patches"), "freeze_towers": (TOWERS, TOWERS),
-}  # fmt: skip
+    "hash_bits": ("hash.bits", "bits"),
+    "K_neighbors": ("knn.K", "K"),
+    "cosine_weight": ("loss.cosine_weight", "alpha"),
+    "hash_weight": ("loss.hash_weight", "gamma"),
+    "tau": ("knn.tau", "tau"),
+    "max_num_patches": ("model.max_num_patches", "patches"),
+    "freeze_towers": (TOWERS, TOWERS),
+}
 _TOWER_WORDS = {True: "frozen", False: "last-2", "full": "all"}
 # Files that extend one another; more are a circle through links.
 _MOST_EXTENDED = 10
@@ -100,9 +104,12 @@ def with_values(experiment: Experiment, values: Sequence[Any]) -> Experiment:
     record = {"title": experiment.title, "varies": experiment.varies, "values": list(values)}
     if "." not in experiment.varies and experiment.varies != TOWERS:
         raise InputError(
-            "values of no single key", where=where, got=experiment.varies, wanted="an experiment that varies one key",
+            "values of no single key",
+            where=where,
+            got=experiment.varies,
+            wanted="an experiment that varies one key",
             do="write an experiments file of your own (--experiments)",
-        )  # fmt: skip
+        )
     replaced = _experiment(experiment.name, record, where)
     return replace(replaced, needs_images=experiment.needs_images)
 
@@ -122,9 +129,11 @@ def read_grid(name: str) -> tuple[Experiment, dict[str, Any]]:
     unknown = set(section) - GRID_KEYS.keys() if isinstance(section, dict) else set()
     if not isinstance(section, dict) or unknown:
         raise InputError(
-            "no grid", where=path, got=", ".join(sorted(unknown)) or "no section grid_search",
+            "no grid",
+            where=path,
+            got=", ".join(sorted(unknown)) or "no section grid_search",
             wanted=f"grid_search with lists of {', '.join(GRID_KEYS)}",
-        )  # fmt: skip
+        )
     try:
         grid = GridConfig(**section)
     except ValueError as error:
@@ -174,9 +183,12 @@ def _experiment(name: str, record: Any, where: object) -> Experiment:  # noqa: A
         "values",
     }:
         raise InputError(
-            "not an experiment", where=f"{where}, {name}", got=list(record) if isinstance(record, dict) else record,
-            wanted="varies and values, perhaps title and needs", do=_DO,
-        )  # fmt: skip
+            "not an experiment",
+            where=f"{where}, {name}",
+            got=list(record) if isinstance(record, dict) else record,
+            wanted="varies and values, perhaps title and needs",
+            do=_DO,
+        )
     varies, values = str(record["varies"]), record["values"]
     if not isinstance(values, list) or not values:
         raise InputError("an experiment without values", where=f"{where}, {name}", got=values, wanted="a list", do=_DO)
@@ -186,9 +198,12 @@ def _experiment(name: str, record: Any, where: object) -> Experiment:  # noqa: A
         twice = next(value for value in shown if shown.count(value) > 1)
         raise InputError("a value twice", where=f"{where}, {name}", got=twice, wanted="each once")
     return Experiment(
-        name=name, title=str(record.get("title", varies)), varies=varies, choices=choices,
+        name=name,
+        title=str(record.get("title", varies)),
+        varies=varies,
+        choices=choices,
         needs_images=record.get("needs") == IMAGES,
-    )  # fmt: skip
+    )
 
 
 def _choice(experiment: str, varies: str, order: int, value: Any, where: object) -> Choice:  # noqa: ANN401
@@ -201,22 +216,32 @@ def _choice(experiment: str, varies: str, order: int, value: Any, where: object)
     for key in settings:
         if key in FIXED or (key.startswith("model.") and key != "model.max_num_patches"):
             raise InputError(
-                "a key that no experiment varies", where=f"{where}, {experiment}", got=key,
+                "a key that no experiment varies",
+                where=f"{where}, {experiment}",
+                got=key,
                 wanted="keys that train or evaluate on one store and checkpoint",
                 do="give it to the whole command, once for each value, with another --out",
-            )  # fmt: skip
+            )
         if not known_key(key):
             near = get_close_matches(key, [*_every_key(), METHOD, TOWERS], n=1)
             raise InputError(
-                "no such key", where=f"{where}, {experiment}", got=key, wanted="a key of the configuration",
+                "no such key",
+                where=f"{where}, {experiment}",
+                got=key,
+                wanted="a key of the configuration",
                 do=f"did you mean {near[0]}?" if near else "see docs/configuration.md",
-            )  # fmt: skip
+            )
     if method is not None and method not in METHODS:
         raise InputError("no such method", where=f"{where}, {experiment}", got=method, wanted=" or ".join(METHODS))
     return Choice(
-        experiment=experiment, varies=varies, order=order, parts=(shown,), settings=settings, method=method,
+        experiment=experiment,
+        varies=varies,
+        order=order,
+        parts=(shown,),
+        settings=settings,
+        method=method,
         towers=towers,
-    )  # fmt: skip
+    )
 
 
 def _towers(value: Any, where: str) -> str:  # noqa: ANN401

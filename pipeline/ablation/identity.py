@@ -18,19 +18,41 @@ VERSION = 1
 FROZEN = "frozen"
 # Keys that no number of a training from a store depends on; the store's own digest stands for the model.
 _ASIDE = (
-    "preset", "model", "classifier.num_classes", "optimizer.type", "scheduler.type", "training.save_top_k",
-    "data.dataset", "data.num_workers", "data.prefetch_factor", "data.pin_memory", "hardware.device", "grid_search",
-    "knn.ties", "knn.index", "knn.predictor", "knn.top_n_tags",
-)  # fmt: skip
+    "preset",
+    "model",
+    "classifier.num_classes",
+    "optimizer.type",
+    "scheduler.type",
+    "training.save_top_k",
+    "data.dataset",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "hardware.device",
+    "grid_search",
+    "knn.ties",
+    "knn.index",
+    "knn.predictor",
+    "knn.top_n_tags",
+)
 # Of a training of towers: what is said by ``towers``, and what memory it takes.
 _OF_MEMORY = ("finetune.unfreeze", "finetune.gradient_checkpointing", "finetune.batch_tokens")
 _FOCAL = ("loss.focal_alpha", "loss.focal_gamma")
 _ASYMMETRIC = ("loss.asymmetric_gamma_pos", "loss.asymmetric_gamma_neg", "loss.asymmetric_shift")
 _OF_HASH = (
-    "hash.activation", "hash.batch_norm", "hash.use_hash_reg", "hash.beta", "hash.nested", "hash.code_classifier",
-    "hash.fused_classifier", "loss.hash_weight", "loss.hash_reg", "loss.fused_weight", "loss.nested_weight",
+    "hash.activation",
+    "hash.batch_norm",
+    "hash.use_hash_reg",
+    "hash.beta",
+    "hash.nested",
+    "hash.code_classifier",
+    "hash.fused_classifier",
+    "loss.hash_weight",
+    "loss.hash_reg",
+    "loss.fused_weight",
+    "loss.nested_weight",
     "optimizer.lr_hash",
-)  # fmt: skip
+)
 # Where any of these is left, all of them are, and the hash terms count.
 _OF_TERMS = ("loss.hash_weight", "loss.hash_reg", "hash.use_hash_reg")
 _OF_FUSION = ("fusion.type", "fusion.block_norm", "fusion.adapter")
@@ -63,8 +85,9 @@ def training_idle(config: Config, towers: str = FROZEN) -> dict[str, str]:
         (config.fusion.type != "hadamard_magnitude", "the fusion reads no magnitude", ("fusion.magnitude",)),
         (config.head == "mlp", "the MLP on raw embeddings has no such part", _OF_FUSION),
         (by_classifier, "the classifier chooses the best epoch", _OF_MONITOR),
-        *_hash_rules(config), *_loss_rules(config.loss),
-    )  # fmt: skip
+        *_hash_rules(config),
+        *_loss_rules(config.loss),
+    )
     idle = _cosine_idle(config, towers) | ({} if by_classifier else _vote_idle(config))
     for applies, why, keys in rules:
         idle |= dict.fromkeys(keys, why) if applies else {}

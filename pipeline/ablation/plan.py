@@ -164,9 +164,10 @@ def restrict(plan: Plan, wanted: Callable[[Row], bool]) -> Plan:
     rows = tuple(row for row in plan.rows if wanted(row))
     keys, trainings = {row.key for row in rows}, {row.training for row in rows}
     return Plan(
-        rows=rows, trainings={key: one for key, one in plan.trainings.items() if key in trainings},
+        rows=rows,
+        trainings={key: one for key, one in plan.trainings.items() if key in trainings},
         evaluations={key: one for key, one in plan.evaluations.items() if key in keys},
-    )  # fmt: skip
+    )
 
 
 def search_of(evaluation: Evaluation) -> tuple[str, str, int] | None:
@@ -274,9 +275,13 @@ class _Builder:
     def add(self, choice: Choice, digest: str) -> None:
         """A value, for every seed."""
         line = Row(
-            experiment=choice.experiment, varies=choice.varies, value=choice.value, order=choice.order, seed=0,
+            experiment=choice.experiment,
+            varies=choice.varies,
+            value=choice.value,
+            order=choice.order,
+            seed=0,
             base=digest,
-        )  # fmt: skip
+        )
         try:
             config = _settled(self._base.resolve(choice.settings), choice.towers)
             trained = self._trained_with(config, choice.towers)
@@ -296,9 +301,14 @@ class _Builder:
             self._evaluations.setdefault(evaluation.key, evaluation)
             self._trainings.setdefault(training.key, training)
             row = replace(
-                line, seed=seed, key=evaluation.key, training=training.key, config=evaluation.config,
-                towers=choice.towers, patches=training.patches,
-            )  # fmt: skip
+                line,
+                seed=seed,
+                key=evaluation.key,
+                training=training.key,
+                config=evaluation.config,
+                towers=choice.towers,
+                patches=training.patches,
+            )
             self._put(row, choice)
 
     def plan(self) -> Plan:
@@ -340,9 +350,14 @@ class _Builder:
         # Baselines without training do not depend on a seed.
         key = key_of({"group": group, "seed": config.hardware.seed}) if kind in TRAINED else group
         return Training(
-            key=key, group=group, kind=kind, store=self._store(choice), patches=patches,
-            towers=choice.towers, config=config,
-        )  # fmt: skip
+            key=key,
+            group=group,
+            kind=kind,
+            store=self._store(choice),
+            patches=patches,
+            towers=choice.towers,
+            config=config,
+        )
 
     def _store(self, choice: Choice) -> str:
         digest = self._base.store_digest if choice.towers == FROZEN else self._base.images_digest
@@ -373,9 +388,10 @@ def _collapsed(found: _Candidate) -> Row:
     parts = ["/".join(_distinct(texts)) for texts in zip(*(choice.parts for choice in choices), strict=True)]
     tidy = [_joined([choice.parts[at] for choice in choices]) for at in range(len(parts))]
     differing = [
-        key for key in dict.fromkeys(key for choice in choices for key in choice.settings)
+        key
+        for key in dict.fromkeys(key for choice in choices for key in choice.settings)
         if len({repr(choice.settings.get(key)) for choice in choices}) > 1
-    ]  # fmt: skip
+    ]
     method = choices[0].method or method_of(row.config)
     idle = {**evaluation_idle(row.config, method), **training_idle(row.config, choices[0].towers)}
     reasons = _distinct([why for key in differing for at, why in idle.items() if _covers(at, key)])

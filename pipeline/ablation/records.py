@@ -114,9 +114,10 @@ def keep_scores(
         The file, relative to ``out``.
     """
     arrays: dict[str, npt.NDArray[Any]] = {
-        "scores": np.ascontiguousarray(scores, np.float32), "image_id": np.ascontiguousarray(image_id, np.int64),
+        "scores": np.ascontiguousarray(scores, np.float32),
+        "image_id": np.ascontiguousarray(image_id, np.int64),
         "labels": np.ascontiguousarray(labels, np.uint8),
-    }  # fmt: skip
+    }
     name = scores_file(key)
     write_whole(out / name, lambda temporary: write_tensors(temporary, save_file, arrays, {"key": key}))
     return name
@@ -131,22 +132,65 @@ def failed(key: str, training: str, error: Exception, config: Mapping[str, Any])
 ROWS = "rows.parquet"
 VERSION = 1
 TEXTS = (
-    "experiment", "varies", "value", "status", "note", "key", "training_key", "base", "run", "scores", "method",
-    "split", "preset", "config",
-)  # fmt: skip
+    "experiment",
+    "varies",
+    "value",
+    "status",
+    "note",
+    "key",
+    "training_key",
+    "base",
+    "run",
+    "scores",
+    "method",
+    "split",
+    "preset",
+    "config",
+)
 WHOLE = ("order", "seed")
 # Keys of the configuration that have a column of their own in every table.
 CONFIG_COLUMNS = (
-    "hash.bits", "fusion.type", "fusion.block_norm", "fusion.inputs", "fusion.magnitude", "fusion.adapter", "head",
-    "loss.cosine_weight", "loss.hash_weight", "loss.hash_reg.lambda_balance", "loss.hash_reg.lambda_decorr",
-    "loss.focal_loss", "loss.asymmetric_loss", "loss.class_weights", "training.num_epochs", "knn.K",
-    "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta", "knn.ties", "knn.predictor",
-    "model.max_num_patches", "towers",
-)  # fmt: skip
+    "hash.bits",
+    "fusion.type",
+    "fusion.block_norm",
+    "fusion.inputs",
+    "fusion.magnitude",
+    "fusion.adapter",
+    "head",
+    "loss.cosine_weight",
+    "loss.hash_weight",
+    "loss.hash_reg.lambda_balance",
+    "loss.hash_reg.lambda_decorr",
+    "loss.focal_loss",
+    "loss.asymmetric_loss",
+    "loss.class_weights",
+    "training.num_epochs",
+    "knn.K",
+    "knn.distance_metric",
+    "knn.voting_strategy",
+    "knn.tau",
+    "knn.theta",
+    "knn.ties",
+    "knn.predictor",
+    "model.max_num_patches",
+    "towers",
+)
 FIGURES = (
-    "mAP", "mAP_sample", "F1_micro", "F1_macro", "F1_micro_tuned", "F1_macro_tuned", "CF1", "OF1", "P@1", "P@5", "R@1",
-    "R@5", "hamming_loss", "threshold_tuned",
-)  # fmt: skip
+    "mAP",
+    "mAP_sample",
+    "F1_micro",
+    "F1_macro",
+    "F1_micro_tuned",
+    "F1_macro_tuned",
+    "CF1",
+    "OF1",
+    "P@1",
+    "P@5",
+    "R@1",
+    "R@5",
+    "hamming_loss",
+    "threshold_tuned",
+)
 # Figures that are not of the table: lists, and what other columns say.
 _LEFT = {"method", "split", "ci", "ci_undefined", "retrieval_ci", "prompts", "note"}
 
@@ -208,18 +252,24 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         table = read_parquet(path)
         if not {*TEXTS[:3], *WHOLE} <= {*table.column_names}:
             raise InputError(
-                "will not replace what mmcli did not write", where=path, got="another table",
-                wanted="the rows of `mmcli ablate`", do="move it away, or name another folder with --out",
-            )  # fmt: skip
+                "will not replace what mmcli did not write",
+                where=path,
+                got="another table",
+                wanted="the rows of `mmcli ablate`",
+                do="move it away, or name another folder with --out",
+            )
         _check_types(table)
         rows: list[dict[str, Any]] = table.to_pylist()
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            "a damaged table", where=path, got=getattr(error, "strerror", None) or error, wanted="what mmcli wrote",
+            "a damaged table",
+            where=path,
+            got=getattr(error, "strerror", None) or error,
+            wanted="what mmcli wrote",
             do="remove it: it is made again from what is kept beside it",
-        ) from None  # fmt: skip
+        ) from None
     return rows
 
 
@@ -245,10 +295,17 @@ def _check_types(table: pa.Table) -> None:
 def _line(row: Row, record: Record | None) -> dict[str, Any]:
     """One line of the table."""
     line: dict[str, Any] = {
-        "experiment": row.experiment, "varies": row.varies, "value": row.value, "order": row.order, "seed": row.seed,
-        "status": row.status if row.status != "planned" else "finished", "note": row.note, "key": row.key,
-        "training_key": row.training, "base": row.base,
-    }  # fmt: skip
+        "experiment": row.experiment,
+        "varies": row.varies,
+        "value": row.value,
+        "order": row.order,
+        "seed": row.seed,
+        "status": row.status if row.status != "planned" else "finished",
+        "note": row.note,
+        "key": row.key,
+        "training_key": row.training,
+        "base": row.base,
+    }
     if record is not None:
         line |= {"run": record.run, "scores": record.scores, "method": record.method, "split": record.split}
         if not record.finished:

@@ -72,25 +72,37 @@ def make_base(told: Told, store: Path) -> Base:
     given, budget = config.model.model_fields_set, config.model.max_num_patches
     if "max_num_patches" in given and budget != key.patches and "imported" not in extra:
         raise InputError(
-            "a store of another budget", where=store, got=f"{key.patches} patches", wanted=f"{budget}",
+            "a store of another budget",
+            where=store,
+            got=f"{key.patches} patches",
+            wanted=f"{budget}",
             do="name another --store, or leave model.max_num_patches out: experiment B3 varies it",
-        )  # fmt: skip
+        )
 
     def digest(patches: int, **others: Any) -> str:  # noqa: ANN401
         if (patches != key.patches or others) and "imported" in extra:
             raise InputError(
-                "no images and towers behind this store", where=store, got="a store that was imported",
-                wanted="one of `mmcli extract`", do="leave experiments with patches and towers out",
-            )  # fmt: skip
+                "no images and towers behind this store",
+                where=store,
+                got="a store that was imported",
+                wanted="one of `mmcli extract`",
+                do="leave experiments with patches and towers out",
+            )
         return replace(key, patches=patches, **others).digest
 
     return Base(
-        resolve=frozen.resolve, store_digest=digest, patches=key.patches, prompts=TEMPLATES,
+        resolve=frozen.resolve,
+        store_digest=digest,
+        patches=key.patches,
+        prompts=TEMPLATES,
         images_digest=lambda patches: digest(
-            patches, dtype="float32", compute_dtype="float32", processor=_own_processor(key.processor),
+            patches,
+            dtype="float32",
+            compute_dtype="float32",
+            processor=_own_processor(key.processor),
             format_version=FORMAT_VERSION,
         ),
-    )  # fmt: skip
+    )
 
 
 def model_of(store: Store, config: Config, patches: int) -> ModelConfig:
@@ -99,8 +111,9 @@ def model_of(store: Store, config: Config, patches: int) -> ModelConfig:
     return ModelConfig(
         siglip2_variant=config.model.siglip2_variant if given else str(store.extra.get("model_path", key.model)),
         revision=config.model.revision or key.commit,
-        max_num_patches=patches, text_max_length=key.text_length,
-    )  # fmt: skip
+        max_num_patches=patches,
+        text_max_length=key.text_length,
+    )
 
 
 def check_source(store: Store, data: Path, model: ModelConfig) -> None:
@@ -116,21 +129,29 @@ def check_source(store: Store, data: Path, model: ModelConfig) -> None:
     found = read_manifest(data / MANIFEST).sha256
     if found != key.manifest_sha256:
         raise InputError(
-            "another data set than the store's", where=data, got=f"manifest {found[:12]}",
+            "another data set than the store's",
+            where=data,
+            got=f"manifest {found[:12]}",
             wanted=f"manifest {key.manifest_sha256[:12]}",
             do="name the data set's folder with --data, or another --store",
-        )  # fmt: skip
+        )
     own = key.revision.startswith("sha256:")
     if own and (not name.is_dir() or local_digest(name) != key.revision):
         raise InputError(
-            "another checkpoint than the store's", where=model.siglip2_variant, got="other weights or settings",
-            wanted=f"{key.model} at {key.revision[:19]}", do="name the store's checkpoint with --model",
-        )  # fmt: skip
+            "another checkpoint than the store's",
+            where=model.siglip2_variant,
+            got="other weights or settings",
+            wanted=f"{key.model} at {key.revision[:19]}",
+            do="name the store's checkpoint with --model",
+        )
     if not own and (model.siglip2_variant, model.revision) != (key.model, key.revision):
         raise InputError(
-            "another checkpoint than the store's", where=model.siglip2_variant, got=f"revision {model.revision}",
-            wanted=f"{key.model} at {key.revision[:19]}", do="leave --model and model.revision out",
-        )  # fmt: skip
+            "another checkpoint than the store's",
+            where=model.siglip2_variant,
+            got=f"revision {model.revision}",
+            wanted=f"{key.model} at {key.revision[:19]}",
+            do="leave --model and model.revision out",
+        )
 
 
 def _own_processor(processor: str) -> str:
@@ -213,9 +234,12 @@ def place_order(order: Order) -> Ordered:
     kept = restrict(plan, lambda row: all(one(row) for one in filters)) if filters else plan
     if not kept.rows:
         raise InputError(
-            "no row is left", where="--only", got=" ".join(order.only), wanted="values of the experiments asked for",
+            "no row is left",
+            where="--only",
+            got=" ".join(order.only),
+            wanted="values of the experiments asked for",
             do="see the values with --dry-run",
-        )  # fmt: skip
+        )
     titles = {one.name: f"{one.title} ({one.varies})" for one in asked}
     return Ordered(plan=kept, titles=titles, config=config)
 
@@ -240,9 +264,12 @@ def _named(order: Order) -> list[Experiment]:
         if name not in known:
             near = get_close_matches(name.upper(), known, n=1)
             raise InputError(
-                "no such experiment", where="mmcli ablate", got=name, wanted=f"one of {', '.join(known)}",
+                "no such experiment",
+                where="mmcli ablate",
+                got=name,
+                wanted=f"one of {', '.join(known)}",
                 do=f"did you mean {near[0]}?" if near else "choose one of these",
-            )  # fmt: skip
+            )
     return [with_values(known[name], values[name]) if name in values else known[name] for name in dict.fromkeys(names)]
 
 
@@ -255,9 +282,12 @@ def _values(text: str, known: dict[str, Experiment]) -> tuple[str, list[Any]]:
         values = None
     if not equals or not values or any(isinstance(value, dict | list) for value in values):
         raise InputError(
-            "cannot read values", where="--set-values", got=repr(text), wanted="EXPERIMENT=VALUE,VALUE",
+            "cannot read values",
+            where="--set-values",
+            got=repr(text),
+            wanted="EXPERIMENT=VALUE,VALUE",
             do="as in --set-values B3=36,64,100",
-        )  # fmt: skip
+        )
     if name not in known:
         raise InputError("no such experiment", where="--set-values", got=name, wanted=f"one of {', '.join(known)}")
     return name, values
@@ -267,9 +297,12 @@ def _over(told: Told, tree: dict[str, Any], grid: str) -> Told:
     """The sections of a grid's file are the configuration's, where it has any."""
     if tree and told.file is not None:
         raise InputError(
-            "two configurations", where=grid, got=f"sections {', '.join(tree)} beside --config", wanted="one of them",
+            "two configurations",
+            where=grid,
+            got=f"sections {', '.join(tree)} beside --config",
+            wanted="one of them",
             do="put them into one file",
-        )  # fmt: skip
+        )
     return Told(file=told.file, options=told.options, flags=told.flags, tree=tree)
 
 
@@ -282,9 +315,12 @@ class _filter:  # noqa: N801 - a function with a state
         self._experiment = self._key in experiments
         if not equals or not self._globs:
             raise InputError(
-                "cannot read a filter", where="--only", got=repr(text), wanted="KEY=VALUE,VALUE",
+                "cannot read a filter",
+                where="--only",
+                got=repr(text),
+                wanted="KEY=VALUE,VALUE",
                 do="as in --only hash.bits=64 or --only 'A1=hadamard*'",
-            )  # fmt: skip
+            )
 
     def __call__(self, row: Row) -> bool:
         if self._experiment:
@@ -294,8 +330,11 @@ class _filter:  # noqa: N801 - a function with a state
             return False
         if self._key not in values:
             raise InputError(
-                "no such key", where="--only", got=self._key, wanted="an experiment or a key of the configuration",
+                "no such key",
+                where="--only",
+                got=self._key,
+                wanted="an experiment or a key of the configuration",
                 do="see docs/configuration.md",
-            )  # fmt: skip
+            )
         shown = str(values[self._key]).lower()
         return any(fnmatchcase(shown, glob.lower()) for glob in self._globs)

@@ -149,7 +149,7 @@ def counts(plan: Plan, estimate: Estimate, *, missing: int, found: int, evaluati
         f"{stores:,} stores to be extracted (images alone: captions are shared)" if stores else "no store to extract",
         f"about {duration(estimate.seconds)} on this machine, of which evaluations {duration(estimate.evaluate_s)};"
         f" by {estimate.basis}",
-    ]  # fmt: skip
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -167,9 +167,12 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ends = [row["ci"]["mAP"] for row in done if row.get("ci") and row["ci"].get("mAP")]
     interval = f"[{mean(e[0] for e in ends):.3f}, {mean(e[1] for e in ends):.3f}]" if ends else "-"
     return [
-        f"{mean(maps):.3f}", f"{stdev(maps):.3f}" if len(maps) > 1 else "-", interval, _mean(done, "F1_micro_tuned"),
+        f"{mean(maps):.3f}",
+        f"{stdev(maps):.3f}" if len(maps) > 1 else "-",
+        interval,
+        _mean(done, "F1_micro_tuned"),
         _mean(done, "train_s", "{:.1f} s"),
-    ]  # fmt: skip
+    ]
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str = "{:.3f}") -> str:
@@ -200,9 +203,23 @@ class AblateResult:
     def to_json(self) -> dict[str, Any]:
         """One JSON object; of every row what identifies it and its main figures."""
         keys = (
-            "experiment", "value", "order", "seed", "status", "note", "key", "training_key", "method", "mAP", "ci",
-            "F1_micro_tuned", "P@5", "precision", "run", "scores",
-        )  # fmt: skip
+            "experiment",
+            "value",
+            "order",
+            "seed",
+            "status",
+            "note",
+            "key",
+            "training_key",
+            "method",
+            "mAP",
+            "ci",
+            "F1_micro_tuned",
+            "P@5",
+            "precision",
+            "run",
+            "scores",
+        )
         rows = [{key: row.get(key) for key in keys} | {"ci": (row.get("ci") or {}).get("mAP")} for row in self.rows]
         return {"table_path": str(self.path), **self.counted, "seconds": self.seconds, "rows": rows}
 
@@ -243,12 +260,18 @@ class DryRun:
         """One JSON object."""
         trainings = [
             {
-                "key": key, "kind": one.kind, "seed": one.seed, "patches": one.patches, "towers": one.towers,
-                "state": self.status[key], "run": self.runs.get(key), "evaluations": len(self.plan.of(key)),
+                "key": key,
+                "kind": one.kind,
+                "seed": one.seed,
+                "patches": one.patches,
+                "towers": one.towers,
+                "state": self.status[key],
+                "run": self.runs.get(key),
+                "evaluations": len(self.plan.of(key)),
                 "rows": [f"{row.experiment}: {row.value}" for row in self.plan.rows if row.training == key],
             }
             for key, one in self.plan.trainings.items()
-        ]  # fmt: skip
+        ]
         return {**self.counted, "trainings": trainings}
 
     def summary(self) -> list[RenderableType]:

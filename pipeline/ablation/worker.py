@@ -78,9 +78,12 @@ def extract_at(patches: int, digest: str, store: Path, places: Places, config: C
     result = extract_here(config.model_copy(update={"model": model}), plan, progress=progress)
     if result.digest != digest:
         raise InputError(
-            "another store than was planned", where=folder, got=f"key {result.digest[:12]}", wanted=digest[:12],
+            "another store than was planned",
+            where=folder,
+            got=f"key {result.digest[:12]}",
+            wanted=digest[:12],
             do="name the checkpoint, the data and the device that made the store",
-        )  # fmt: skip
+        )
     progress.say(
         f"  {result.n_encoded:,} images encoded, {result.reused_text_shards} shards of captions taken over: {folder}"
     )
@@ -99,9 +102,13 @@ def prior(evaluation: Evaluation, prepared: Prepared) -> Measured:
     scores = {name: np.tile(share, (len(labels[name]), 1)) for name in (SPLIT, "val")}
     row = metrics_row("prior", SPLIT, scores[SPLIT], labels[SPLIT], tuned_on=(scores["val"], labels["val"]))
     return Measured(
-        evaluation=evaluation, figures=row, scores=scores[SPLIT], image_id=prepared.image_ids[SPLIT],
-        labels=labels[SPLIT], facts={"eval_s": time.perf_counter() - started},
-    )  # fmt: skip
+        evaluation=evaluation,
+        figures=row,
+        scores=scores[SPLIT],
+        image_id=prepared.image_ids[SPLIT],
+        labels=labels[SPLIT],
+        facts={"eval_s": time.perf_counter() - started},
+    )
 
 
 def zero_shot_row(evaluation: Evaluation, run: Run) -> Measured:
@@ -111,17 +118,25 @@ def zero_shot_row(evaluation: Evaluation, run: Run) -> Measured:
     facts = {"query_latency_ms": row.get("query_latency_ms")}
     figures = {key: value for key, value in row.items() if key not in {"query_latency_ms", "inputs"}}
     return Measured(
-        evaluation=evaluation, figures=figures, scores=arrays["scores"], image_id=arrays["image_id"],
-        labels=arrays["labels"], facts=facts,
-    )  # fmt: skip
+        evaluation=evaluation,
+        figures=figures,
+        scores=arrays["scores"],
+        image_id=arrays["image_id"],
+        labels=arrays["labels"],
+        facts=facts,
+    )
 
 
 def facts_of(training: Training, folder: Path | None) -> dict[str, Any]:
     """How the training went, and what computed it."""
     facts: dict[str, Any] = {
-        "version.mmcli": __version__, "version.torch": metadata.version("torch"), "version.faiss": _faiss(),
-        "device": str(pick_device(training.config.hardware.device)), "cpu": cpu_name(), "finished_at": now(),
-    }  # fmt: skip
+        "version.mmcli": __version__,
+        "version.torch": metadata.version("torch"),
+        "version.faiss": _faiss(),
+        "device": str(pick_device(training.config.hardware.device)),
+        "cpu": cpu_name(),
+        "finished_at": now(),
+    }
     if folder is not None and training.kind in {"head", "finetune"}:
         info = open_run(folder, kind=KINDS[training.kind]).info
         fit = read_fit(Run(folder=folder, info=info), load_config(folder / "config.yaml"))
@@ -258,18 +273,25 @@ class Worker:
             self._finetune(first, folder)
         elif len(part) > 1:
             train_together(
-                [one.config for one in part], [own_folder(self._place.out, one) for one in part],
-                store=self._store(first), progress=told, prepared=self._prepare(first),
-            )  # fmt: skip
+                [one.config for one in part],
+                [own_folder(self._place.out, one) for one in part],
+                store=self._store(first),
+                progress=told,
+                prepared=self._prepare(first),
+            )
         elif not self._gone_on(
             folder,
             first,
             lambda: resume_training(folder, store=self._store(first), progress=told, prepared=self._prepare(first)),
         ):
             train_head(
-                first.config, store=self._store(first), out=folder, force=True, progress=told,
+                first.config,
+                store=self._store(first),
+                out=folder,
+                force=True,
+                progress=told,
                 prepared=self._prepare(first),
-            )  # fmt: skip
+            )
         return {one.key: own_folder(self._place.out, one) for one in part}
 
     def _finished(self, part: Sequence[Training]) -> dict[str, Path]:
@@ -300,9 +322,14 @@ class Worker:
         if self._gone_on(folder, training, lambda: resume_finetuning(folder, data=data, progress=self._told)):
             return
         finetune(
-            config.model_copy(update={"model": model}), data=data, unfreeze=training.towers,
-            towers=config.finetune.towers, out=folder, force=True, progress=self._told,
-        )  # fmt: skip
+            config.model_copy(update={"model": model}),
+            data=data,
+            unfreeze=training.towers,
+            towers=config.finetune.towers,
+            out=folder,
+            force=True,
+            progress=self._told,
+        )
 
     def _evaluate(self, training: Training, folder: Path | None, wanted: Sequence[Evaluation]) -> Iterator[Record]:
         left = {one.key: one for one in wanted}
@@ -338,10 +365,17 @@ class Worker:
         one, out = found.evaluation, self._place.out
         scores = keep_scores(out, one.key, found.image_id, found.scores, found.labels)
         record = Record(
-            key=one.key, training=training.key, status="finished", method=one.method, split=SPLIT,
-            run="" if folder is None else _relative(folder, out), scores=scores, figures=dict(found.figures),
-            facts={**facts_of(training, folder), **found.facts}, config=flat_config(one.config),
-        )  # fmt: skip
+            key=one.key,
+            training=training.key,
+            status="finished",
+            method=one.method,
+            split=SPLIT,
+            run="" if folder is None else _relative(folder, out),
+            scores=scores,
+            figures=dict(found.figures),
+            facts={**facts_of(training, folder), **found.facts},
+            config=flat_config(one.config),
+        )
         write_record(out, record)
         return record
 

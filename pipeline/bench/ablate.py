@@ -66,10 +66,15 @@ class BenchAblate:
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
         case = {
-            "name": "ablate", "plan_s": self.plan_s, "wall_s": self.wall_s, "train_s": self.train_s,
-            "evaluate_s": self.evaluate_s, "plain_s": self.plain_s, "ratio_plain": self.plain_s / self.wall_s,
+            "name": "ablate",
+            "plan_s": self.plan_s,
+            "wall_s": self.wall_s,
+            "train_s": self.train_s,
+            "evaluate_s": self.evaluate_s,
+            "plain_s": self.plain_s,
+            "ratio_plain": self.plain_s / self.wall_s,
             "ratio_ceiling": self.train_s / self.wall_s,
-        }  # fmt: skip
+        }
         return {**self.counted, "cases": [case], "table_path": None if self.table is None else str(self.table)}
 
     def summary(self) -> list[RenderableType]:
@@ -78,9 +83,12 @@ class BenchAblate:
         for name in ("part", "time"):
             table.add_column(name, justify="left" if name == "part" else "right")
         parts = (
-            ("planning (a dry run)", self.plan_s), ("everything", self.wall_s), ("epochs of training", self.train_s),
-            ("votes, metrics and intervals", self.evaluate_s), ("a loop that shares nothing (computed)", self.plain_s),
-        )  # fmt: skip
+            ("planning (a dry run)", self.plan_s),
+            ("everything", self.wall_s),
+            ("epochs of training", self.train_s),
+            ("votes, metrics and intervals", self.evaluate_s),
+            ("a loop that shares nothing (computed)", self.plain_s),
+        )
         for name, seconds in parts:
             table.add_row(name, duration(seconds))
         made = f"{self.counted['n_rows']} rows of {self.counted['n_trainings']} trainings"
@@ -89,9 +97,16 @@ class BenchAblate:
 
 
 def bench_ablate(
-    told: Told, *, names: Sequence[str] = NAMES, store: Path | None = None, n_train: int | None = None, seeds: int = 1,
-    workers: int = 1, out: Path | None = None, progress: Progress | None = None,
-) -> BenchAblate:  # fmt: skip
+    told: Told,
+    *,
+    names: Sequence[str] = NAMES,
+    store: Path | None = None,
+    n_train: int | None = None,
+    seeds: int = 1,
+    workers: int = 1,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> BenchAblate:
     """Plan and run experiments, and time them.
 
     Args:
@@ -116,9 +131,12 @@ def bench_ablate(
         plan_s = time.perf_counter() - started
         result = ablate(order, means, progress)
         return BenchAblate(
-            plan_s=plan_s, wall_s=result.seconds, counted=dict(planned.counted), rows=result.rows,
+            plan_s=plan_s,
+            wall_s=result.seconds,
+            counted=dict(planned.counted),
+            rows=result.rows,
             table=None if out is None else place / ROWS,
-        )  # fmt: skip
+        )
 
 
 @contextmanager

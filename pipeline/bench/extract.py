@@ -58,9 +58,15 @@ class _Setting:
 
 
 def bench_extract(
-    config: Config, *, checkpoint: str | None, images: Path | None, n_images: int, n_captions: int, repeats: int,
+    config: Config,
+    *,
+    checkpoint: str | None,
+    images: Path | None,
+    n_images: int,
+    n_captions: int,
+    repeats: int,
     progress: Progress | None = None,
-) -> BenchResult:  # fmt: skip
+) -> BenchResult:
     """Time extraction in several ways in one run.
 
     Args:
@@ -112,10 +118,16 @@ def _set_up(
     parts = Encoder.parts(name, patches=config.model.max_num_patches, device=device)
     processor = parts.source.load("the processor", transformers.AutoProcessor)
     return _Setting(
-        encoder=Encoder(parts), model=parts.model, processor=processor, data=data,
-        paths=tuple(found[:n_images]), captions=tuple(captions), scratch=scratch,
-        workers=reader_count(config.data.num_workers, device), threads=torch.get_num_threads(),
-    )  # fmt: skip
+        encoder=Encoder(parts),
+        model=parts.model,
+        processor=processor,
+        data=data,
+        paths=tuple(found[:n_images]),
+        captions=tuple(captions),
+        scratch=scratch,
+        workers=reader_count(config.data.num_workers, device),
+        threads=torch.get_num_threads(),
+    )
 
 
 def _measure(setting: _Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str, Any]]:
@@ -124,42 +136,72 @@ def _measure(setting: _Setting, repeats: int) -> tuple[tuple[Case, ...], dict[st
     ids = setting.encoder.tokenize(setting.captions).to(setting.device)
     images = best_of(
         {
-            "plain": partial(_plain_images, setting), "ours": partial(_ours, setting, "image", clocks),
+            "plain": partial(_plain_images, setting),
+            "ours": partial(_ours, setting, "image", clocks),
             "ceiling": partial(_towers_alone, setting, pieces),
         },
         repeats=repeats,
-    )  # fmt: skip
+    )
     captions = best_of(
         {
-            "plain": partial(_plain_captions, setting), "ours": partial(_ours, setting, "text", []),
+            "plain": partial(_plain_captions, setting),
+            "ours": partial(_ours, setting, "text", []),
             "ceiling": partial(_text_alone, setting, ids),
         },
         repeats=repeats,
-    )  # fmt: skip
+    )
     few = setting.paths[: 2 * PLAIN_BATCH]
     work = best_of(
         {
-            "plain": partial(_process, setting, few), "ours": partial(_cut, setting, few, "pillow"),
+            "plain": partial(_process, setting, few),
+            "ours": partial(_cut, setting, few, "pillow"),
             "torch": partial(_cut, setting, few, "torch"),
         },
         repeats=2 * repeats,
-    )  # fmt: skip
+    )
     n, m = len(setting.paths), len(setting.captions)
     cases = (
-        Case(name="images", unit="images", plain=n / images["plain"], ours=n / images["ours"],
-             ceiling=n / images["ceiling"], note=f"plain: AutoProcessor, DataLoader, padded, {PLAIN_BATCH} a batch"),
-        Case(name="captions", unit="captions", plain=m / captions["plain"], ours=m / captions["ours"],
-             ceiling=m / captions["ceiling"], note=f"plain: tokenizer and get_text_features, {PLAIN_BATCH} a batch"),
-        Case(name="image work, one core", unit="images", plain=len(few) / work["plain"], ours=len(few) / work["ours"],
-             note="plain: Image.open and the image processor; ours: the same numbers as uint8 patches"),
-        Case(name="image work, --resizer torch", unit="images", plain=len(few) / work["plain"],
-             ours=len(few) / work["torch"]),
-    )  # fmt: skip
+        Case(
+            name="images",
+            unit="images",
+            plain=n / images["plain"],
+            ours=n / images["ours"],
+            ceiling=n / images["ceiling"],
+            note=f"plain: AutoProcessor, DataLoader, padded, {PLAIN_BATCH} a batch",
+        ),
+        Case(
+            name="captions",
+            unit="captions",
+            plain=m / captions["plain"],
+            ours=m / captions["ours"],
+            ceiling=m / captions["ceiling"],
+            note=f"plain: tokenizer and get_text_features, {PLAIN_BATCH} a batch",
+        ),
+        Case(
+            name="image work, one core",
+            unit="images",
+            plain=len(few) / work["plain"],
+            ours=len(few) / work["ours"],
+            note="plain: Image.open and the image processor; ours: the same numbers as uint8 patches",
+        ),
+        Case(
+            name="image work, --resizer torch",
+            unit="images",
+            plain=len(few) / work["plain"],
+            ours=len(few) / work["torch"],
+        ),
+    )
     facts = {
-        "decode_per_s": n / seconds, "decode_workers": count_cores(), "n_images": n, "n_captions": m,
-        "batch_tokens": setting.encoder.batch_tokens, "bottleneck": clocks[-1].bottleneck,
-        "read_s": clocks[-1].read_s, "compute_s": clocks[-1].compute_s, "write_s": clocks[-1].write_s,
-    }  # fmt: skip
+        "decode_per_s": n / seconds,
+        "decode_workers": count_cores(),
+        "n_images": n,
+        "n_captions": m,
+        "batch_tokens": setting.encoder.batch_tokens,
+        "bottleneck": clocks[-1].bottleneck,
+        "read_s": clocks[-1].read_s,
+        "compute_s": clocks[-1].compute_s,
+        "write_s": clocks[-1].write_s,
+    }
     return cases, facts
 
 
@@ -182,9 +224,14 @@ def _ours(setting: _Setting, part: str, clocks: list[Clock]) -> None:
         [list(setting.captions[at : at + CAPTIONS]) for at in range(0, m, CAPTIONS)] if part == "text" else [["-"]] * n
     )
     listing = Manifest.from_columns(
-        image_ids=np.arange(rows), paths=[*setting.paths, *setting.paths * rows][:rows], splits=["train"] * rows,
-        captions=each, labels=[[]] * rows, category_names=["-"], name="bench",
-    )  # fmt: skip
+        image_ids=np.arange(rows),
+        paths=[*setting.paths, *setting.paths * rows][:rows],
+        splits=["train"] * rows,
+        captions=each,
+        labels=[[]] * rows,
+        category_names=["-"],
+        name="bench",
+    )
     encoder = setting.encoder
     key = StoreKey(**vars(encoder.identity), dtype="float16", manifest_sha256=listing.sha256)
     store = setting.scratch / f"{part}-{time.monotonic_ns()}"
@@ -217,9 +264,11 @@ def _text_alone(setting: _Setting, ids: torch.Tensor) -> None:
 def _plain_images(setting: _Setting) -> None:
     """What a first script does: the processor in a DataLoader's workers, the model on padded batches."""
     loader: DataLoader[Any] = DataLoader(
-        [str(setting.data / path) for path in setting.paths], batch_size=PLAIN_BATCH,  # type: ignore[arg-type]
-        num_workers=min(4, count_cores()), collate_fn=partial(_collate, setting.processor, setting.budget),
-    )  # fmt: skip
+        [str(setting.data / path) for path in setting.paths],
+        batch_size=PLAIN_BATCH,  # type: ignore[arg-type]
+        num_workers=min(4, count_cores()),
+        collate_fn=partial(_collate, setting.processor, setting.budget),
+    )
     for batch in loader:
         with autocast(setting.device):
             moved = {name: value.to(setting.device) for name, value in batch.items()}

@@ -64,9 +64,15 @@ class Measured:
 
 
 def bench_finetune(
-    config: Config, *, checkpoint: str | None, n_images: int, repeats: int, unfreeze: Sequence[str] = tuple(UNFROZEN),
-    vocabulary: int | None = None, progress: Progress | None = None,
-) -> BenchResult:  # fmt: skip
+    config: Config,
+    *,
+    checkpoint: str | None,
+    n_images: int,
+    repeats: int,
+    unfreeze: Sequence[str] = tuple(UNFROZEN),
+    vocabulary: int | None = None,
+    progress: Progress | None = None,
+) -> BenchResult:
     """Time an epoch of finetuning in two ways in one run.
 
     Args:
@@ -121,10 +127,14 @@ def _listing(data: Path, captions: Sequence[str]) -> Manifest:
     rng = np.random.default_rng(0)
     labels = [sorted(set(rng.integers(0, N_CLASSES, 3).tolist())) for _ in paths]
     return Manifest.from_columns(
-        image_ids=np.arange(len(paths)), paths=paths, splits=["train"] * (len(paths) - 2) + ["val", "test"],
-        captions=[list(captions[5 * at : 5 * at + 5]) for at in range(len(paths))], labels=labels,
-        category_names=[f"class {at}" for at in range(N_CLASSES)], name="bench",
-    )  # fmt: skip
+        image_ids=np.arange(len(paths)),
+        paths=paths,
+        splits=["train"] * (len(paths) - 2) + ["val", "test"],
+        captions=[list(captions[5 * at : 5 * at + 5]) for at in range(len(paths))],
+        labels=labels,
+        category_names=[f"class {at}" for at in range(N_CLASSES)],
+        name="bench",
+    )
 
 
 def _measure(setting: _Setting, unfreeze: str, repeats: int) -> tuple[Measured, Measured]:
@@ -261,9 +271,13 @@ def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
     ]
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader: DataLoader[Any] = DataLoader(
-        items, batch_size=config.training.batch_size, shuffle=True, num_workers=PLAIN_WORKERS, collate_fn=collate,  # type: ignore[arg-type]
+        items,
+        batch_size=config.training.batch_size,
+        shuffle=True,
+        num_workers=PLAIN_WORKERS,
+        collate_fn=collate,  # type: ignore[arg-type]
         persistent_workers=True,
-    )  # fmt: skip
+    )
 
     def epoch() -> None:
         for pixels, ids, y in _moved(loader, device):
@@ -295,7 +309,11 @@ def _collate(processor: Any, budget: dict[str, int], items: list[Any]) -> Any:  
     images = [Image.open(path).convert("RGB") for path, _, _ in items]
     pixels = dict(processor(images=images, return_tensors="pt", **budget))
     ids = processor.tokenizer(
-        [text.lower() for _, text, _ in items], padding="max_length", padding_side="right", truncation=True,
-        max_length=TEXT_LENGTH, return_tensors="pt",
-    ).input_ids  # fmt: skip
+        [text.lower() for _, text, _ in items],
+        padding="max_length",
+        padding_side="right",
+        truncation=True,
+        max_length=TEXT_LENGTH,
+        return_tensors="pt",
+    ).input_ids
     return pixels, ids, torch.from_numpy(np.stack([labels for _, _, labels in items])).float()

@@ -51,10 +51,15 @@ class Case:
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object."""
         return {
-            "case": self.name, "unit": self.unit, "plain_per_s": self.plain, "ours_per_s": self.ours,
-            "ceiling_per_s": self.ceiling, "ratio_plain": self.ratio_plain, "ratio_ceiling": self.ratio_ceiling,
+            "case": self.name,
+            "unit": self.unit,
+            "plain_per_s": self.plain,
+            "ours_per_s": self.ours,
+            "ceiling_per_s": self.ceiling,
+            "ratio_plain": self.ratio_plain,
+            "ratio_ceiling": self.ratio_ceiling,
             "note": self.note,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

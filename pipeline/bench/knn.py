@@ -157,10 +157,12 @@ def check_sizes(sizes: Sequence[int], bits: Sequence[int], K: int) -> None:
     free, largest = free_bytes(), max(sizes) * max(bits) // 8 * MEMORY_A_BYTE
     if free is not None and largest > free:
         raise InputError(
-            "an index that does not fit into the memory", where="--sizes",
+            "an index that does not fit into the memory",
+            where="--sizes",
             got=f"{largest / 1e9:.0f} GB for {max(sizes):,} codes",
-            wanted=f"at most {free / 1e9:.0f} GB, which is free", do="give a smaller size",
-        )  # fmt: skip
+            wanted=f"at most {free / 1e9:.0f} GB, which is free",
+            do="give a smaller size",
+        )
 
 
 def free_bytes() -> int | None:
@@ -192,10 +194,16 @@ class KnnBenchResult(BenchResult):
             table.add_column(name, justify="left" if name == "index" else "right")
         for row in self.facts["indexes"]:
             table.add_row(
-                f"{row['n_codes']:,}", str(row["bits"]), row["index"], f"{row['queries_per_s']:,.0f}",
-                f"{row['p50_ms']:.3f}", f"{row['p95_ms']:.3f}", _or_dash(row["build_s"], "{:.2f}"),
-                _or_dash(row["n_bytes"], "{:,.1f}", 1e-6), f"{row['recall']:.4f}",
-            )  # fmt: skip
+                f"{row['n_codes']:,}",
+                str(row["bits"]),
+                row["index"],
+                f"{row['queries_per_s']:,.0f}",
+                f"{row['p50_ms']:.3f}",
+                f"{row['p95_ms']:.3f}",
+                _or_dash(row["build_s"], "{:.2f}"),
+                _or_dash(row["n_bytes"], "{:,.1f}", 1e-6),
+                f"{row['recall']:.4f}",
+            )
         first, *rest = super().summary()
         return [first, table, *rest]
 
@@ -260,9 +268,12 @@ def bench_knn(
             progress.say(f"{N:,} codes of {B} bits")
             few = max(10, min(queries, PAIRS // N))
             setting = _Size(
-                base=make_codes(N, B, 0), queries=make_codes(few, B, 1), labels=make_labels(min(N, LABELLED)),
-                knn=KnnConfig(K=K), repeats=repeats,
-            )  # fmt: skip
+                base=make_codes(N, B, 0),
+                queries=make_codes(few, B, 1),
+                labels=make_labels(min(N, LABELLED)),
+                knn=KnnConfig(K=K),
+                repeats=repeats,
+            )
             reference = plain_index(setting.base)
             cases += _cases(setting, reference, device)
             wanted = reference.search(setting.queries, K)[1]
@@ -289,15 +300,22 @@ def _cases(setting: _Size, reference: Any, device: str) -> list[Case]:  # noqa: 
     plain = len(some) / best["loop"]
     return [
         Case(
-            name=f"{setting.name}, {len(queries):,} queries", unit="queries", plain=plain,
-            ours=len(queries) / best["ours"], ceiling=len(queries) / best["faiss"],
+            name=f"{setting.name}, {len(queries):,} queries",
+            unit="queries",
+            plain=plain,
+            ours=len(queries) / best["ours"],
+            ceiling=len(queries) / best["faiss"],
             note=f"index {index.kind}; {best['ours'] / best['faiss']:.2f} of the time of FAISS's search alone",
         ),
         Case(
-            name=f"{setting.name}, one at a time", unit="queries", plain=plain, ours=len(one) / best["single"],
-            ceiling=len(one) / best["faiss single"], note=f"index {index.kind}",
+            name=f"{setting.name}, one at a time",
+            unit="queries",
+            plain=plain,
+            ours=len(one) / best["single"],
+            ceiling=len(one) / best["faiss single"],
+            note=f"index {index.kind}",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _one_by_one(search: Callable[[Packed], Any], queries: Packed) -> None:
@@ -364,11 +382,15 @@ def _row(setting: _Size, name: str, search: Search, wanted: Rows, repeats: int) 
         times.append(1e3 * (time.perf_counter() - started))
     kept = np.array(times if slow else times[WARM_UP:])
     return {
-        "n_codes": len(setting.base), "bits": 8 * setting.base.shape[1], "index": name,
-        "queries_per_s": counts[0] / best["batch"], "p50_ms": float(np.percentile(kept, 50)),
-        "p95_ms": float(np.percentile(kept, 95)), "mean_ms": float(kept.mean()),
+        "n_codes": len(setting.base),
+        "bits": 8 * setting.base.shape[1],
+        "index": name,
+        "queries_per_s": counts[0] / best["batch"],
+        "p50_ms": float(np.percentile(kept, 50)),
+        "p95_ms": float(np.percentile(kept, 95)),
+        "mean_ms": float(kept.mean()),
         "recall": shared / (Q * wanted.shape[1]),
-    }  # fmt: skip
+    }
 
 
 def _or_dash(value: float | None, form: str, scale: float = 1.0) -> str:

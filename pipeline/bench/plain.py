@@ -56,9 +56,13 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
     # As many workers as the plain way takes, however few cores there are.
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader: DataLoader[Any] = DataLoader(
-        _Items(train), batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0,
+        _Items(train),
+        batch_size=batch,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=config.data.pin_memory and train.device.type == "cuda",
-    )  # fmt: skip
+    )
     while True:
         for given in loader:
             v_img, v_txt, y = (part.to(train.device) for part in given)

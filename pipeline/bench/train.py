@@ -83,9 +83,13 @@ class LoadTimes:
             f" {size / self.cold_plain_s:,.0f} and {size / self.cold_ours_s:,.0f} MB/s"
         )
         return Case(
-            name="loading a store", unit="MB", plain=size / self.plain_s, ours=size / self.ours_s,
-            ceiling=size / self.plain_s, note=note,
-        )  # fmt: skip
+            name="loading a store",
+            unit="MB",
+            plain=size / self.plain_s,
+            ours=size / self.ours_s,
+            ceiling=size / self.plain_s,
+            note=note,
+        )
 
 
 def time_loading(folder: Path, repeats: int) -> LoadTimes:
@@ -117,9 +121,14 @@ def time_loading(folder: Path, repeats: int) -> LoadTimes:
         _forget(paths)
         cold |= best_of({name: way}, repeats=1)
     return LoadTimes(
-        n_bytes=sum(path.stat().st_size for path in paths), plain_s=best["plain"], ours_s=best["ours"],
-        first_s=first_s, was_noted=was_noted, cold_plain_s=cold["plain"], cold_ours_s=cold["ours"],
-    )  # fmt: skip
+        n_bytes=sum(path.stat().st_size for path in paths),
+        plain_s=best["plain"],
+        ours_s=best["ours"],
+        first_s=first_s,
+        was_noted=was_noted,
+        cold_plain_s=cold["plain"],
+        cold_ours_s=cold["ours"],
+    )
 
 
 def read_plainly(paths: list[Path]) -> int:
@@ -216,9 +225,15 @@ class _Setting:
 
 
 def bench_train(
-    config: Config, *, store: Path | None, n_train: int | None, steps: int, repeats: int, replicas: int,
+    config: Config,
+    *,
+    store: Path | None,
+    n_train: int | None,
+    steps: int,
+    repeats: int,
+    replicas: int,
     progress: Progress | None = None,
-) -> BenchResult:  # fmt: skip
+) -> BenchResult:
     """Time training in several ways in one run.
 
     Args:
@@ -251,8 +266,9 @@ def bench_train(
         cases += [_steps(setting, LARGE_BATCH, max(2, steps // LARGE_SHARE), repeats)]
         cases += [_replicas(setting, replicas, repeats), loading.case()]
         facts = _facts(setting, cases[0]) | {
-            "import_torch_s": import_torch_seconds(), "first_step_s": time_to_first_step(store, config)
-        }  # fmt: skip
+            "import_torch_s": import_torch_seconds(),
+            "first_step_s": time_to_first_step(store, config),
+        }
     lines = (
         f"an epoch of {facts['n_train']:,} images at batch {PLAIN_BATCH}: {facts['epoch_s']:.2f} s, and validation"
         f" {facts['validation_s']:.2f} s ({100 * facts['validation_share']:.0f} %)",
@@ -271,7 +287,7 @@ def _steps(setting: _Setting, batch: int, steps: int, repeats: int) -> Case:
         "plain": plainly(partial(_take, plain, steps, setting.device)),
         "ours": partial(_take, ours, steps, setting.device),
         "ceiling": partial(_take, _products(setting, batch), steps, setting.device),
-    }  # fmt: skip
+    }
     for way in ways.values():
         way()  # workers start, buffers are made, graphs are captured
     seconds = best_of(ways, repeats=repeats)
@@ -364,10 +380,12 @@ def _facts(setting: _Setting, case: Case) -> dict[str, Any]:
     monitor(head)
     validation, epoch = time.perf_counter() - started, len(setting.train) / case.ours
     return {
-        "n_train": len(setting.train), "epoch_s": epoch, "validation_s": validation,
+        "n_train": len(setting.train),
+        "epoch_s": epoch,
+        "validation_s": validation,
         "validation_share": validation / epoch,
         "precision": _precision(setting),
-    }  # fmt: skip
+    }
 
 
 def _precision(setting: _Setting) -> str:

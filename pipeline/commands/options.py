@@ -112,10 +112,12 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", rich_help_panel="Configuration",
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel="Configuration",
         help="Any key of the configuration, as in optimizer.lr_hash=1e-3.",
     ),
-]  # fmt: skip
+]
 FollowLinks = Annotated[
     bool,
     typer.Option(
@@ -133,21 +135,50 @@ PresetName = Annotated[
 
 # Which option sets which key, so that a refused value is named as it was given.
 FLAGS = {
-    "preset": "--preset", "head": "--head", "model.siglip2_variant": "--model", "model.revision": "--revision",
-    "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.magnitude": "--magnitude",
-    "fusion.block_norm": "--block-norm", "fusion.inputs": "--inputs", "fusion.adapter": "--adapter",
-    "hash.bits": "--bits", "loss.cosine_weight": "--alpha", "loss.hash_weight": "--gamma", "loss.focal_loss": "--focal",
-    "loss.class_weights": "--class-weights", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
-    "training.early_stopping_patience": "--patience", "training.monitor": "--monitor", "training.ema_decay": "--ema",
-    "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote", "knn.tau": "--tau",
-    "knn.theta": "--theta", "knn.ties": "--ties", "knn.index": "--index", "knn.predictor": "--predictor",
-    "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
-    "hardware.deterministic": "--deterministic", "data.split_type": "--protocol",
-    "data.protocol_lists": "--protocol-lists", "finetune.unfreeze": "--unfreeze", "finetune.towers": "--towers",
-    "finetune.layer_decay": "--layer-decay", "finetune.augment": "--augment",
-    "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
-    "finetune.start": "--from", "optimizer.lr_towers": "--lr-towers", "training.accumulation_steps": "--accumulation",
-}  # fmt: skip
+    "preset": "--preset",
+    "head": "--head",
+    "model.siglip2_variant": "--model",
+    "model.revision": "--revision",
+    "model.max_num_patches": "--patches",
+    "fusion.type": "--fusion",
+    "fusion.magnitude": "--magnitude",
+    "fusion.block_norm": "--block-norm",
+    "fusion.inputs": "--inputs",
+    "fusion.adapter": "--adapter",
+    "hash.bits": "--bits",
+    "loss.cosine_weight": "--alpha",
+    "loss.hash_weight": "--gamma",
+    "loss.focal_loss": "--focal",
+    "loss.class_weights": "--class-weights",
+    "training.num_epochs": "--epochs",
+    "training.batch_size": "--batch-size",
+    "training.early_stopping_patience": "--patience",
+    "training.monitor": "--monitor",
+    "training.ema_decay": "--ema",
+    "knn.K": "--k",
+    "knn.distance_metric": "--metric",
+    "knn.voting_strategy": "--vote",
+    "knn.tau": "--tau",
+    "knn.theta": "--theta",
+    "knn.ties": "--ties",
+    "knn.index": "--index",
+    "knn.predictor": "--predictor",
+    "data.num_workers": "--workers",
+    "hardware.device": "--device",
+    "hardware.seed": "--seed",
+    "hardware.deterministic": "--deterministic",
+    "data.split_type": "--protocol",
+    "data.protocol_lists": "--protocol-lists",
+    "finetune.unfreeze": "--unfreeze",
+    "finetune.towers": "--towers",
+    "finetune.layer_decay": "--layer-decay",
+    "finetune.augment": "--augment",
+    "finetune.gradient_checkpointing": "--gradient-checkpointing",
+    "finetune.batch_tokens": "--batch-tokens",
+    "finetune.start": "--from",
+    "optimizer.lr_towers": "--lr-towers",
+    "training.accumulation_steps": "--accumulation",
+}
 
 
 def data_folder(data: Path, follow_links: bool) -> Path:

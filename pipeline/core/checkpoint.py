@@ -78,9 +78,12 @@ class CheckpointKeeper:
                 one = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
             except (OSError, KeyError, ValueError) as error:
                 raise InputError(
-                    "damaged checkpoint", where=path, got=reason(error), wanted="what mmcli wrote",
+                    "damaged checkpoint",
+                    where=path,
+                    got=reason(error),
+                    wanted="what mmcli wrote",
                     do="train again, from the start",
-                ) from None  # fmt: skip
+                ) from None
             if one.epoch <= epoch:
                 found.append(one)
             else:
@@ -100,9 +103,11 @@ def save_head(path: Path, head: BaseHead, config: Config, *, width: int, epoch: 
     assert head.build["width"] == width
     assert head.kind == config.head
     note = {
-        "build": json.dumps(head.build), "epoch": str(epoch), "val_mAP": repr(val_mAP),
+        "build": json.dumps(head.build),
+        "epoch": str(epoch),
+        "val_mAP": repr(val_mAP),
         **run_identity(path.parent.parent),
-    }  # fmt: skip
+    }
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, tensors, note))
 
@@ -151,10 +156,15 @@ def describe_head(run: Path) -> dict[str, Any]:
         else info.model
     )
     return {
-        "mmcli": __version__, "preset": info.preset, "seed": info.seed, "config_digest": info.config_digest,
-        "encoder": encoder, "patches": info.patches, "data": f"manifest {info.manifest_sha256[:12]}",
+        "mmcli": __version__,
+        "preset": info.preset,
+        "seed": info.seed,
+        "config_digest": info.config_digest,
+        "encoder": encoder,
+        "patches": info.patches,
+        "data": f"manifest {info.manifest_sha256[:12]}",
         "category_names": list(info.category_names),
-    }  # fmt: skip
+    }
 
 
 def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) -> Head | MlpBaseline:
@@ -195,9 +205,12 @@ def best_checkpoint(run: Path) -> Path:
         raise cannot_read(what, path, error, wanted="a list of at least one", do=do) from None
     except (ValueError, LookupError, TypeError, RecursionError):
         raise InputError(
-            "no checkpoint", where=path, got="no list of checkpoints", wanted="at least one",
+            "no checkpoint",
+            where=path,
+            got="no list of checkpoints",
+            wanted="at least one",
             do="train the head again with `mmcli train-head`",
-        ) from None  # fmt: skip
+        ) from None
     return path.parent / first.file
 
 

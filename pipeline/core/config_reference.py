@@ -26,9 +26,13 @@ are read in the same way.
 This page is written from the schema: `python -m mmcli.pipeline.core.config_reference > docs/configuration.md`.
 """
 LIMITS = {
-    "minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}",
-    "minItems": "{} items or more", "maxItems": "{} items or fewer",
-}  # fmt: skip
+    "minimum": "≥ {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "≤ {}",
+    "exclusiveMaximum": "< {}",
+    "minItems": "{} items or more",
+    "maxItems": "{} items or fewer",
+}
 NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "array": "list"}
 
 

@@ -39,9 +39,12 @@ def check_frozen(config: Config) -> None:
     """
     if not config.model.freeze_towers:
         raise InputError(
-            "towers are not trained from a store", where="model.freeze_towers", got="false", wanted="true",
+            "towers are not trained from a store",
+            where="model.freeze_towers",
+            got="false",
+            wanted="true",
             do="leave it out, or train them with `mmcli finetune`",
-        )  # fmt: skip
+        )
 
 
 def notices(config: Config) -> list[str]:

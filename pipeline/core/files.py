@@ -133,7 +133,7 @@ def append_text(path: Path, text: str) -> None:
 
 def write_folder(
     folder: Path, fill: Callable[[Path], object], *, last: Sequence[str] = (), alone: bool = False
-) -> None:  # fmt: skip
+) -> None:
     """Let ``fill`` write files into a scratch folder, then put them in place.
 
     A new folder appears at once. In one that is there every file is replaced in one step, and each is the old or the
@@ -207,9 +207,7 @@ def _remove_leftover(path: Path, is_ours: Callable[[str], bool], *, alone: bool)
             path.unlink(missing_ok=True)
 
 
-def refuse_existing(
-    path: Path, is_ours: Callable[[Path], bool], *, force: bool, what: str, option: str
-) -> None:  # fmt: skip
+def refuse_existing(path: Path, is_ours: Callable[[Path], bool], *, force: bool, what: str, option: str) -> None:
     """Refuse to write a file over what is there, unless it is one of the same kind that may be replaced.
 
     Args:
@@ -227,14 +225,20 @@ def refuse_existing(
     if path.is_dir() or not path.is_file() or not is_ours(path):
         got = "a folder" if path.is_dir() else "another file"
         raise InputError(
-            "will not replace what mmcli did not write", where=path, got=got,
-            wanted=f"a new file, or {what}", do=f"give another {option}",
-        )  # fmt: skip
+            "will not replace what mmcli did not write",
+            where=path,
+            got=got,
+            wanted=f"a new file, or {what}",
+            do=f"give another {option}",
+        )
     if not force:
         raise InputError(
-            "the file is there", where=path, got=what, wanted="a new file",
+            "the file is there",
+            where=path,
+            got=what,
+            wanted="a new file",
             do=f"give another {option}, or --force to replace it",
-        )  # fmt: skip
+        )
 
 
 def remove_leftovers_of(path: Path) -> None:
@@ -248,15 +252,19 @@ def unwritable(path: Path, error: Exception) -> InputError:
     It names no option: which one says where to write, if any, differs from command to command.
     """
     advice = {
-        errno.ENOSPC: "free some room, or write to another disk", errno.EDQUOT: "free some room, or write elsewhere",
-        errno.EACCES: "ask for leave to write, or write elsewhere", errno.EROFS: "work on a copy that can be written",
+        errno.ENOSPC: "free some room, or write to another disk",
+        errno.EDQUOT: "free some room, or write elsewhere",
+        errno.EACCES: "ask for leave to write, or write elsewhere",
+        errno.EROFS: "work on a copy that can be written",
         errno.EEXIST: "move away what is there, or write elsewhere",
         errno.ENOTDIR: "move away what is there, or write elsewhere",
-    }  # fmt: skip
+    }
     return InputError(
-        "cannot write", where=path, got=getattr(error, "strerror", None) or error,
+        "cannot write",
+        where=path,
+        got=getattr(error, "strerror", None) or error,
         do=advice.get(getattr(error, "errno", None) or 0, "see whether the folder is there and can be written"),
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -364,9 +372,12 @@ def resolve_image(root: Path, relative: str) -> Path:
         target = joined.parent.resolve() if isinstance(root, LinkedFolder) else joined.resolve()
         if not any(target.is_relative_to(base.resolve()) for base in _bases(root, parts)):
             raise InputError(
-                "an image is a link out of the data folder", where=joined, got=target, wanted=f"a file below {root}",
+                "an image is a link out of the data folder",
+                where=joined,
+                got=target,
+                wanted=f"a file below {root}",
                 do="give --follow-links where such links are meant, copy the file, or link its whole folder",
-            )  # fmt: skip
+            )
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: NUL, or half a pair of surrogates

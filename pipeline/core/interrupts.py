@@ -20,9 +20,14 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(
-        self, kept: str = "what was finished is kept", *, commands: Sequence[Sequence[str]] = (),
-        without: Sequence[str] = (), also: Sequence[str] = (), silent: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        kept: str = "what was finished is kept",
+        *,
+        commands: Sequence[Sequence[str]] = (),
+        without: Sequence[str] = (),
+        also: Sequence[str] = (),
+        silent: bool = False,
+    ) -> None:
         super().__init__(kept)
         self.kept, self.silent = kept, silent
         self._commands, self._without, self._also = commands, without, also
@@ -42,7 +47,7 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def interruptible(
     kept: str = "what was finished is kept", *, without: Sequence[str] = (), also: Sequence[str] = ()
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Interruptions of what is done inside become :class:`Interrupted`, whatever a part of it says."""
     try:
         yield

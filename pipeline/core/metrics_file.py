@@ -69,9 +69,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(
-            "damaged metrics", where=path, got=f"{type(error).__name__}: {error}", wanted="what mmcli wrote",
+            "damaged metrics",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            wanted="what mmcli wrote",
             do="remove the file, and `mmcli knn-eval` writes it again",
-        ) from None  # fmt: skip
+        ) from None
     return rows
 
 
@@ -132,9 +135,12 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(
-            "damaged history", where=f"{path}, line {len(records)}", got=f"{type(error).__name__}: {error}",
-            wanted="what mmcli wrote", do="train again",
-        ) from None  # fmt: skip
+            "damaged history",
+            where=f"{path}, line {len(records)}",
+            got=f"{type(error).__name__}: {error}",
+            wanted="what mmcli wrote",
+            do="train again",
+        ) from None
     return records
 
 

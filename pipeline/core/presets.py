@@ -34,15 +34,22 @@ RECOMMENDED: dict[str, Any] = {
 SMALL: dict[str, Any] = {
     "fusion": {"block_norm": "rms", "dropout": 0.1, "input_dropout": 0.0},
     "hash": {
-        "activation": "ste", "batch_norm": True, "code_classifier": False, "fused_classifier": True, "nested": (),
+        "activation": "ste",
+        "batch_norm": True,
+        "code_classifier": False,
+        "fused_classifier": True,
+        "nested": (),
     },
     "loss": {"hash_weight": 0.0, "asymmetric_loss": True},
     "optimizer": {"lr_fusion": 3e-4, "lr_hash": 3e-4, "lr_classifier": 3e-3},
     "training": {"batch_size": 64, "mixup": False},
-}  # fmt: skip
+}
 # The baseline that leaves the magnitudes out and nothing else.
 DIRECTION_ONLY: dict[str, Any] = {**RECOMMENDED, "fusion": {**RECOMMENDED["fusion"], "type": "hadamard"}}
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": RECOMMENDED, "small": SMALL, "plan": PLAN, "direction-only": DIRECTION_ONLY,
-}  # fmt: skip
+    "recommended": RECOMMENDED,
+    "small": SMALL,
+    "plan": PLAN,
+    "direction-only": DIRECTION_ONLY,
+}
 assert set(PRESETS) == set(get_args(Preset))

@@ -79,16 +79,27 @@ def read_codes(run: Path, split: str) -> Codes:
     path = codes_path(run, split)
     arrays = read_run_arrays(path, "codes", about={"split": split}, do="train the head again with `mmcli train-head`")
     return Codes(
-        image_id=arrays["image_id"], soft=arrays["soft"], packed=arrays.get("packed"), labels=arrays["labels"],
-        logits=arrays.get("logits"), norm_img=arrays.get("norm_img"), norm_txt=arrays.get("norm_txt"),
-    )  # fmt: skip
+        image_id=arrays["image_id"],
+        soft=arrays["soft"],
+        packed=arrays.get("packed"),
+        labels=arrays["labels"],
+        logits=arrays.get("logits"),
+        norm_img=arrays.get("norm_img"),
+        norm_txt=arrays.get("norm_txt"),
+    )
 
 
 # Kind of the dtype, bytes of a value (any where 0) and axes of the arrays that runs keep.
 _FORMS = {
-    "image_id": ("i", 8, 1), "soft": ("f", 0, 2), "packed": ("u", 1, 2), "labels": ("u", 1, 2), "logits": ("f", 0, 2),
-    "norm_img": ("f", 0, 1), "norm_txt": ("f", 0, 1), "scores": ("f", 0, 2),
-}  # fmt: skip
+    "image_id": ("i", 8, 1),
+    "soft": ("f", 0, 2),
+    "packed": ("u", 1, 2),
+    "labels": ("u", 1, 2),
+    "logits": ("f", 0, 2),
+    "norm_img": ("f", 0, 1),
+    "norm_txt": ("f", 0, 1),
+    "scores": ("f", 0, 2),
+}
 _NEEDED = {"codes": {"image_id", "soft", "labels"}, "scores": {"image_id", "scores"}, "labels": {"image_id", "labels"}}
 
 

@@ -171,9 +171,12 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
         begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
         do = f"finish it with `{command(info.kind, '--resume', folder)}`" if begun else f"run `mmcli {kind}`"
         raise InputError(
-            "cannot use this run", where=folder, got=f"a run of {info.kind}, {info.status}, version {info.version}",
-            wanted=f"a finished run of {kind}, version {RUN_VERSION}", do=f"{do}, or name another run",
-        )  # fmt: skip
+            "cannot use this run",
+            where=folder,
+            got=f"a run of {info.kind}, {info.status}, version {info.version}",
+            wanted=f"a finished run of {kind}, version {RUN_VERSION}",
+            do=f"{do}, or name another run",
+        )
     return Run(folder=folder, info=info)
 
 
@@ -263,10 +266,16 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "mmcli": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-        "cpu_count": count_cores(), "device": device, "seed": seed, "packages": versions, "git": _git_state(),
+        "mmcli": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu_count": count_cores(),
+        "device": device,
+        "seed": seed,
+        "packages": versions,
+        "git": _git_state(),
         "command": sys.argv,
-    }  # fmt: skip
+    }
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -281,8 +290,12 @@ def _git_state() -> dict[str, Any] | None:
 def _git(*words: str) -> str:
     done = subprocess.run(  # noqa: S603
         ["git", *words],  # noqa: S607
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=5,
-    )  # fmt: skip
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=5,
+    )
     return done.stdout.strip()
 
 

@@ -104,9 +104,7 @@ def claim_named(folder: Path, record: str, *, force: bool) -> Path:
 
 
 @contextmanager
-def hold(
-    folder: Path, *, what: str = "trains in it", wait_s: float = 0.0, keep: bool = True
-) -> Iterator[None]:  # fmt: skip
+def hold(folder: Path, *, what: str = "trains in it", wait_s: float = 0.0, keep: bool = True) -> Iterator[None]:
     """Be the only process that works in a folder; the lock is free when the process ends, however it ends.
 
     Args:
@@ -123,9 +121,12 @@ def hold(
         lock.__enter__()
     except LockHeld as error:
         raise InputError(
-            "the run is under way", where=folder, got=f"another process that {what}", wanted="one at a time",
+            "the run is under way",
+            where=folder,
+            got=f"another process that {what}",
+            wanted="one at a time",
             do=error.do,
-        ) from None  # fmt: skip
+        ) from None
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
@@ -163,14 +164,20 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
     begun = (folder / MARK).is_file() and (folder / MARK).stat().st_size == 0 and not others
     if not is_run(folder) and not begun:
         raise InputError(
-            "will not replace a folder that is no run", where=folder, got=f"no {MARK} of mmcli", wanted="a run folder",
+            "will not replace a folder that is no run",
+            where=folder,
+            got=f"no {MARK} of mmcli",
+            wanted="a run folder",
             do="give another --out",
-        )  # fmt: skip
+        )
     if blocked := [name for name in inside.foreign if _is_ours(name) or name in FOLDERS]:
         raise InputError(
-            "will not replace what mmcli did not write", where=folder / blocked[0], got="a link or a file",
-            wanted="a run whose files are its own", do="move it away, or give another --out",
-        )  # fmt: skip
+            "will not replace what mmcli did not write",
+            where=folder / blocked[0],
+            got="a link or a file",
+            wanted="a run whose files are its own",
+            do="move it away, or give another --out",
+        )
 
 
 def _empty(folder: Path) -> None:
@@ -202,6 +209,9 @@ def _is_written(prefix: str, name: str) -> bool:
 
 def _in_use(folder: Path, got: str) -> InputError:
     return InputError(
-        "the folder is in use", where=folder, got=got, wanted="a new or empty folder",
+        "the folder is in use",
+        where=folder,
+        got=got,
+        wanted="a new or empty folder",
         do="give another --out, or --force to replace the run",
-    )  # fmt: skip
+    )

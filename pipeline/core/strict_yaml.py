@@ -96,12 +96,16 @@ def _check_size(text: str) -> None:
             event.value.encode()  # an escape can spell half a surrogate pair, which no file can hold
         aliases += isinstance(event, yaml.AliasEvent)
         problem = (
-            f"more than {MOST_DEPTH} levels" if len(inside) > MOST_DEPTH
-            else f"the alias {anchor} of what it stands in" if isinstance(event, yaml.AliasEvent) and anchor in inside
-            else f"more than {MOST_ALIASES} aliases" if aliases > MOST_ALIASES
-            else f"the tag {tag}, which is not taken" if (tag := getattr(event, "tag", None)) is not None
+            f"more than {MOST_DEPTH} levels"
+            if len(inside) > MOST_DEPTH
+            else f"the alias {anchor} of what it stands in"
+            if isinstance(event, yaml.AliasEvent) and anchor in inside
+            else f"more than {MOST_ALIASES} aliases"
+            if aliases > MOST_ALIASES
+            else f"the tag {tag}, which is not taken"
+            if (tag := getattr(event, "tag", None)) is not None
             else None
-        )  # fmt: skip
+        )
         if problem is not None:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
 

@@ -263,9 +263,12 @@ def _check_annotations(annotations: list[Any], known: dict[str, Ints], path: Pat
         if len(unknown := np.flatnonzero(~np.isin(values, ids))):
             row = int(unknown[0])
             raise InputError(
-                f"an annotation of an unknown {key.removesuffix('_id')}", where=f"{path}, annotations[{row}]",
-                got=f"{key} {values[row]}", wanted="one that the same file lists", do=AGAIN,
-            )  # fmt: skip
+                f"an annotation of an unknown {key.removesuffix('_id')}",
+                where=f"{path}, annotations[{row}]",
+                got=f"{key} {values[row]}",
+                wanted="one that the same file lists",
+                do=AGAIN,
+            )
 
 
 def _images_of_categories(data: dict[str, list[dict[str, Any]]]) -> dict[int, list[int]]:
@@ -294,9 +297,11 @@ def read_karpathy(path: Path) -> KarpathySplit:
             raise InputError("unknown split", where=_place(path, row), got=repr(name), wanted=", ".join(ORIGINS))
         if not is_inside(folders[row]) or not is_inside(filenames[row]):
             raise InputError(
-                "an image path leaves the data folder", where=_place(path, row),
-                got=repr(f"{folders[row]}/{filenames[row]}"), wanted="a path below it, without '..'",
-            )  # fmt: skip
+                "an image path leaves the data folder",
+                where=_place(path, row),
+                got=repr(f"{folders[row]}/{filenames[row]}"),
+                wanted="a path below it, without '..'",
+            )
     for split, members in (("train", {"train", "restval"}), ("val", {"val"}), ("test", {"test"})):
         if not members.intersection(origin):
             raise InputError(f"no image in split {split}", where=path, wanted="images in train, val and test", do=AGAIN)

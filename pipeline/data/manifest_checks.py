@@ -54,9 +54,12 @@ def check_table(
         if table.column_names.count(field.name) != 1:
             got = ", ".join(table.column_names) or "none"
             raise InputError(
-                f"a manifest needs one column {field.name}", where=where, got=f"columns {got}", wanted=_columns(),
+                f"a manifest needs one column {field.name}",
+                where=where,
+                got=f"columns {got}",
+                wanted=_columns(),
                 do="run `mmcli prepare`, or mend the manifest",
-            )  # fmt: skip
+            )
     if table.num_rows == 0:
         raise InputError("an empty manifest", where=where, got="no rows", wanted="one row an image")
     return _Checker(table, where, schema).canonical(len(categories)), categories
@@ -66,9 +69,12 @@ def _category_names(metadata: dict[bytes, bytes], where: object) -> tuple[str, .
     version = metadata.get(VERSION_KEY, str(VERSION).encode())
     if version != str(VERSION).encode():
         raise InputError(
-            "a manifest of another format", where=where, got=f"version {version.decode(errors='replace')}",
-            wanted=f"version {VERSION}", do="run `mmcli prepare` of this mmcli again",
-        )  # fmt: skip
+            "a manifest of another format",
+            where=where,
+            got=f"version {version.decode(errors='replace')}",
+            wanted=f"version {VERSION}",
+            do="run `mmcli prepare` of this mmcli again",
+        )
     try:
         names = parse_json(metadata.get(NAMES_KEY, b"null"))
     except ValueError:
@@ -76,9 +82,11 @@ def _category_names(metadata: dict[bytes, bytes], where: object) -> tuple[str, .
     ok = isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names)
     if not ok or len(set(names)) != len(names):
         raise InputError(
-            "no category names", where=where, got="nothing" if names is None else repr(names)[:80],
+            "no category names",
+            where=where,
+            got="nothing" if names is None else repr(names)[:80],
             wanted=f"a JSON list of different names, in label order, under {NAMES_KEY.decode()} in the schema metadata",
-        )  # fmt: skip
+        )
     return tuple(names)
 
 
@@ -101,9 +109,12 @@ class _Checker:
         """The checked table in the schema's types."""
         ids = self._ids = self._image_ids()
         checks: dict[str, Callable[[], pa.Array]] = {
-            "image_id": lambda: integers(ids), "path": self._paths, "split": self._splits,
-            "captions": self._captions, "labels": lambda: self._labels(n_classes),
-        }  # fmt: skip
+            "image_id": lambda: integers(ids),
+            "path": self._paths,
+            "split": self._splits,
+            "captions": self._captions,
+            "labels": lambda: self._labels(n_classes),
+        }
         return pa.table([checks[name]() for name in self._schema.names], schema=self._schema)
 
     def _paths(self) -> pa.Array:
@@ -155,9 +166,11 @@ class _Checker:
         untyped = is_list and name == "labels" and pa.types.is_null(value)
         if is_list != (name in {"captions", "labels"}) or not (fits(value) or untyped):
             raise InputError(
-                "a manifest's column has the wrong type", where=f"{self._where}, column {name}", got=kind,
+                "a manifest's column has the wrong type",
+                where=f"{self._where}, column {name}",
+                got=kind,
                 wanted=SCHEMA.field(name).type,
-            )  # fmt: skip
+            )
 
     def _cast(self, name: str) -> pa.Array:
         try:
@@ -167,9 +180,11 @@ class _Checker:
 
     def _unreadable(self, name: str, error: pa.ArrowException) -> InputError:
         return InputError(
-            "a manifest's column cannot be read", where=f"{self._where}, column {name}",
-            got=str(error).splitlines()[0], wanted=SCHEMA.field(name).type,
-        )  # fmt: skip
+            "a manifest's column cannot be read",
+            where=f"{self._where}, column {name}",
+            got=str(error).splitlines()[0],
+            wanted=SCHEMA.field(name).type,
+        )
 
     def _none(self, name: str, bad: pa.Array, got: object, wanted: object = None, *, rows: pa.Array = None) -> None:
         if pc.any(bad).as_py():

@@ -22,34 +22,79 @@ PERSON = 0.42  # chance that a person stands in the picture
 
 # Classes of a theme from common to rare; the place in words; background colours above and below the horizon.
 THEMES = {
-    "street": ("car, traffic light, truck, bus, motorcycle, bicycle, bench, handbag, backpack, umbrella, stop sign, "
-               "fire hydrant, parking meter, suitcase", ("on the street", "in the city", "on a road"), "#b9d4ee #8d9096"),
-    "table": ("dining table, cup, bowl, bottle, pizza, fork, knife, cake, wine glass, sandwich, spoon, donut, banana, "
-              "carrot, broccoli, apple, orange, hot dog", ("on the table", "at dinner", "in a restaurant"), "#ecd9b8 #c79f6e"),
-    "room": ("chair, couch, tv, book, potted plant, clock, bed, vase, cat, remote, teddy bear, dog",
-             ("in the living room", "at home", "in a room"), "#e6dcec #b08f72"),
-    "sport": ("sports ball, skateboard, surfboard, tennis racket, baseball bat, baseball glove, kite, skis, frisbee, "
-              "snowboard", ("in the park", "at a game", "outdoors"), "#a9dcf5 #8cc66a"),
-    "field": ("dog, horse, cow, sheep, bird, elephant, zebra, giraffe, bear", ("in a field", "on the grass", "in the wild"),
-              "#c6e6fa #a7b85c"),
-    "desk": ("laptop, cell phone, keyboard, mouse, book, cup, tie, scissors, clock", ("on a desk", "at the office", "at work"),
-             "#dfe6ea #a98d6b"),
-    "kitchen": ("sink, oven, refrigerator, microwave, bottle, bowl, cup, toilet, toothbrush, toaster, hair drier",
-                ("in the kitchen", "in a small flat", "indoors"), "#f2efe4 #b9c4c9"),
-    "travel": ("boat, airplane, train, suitcase, bird, backpack, umbrella, bench", ("by the water", "on a trip", "at the station"),
-               "#bfe3f2 #7fb2cf"),
-}  # fmt: skip
+    "street": (
+        "car, traffic light, truck, bus, motorcycle, bicycle, bench, handbag, backpack, umbrella, stop sign, "
+        "fire hydrant, parking meter, suitcase",
+        ("on the street", "in the city", "on a road"),
+        "#b9d4ee #8d9096",
+    ),
+    "table": (
+        "dining table, cup, bowl, bottle, pizza, fork, knife, cake, wine glass, sandwich, spoon, donut, banana, "
+        "carrot, broccoli, apple, orange, hot dog",
+        ("on the table", "at dinner", "in a restaurant"),
+        "#ecd9b8 #c79f6e",
+    ),
+    "room": (
+        "chair, couch, tv, book, potted plant, clock, bed, vase, cat, remote, teddy bear, dog",
+        ("in the living room", "at home", "in a room"),
+        "#e6dcec #b08f72",
+    ),
+    "sport": (
+        "sports ball, skateboard, surfboard, tennis racket, baseball bat, baseball glove, kite, skis, frisbee, "
+        "snowboard",
+        ("in the park", "at a game", "outdoors"),
+        "#a9dcf5 #8cc66a",
+    ),
+    "field": (
+        "dog, horse, cow, sheep, bird, elephant, zebra, giraffe, bear",
+        ("in a field", "on the grass", "in the wild"),
+        "#c6e6fa #a7b85c",
+    ),
+    "desk": (
+        "laptop, cell phone, keyboard, mouse, book, cup, tie, scissors, clock",
+        ("on a desk", "at the office", "at work"),
+        "#dfe6ea #a98d6b",
+    ),
+    "kitchen": (
+        "sink, oven, refrigerator, microwave, bottle, bowl, cup, toilet, toothbrush, toaster, hair drier",
+        ("in the kitchen", "in a small flat", "indoors"),
+        "#f2efe4 #b9c4c9",
+    ),
+    "travel": (
+        "boat, airplane, train, suitcase, bird, backpack, umbrella, bench",
+        ("by the water", "on a trip", "at the station"),
+        "#bfe3f2 #7fb2cf",
+    ),
+}
 THEME_SHARE = (0.2, 0.17, 0.16, 0.13, 0.12, 0.09, 0.07, 0.06)
 
 SYNONYMS = {
-    "person": ("man", "woman", "person", "guy"), "bicycle": ("bike", "bicycle"), "car": ("car",), "tv": ("tv", "television"),
-    "motorcycle": ("motorbike", "motorcycle"), "airplane": ("plane", "airplane", "jet"), "couch": ("sofa", "couch"),
-    "cell phone": ("phone", "cell phone"), "cat": ("cat", "kitten"), "dog": ("dog", "puppy"), "cow": ("cow", "bull"),
-    "sports ball": ("ball", "sports ball"), "potted plant": ("plant", "potted plant"), "dining table": ("table", "dining table"),
-    "donut": ("donut", "doughnut"), "refrigerator": ("fridge", "refrigerator"), "cup": ("cup", "mug"), "boat": ("boat", "ship"),
-    "hair drier": ("hair dryer", "hair drier"), "remote": ("remote", "remote control"), "handbag": ("purse", "handbag"),
-    "laptop": ("laptop", "computer"), "truck": ("truck", "lorry"), "sheep": ("sheep", "lamb"), "book": ("book",),
-}  # fmt: skip
+    "person": ("man", "woman", "person", "guy"),
+    "bicycle": ("bike", "bicycle"),
+    "car": ("car",),
+    "tv": ("tv", "television"),
+    "motorcycle": ("motorbike", "motorcycle"),
+    "airplane": ("plane", "airplane", "jet"),
+    "couch": ("sofa", "couch"),
+    "cell phone": ("phone", "cell phone"),
+    "cat": ("cat", "kitten"),
+    "dog": ("dog", "puppy"),
+    "cow": ("cow", "bull"),
+    "sports ball": ("ball", "sports ball"),
+    "potted plant": ("plant", "potted plant"),
+    "dining table": ("table", "dining table"),
+    "donut": ("donut", "doughnut"),
+    "refrigerator": ("fridge", "refrigerator"),
+    "cup": ("cup", "mug"),
+    "boat": ("boat", "ship"),
+    "hair drier": ("hair dryer", "hair drier"),
+    "remote": ("remote", "remote control"),
+    "handbag": ("purse", "handbag"),
+    "laptop": ("laptop", "computer"),
+    "truck": ("truck", "lorry"),
+    "sheep": ("sheep", "lamb"),
+    "book": ("book",),
+}
 ONE = (
     "a {0} {place}",
     "a photo of a {0}",
@@ -276,9 +321,16 @@ def _annotate(content: dict[str, Any], image_id: int, name: str, picture: _Pictu
     for category, (x, y, w, h) in picture.boxes:
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         content["annotations"].append(
-            {"id": next(numbers), "image_id": image_id, "category_id": ids[category], "bbox": [x, y, w, h],
-             "area": w * h, "segmentation": [outline], "iscrowd": 0}
-        )  # fmt: skip
+            {
+                "id": next(numbers),
+                "image_id": image_id,
+                "category_id": ids[category],
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "segmentation": [outline],
+                "iscrowd": 0,
+            }
+        )
 
 
 def _entry(
@@ -296,9 +348,14 @@ def _entry(
         for k, text in enumerate(captions)
     ]
     return {
-        "filepath": folder, "sentids": [sentence["sentid"] for sentence in sentences], "filename": name, "imgid": imgid,
-        "split": split, "sentences": sentences, "cocoid": image_id,
-    }  # fmt: skip
+        "filepath": folder,
+        "sentids": [sentence["sentid"] for sentence in sentences],
+        "filename": name,
+        "imgid": imgid,
+        "split": split,
+        "sentences": sentences,
+        "cocoid": image_id,
+    }
 
 
 def _count_up() -> Iterator[int]:

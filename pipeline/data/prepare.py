@@ -88,9 +88,12 @@ def check_files(data: Path, paths: Sequence[str]) -> list[str]:
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise InputError(
-            "image files are missing", where=data, got=f"{len(missing):,} of {len(paths):,} missing: {shown}",
-            wanted="every image of the split file", do=f"{DOWNLOAD}, or give --no-check-images",
-        )  # fmt: skip
+            "image files are missing",
+            where=data,
+            got=f"{len(missing):,} of {len(paths):,} missing: {shown}",
+            wanted="every image of the split file",
+            do=f"{DOWNLOAD}, or give --no-check-images",
+        )
     return on_disk
 
 
@@ -297,16 +300,21 @@ def _look_for_files(data: Path) -> None:
     if not data.is_dir():
         got = "a file" if data.exists() else "no such folder"
         raise InputError(
-            "no data folder", where=data, got=got, wanted="a folder with COCO 2014",
+            "no data folder",
+            where=data,
+            got=got,
+            wanted="a folder with COCO 2014",
             do=f"make it and {GET_IMAGES}, {GET_INSTANCES}, and {GET_SPLIT}; or name another with --data",
-        )  # fmt: skip
+        )
     needed = dict.fromkeys(INSTANCES_FILES, GET_INSTANCES) | {SPLIT_FILE: GET_SPLIT}
     missing = [name for name in needed if not (data / name).is_file()]
     if missing:
         raise InputError(
-            "files are missing", where=data, got=f"no {', no '.join(missing)}",
+            "files are missing",
+            where=data,
+            got=f"no {', no '.join(missing)}",
             do=" and ".join(dict.fromkeys(needed[name] for name in missing)),
-        )  # fmt: skip
+        )
 
 
 def _join(parts: list[Instances]) -> Instances:
@@ -317,14 +325,18 @@ def _join(parts: list[Instances]) -> Instances:
         different = min(category for category, _ in names[0].items() ^ names[1].items())
         said = [repr(found[different]) if different in found else "not listed" for found in names]
         raise InputError(
-            "the instances files have different categories", where=second.path,
-            got=f"category {different} {said[1]}", wanted=f"{said[0]}, as in {first.path}",
-        )  # fmt: skip
+            "the instances files have different categories",
+            where=second.path,
+            got=f"category {different} {said[1]}",
+            wanted=f"{said[0]}, as in {first.path}",
+        )
     if len(both := np.intersect1d(first.image_id, second.image_id)):
         raise InputError(
-            "an image in both instances files", where=second.path, got=f"image {both[0]}, also in {first.path}",
+            "an image in both instances files",
+            where=second.path,
+            got=f"image {both[0]}, also in {first.path}",
             wanted="every image in one of them",
-        )  # fmt: skip
+        )
     return Instances(
         path=first.path.parent,
         image_id=np.concatenate([part.image_id for part in parts]),
@@ -340,10 +352,12 @@ def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> tupl
     if len(unknown := np.flatnonzero(~np.isin(split.image_id, instances.image_id))):
         shown = ", ".join(str(image) for image in split.image_id[unknown[:3]])
         raise InputError(
-            "images of the split file that no instances file lists", where=f"{split.path}, images[{unknown[0]}]",
-            got=f"{len(unknown):,} unknown: cocoid {shown}", wanted=f"images of {instances.path}",
+            "images of the split file that no instances file lists",
+            where=f"{split.path}, images[{unknown[0]}]",
+            got=f"{len(unknown):,} unknown: cocoid {shown}",
+            wanted=f"images of {instances.path}",
             do="take both from COCO 2014",
-        )  # fmt: skip
+        )
     order = np.argsort(split.image_id)
     at = np.searchsorted(split.image_id, instances.annotation_image, sorter=order)
     row = order[np.minimum(at, len(order) - 1)]
@@ -351,13 +365,20 @@ def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> tupl
     row, label, n_classes = row[ours], instances.annotation_label[ours], len(instances.category_names)
     is_restval = split.origin == "restval"
     listing = Manifest.from_columns(
-        image_ids=split.image_id, paths=paths, splits=np.where(is_restval, "train", split.origin).tolist(),
-        captions=split.captions, labels=label_lists(row, label, len(order), n_classes),
-        category_names=instances.category_names, name=NAME, where=split.path,
-    )  # fmt: skip
+        image_ids=split.image_id,
+        paths=paths,
+        splits=np.where(is_restval, "train", split.origin).tolist(),
+        captions=split.captions,
+        labels=label_lists(row, label, len(order), n_classes),
+        category_names=instances.category_names,
+        name=NAME,
+        where=split.path,
+    )
     statistics = count(
-        listing, np.bincount(label, minlength=n_classes), restval=int(is_restval.sum()),
+        listing,
+        np.bincount(label, minlength=n_classes),
+        restval=int(is_restval.sum()),
         captions_left_out=split.n_captions_found - sum(map(len, split.captions)),
         images_left_out=len(instances.image_id) - len(order),
-    )  # fmt: skip
+    )
     return listing, statistics

@@ -93,19 +93,23 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
         found = _coco14(listing)
     elif lists is None:
         raise InputError(
-            "the protocol hashnet needs its lists", where="--protocol-lists", got="nothing",
+            "the protocol hashnet needs its lists",
+            where="--protocol-lists",
+            got="nothing",
             wanted=f"a folder with {', '.join(f'{name}.txt' for name in LISTS)}",
             do="name it, or use --protocol coco14",
-        )  # fmt: skip
+        )
     else:
         found = _hashnet(listing, lists)
     for split, rows in found.items():
         if not len(rows):
             raise InputError(
-                f"no {split} image under the protocol {protocol}", where="the manifest",
-                got=f"{len(listing.paths)} images", wanted=_WANTED[protocol],
+                f"no {split} image under the protocol {protocol}",
+                where="the manifest",
+                got=f"{len(listing.paths)} images",
+                wanted=_WANTED[protocol],
                 do="use --protocol karpathy, or prepare the whole data set",
-            )  # fmt: skip
+            )
     return {split: rows.astype(np.int64) for split, rows in found.items()}
 
 
@@ -143,10 +147,11 @@ def read_lists(folder: Path) -> Lists:
             widths.add(len(labels))
             if not labels or set(labels) - {"0", "1"} or len(widths) > 1:
                 raise InputError(
-                    "not a line of a deep-hashing list", where=f"{path}, line {number}",
+                    "not a line of a deep-hashing list",
+                    where=f"{path}, line {number}",
                     got=f"{len(labels)} labels of {', '.join(sorted(set(labels))[:MOST_SHOWN]) or 'nothing'}",
                     wanted=f"a path and {min(widths) or 'its'} labels of 0 and 1, as many in every line",
-                )  # fmt: skip
+                )
         names[name] = tuple(_file(words[0]) for _, words in kept)
     return Lists(folder=folder, names=names, n_classes=max(widths, default=0))
 
@@ -169,10 +174,12 @@ def check_protocol(wanted: str, trained: str, *, where: object) -> None:
     """
     if wanted != trained:
         raise InputError(
-            "a run of another protocol, which may have seen these test images in training", where=where,
-            got=f"--protocol {wanted}", wanted=f"{trained}, with which it was trained",
+            "a run of another protocol, which may have seen these test images in training",
+            where=where,
+            got=f"--protocol {wanted}",
+            wanted=f"{trained}, with which it was trained",
             do=f"train with `mmcli train-head --protocol {wanted}`, or leave --protocol out",
-        )  # fmt: skip
+        )
 
 
 def _coco14(listing: Listing) -> dict[str, Rows]:
@@ -187,9 +194,12 @@ def _hashnet(listing: Listing, lists: Lists) -> dict[str, Rows]:
     C = listing.labels_matrix().shape[1]
     if lists.n_classes != C:
         raise InputError(
-            "lists of other categories", where=lists.folder, got=f"{lists.n_classes} labels a line", wanted=f"{C}",
+            "lists of other categories",
+            where=lists.folder,
+            got=f"{lists.n_classes} labels a line",
+            wanted=f"{C}",
             do="name the lists of this data set",
-        )  # fmt: skip
+        )
     row_of: dict[str, int] = {_file(path): row for row, path in enumerate(listing.paths)}
     if len(row_of) != len(listing.paths):
         raise InputError("images of one file name in the manifest, which lists cannot tell apart", where="the manifest")
@@ -198,9 +208,12 @@ def _hashnet(listing: Listing, lists: Lists) -> dict[str, Rows]:
         common = np.intersect1d(rows[name], rows["test"])
         if len(common):
             raise InputError(
-                f"test images in the {name} list", where=lists.folder, got=f"{len(common)} in common",
-                wanted="none", do="mend the lists",
-            )  # fmt: skip
+                f"test images in the {name} list",
+                where=lists.folder,
+                got=f"{len(common)} in common",
+                wanted="none",
+                do="mend the lists",
+            )
     free = np.setdiff1d(rows["database"], rows["train"])
     return {**rows, "val": _held_out(listing.image_ids, free)}
 
@@ -212,10 +225,12 @@ def _listed(name: str, lists: Lists, row_of: Mapping[str, int]) -> Rows:
     if unknown or twice:
         what, bad = ("images that the manifest does not have", unknown) if unknown else ("images listed twice", twice)
         raise InputError(
-            what, where=lists.folder / f"{name}.txt",
+            what,
+            where=lists.folder / f"{name}.txt",
             got=f"{len(bad)} of {len(files)}, as {', '.join(bad[:MOST_SHOWN])}",
-            wanted="every image of the list once in both", do="prepare the whole data set, or name its own lists",
-        )  # fmt: skip
+            wanted="every image of the list once in both",
+            do="prepare the whole data set, or name its own lists",
+        )
     return np.sort(np.array([row_of[file] for file in files], np.int64))
 
 

@@ -76,7 +76,7 @@ class Comparison:
             f"{self.n_images:,} {self.split} images; paired bootstrap, {self.n_resamples:,} resamples; two-sided p."
             f" F1 and Hamming loss at thresholds {t[0]:.3g} (A) and {t[1]:.3g} (B). Each line is a test of its own: of"
             " twenty between equal methods, one says better or worse; decide before which one counts.",
-        ]  # fmt: skip
+        ]
 
 
 def compare(
@@ -107,9 +107,17 @@ def compare(
     ending = "" if a.threshold is None or b.threshold is None else OVERALL
     figures = tuple(_figure(key, ending, sides[0], sides[1]) for key in FIGURES)
     return Comparison(
-        run_a=run_a, run_b=run_b, method_a=methods[0], method_b=methods[1], split=split, n_images=len(a.image_id),
-        thresholds=thresholds, figures=figures, precision_a=runs[0].info.precision, precision_b=runs[1].info.precision,
-    )  # fmt: skip
+        run_a=run_a,
+        run_b=run_b,
+        method_a=methods[0],
+        method_b=methods[1],
+        split=split,
+        n_images=len(a.image_id),
+        thresholds=thresholds,
+        figures=figures,
+        precision_a=runs[0].info.precision,
+        precision_b=runs[1].info.precision,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +138,25 @@ class _Side:
         labels = arrays["labels"] if "labels" in arrays else _labels_of(run, split, arrays["image_id"])
         rows = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == (method, split)]
         return cls(
-            where=f"{run.folder}, {method}", category_names=run.info.category_names,
-            image_id=arrays["image_id"][order], scores=arrays["scores"][order], labels=labels[order],
+            where=f"{run.folder}, {method}",
+            category_names=run.info.category_names,
+            image_id=arrays["image_id"][order],
+            scores=arrays["scores"][order],
+            labels=labels[order],
             threshold=rows[0].get("threshold_tuned") if rows else None,
-        )  # fmt: skip
+        )
 
 
 def _labels_of(run: Run, split: str, image_id: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """Labels of the images of a split, from the codes that the run keeps."""
     if not codes_path(run.folder, split).is_file():
         raise InputError(
-            "no labels beside the scores", where=run.folder, got=f"neither codes nor labels of {split}",
-            wanted="a run of this version", do=f"run `mmcli {run.info.kind}` again",
-        )  # fmt: skip
+            "no labels beside the scores",
+            where=run.folder,
+            got=f"neither codes nor labels of {split}",
+            wanted="a run of this version",
+            do=f"run `mmcli {run.info.kind}` again",
+        )
     codes = read_codes(run.folder, split)
     if not np.array_equal(codes.image_id, image_id):
         raise InputError(
@@ -166,10 +180,12 @@ def _methods(runs: tuple[Run, Run], named: tuple[str | None, str | None], split:
         if not found or (method is not None and method not in found):
             again = command("knn-eval", "--run", run.folder, "--split", split)
             raise InputError(
-                f"no {split} scores" + (f" of {method}" if method else ""), where=run.folder,
-                got=", ".join(found) or "none", wanted=method or "those of any method",
+                f"no {split} scores" + (f" of {method}" if method else ""),
+                where=run.folder,
+                got=", ".join(found) or "none",
+                wanted=method or "those of any method",
                 do=f"run `{again}`, or name another method or split",
-            )  # fmt: skip
+            )
         chosen.append(method or (both if named == (None, None) and both else found)[0])
     return chosen[0], chosen[1]
 

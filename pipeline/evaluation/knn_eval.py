@@ -64,9 +64,12 @@ def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None 
         wanted = Store.open(store).key.manifest_sha256
         if found.info.manifest_sha256 != wanted:
             raise InputError(
-                "a run of another data set", where=found.folder, got=f"manifest {found.info.manifest_sha256[:12]}",
-                wanted=f"manifest {wanted[:12]}, as in {store}", do="name another --run, or train from this store",
-            )  # fmt: skip
+                "a run of another data set",
+                where=found.folder,
+                got=f"manifest {found.info.manifest_sha256[:12]}",
+                wanted=f"manifest {wanted[:12]}, as in {store}",
+                do="name another --run, or train from this store",
+            )
     return found
 
 
@@ -198,9 +201,12 @@ def knn_table(
     progress = progress or Progress()
     if config.knn.predictor != "knn":
         raise InputError(
-            "a table is of neighbours", where="--predictor", got=config.knn.predictor, wanted="knn",
+            "a table is of neighbours",
+            where="--predictor",
+            got=config.knn.predictor,
+            wanted="knn",
             do="give one value each of --k, --metric, --vote, --tau and --theta",
-        )  # fmt: skip
+        )
     codes = Evaluated.of(run, split)
     searches = plan(_fitting(sweep, config.knn, codes, run), config.knn)
     for search in searches:
@@ -264,10 +270,17 @@ def readable(rows: tuple[dict[str, Any], ...], split: str) -> FittingTable:
             table.add_section()
         before = group
         table.add_row(
-            row["distance_metric"], str(row["K"]), row["voting_strategy"], _cell(row, "tau", "{:g}"),
-            _cell(row, "tau_bits", "{:.2f}"), _cell(row, "theta", "{:g}"), _cell(row, "mAP", "{:.3f}"),
-            _cell(row, "F1_micro_tuned", "{:.3f}"), _cell(row, "P@5", "{:.3f}"), _cell(row, "boundary_tied", "{:.0%}"),
-        )  # fmt: skip
+            row["distance_metric"],
+            str(row["K"]),
+            row["voting_strategy"],
+            _cell(row, "tau", "{:g}"),
+            _cell(row, "tau_bits", "{:.2f}"),
+            _cell(row, "theta", "{:g}"),
+            _cell(row, "mAP", "{:.3f}"),
+            _cell(row, "F1_micro_tuned", "{:.3f}"),
+            _cell(row, "P@5", "{:.3f}"),
+            _cell(row, "boundary_tied", "{:.0%}"),
+        )
     return table
 
 

@@ -174,9 +174,11 @@ def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any
     """
     again = f" (`{command('knn-eval', '--run', run)}`)" if method == "knn" else ""
     return read_run_arrays(
-        scores_path(run, method, split), "scores", about={"method": method, "split": split},
+        scores_path(run, method, split),
+        "scores",
+        about={"method": method, "split": split},
         do=f"run the command that scores this split again{again}",
-    )  # fmt: skip
+    )
 
 
 def _kept_overall(n: int, C: int) -> str:
@@ -204,14 +206,20 @@ def check_predictor(predictor: Predictor, query: Codes, val: Codes, run: Run) ->
     """
     if predictor != "knn" and (query.logits is None or val.logits is None):
         raise InputError(
-            "no classifier scores of this split", where=run.folder, got=f"--predictor {predictor}",
-            wanted="a split whose logits were kept: val or test", do="use --predictor knn, or --split test",
-        )  # fmt: skip
+            "no classifier scores of this split",
+            where=run.folder,
+            got=f"--predictor {predictor}",
+            wanted="a split whose logits were kept: val or test",
+            do="use --predictor knn, or --split test",
+        )
     if predictor == "hybrid" and not val.labels.any():
         raise InputError(
-            "nothing to tune the mix on", where=run.folder, got="no val image with a label", wanted="at least one",
+            "nothing to tune the mix on",
+            where=run.folder,
+            got="no val image with a label",
+            wanted="at least one",
             do="use --predictor knn or classifier",
-        )  # fmt: skip
+        )
 
 
 def tune_mix(knn: Scores, classifier: Scores, labels: npt.NDArray[np.uint8]) -> float:

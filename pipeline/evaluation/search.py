@@ -58,9 +58,7 @@ class Searcher:
         check_ties(knn)
         self._base, self._order = base, np.argsort(base.image_id)
         started = time.perf_counter()
-        self.index = build_index(
-            knn.distance_metric, packed=base.packed, soft=base.soft, kind=knn.index, device=device
-        )  # fmt: skip
+        self.index = build_index(knn.distance_metric, packed=base.packed, soft=base.soft, kind=knn.index, device=device)
         self.build_s = time.perf_counter() - started
         self._boundary: BoundaryIndex | None = None
 
@@ -147,9 +145,12 @@ def check_ties(knn: KnnConfig) -> None:
     """
     if knn.ties == "average" and knn.distance_metric != "hamming":
         raise InputError(
-            "only Hamming distances tie", where="--ties", got=f"average with metric {knn.distance_metric}",
-            wanted="--metric hamming", do="leave --ties out: cosines are settled by index",
-        )  # fmt: skip
+            "only Hamming distances tie",
+            where="--ties",
+            got=f"average with metric {knn.distance_metric}",
+            wanted="--metric hamming",
+            do="leave --ties out: cosines are settled by index",
+        )
 
 
 def recall(found: Neighbours, wanted: Neighbours) -> float:
@@ -163,9 +164,16 @@ def settings(knn: KnnConfig, base: Codes, index_kind: str) -> dict[str, Any]:
     """What a row of neighbours was computed with."""
     bits = 0 if base.packed is None else 8 * base.packed.shape[1]
     found = {
-        "bits": bits, "K": knn.K, "distance_metric": knn.distance_metric, "voting_strategy": knn.voting_strategy,
-        "tau": knn.tau, "theta": knn.theta, "ties": knn.ties, "index_kind": index_kind, "n_index": len(base),
-    }  # fmt: skip
+        "bits": bits,
+        "K": knn.K,
+        "distance_metric": knn.distance_metric,
+        "voting_strategy": knn.voting_strategy,
+        "tau": knn.tau,
+        "theta": knn.theta,
+        "ties": knn.ties,
+        "index_kind": index_kind,
+        "n_index": len(base),
+    }
     # tau acts on 1 - dist/B, so only tau * B says how many bits of distance matter.
     return found | ({"tau_bits": knn.tau * bits} if knn.distance_metric == "hamming" else {})
 
@@ -213,9 +221,12 @@ class Evaluated:
         usable = len(self.base) - inside
         if usable < K:
             raise InputError(
-                "K is larger than the index", where=run.folder, got=f"--k {K}", wanted=f"at most {usable}",
+                "K is larger than the index",
+                where=run.folder,
+                got=f"--k {K}",
+                wanted=f"at most {usable}",
                 do="lower --k",
-            )  # fmt: skip
+            )
 
 
 def fitting_metric(knn: KnnConfig, base: Codes, run: Run) -> Metric:
@@ -228,7 +239,10 @@ def fitting_metric(knn: KnnConfig, base: Codes, run: Run) -> Metric:
         return knn.distance_metric
     if "distance_metric" in knn.model_fields_set:
         raise InputError(
-            "no hash layer", where=run.folder, got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
+            "no hash layer",
+            where=run.folder,
+            got=f"--metric {knn.distance_metric}",
+            wanted="--metric cosine",
             do="train with `mmcli train-head --bits 64`, or use --metric cosine",
-        )  # fmt: skip
+        )
     return "cosine"

@@ -88,9 +88,7 @@ def plan(sweep: Sweep, base: KnnConfig) -> tuple[Search, ...]:
         ]
         for one in evaluations:
             searches.setdefault((metric, own_search(one)), []).append(one)
-    return tuple(
-        Search(metric, max(one.K for one in found), tuple(found)) for (metric, _), found in searches.items()
-    )  # fmt: skip
+    return tuple(Search(metric, max(one.K for one in found), tuple(found)) for (metric, _), found in searches.items())
 
 
 def own_search(knn: KnnConfig) -> int:

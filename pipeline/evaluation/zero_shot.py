@@ -99,17 +99,29 @@ def zero_shot(
     embedded = encoder.encode_texts(prompts).reshape(len(names), len(templates), -1)
     score = _Scorer(labelled, class_prototypes(embedded), encoder, inputs)
     run = start_run(
-        describe_run("zero-shot", config, labelled, precision=encoder.identity.compute_dtype), config,
-        label="zero-shot", out=out, runs=runs, device=str(encoder.device), force=force,
-    )  # fmt: skip
+        describe_run("zero-shot", config, labelled, precision=encoder.identity.compute_dtype),
+        config,
+        label="zero-shot",
+        out=out,
+        runs=runs,
+        device=str(encoder.device),
+        force=force,
+    )
     with interruptible(f"{run.folder} is not finished", also=[] if out is None else ["--force"]):
         return _finish(run, score, listing, rows, split, progress, inputs=inputs, templates=templates)
 
 
 def _finish(
-    run: Run, score: "_Scorer", listing: Manifest, rows: Mapping[str, npt.NDArray[np.int64]], split: str,
-    progress: Progress, *, inputs: Inputs, templates: Sequence[str],
-) -> ZeroShotResult:  # fmt: skip
+    run: Run,
+    score: "_Scorer",
+    listing: Manifest,
+    rows: Mapping[str, npt.NDArray[np.int64]],
+    split: str,
+    progress: Progress,
+    *,
+    inputs: Inputs,
+    templates: Sequence[str],
+) -> ZeroShotResult:
     """Score the images, and write what a run has."""
     logits = {name: score(at) for name, at in rows.items()}
     labels = {name: listing.labels_matrix()[at] for name, at in rows.items()}
@@ -170,10 +182,12 @@ def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.i
         if len(without):
             first = labelled.listing.image_ids[without[0]]
             raise InputError(
-                "images without a caption", where=labelled.store.folder, wanted="a caption for each",
+                "images without a caption",
+                where=labelled.store.folder,
+                wanted="a caption for each",
                 got=f"{len(without)} of {len(at)} {split} images, the first of them image id {first}",
                 do="give --inputs image, or a manifest with captions",
-            )  # fmt: skip
+            )
 
 
 def _matching_encoder(config: Config, labelled: LabelledStore, asked: str | None) -> Encoder:
@@ -193,10 +207,12 @@ def _matching_encoder(config: Config, labelled: LabelledStore, asked: str | None
     encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)
     if encoder.identity.revision != key.revision:
         raise StoreMismatch(
-            "a store of another model", where=labelled.store.folder, got=f"{key.model} at {key.revision[:47]}",
+            "a store of another model",
+            where=labelled.store.folder,
+            got=f"{key.model} at {key.revision[:47]}",
             wanted=f"{encoder.identity.model} at {encoder.identity.revision[:47]}",
             do="leave --revision out and name the checkpoint of the store with --model, or run `mmcli extract` again",
-        )  # fmt: skip
+        )
     return encoder
 
 
@@ -208,14 +224,20 @@ def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, dev
         encoder = Encoder.load(name, revision=source.commit, patches=_own_patches(config), device=device)
     except InputError as error:
         raise InputError(
-            error.what, where=error.where, got=error.got, wanted="the checkpoint that computed this imported store",
+            error.what,
+            where=error.where,
+            got=error.got,
+            wanted="the checkpoint that computed this imported store",
             do="give --model its folder or hub id",
-        ) from error  # fmt: skip
+        ) from error
     if encoder.width != labelled.store.width:
         raise StoreMismatch(
-            "a store of another model", where=labelled.store.folder, got=f"embeddings {labelled.store.width} wide",
-            wanted=f"{encoder.width}, as {encoder.identity.model} makes them", do="give --model the right checkpoint",
-        )  # fmt: skip
+            "a store of another model",
+            where=labelled.store.folder,
+            got=f"embeddings {labelled.store.width} wide",
+            wanted=f"{encoder.width}, as {encoder.identity.model} makes them",
+            do="give --model the right checkpoint",
+        )
     return encoder
 
 

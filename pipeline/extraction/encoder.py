@@ -166,9 +166,16 @@ class Encoder:
             compute_dtype=autocast(device).name,
         )
         return EncoderParts(
-            source, model.requires_grad_(False).to(device), processor, settings.scale, tokenizer, captions, identity,
-            device, spec,
-        )  # fmt: skip
+            source,
+            model.requires_grad_(False).to(device),
+            processor,
+            settings.scale,
+            tokenizer,
+            captions,
+            identity,
+            device,
+            spec,
+        )
 
     def image_features(self, patches: Pixels, grid: Grid) -> Tensor:
         """Run the image tower.
@@ -247,9 +254,12 @@ class Encoder:
                 continue
             if count == 1:
                 raise InputError(
-                    "out of memory", where=self.device, got=f"no room for {tokens} tokens", wanted="more memory",
+                    "out of memory",
+                    where=self.device,
+                    got=f"no room for {tokens} tokens",
+                    wanted="more memory",
                     do="lower the patch budget, or compute on another device; what was finished is kept",
-                )  # fmt: skip
+                )
             self.batch_tokens = tokens * (count // 2)
             _log.warning("out of memory: %d tokens in a forward pass from here on", self.batch_tokens)
             if self.device.type == "cuda":

@@ -139,9 +139,12 @@ def parse_stripe(text: str) -> Stripe:
     number, slash, of = text.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise InputError(
-            "no such stripe", where="--shard", got=text, wanted="i/n with i from 1 to n",
+            "no such stripe",
+            where="--shard",
+            got=text,
+            wanted="i/n with i from 1 to n",
             do="as in --shard 1/8 to --shard 8/8",
-        )  # fmt: skip
+        )
     return Stripe(int(number) - 1, int(of))
 
 
@@ -191,9 +194,14 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
         reused = reuse_text(writer, writer.folder.parent)
         unreadable = Unreadable(plan.data, listing.paths, plan.on_error, encoder.spec)
         jobs = ShardJobs(
-            encoder, listing, writer, unreadable, workers=reader_count(config.data.num_workers, encoder.device),
-            ahead=config.data.prefetch_factor, progress=progress,
-        )  # fmt: skip
+            encoder,
+            listing,
+            writer,
+            unreadable,
+            workers=reader_count(config.data.num_workers, encoder.device),
+            ahead=config.data.prefetch_factor,
+            progress=progress,
+        )
         unreadable.retry(writer)
         missing = writer.missing("image")
         if missing or writer.missing("text"):
@@ -202,12 +210,20 @@ def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None)
         jobs.encode_captions(writer.missing("text"))
         writer.finish(unreadable.why)
         return ExtractResult(
-            store=writer.folder, finished=writer.finished, was_finished=was_finished, digest=key.digest,
-            n_images=len(listing), n_captions=int(count_captions(listing.captions).sum()),
-            n_encoded=n_encoded, width=encoder.width, reused_text_shards=reused,
-            damaged=tuple(f"{shard.name}: {shard.reason}" for shard in writer.damaged), skipped=unreadable.reasons,
-            seconds=time.perf_counter() - started, clock=jobs.clock,
-        )  # fmt: skip
+            store=writer.folder,
+            finished=writer.finished,
+            was_finished=was_finished,
+            digest=key.digest,
+            n_images=len(listing),
+            n_captions=int(count_captions(listing.captions).sum()),
+            n_encoded=n_encoded,
+            width=encoder.width,
+            reused_text_shards=reused,
+            damaged=tuple(f"{shard.name}: {shard.reason}" for shard in writer.damaged),
+            skipped=unreadable.reasons,
+            seconds=time.perf_counter() - started,
+            clock=jobs.clock,
+        )
 
 
 def _load(config: Config, plan: ExtractPlan) -> tuple[Manifest, Encoder, StoreKey, ExtractPlan]:
@@ -230,10 +246,14 @@ def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Enc
         InputError: As for :meth:`Encoder.load`.
     """
     return Encoder.load(
-        config.model.siglip2_variant, revision=config.model.revision, patches=config.model.max_num_patches,
-        text_length=config.model.text_max_length, resizer=plan.resizer, device=device,
+        config.model.siglip2_variant,
+        revision=config.model.revision,
+        patches=config.model.max_num_patches,
+        text_length=config.model.text_max_length,
+        resizer=plan.resizer,
+        device=device,
         pin_memory=config.data.pin_memory,
-    )  # fmt: skip
+    )
 
 
 def with_key(plan: ExtractPlan, listing: Manifest, encoder: Described) -> tuple[StoreKey, ExtractPlan]:
@@ -247,15 +267,27 @@ def open_store(config: Config, plan: ExtractPlan, listing: Manifest, encoder: De
     assert plan.out is not None
     kind = encoder.device.type
     extra = {
-        "mmcli": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "device": str(encoder.device), "logit_scale": encoder.logit_scale, "logit_bias": encoder.logit_bias,
-        "data": listing.name, "model_path": model_path(config.model.siglip2_variant),
-    }  # fmt: skip
+        "mmcli": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(encoder.device),
+        "logit_scale": encoder.logit_scale,
+        "logit_bias": encoder.logit_bias,
+        "data": listing.name,
+        "model_path": model_path(config.model.siglip2_variant),
+    }
     return StoreWriter(
-        plan.out, key, listing.table, width=encoder.width, n_captions_max=CAPTIONS,
-        shard_rows=plan.shard_rows or SHARD_ROWS[kind], batch_tokens=plan.batch_tokens or encoder.batch_tokens,
-        extra=extra, overwrite=plan.force, stripe=plan.stripe,
-    )  # fmt: skip
+        plan.out,
+        key,
+        listing.table,
+        width=encoder.width,
+        n_captions_max=CAPTIONS,
+        shard_rows=plan.shard_rows or SHARD_ROWS[kind],
+        batch_tokens=plan.batch_tokens or encoder.batch_tokens,
+        extra=extra,
+        overwrite=plan.force,
+        stripe=plan.stripe,
+    )
 
 
 def headline(encoder: Described, writer: StoreWriter, n_images: int) -> str:
@@ -339,9 +371,11 @@ def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet:
             return [future.result() for future in as_completed(futures)]
         except BrokenProcessPool:
             raise InputError(
-                "a process was killed", got="most likely too little memory", wanted=f"room for {len(devices)} of them",
+                "a process was killed",
+                got="most likely too little memory",
+                wanted=f"room for {len(devices)} of them",
                 do="give fewer --processes; what was finished is kept",
-            ) from None  # fmt: skip
+            ) from None
         except BaseException:
             end_children(before)
             raise
@@ -391,9 +425,13 @@ def _joined(results: list[ExtractResult]) -> ExtractResult:
         for name in ("read_s", "compute_s", "write_s"):
             setattr(clock, name, getattr(clock, name) + getattr(result.clock, name))
     return replace(
-        results[0], finished=any(one.finished for one in results), clock=clock,
-        was_finished=all(one.was_finished for one in results), n_encoded=sum(one.n_encoded for one in results),
+        results[0],
+        finished=any(one.finished for one in results),
+        clock=clock,
+        was_finished=all(one.was_finished for one in results),
+        n_encoded=sum(one.n_encoded for one in results),
         damaged=tuple(line for one in results for line in one.damaged),
         skipped={row: why for one in results for row, why in one.skipped.items()},
-        reused_text_shards=sum(one.reused_text_shards for one in results), seconds=max(one.seconds for one in results),
-    )  # fmt: skip
+        reused_text_shards=sum(one.reused_text_shards for one in results),
+        seconds=max(one.seconds for one in results),
+    )

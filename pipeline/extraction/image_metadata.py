@@ -22,9 +22,30 @@ JFIF_BYTES = 18  # of the whole segment, without a thumbnail
 # TIFF: description, maker, model, resolutions, page, software, date, artist, host, XMP, copyright, IPTC, Photoshop,
 # EXIF, ICC, GPS and interoperability.
 TIFF_METADATA = {
-    269, 270, 271, 272, 282, 283, 285, 286, 287, 296, 297, 305, 306, 315, 316, 700, 33432, 33723, 34377, 34665, 34675,
-    34853, 40965,
-}  # fmt: skip
+    269,
+    270,
+    271,
+    272,
+    282,
+    283,
+    285,
+    286,
+    287,
+    296,
+    297,
+    305,
+    306,
+    315,
+    316,
+    700,
+    33432,
+    33723,
+    34377,
+    34665,
+    34675,
+    34853,
+    40965,
+}
 # An entry of no meaning: one byte under the last of the numbers that are free for private use.
 TIFF_NOTHING = (65535, 1, 1, 0)
 WEBP_METADATA, WEBP_FLAGS = {b"EXIF", b"XMP ", b"ICCP"}, 0x20 | 0x08 | 0x04

@@ -336,9 +336,12 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels, box: Box 
     image = open_rgb(path) if spec.resizer == "pillow" or box is not None else load_image(path)
     if spec.grid(*_size(image)) != grid:
         raise InputError(
-            "cannot read an image", where=path, got="another image than a moment ago", wanted="files that stay",
+            "cannot read an image",
+            where=path,
+            got="another image than a moment ago",
+            wanted="files that stay",
             do="run `mmcli extract` again when nothing writes the data folder",
-        )  # fmt: skip
+        )
     out[...] = cut(resize(image, grid, spec) if box is None else _resize_part(image, box, grid, spec), grid, spec.side)
 
 

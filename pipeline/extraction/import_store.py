@@ -76,10 +76,12 @@ def open_images(path: Path, listing: Manifest, scratch: Path) -> Vectors:
     vectors = open_npy(path, files, (2,))
     if vectors.shape[0] != len(listing):
         raise InputError(
-            "another number of images", where=path, got=f"{vectors.shape[0]} rows",
+            "another number of images",
+            where=path,
+            got=f"{vectors.shape[0]} rows",
             wanted=f"{len(listing)}, one for each image of the manifest",
             do="name the manifest that they were computed from",
-        )  # fmt: skip
+        )
     return vectors
 
 
@@ -109,9 +111,12 @@ def open_texts(path: Path, listing: Manifest, scratch: Path) -> Texts:
         if slots is None:
             wanted += f", or {every.sum()}, one for each of the first {CAPTIONS} captions of each"
         raise InputError(
-            "another number of texts", where=path, got=f"{n_rows} rows", wanted=wanted,
+            "another number of texts",
+            where=path,
+            got=f"{n_rows} rows",
+            wanted=wanted,
             do="name the manifest that they were computed from",
-        )  # fmt: skip
+        )
     return Texts(vectors=vectors, counts=counts, slots=slots is not None)
 
 
@@ -263,26 +268,45 @@ def import_store(plan: ImportPlan, progress: Progress | None = None) -> ImportRe
     width = images.shape[-1]
     if texts.vectors.shape[-1] != width:
         raise InputError(
-            "images and texts of different widths", where=plan.texts, got=texts.vectors.shape[-1],
-            wanted=f"{width}, as in {plan.images}", do="name embeddings of one model",
-        )  # fmt: skip
+            "images and texts of different widths",
+            where=plan.texts,
+            got=texts.vectors.shape[-1],
+            wanted=f"{width}, as in {plan.images}",
+            do="name embeddings of one model",
+        )
     key = _key(plan, listing, images, texts, progress)
     folder = plan.out or plan.cache / _folder_name(key)
     extra = {
-        "mmcli": __version__, "data": listing.name,
+        "mmcli": __version__,
+        "data": listing.name,
         "imported": {"images": str(plan.images.resolve()), "texts": str(plan.texts.resolve())},
-    }  # fmt: skip
+    }
     progress.say(f"importing {len(listing):,} images with embeddings of {key.model} into {folder}")
-    with _own_advice(), StoreWriter(
-        folder, key, listing.table, width=width, n_captions_max=int(texts.counts.max()), shard_rows=plan.shard_rows,
-        extra=extra, overwrite=plan.force,
-    ) as writer, interruptible(without=["--force"]):  # fmt: skip
+    with (
+        _own_advice(),
+        StoreWriter(
+            folder,
+            key,
+            listing.table,
+            width=width,
+            n_captions_max=int(texts.counts.max()),
+            shard_rows=plan.shard_rows,
+            extra=extra,
+            overwrite=plan.force,
+        ) as writer,
+        interruptible(without=["--force"]),
+    ):
         _fill(writer, images, texts, progress)
         writer.finish()
     return ImportResult(
-        store=folder, digest=key.digest, n_images=len(listing), n_captions=int(texts.counts.sum()), width=width,
-        dtype=key.dtype, revision=key.revision,
-    )  # fmt: skip
+        store=folder,
+        digest=key.digest,
+        n_images=len(listing),
+        n_captions=int(texts.counts.sum()),
+        width=width,
+        dtype=key.dtype,
+        revision=key.revision,
+    )
 
 
 def _key(plan: ImportPlan, listing: Manifest, images: Vectors, texts: Texts, progress: Progress) -> StoreKey:
@@ -296,10 +320,15 @@ def _key(plan: ImportPlan, listing: Manifest, images: Vectors, texts: Texts, pro
         }
     digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     return StoreKey(
-        model=plan.name, revision=plan.revision or f"sha256:{digest}",
-        processor=json.dumps({"imported_sha256": hashes}), patches=UNKNOWN, text_length=UNKNOWN, dtype=dtype,
-        manifest_sha256=listing.sha256, compute_dtype=dtype,
-    )  # fmt: skip
+        model=plan.name,
+        revision=plan.revision or f"sha256:{digest}",
+        processor=json.dumps({"imported_sha256": hashes}),
+        patches=UNKNOWN,
+        text_length=UNKNOWN,
+        dtype=dtype,
+        manifest_sha256=listing.sha256,
+        compute_dtype=dtype,
+    )
 
 
 def _fill(writer: StoreWriter, images: Vectors, texts: Texts, progress: Progress) -> None:

@@ -83,21 +83,35 @@ def make_tokenizer(captions: list[str]) -> transformers.Siglip2Tokenizer:
     eos = SPECIAL.index("<eos>")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
     return transformers.Siglip2Tokenizer(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",  # noqa: S106
-        mask_token="<mask>", padding_side="right", model_max_length=TEXT_LENGTH,  # noqa: S106
-        add_bos_token=False, add_eos_token=True,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",  # noqa: S106
+        eos_token="<eos>",  # noqa: S106
+        bos_token="<bos>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
+        mask_token="<mask>",  # noqa: S106
+        padding_side="right",
+        model_max_length=TEXT_LENGTH,
+        add_bos_token=False,
+        add_eos_token=True,
+    )
 
 
 def _config(vocabulary: int) -> transformers.Siglip2Config:
     tower = {
-        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "attention_dropout": 0.0,
-    }  # fmt: skip
+    }
     text = {
-        "vocab_size": vocabulary, "max_position_embeddings": TEXT_LENGTH, "projection_size": WIDTH, "pad_token_id": 0,
-        "eos_token_id": 1, "bos_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "max_position_embeddings": TEXT_LENGTH,
+        "projection_size": WIDTH,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
     vision = {"patch_size": PATCH, "num_patches": PATCHES, "num_channels": 3}
     return transformers.Siglip2Config(text_config={**tower, **text}, vision_config={**tower, **vision})
 
@@ -189,9 +203,11 @@ def _batches(n: int, n_captions: int, steps: int, seed: int) -> Iterator[tuple[T
 
 
 def _save(
-    model: transformers.Siglip2Model, processor: transformers.Siglip2ImageProcessorPil,
-    tokenizer: transformers.Siglip2Tokenizer, out: Path,
-) -> None:  # fmt: skip
+    model: transformers.Siglip2Model,
+    processor: transformers.Siglip2ImageProcessorPil,
+    tokenizer: transformers.Siglip2Tokenizer,
+    out: Path,
+) -> None:
     """All four parts in ``save_pretrained`` form."""
 
     def save(scratch: Path) -> None:

@@ -22,9 +22,11 @@ CONNECT_S = 10.0
 # A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15), and
 # would warn of every actor of Ray Data's own, on a level that only `fatal` hides.
 SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",
-}  # fmt: skip
+}
 # Where Ray supports no clusters its servers listen on loopback, and not on every interface.
 NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -140,10 +142,12 @@ def _answers(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> InputError:
     return InputError(
-        "no Ray cluster", where=address, got=(str(error).splitlines() or [type(error).__name__])[0],
+        "no Ray cluster",
+        where=address,
+        got=(str(error).splitlines() or [type(error).__name__])[0],
         wanted="the address of a running one",
         do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address out",
-    )  # fmt: skip
+    )
 
 
 @contextmanager
@@ -175,9 +179,12 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
     gpus, wanted = int(sum(node.get("GPU", 0) for node in nodes)), config.hardware.device
     if wanted not in {"auto", "cpu", "cuda"} or (wanted == "cuda" and not gpus) or not nodes:
         raise InputError(
-            "no such device in the cluster", where="--device", got=wanted,
-            wanted="auto, cpu, or cuda where it has GPUs", do="use --device auto; Ray places the processes",
-        )  # fmt: skip
+            "no such device in the cluster",
+            where="--device",
+            got=wanted,
+            wanted="auto, cpu, or cuda where it has GPUs",
+            do="use --device auto; Ray places the processes",
+        )
     if gpus and wanted != "cpu":
         actors = min(processes or gpus, gpus)  # for another one no GPU would ever be free
         return Shares(device="cuda", actors=actors, threads=1, actor={"num_gpus": 1}, reader={"num_cpus": 1})
@@ -185,11 +192,13 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
     cores, together = max(node["CPU"] for node in nodes), -(-actors // len(nodes))
     share = MODEL_SHARE * cores / together
     return Shares(
-        device="cpu", actors=actors, threads=max(1, int(cores) // together),
+        device="cpu",
+        actors=actors,
+        threads=max(1, int(cores) // together),
         # Ray takes no fractions above one.
         actor={"num_cpus": float(int(share)) if share > 1 else share},
         reader={"num_cpus": min(1.0, READER_SHARE * cores)},
-    )  # fmt: skip
+    )
 
 
 def quiet_data(ray: Any) -> None:  # noqa: ANN401

@@ -180,9 +180,13 @@ IN_FLIGHT = 2
 
 
 def extract_on_ray(
-    config: Config, plan: ExtractPlan, *, processes: int | None = None, address: str | None = None,
+    config: Config,
+    plan: ExtractPlan,
+    *,
+    processes: int | None = None,
+    address: str | None = None,
     progress: Progress | None = None,
-) -> ExtractResult:  # fmt: skip
+) -> ExtractResult:
     """Encode every image and caption of a manifest into a store, on a cluster; resumes where a call was stopped.
 
     Args:
@@ -244,9 +248,12 @@ class _Extraction:
             writer.finish(self._unreadable.why)
             skipped = sum(len(writer.skipped.get(shard, ())) for shard in image)
             return replace(
-                result, finished=writer.finished, n_encoded=sum(shard.n_rows for shard in image) - skipped,
-                skipped=self._unreadable.reasons, clock=self._clock,
-            )  # fmt: skip
+                result,
+                finished=writer.finished,
+                n_encoded=sum(shard.n_rows for shard in image) - skipped,
+                skipped=self._unreadable.reasons,
+                clock=self._clock,
+            )
 
     def _open(self, stripe: Stripe | None) -> StoreWriter:
         work = self._work
@@ -261,10 +268,20 @@ class _Extraction:
         reused = reuse_text(writer, writer.folder.parent)
         self._unreadable.retry(writer)
         return ExtractResult(
-            store=writer.folder, finished=False, was_finished=was_finished, digest=self._key.digest,
-            n_images=len(self._work.listing), n_captions=int(captions.sum()), n_encoded=0, width=self._encoder.width,
-            damaged=damaged, skipped={}, reused_text_shards=reused, seconds=0.0, clock=self._clock,
-        )  # fmt: skip
+            store=writer.folder,
+            finished=False,
+            was_finished=was_finished,
+            digest=self._key.digest,
+            n_images=len(self._work.listing),
+            n_captions=int(captions.sum()),
+            n_encoded=0,
+            width=self._encoder.width,
+            damaged=damaged,
+            skipped={},
+            reused_text_shards=reused,
+            seconds=0.0,
+            clock=self._clock,
+        )
 
     def _encode(self, numbers: list[int], with_images: set[int], writer: StoreWriter) -> None:
         shares, every = self._shares, writer.layout.shards("image")
@@ -294,19 +311,20 @@ class _Extraction:
         quiet_data(self._ray)
         one_row = {"batch_size": 1, "batch_format": "pyarrow"}
         read = {"data": work.plan.data, "spec": self._encoder.spec, "tokens": tokens}
-        actors = data.ActorPoolStrategy(
-            size=min(shares.actors, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT
-        )  # fmt: skip
+        actors = data.ActorPoolStrategy(size=min(shares.actors, len(items)), max_tasks_in_flight_per_actor=IN_FLIGHT)
         rows = (
             data.from_items(items, override_num_blocks=len(items))
             .map_batches(
-                read_row, fn_kwargs=read, compute=data.TaskPoolStrategy(size=work.config.data.num_workers or None),
-                **one_row, **shares.reader,
+                read_row,
+                fn_kwargs=read,
+                compute=data.TaskPoolStrategy(size=work.config.data.num_workers or None),
+                **one_row,
+                **shares.reader,
             )
             .map_batches(
                 EncodeShards, fn_constructor_args=(self._ray.put(work),), compute=actors, **one_row, **shares.actor
             )
-        )  # fmt: skip
+        )
         for row in rows.iter_rows():
             yield Done.from_row(row)
 
@@ -319,6 +337,9 @@ def _from_anywhere(config: Config, plan: ExtractPlan) -> tuple[Config, ExtractPl
         return None if path is None else path.absolute()
 
     return config.model_copy(update={"model": model}), replace(
-        plan, data=plan.data.absolute(), cache=plan.cache.absolute(), out=absolute(plan.out),
+        plan,
+        data=plan.data.absolute(),
+        cache=plan.cache.absolute(),
+        out=absolute(plan.out),
         manifest=absolute(plan.manifest),
-    )  # fmt: skip
+    )

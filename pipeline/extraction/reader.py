@@ -200,14 +200,20 @@ class ImageReader:
             yield
         except BrokenProcessPool:
             raise InputError(
-                "a process that reads images was killed", where=self._data, got="most likely too little memory",
-                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
-            ) from None  # fmt: skip
+                "a process that reads images was killed",
+                where=self._data,
+                got="most likely too little memory",
+                wanted=f"room for {self._workers} of them",
+                do="give fewer --workers; what was finished is kept",
+            ) from None
         except (MemoryError, OSError) as error:
             raise InputError(
-                "the processes that read images cannot work", where=self._data, got=error or "too little memory",
-                wanted=f"room for {self._workers} of them", do="give fewer --workers; what was finished is kept",
-            ) from None  # fmt: skip
+                "the processes that read images cannot work",
+                where=self._data,
+                got=error or "too little memory",
+                wanted=f"room for {self._workers} of them",
+                do="give fewer --workers; what was finished is kept",
+            ) from None
 
     def _measure(self, paths: Sequence[str]) -> "list[Future[list[Grid | str]]]":
         """Start reading headers."""
@@ -358,16 +364,17 @@ def _shared_memory(size: int) -> SharedMemory:
     """Shared memory that is really there: using more than there is would kill the worker that does."""
     if SHM.is_dir() and (free := shutil.disk_usage(SHM).free) < size:
         raise InputError(
-            "too little shared memory", where=SHM, got=f"{free / 2**20:,.0f} MiB", wanted=f"{size / 2**20:,.0f} MiB",
+            "too little shared memory",
+            where=SHM,
+            got=f"{free / 2**20:,.0f} MiB",
+            wanted=f"{size / 2**20:,.0f} MiB",
             do="enlarge it (docker run --shm-size), or give a smaller --batch-tokens or fewer --workers",
-        )  # fmt: skip
+        )
     try:
         return SharedMemory(create=True, size=size)
     except OSError as error:
         raise InputError("no shared memory", where=SHM, got=error, do="give --workers 0, which needs none") from None
 
 
-def _fill(
-    slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec, boxes: Sequence[Box] | None
-) -> Bad:  # fmt: skip
+def _fill(slot: int, data: Path, paths: Sequence[str], grid: Grid, spec: PatchSpec, boxes: Sequence[Box] | None) -> Bad:
     return fill(_view(_slots, slot * _slot_bytes, len(paths), grid, spec.width), data, paths, grid, spec, boxes)

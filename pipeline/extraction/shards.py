@@ -141,9 +141,17 @@ class ShardJobs:
     """
 
     def __init__(
-        self, encoder: Encoder, listing: Manifest, writer: StoreWriter, unreadable: Unreadable, *, workers: int = 0,
-        ahead: int = 0, progress: Progress, clock: Clock | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: Encoder,
+        listing: Manifest,
+        writer: StoreWriter,
+        unreadable: Unreadable,
+        *,
+        workers: int = 0,
+        ahead: int = 0,
+        progress: Progress,
+        clock: Clock | None = None,
+    ) -> None:
         self._encoder, self._listing, self._writer, self._unreadable = encoder, listing, writer, unreadable
         self._workers, self._ahead, self._progress = workers, ahead, progress
         self._tokens = encoder.batch_tokens = writer.layout.batch_tokens

@@ -137,16 +137,21 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
     key, n_classes = labelled.store.key, len(labelled.listing.category_names)
     if "num_classes" in config.classifier.model_fields_set and config.classifier.num_classes != n_classes:
         raise InputError(
-            "wrong number of classes", where="classifier.num_classes", got=config.classifier.num_classes,
-            wanted=f"{n_classes}, as in {labelled.store.folder}", do="leave it out, it is read from the store",
-        )  # fmt: skip
+            "wrong number of classes",
+            where="classifier.num_classes",
+            got=config.classifier.num_classes,
+            wanted=f"{n_classes}, as in {labelled.store.folder}",
+            do="leave it out, it is read from the store",
+        )
     given = "siglip2_variant" in config.model.model_fields_set
     known = str(labelled.store.extra.get("model_path", key.model))
     name = config.model.siglip2_variant if given else known
     model = ModelConfig(
-        siglip2_variant=name, revision=key.commit if name == key.model else config.model.revision,
-        max_num_patches=key.patches, text_max_length=key.text_length,
-    )  # fmt: skip
+        siglip2_variant=name,
+        revision=key.commit if name == key.model else config.model.revision,
+        max_num_patches=key.patches,
+        text_max_length=key.text_length,
+    )
     classifier = config.classifier.model_copy(update={"num_classes": n_classes})
     return config.model_copy(update={"model": model, "classifier": classifier})
 
@@ -155,11 +160,21 @@ def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precisio
     """What ``run.json`` says of a run that reads this store and computes in a precision."""
     key = labelled.store.key
     return RunInfo(
-        kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
-        seed=config.hardware.seed, store=str(labelled.store.folder), store_digest=key.digest, model=key.model,
-        patches=key.patches, manifest_sha256=key.manifest_sha256, category_names=labelled.listing.category_names,
-        lists_digest=lists_digest(config.data), precision=precision,
-    )  # fmt: skip
+        kind=kind,
+        status="running",
+        created=now(),
+        config_digest=config.digest,
+        preset=config.preset,
+        seed=config.hardware.seed,
+        store=str(labelled.store.folder),
+        store_digest=key.digest,
+        model=key.model,
+        patches=key.patches,
+        manifest_sha256=key.manifest_sha256,
+        category_names=labelled.listing.category_names,
+        lists_digest=lists_digest(config.data),
+        precision=precision,
+    )
 
 
 def _is_other_commit(asked: str | None, key: StoreKey) -> bool:
@@ -175,18 +190,29 @@ def _check_model(store: Store, config: Config) -> None:
     known = {store.key.model, str(store.extra.get("model_path", store.key.model))}
     wrong = [
         ("model", name, store.key.model, "siglip2_variant" in given and not {name, Path(name).name} & known),
-        ("patches", asked.max_num_patches, store.key.patches,
-         "max_num_patches" in given and asked.max_num_patches != store.key.patches),
+        (
+            "patches",
+            asked.max_num_patches,
+            store.key.patches,
+            "max_num_patches" in given and asked.max_num_patches != store.key.patches,
+        ),
         ("revision", asked.revision, store.key.revision, _is_other_commit(asked.revision, store.key)),
-        ("text length", asked.text_max_length, store.key.text_length,
-         "text_max_length" in given and asked.text_max_length != store.key.text_length),
-    ]  # fmt: skip
+        (
+            "text length",
+            asked.text_max_length,
+            store.key.text_length,
+            "text_max_length" in given and asked.text_max_length != store.key.text_length,
+        ),
+    ]
     for what, wanted, got, is_wrong in wrong:
         if is_wrong:
             raise StoreMismatch(
-                "a store of another model", where=store.folder, got=f"{what} {got}", wanted=f"{what} {wanted}",
+                "a store of another model",
+                where=store.folder,
+                got=f"{what} {got}",
+                wanted=f"{what} {wanted}",
                 do="name another --store, or run `mmcli extract` for this model",
-            )  # fmt: skip
+            )
 
 
 THRESHOLD, MOST = 0.98, 50
@@ -238,15 +264,24 @@ def check_store(
     store = Store.open(folder)
     with progress.task("images compared", passes(store) * store.n_images) as task:
         found = find_leaks(
-            store, THRESHOLD if threshold is None else threshold, most=MOST if most is None else most, check=False,
+            store,
+            THRESHOLD if threshold is None else threshold,
+            most=MOST if most is None else most,
+            check=False,
             tick=task.advance,
-        )  # fmt: skip
+        )
     return Checked(store=folder, problems=(), leaks=found)
 
 
 def export(
-    folder: Path, out: Path, format: Format, progress: Progress, *, captions: Captions | None, force: bool  # noqa: A002
-) -> ExportReport:  # fmt: skip
+    folder: Path,
+    out: Path,
+    format: Format,  # noqa: A002
+    progress: Progress,
+    *,
+    captions: Captions | None,
+    force: bool,
+) -> ExportReport:
     """Export a store, counting its images; see :func:`mmcli.cache.export_store`.
 
     Raises:
@@ -305,12 +340,19 @@ def _info_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     parts = f"{megabytes(facts['bytes_image'])} images, {megabytes(facts['bytes_text'])} captions"
     captions = f"{facts['captions']:,}, at most {facts['captions_per_image_max']} an image"
     return [
-        ("store", facts["folder"]), ("model", facts["model"]), ("revision", facts["revision"]), *budget,
+        ("store", facts["folder"]),
+        ("model", facts["model"]),
+        ("revision", facts["revision"]),
+        *budget,
         ("embeddings", f"{facts['width']:,} wide, {facts['dtype']}, computed in {facts['compute_dtype']}"),
-        ("images", f"{facts['images']:,}"), ("skipped", f"{facts['skipped']:,}"), ("captions", captions),
-        ("size", f"{megabytes(facts['bytes'])} ({parts}), {facts['shards']:,} shards"), ("made", facts["created"]),
-        ("manifest", facts["manifest_sha256"][:12]), ("key", facts["digest"][:12]),
-    ]  # fmt: skip
+        ("images", f"{facts['images']:,}"),
+        ("skipped", f"{facts['skipped']:,}"),
+        ("captions", captions),
+        ("size", f"{megabytes(facts['bytes'])} ({parts}), {facts['shards']:,} shards"),
+        ("made", facts["created"]),
+        ("manifest", facts["manifest_sha256"][:12]),
+        ("key", facts["digest"][:12]),
+    ]
 
 
 def _norms(title: str, spread: Mapping[str, float], histogram: Mapping[str, Any]) -> list[RenderableType]:
@@ -366,7 +408,13 @@ def _keys(identity: "Identity", info: RunInfo) -> Iterator[StoreKey]:
     for processor, dtype, compute, version in choices:
         # The name of a local checkpoint is its folder's, which may have been moved; its revision is a hash.
         yield StoreKey(
-            model=info.model, revision=identity.revision, processor=processor, patches=identity.patches,
-            text_length=identity.text_length, dtype=dtype, manifest_sha256=info.manifest_sha256,
-            compute_dtype=compute, format_version=version,
-        )  # fmt: skip
+            model=info.model,
+            revision=identity.revision,
+            processor=processor,
+            patches=identity.patches,
+            text_length=identity.text_length,
+            dtype=dtype,
+            manifest_sha256=info.manifest_sha256,
+            compute_dtype=compute,
+            format_version=version,
+        )

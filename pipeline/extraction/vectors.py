@@ -105,9 +105,11 @@ def find_files(path: Path, option: str) -> tuple[str, list[Path]]:
     kinds = sorted({file.suffix for file in files})
     if len(kinds) != 1 or kinds[0] not in {".npy", ".parquet"}:
         raise InputError(
-            "no embeddings", where=f"{option} {path}", got=" and ".join(kinds) or "a folder without such files",
+            "no embeddings",
+            where=f"{option} {path}",
+            got=" and ".join(kinds) or "a folder without such files",
             wanted="a .npy file, a .parquet file, or a folder of files of one of these kinds",
-        )  # fmt: skip
+        )
     if len(files) > 1:
         files = _by_number(files, option)
     return kinds[0], files
@@ -144,9 +146,11 @@ def open_npy(path: Path, files: Sequence[Path], ndims: tuple[int, ...]) -> Vecto
         first = parts[0][1]
         if (_native(array), array.shape[1:]) != (_native(first), first.shape[1:]):
             raise InputError(
-                "parts of different widths or types", where=file, got=_form(array),
+                "parts of different widths or types",
+                where=file,
+                got=_form(array),
                 wanted=f"{_form(first)}, as {files[0].name}",
-            )  # fmt: skip
+            )
     return Vectors(where=path, parts=tuple(parts))
 
 
@@ -166,9 +170,11 @@ def _by_number(files: Sequence[Path], option: str) -> list[Path]:
         if not found or int(found[-1]) in numbers:
             got = f"{file.name} without a number" if not found else f"{file.name} and {numbers[int(found[-1])].name}"
             raise InputError(
-                "parts in no clear order", where=f"{option} {file.parent}", got=got,
+                "parts in no clear order",
+                where=f"{option} {file.parent}",
+                got=got,
                 wanted="one number in each name, such as img_emb_00000.npy",
-            )  # fmt: skip
+            )
         numbers[int(found[-1])] = file
     return [numbers[number] for number in sorted(numbers)]
 
@@ -216,9 +222,13 @@ class VectorTable:
         column = _pick_column(schema, name, files[0])
         kind, depth = _kind(schema.field(column).type)
         table = cls(
-            where=path, files=files, column=column, depth=depth,
-            dtype=np.dtype(kind.to_pandas_dtype()), ids=np.empty(0, np.int64),
-        )  # fmt: skip
+            where=path,
+            files=files,
+            column=column,
+            depth=depth,
+            dtype=np.dtype(kind.to_pandas_dtype()),
+            ids=np.empty(0, np.int64),
+        )
         ids = []
         for file, batch in table.batches(["image_id", column] if depth == 2 else ["image_id"]):
             own = np.asarray(batch.column(0).cast(pa.int64(), safe=False), np.int64)
@@ -237,9 +247,11 @@ class VectorTable:
                 right = pa.types.is_integer(kind) if name == "image_id" and kind else _is(kind, self.depth, self.dtype)
                 if not right:
                     raise InputError(
-                        "a column of another type", where=f"{file}, column {name}", got=kind or "no such column",
+                        "a column of another type",
+                        where=f"{file}, column {name}",
+                        got=kind or "no such column",
                         wanted="whole numbers" if name == "image_id" else f"{self.dtype} as in {self.files[0].name}",
-                    )  # fmt: skip
+                    )
             for batch in _batches(file, columns):
                 if "image_id" in columns:
                     _no_nulls(file, "image_id", batch.column("image_id"))
@@ -312,9 +324,11 @@ def match(
     rows = order[np.minimum(at, len(order) - 1)]
     if (unknown := listing.image_ids[rows] != table.ids).any():
         raise InputError(
-            "an image id that the manifest does not have", where=table.where,
-            got=f"{table.ids[unknown.argmax()]}{_more(int(unknown.sum()) - 1)}", do="leave these rows out",
-        )  # fmt: skip
+            "an image id that the manifest does not have",
+            where=table.where,
+            got=f"{table.ids[unknown.argmax()]}{_more(int(unknown.sum()) - 1)}",
+            do="leave these rows out",
+        )
     got = np.bincount(rows, minlength=len(listing)).astype(np.int64)
     if or_one and (got == 1).all():
         wanted = got
@@ -322,9 +336,12 @@ def match(
         row = int(wrong.argmax())
         more, also = _more(int(wrong.sum()) - 1), ", or 1 for every image" if or_one else ""
         raise InputError(
-            "another number of vectors for an image", where=f"{table.where}, image id {listing.image_ids[row]}{more}",
-            got=got[row], wanted=f"{wanted[row]}{also}", do="the manifest and the embeddings must have the same images",
-        )  # fmt: skip
+            "another number of vectors for an image",
+            where=f"{table.where}, image id {listing.image_ids[row]}{more}",
+            got=got[row],
+            wanted=f"{wanted[row]}{also}",
+            do="the manifest and the embeddings must have the same images",
+        )
     targets = np.empty(len(rows), np.int64)
     targets[np.argsort(rows, kind="stable")] = np.arange(len(rows))
     return targets, got
@@ -389,9 +406,11 @@ def _pick_column(schema: pa.Schema, name: str, file: Path) -> str:
     found = [field.name for field in schema if _kind(field.type)[1]]
     if "image_id" not in schema.names or not (name in found or len(found) == 1):
         raise InputError(
-            "no clear column of vectors", where=file, got=f"columns {', '.join(schema.names)}",
+            "no clear column of vectors",
+            where=file,
+            got=f"columns {', '.join(schema.names)}",
             wanted=f"image_id, and one column of lists of {ALLOWED}, or one called {name}",
-        )  # fmt: skip
+        )
     return name if name in found else found[0]
 
 

@@ -66,9 +66,12 @@ class TowerKeeper:
             self._shards.restore(load_tensors(path, "cpu")[0])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                "cannot read trained towers", where=path, got=reason(error), wanted="what mmcli wrote",
+                "cannot read trained towers",
+                where=path,
+                got=reason(error),
+                wanted="what mmcli wrote",
                 do="train again, from the start",
-            ) from None  # fmt: skip
+            ) from None
 
     def remove(self) -> None:
         """Remove all of them."""
@@ -125,7 +128,11 @@ def write_record(run: Path, config: Config, towers: Towers, identity: Mapping[st
     """
     section = config.finetune
     record = {
-        "unfreeze": section.unfreeze, "towers": section.towers, "start": section.start, "base": dict(identity),
-        "trained": list(towers.trained), "n_trained": sum(one.numel() for one in towers.trained.values()),
-    }  # fmt: skip
+        "unfreeze": section.unfreeze,
+        "towers": section.towers,
+        "start": section.start,
+        "base": dict(identity),
+        "trained": list(towers.trained),
+        "n_trained": sum(one.numel() for one in towers.trained.values()),
+    }
     write_text(run / RECORD, json.dumps(record, indent=1))

@@ -51,9 +51,12 @@ def launch(n: int, words: Sequence[str] | None = None) -> int:
     words = _without_option(sys.argv[1:] if words is None else words)
     common = {
         PROCESSES: str(n),
-        "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": threads_of(n),
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as scratch:
         team = [_Process(rank, words, common, Path(scratch) / str(rank)) for rank in range(n)]
         try:
@@ -79,8 +82,9 @@ class _Process:
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", __package__.partition(".")[0], *words],
                 env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=None if rank == 0 else subprocess.DEVNULL, stderr=subprocess.PIPE if rank == 0 else stream,
-            )  # fmt: skip
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=subprocess.PIPE if rank == 0 else stream,
+            )
         self._thread = threading.Thread(target=self._pass_on, daemon=True)
         self._thread.start()
 
@@ -222,9 +226,12 @@ def _number(name: str, least: int) -> int | None:
 
 def _bad_launch(name: str, got: object, wanted: str) -> InputError:
     return InputError(
-        "a launcher's variable that cannot be used", where=name, got=got, wanted=wanted,
+        "a launcher's variable that cannot be used",
+        where=name,
+        got=got,
+        wanted=wanted,
         do="unset it to finetune in one process; --num-processes N starts several",
-    )  # fmt: skip
+    )
 
 
 def device_here(name: str) -> str:
@@ -361,23 +368,31 @@ def open_team(device: str) -> Iterator[Team]:
         return
     if ":" in device:
         raise InputError(
-            "one device for several processes", where="--device", got=device, wanted="auto, cpu or cuda",
+            "one device for several processes",
+            where="--device",
+            got=device,
+            wanted="auto, cpu or cuda",
             do="leave it out: every process takes its own",
-        )  # fmt: skip
+        )
     on_cpu = pick_device(device).type == "cpu"
     here, n_gpus = launch.local_size, torch.cuda.device_count()
     if not on_cpu and here > n_gpus:
         raise InputError(
-            "more processes than GPUs on this machine", where="--num-processes", got=f"{here} processes, {n_gpus} GPUs",
-            wanted="a GPU for each", do=f"give --num-processes {max(1, n_gpus)}, or --device cpu",
-        )  # fmt: skip
+            "more processes than GPUs on this machine",
+            where="--num-processes",
+            got=f"{here} processes, {n_gpus} GPUs",
+            wanted="a GPU for each",
+            do=f"give --num-processes {max(1, n_gpus)}, or --device cpu",
+        )
     try:
         from accelerate import PartialState
     except ImportError:
         raise InputError(
-            "Accelerate is not installed", where="several processes", wanted="the extra finetune",
+            "Accelerate is not installed",
+            where="several processes",
+            wanted="the extra finetune",
             do="pip install -c constraints.txt -e '.[finetune]'",
-        ) from None  # fmt: skip
+        ) from None
     state = PartialState(cpu=on_cpu)
     try:
         yield _Several(state)

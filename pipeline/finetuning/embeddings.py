@@ -51,19 +51,29 @@ class LiveStore:
     """
 
     def __init__(
-        self, listing: Manifest, data: Path, parts: EncoderParts, config: Config, *, captions: int = CAPTIONS,
-        team: Team, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        listing: Manifest,
+        data: Path,
+        parts: EncoderParts,
+        config: Config,
+        *,
+        captions: int = CAPTIONS,
+        team: Team,
+        progress: Progress,
+    ) -> None:
         self.listing, self.data, self.parts = listing, data, parts
         self._config, self.team, self._progress = config, team, progress
         self.encoder = Encoder(parts, pin_memory=config.data.pin_memory)
         n, width = len(listing), self.encoder.width
         self._counts = count_captions(listing.captions)
         self.whole = Split.place(
-            np.zeros((n, width), np.float32), np.zeros((n, captions, width), np.float32), self._counts,
-            listing.labels_matrix(), team.device,
+            np.zeros((n, width), np.float32),
+            np.zeros((n, captions, width), np.float32),
+            self._counts,
+            listing.labels_matrix(),
+            team.device,
             norms=(np.zeros(n, np.float32), np.zeros((n, captions), np.float32)),
-        )  # fmt: skip
+        )
         lists = None if config.data.protocol_lists is None else read_lists(Path(config.data.protocol_lists))
         chosen = select(config.data.split_type, listing, lists)
         self.splits = {split: self.whole.part(rows) for split, rows in chosen.items()}

@@ -124,10 +124,19 @@ KEEP_WITHIN_S = 300.0
 
 
 def finetune(
-    config: Config, *, data: Path, unfreeze: str = "last-2", towers: WhichTowers = "both", start: Path | None = None,
-    out: Path | None = None, runs: Path = RUNS, force: bool = False, tensorboard: bool = False, wandb: bool = False,
+    config: Config,
+    *,
+    data: Path,
+    unfreeze: str = "last-2",
+    towers: WhichTowers = "both",
+    start: Path | None = None,
+    out: Path | None = None,
+    runs: Path = RUNS,
+    force: bool = False,
+    tensorboard: bool = False,
+    wandb: bool = False,
     progress: Progress | None = None,
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train a head, and the towers below it, on the images and captions of a manifest.
 
     Started in several processes (``accelerate launch``), each calls this and takes a share of every batch; the first
@@ -164,9 +173,15 @@ def finetune(
 
 
 def resume_finetuning(
-    folder: Path, *, data: Path | None = None, memory: Mapping[str, Any] | None = None, device: str | None = None,
-    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
-) -> TrainResult:  # fmt: skip
+    folder: Path,
+    *,
+    data: Path | None = None,
+    memory: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
     """Go on with a finetuning that was interrupted, as it was configured; a finished one is left as it is.
 
     Args:
@@ -193,9 +208,12 @@ def resume_finetuning(
     with _at_work(config, data, progress, tensorboard=tensorboard, wandb=wandb, held=run) as (work, live):
         if digest_of(live, live.towers.parts.identity) != base_of(folder, info).get("store_digest"):
             raise InputError(
-                "cannot resume", where=folder, got="another data set or checkpoint", wanted="those of the run",
+                "cannot resume",
+                where=folder,
+                got="another data set or checkpoint",
+                wanted="those of the run",
                 do="name the data set's folder with --data, or train again",
-            )  # fmt: skip
+            )
         check_precision(info.precision, live.precision)
         state = read_state(folder / STATE)
         live.team.wait()  # nobody reads it while the first process writes it anew
@@ -283,18 +301,32 @@ class _Training:
         return member
 
     def _begin_writing(
-        self, run: Run, head: BaseHead, splits: Mapping[str, Split], monitor: LiveMonitor, state: TrainingState | None,
-        *, resume: bool,
-    ) -> Member:  # fmt: skip
+        self,
+        run: Run,
+        head: BaseHead,
+        splits: Mapping[str, Split],
+        monitor: LiveMonitor,
+        state: TrainingState | None,
+        *,
+        resume: bool,
+    ) -> Member:
         live, config = self._live, self._config
         identity = live.towers.parts.identity
         base = {"model": run.info.model, "revision": identity.revision, "store_digest": digest_of(live, identity)}
         write_record(self._folder, config, live.towers, base)
         after = (0 if state is None else state.epoch) if resume else None
         self._writer = TrainingRun(
-            run, config, head, splits, width=live.store.encoder.width, progress=self._work.progress,
-            resume=resume, state=state, monitor=monitor, trackers=self._work.trackers(run, config, after=after),
-        )  # fmt: skip
+            run,
+            config,
+            head,
+            splits,
+            width=live.store.encoder.width,
+            progress=self._work.progress,
+            resume=resume,
+            state=state,
+            monitor=monitor,
+            trackers=self._work.trackers(run, config, after=after),
+        )
         return self._writer.member
 
     def _fit(self, member: Member) -> FitResult:

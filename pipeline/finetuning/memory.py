@@ -127,9 +127,12 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
     (progress or Progress()).say(f"measuring {model.siglip2_variant} on {device}")
     classifier = config.classifier.model_copy(update={"num_classes": len(listing.category_names)})
     parts = Encoder.parts(
-        model.siglip2_variant, revision=model.revision, patches=model.max_num_patches,
-        text_length=model.text_max_length, device=device,
-    )  # fmt: skip
+        model.siglip2_variant,
+        revision=model.revision,
+        patches=model.max_num_patches,
+        text_length=model.text_max_length,
+        device=device,
+    )
     towers = Towers(parts, config.finetune)
     width = Encoder(parts).width
     head = draw_head(config.model_copy(update={"classifier": classifier}), width=width, device=device)
@@ -140,11 +143,18 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
     fixed = FLOAT_BYTES * (n_towers + n_head + 3 * n_trained) + copy
     needs = [_need(config, parts, flag, int(SPARE * (free - fixed))) for flag in (False, True)] if towers.sides else []
     return MemoryPlan(
-        what=tuple(towers.summary()), n_parameters=n_towers + n_head, n_trained=n_trained, fixed_bytes=fixed,
-        free_bytes=free, device=str(device), batch=config.training.batch_size,
-        parts=config.training.accumulation_steps, needs=tuple(needs),
-        chosen=config.finetune.gradient_checkpointing, n_images=len(listing),
-    )  # fmt: skip
+        what=tuple(towers.summary()),
+        n_parameters=n_towers + n_head,
+        n_trained=n_trained,
+        fixed_bytes=fixed,
+        free_bytes=free,
+        device=str(device),
+        batch=config.training.batch_size,
+        parts=config.training.accumulation_steps,
+        needs=tuple(needs),
+        chosen=config.finetune.gradient_checkpointing,
+        n_images=len(listing),
+    )
 
 
 def _need(config: Config, parts: Any, checkpointing: bool, room: int) -> Need:  # noqa: ANN401
@@ -170,7 +180,7 @@ def _need(config: Config, parts: Any, checkpointing: bool, room: int) -> Need:  
     largest = max(0, room // max(1, sum(costs.values())))
     return Need(
         checkpointing=checkpointing, image_bytes=costs["image"], caption_bytes=costs["text"], largest_batch=largest
-    )  # fmt: skip
+    )
 
 
 def kept_bytes(run: Callable[[int], Tensor], n: int) -> int:
@@ -207,11 +217,12 @@ def short_of_memory(config: Config, where: object) -> InputError:
     checkpointing = "" if config.finetune.gradient_checkpointing else "--gradient-checkpointing, "
     less = "--unfreeze last-1 or --towers image" if config.finetune.gradient_checkpointing else "fewer --patches"
     return InputError(
-        "out of memory", where=where,
+        "out of memory",
+        where=where,
         got=f"batches of {training.batch_size} in {training.accumulation_steps} parts"
         if training.accumulation_steps > 1
         else f"batches of {training.batch_size}",
         wanted="more memory",
         do=f"{checkpointing}--batch-size {size} --accumulation {parts} (the same batch, half at once), or {less};"
         " what was kept stays, and --resume goes on with the first two",
-    )  # fmt: skip
+    )

@@ -13,10 +13,12 @@ WhichTowers = Literal["both", "image", "text"]
 KIND = "finetune"
 # What a run that goes on may be told: where it computes and what it needs of memory, not what it computes.
 TOLD = {
-    "training.batch_size": "--batch-size", "training.accumulation_steps": "--accumulation",
-    "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
+    "training.batch_size": "--batch-size",
+    "training.accumulation_steps": "--accumulation",
+    "finetune.gradient_checkpointing": "--gradient-checkpointing",
+    "finetune.batch_tokens": "--batch-tokens",
     "hardware.device": "--device",
-}  # fmt: skip
+}
 
 
 def settle_finetune(config: Config, *, unfreeze: str, towers: WhichTowers, start: Path | None) -> Config:
@@ -39,17 +41,23 @@ def settle_finetune(config: Config, *, unfreeze: str, towers: WhichTowers, start
         )
     except ValueError:
         raise InputError(
-            "no such part of the towers", where="--unfreeze, --towers", got=f"{unfreeze}, {towers}",
-            wanted="none, last-N with N from 1 on, or all; both, image or text", do="as in --unfreeze last-2",
-        ) from None  # fmt: skip
+            "no such part of the towers",
+            where="--unfreeze, --towers",
+            got=f"{unfreeze}, {towers}",
+            wanted="none, last-N with N from 1 on, or all; both, image or text",
+            do="as in --unfreeze last-2",
+        ) from None
     frozen = section.unfreeze == "none"
     read = config.fusion.inputs
     if not frozen and read != "both":
         if section.towers not in {"both", read}:
             raise InputError(
-                "a tower that the head does not read", where="--towers", got=section.towers,
-                wanted=f"{read}, with --inputs {read}", do="leave it out, or give --inputs both",
-            )  # fmt: skip
+                "a tower that the head does not read",
+                where="--towers",
+                got=section.towers,
+                wanted=f"{read}, with --inputs {read}",
+                do="leave it out, or give --inputs both",
+            )
         section = section.model_copy(update={"towers": read})
     if not frozen or section.augment:
         _check_live(config)
@@ -61,15 +69,20 @@ def _check_live(config: Config) -> None:
     """Refuse what only embeddings that stay the same can have."""
     if config.training.ema_decay is not None:
         raise InputError(
-            "a running average of a head alone", where="training.ema_decay", got=config.training.ema_decay,
+            "a running average of a head alone",
+            where="training.ema_decay",
+            got=config.training.ema_decay,
             wanted="none while towers are trained, because the head would be averaged without them",
             do="leave it out, or give --unfreeze none",
-        )  # fmt: skip
+        )
     if config.fusion.magnitude != "own":
         raise InputError(
-            "magnitudes of other images", where="fusion.magnitude", got=config.fusion.magnitude,
-            wanted="own while embeddings change", do="leave it out, or give --unfreeze none",
-        )  # fmt: skip
+            "magnitudes of other images",
+            where="fusion.magnitude",
+            got=config.fusion.magnitude,
+            wanted="own while embeddings change",
+            do="leave it out, or give --unfreeze none",
+        )
 
 
 def with_memory(config: Config, memory: Mapping[str, Any], where: object) -> Config:
@@ -91,9 +104,12 @@ def with_memory(config: Config, memory: Mapping[str, Any], where: object) -> Con
     now, whole = config.training, before.batch_size * before.accumulation_steps
     if now.batch_size * now.accumulation_steps != whole:
         raise InputError(
-            "another batch", where=where, got=f"{now.batch_size} x {now.accumulation_steps}",
-            wanted=f"--batch-size times --accumulation {whole}, as it was begun", do="give both, or leave both out",
-        )  # fmt: skip
+            "another batch",
+            where=where,
+            got=f"{now.batch_size} x {now.accumulation_steps}",
+            wanted=f"--batch-size times --accumulation {whole}, as it was begun",
+            do="give both, or leave both out",
+        )
     return config
 
 

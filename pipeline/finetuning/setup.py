@@ -59,10 +59,12 @@ def refuse_seen(start: Path, data: DataConfig, manifest_sha256: str, image_ids: 
         common = np.intersect1d(seen, image_ids[split])
         if len(common):
             raise InputError(
-                f"{split} images that the run was trained on", where=start,
+                f"{split} images that the run was trained on",
+                where=start,
                 got=f"{len(common):,} of {len(np.unique(image_ids[split])):,} in common, as image id {common[0]}",
-                wanted="none", do="leave --protocol out with --from, or start from a run that has not seen them",
-            )  # fmt: skip
+                wanted="none",
+                do="leave --protocol out with --from, or start from a run that has not seen them",
+            )
 
 
 def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> None:
@@ -76,9 +78,11 @@ def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> N
         if wanted != got:
             raise InputError(
                 f"another {name} than the run's, and it does not say which images it was trained on",
-                where=codes_path(start, "train"), got=got, wanted=wanted,
+                where=codes_path(start, "train"),
+                got=got,
+                wanted=wanted,
                 do="bring its codes back, or start from another run",
-            )  # fmt: skip
+            )
 
 
 def _seen(start: Path) -> Ids | None:
@@ -167,9 +171,12 @@ class Live:
         wrong = [name for name in head.build if head.build[name] != warm.build.get(name)]
         if wrong:
             raise InputError(
-                "another head than the run's", where=start, got=f"{wrong[0]} as configured now",
-                wanted=f"its {wrong[0]}: {warm.build.get(wrong[0])}", do="leave such options out with --from",
-            )  # fmt: skip
+                "another head than the run's",
+                where=start,
+                got=f"{wrong[0]} as configured now",
+                wanted=f"its {wrong[0]}: {warm.build.get(wrong[0])}",
+                do="leave such options out with --from",
+            )
         return warm
 
 
@@ -214,11 +221,21 @@ def describe(kind: str, live: Live) -> RunInfo:
     """What ``run.json`` says at the start."""
     config, listing = live.config, live.store.listing
     return RunInfo(
-        kind=kind, status="running", created=now(), config_digest=config.digest, preset=config.preset,
-        seed=config.hardware.seed, store=str(live.manifest), store_digest=digest_of(live, live.towers.parts.identity),
-        model=live.towers.parts.identity.model, patches=config.model.max_num_patches, manifest_sha256=listing.sha256,
-        category_names=listing.category_names, lists_digest=lists_digest(config.data), precision=live.precision,
-    )  # fmt: skip
+        kind=kind,
+        status="running",
+        created=now(),
+        config_digest=config.digest,
+        preset=config.preset,
+        seed=config.hardware.seed,
+        store=str(live.manifest),
+        store_digest=digest_of(live, live.towers.parts.identity),
+        model=live.towers.parts.identity.model,
+        patches=config.model.max_num_patches,
+        manifest_sha256=listing.sha256,
+        category_names=listing.category_names,
+        lists_digest=lists_digest(config.data),
+        precision=live.precision,
+    )
 
 
 def digest_of(live: Live, identity: Identity) -> str:
@@ -231,9 +248,12 @@ def _with_classes(config: Config, listing: Manifest) -> Config:
     n, given = len(listing.category_names), config.classifier
     if "num_classes" in given.model_fields_set and given.num_classes != n:
         raise InputError(
-            "wrong number of classes", where="classifier.num_classes", got=given.num_classes,
-            wanted=f"{n}, as in the manifest", do="leave it out, it is read from the manifest",
-        )  # fmt: skip
+            "wrong number of classes",
+            where="classifier.num_classes",
+            got=given.num_classes,
+            wanted=f"{n}, as in the manifest",
+            do="leave it out, it is read from the manifest",
+        )
     return config.model_copy(update={"classifier": given.model_copy(update={"num_classes": n})})
 
 
@@ -260,17 +280,21 @@ def _load(config: Config, start: Path | None, listing: Manifest, team: Team) -> 
     info = open_run(start).info
     if info.category_names != listing.category_names:
         raise InputError(
-            "a run of other categories", where=start, got=f"{len(info.category_names)} categories",
-            wanted="those of the manifest, in its order", do="start from a run of this data set",
-        )  # fmt: skip
+            "a run of other categories",
+            where=start,
+            got=f"{len(info.category_names)} categories",
+            wanted="those of the manifest, in its order",
+            do="start from a run of this data set",
+        )
     key = find_key(parts.identity, info)
     if key is None:
         raise InputError(
-            "another checkpoint than the run's", where=name,
+            "another checkpoint than the run's",
+            where=name,
             got=f"{parts.identity.model}, {model.max_num_patches} patches",
             wanted=f"the {info.model} that the head of {start} was trained on, {info.patches} patches",
             do="leave --model and --patches out with --from, or start from another run",
-        )  # fmt: skip
+        )
     resized = replace(parts.identity, processor=key.processor)
     torch_resizes = '"resizer"' in key.processor
     return parts._replace(identity=resized, spec=replace(parts.spec, resizer="torch" if torch_resizes else "pillow"))

@@ -46,10 +46,11 @@ class _Block(nn.Module):
         q, k, v = (
             _by_head(project(part), own, attention.num_heads)
             for project, part, own in (
-                (attention.q_proj, asked, asking), (attention.k_proj, normed, shapes),
+                (attention.q_proj, asked, asking),
+                (attention.k_proj, normed, shapes),
                 (attention.v_proj, normed, shapes),
             )
-        )  # fmt: skip
+        )
         made = [F.scaled_dot_product_attention(*qkv) for qkv in zip(q, k, v, strict=True)]
         x = x + attention.out_proj(_joined([one.transpose(1, 2).flatten(2).flatten(0, 1) for one in made]))
         out: Tensor = x + self.layer.mlp(self.layer.layer_norm2(x))
@@ -115,8 +116,14 @@ class ImageSide(nn.Module):
     """
 
     def __init__(
-        self, vision: Any, scale: PixelScale, dtype: torch.dtype, first: int | None, *, checkpointing: bool  # noqa: ANN401
-    ) -> None:  # fmt: skip
+        self,
+        vision: Any,  # noqa: ANN401
+        scale: PixelScale,
+        dtype: torch.dtype,
+        first: int | None,
+        *,
+        checkpointing: bool,
+    ) -> None:
         super().__init__()
         layers = vision.encoder.layers
         self._first = first
@@ -246,12 +253,13 @@ class Towers:
             found.setdefault((tower, self._below_top(name, tower), parameter.ndim > 1, kind), []).append(own)
         return [
             Group(
-                name=f"{tower} -{below}{kind}", parameters=parameters,
+                name=f"{tower} -{below}{kind}",
+                parameters=parameters,
                 rate=optimizer.lr_towers * self._config.layer_decay**below,
                 decay=optimizer.weight_decay if decays else 0.0,
             )
             for (tower, below, decays, kind), parameters in found.items()
-        ]  # fmt: skip
+        ]
 
     def summary(self) -> list[str]:
         """What is trained, a line a part."""
@@ -273,9 +281,12 @@ class Towers:
         n, depth = int(self._config.unfreeze.removeprefix("last-")), self.depth[tower]
         if n > depth:
             raise InputError(
-                f"the {tower} tower has not so many blocks", where="--unfreeze", got=f"last-{n}",
-                wanted=f"at most last-{depth}, or all", do="lower it, or give --unfreeze all",
-            )  # fmt: skip
+                f"the {tower} tower has not so many blocks",
+                where="--unfreeze",
+                got=f"last-{n}",
+                wanted=f"at most last-{depth}, or all",
+                do="lower it, or give --unfreeze all",
+            )
         return depth - n
 
     def _below_top(self, name: str, tower: str) -> int:

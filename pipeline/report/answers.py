@@ -64,10 +64,11 @@ def answers(inputs: Inputs, depth: Depth | None, pairs: Pairs) -> tuple[Answer, 
     ]
     corrected = iter(_holm([c.p for a in found for c in a.comparisons if c.p is not None]))
     return tuple(
-        replace(one, comparisons=tuple(
-            c if c.p is None else replace(c, p_holm=next(corrected)) for c in one.comparisons
-        )) for one in found
-    )  # fmt: skip
+        replace(
+            one, comparisons=tuple(c if c.p is None else replace(c, p_holm=next(corrected)) for c in one.comparisons)
+        )
+        for one in found
+    )
 
 
 def compared(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
@@ -76,9 +77,17 @@ def compared(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
     if found is None:
         return None
     return Comparison(
-        what=what, A=found.A, B=found.B, difference=found.difference, low=found.low, high=found.high, p=found.p,
-        seeds=(len(a.samples), len(b.samples)), spread=found.spread, verdict=found.verdict,
-    )  # fmt: skip
+        what=what,
+        A=found.A,
+        B=found.B,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+        p=found.p,
+        seeds=(len(a.samples), len(b.samples)),
+        spread=found.spread,
+        verdict=found.verdict,
+    )
 
 
 def _answer(name: str, question: str, wanted: Sequence[Wanted], inputs: Inputs, pairs: Pairs) -> Answer:
@@ -100,9 +109,7 @@ def _answer(name: str, question: str, wanted: Sequence[Wanted], inputs: Inputs, 
     if missing:
         said = f"Not measured: {'; '.join(what for those in missing.values() for what in those)}"
         gaps = (Gap(text=said if made else "This makes the runs that answer it", command=inputs.ablate(*missing)),)
-    return Answer(
-        name=name, question=question, answer=_sentence(made), comparisons=tuple(made), gaps=gaps
-    )  # fmt: skip
+    return Answer(name=name, question=question, answer=_sentence(made), comparisons=tuple(made), gaps=gaps)
 
 
 def _sentence(made: Sequence[Comparison]) -> str:
@@ -111,9 +118,10 @@ def _sentence(made: Sequence[Comparison]) -> str:
         return "Not measured yet."
     first, rest = made[0], made[1:]
     told = {
-        "better": f"Yes: {_signed(first)}", "worse": f"No, it costs: {_signed(first)}",
+        "better": f"Yes: {_signed(first)}",
+        "worse": f"No, it costs: {_signed(first)}",
         EQUAL: f"Not distinguishable at this size: {_signed(first)}",
-    }[first.verdict]  # fmt: skip
+    }[first.verdict]
     return " ".join([f"{told}, {first.what}.", *_others(first, rest)])
 
 
@@ -174,9 +182,10 @@ def _cost(made: Sequence[Comparison]) -> str:
         return "Not measured yet."
     one = made[0]
     told = {
-        "worse": f"They cost {_lost(one)}", "better": f"Nothing, they are better: {_signed(one)}",
+        "worse": f"They cost {_lost(one)}",
+        "better": f"Nothing, they are better: {_signed(one)}",
         EQUAL: f"No cost that can be told at this size: {_signed(one)}",
-    }[one.verdict]  # fmt: skip
+    }[one.verdict]
     return " ".join([f"{told}.", *_others(one, made[1:])])
 
 
@@ -221,9 +230,16 @@ def _ratio(hamming: Arm, cosine: Arm) -> Comparison | None:
         low, high = math.exp(centre - half), math.exp(centre + half)
     said = "measured once" if low is None or high is None else verdict(low - 1, high - 1)
     return Comparison(
-        what="milliseconds a query: cosine over Hamming", unit="times", A=mean(c for _, c in pairs if c),
-        B=mean(h for h, _ in pairs if h), difference=math.exp(centre), low=low, high=high, seeds=(n, n), verdict=said,
-    )  # fmt: skip
+        what="milliseconds a query: cosine over Hamming",
+        unit="times",
+        A=mean(c for _, c in pairs if c),
+        B=mean(h for h, _ in pairs if h),
+        difference=math.exp(centre),
+        low=low,
+        high=high,
+        seeds=(n, n),
+        verdict=said,
+    )
 
 
 def _classes(depth: Depth | None) -> Answer:
@@ -253,15 +269,19 @@ def _classes(depth: Depth | None) -> Answer:
         f" classes about {round(LEVEL / 2 * n)} would stand here by chance. The lowest AP first; all classes are below."
     )
     return Answer(
-        name="classes", question=question, answer=f"{told}: {worst}{more}." if made else f"{told}.",
-        comparisons=tuple(made[:MOST_CLASSES]), note=note, sides=("AP", "mAP"),
-    )  # fmt: skip
+        name="classes",
+        question=question,
+        answer=f"{told}: {worst}{more}." if made else f"{told}.",
+        comparisons=tuple(made[:MOST_CLASSES]),
+        note=note,
+        sides=("AP", "mAP"),
+    )
 
 
 def _class(name: str, AP: float, mAP: float, low: float, high: float) -> Comparison:
     return Comparison(
         what=name, unit="AP", A=AP, B=mAP, difference=AP - mAP, low=low, high=high, seeds=(1, 1), verdict="worse"
-    )  # fmt: skip
+    )
 
 
 def _holm(p: Sequence[float]) -> list[float]:

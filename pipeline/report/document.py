@@ -77,9 +77,7 @@ class Pictures:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "WEBP", quality=QUALITY)
-        return Picture(
-            webp=stream.getvalue(), width=image.width, height=image.height, file=f"{image_id}-{side}.webp"
-        )  # fmt: skip
+        return Picture(webp=stream.getvalue(), width=image.width, height=image.height, file=f"{image_id}-{side}.webp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,12 @@ WIDTH = 240  # of the interval's drawing
 def to_html(document: Document) -> str:
     """The page."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"inline": inline, "kind": kind, "drawing": drawing, "slug": slug}
     scales = {unit: _scale(document, unit) for unit in ("mAP", "AP")}
     environment.globals |= {"bar": lambda one: interval_bar(one, scales.get(one.unit, 0.0))}

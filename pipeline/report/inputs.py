@@ -118,10 +118,12 @@ class Inputs:
         done = list({row["key"]: row for row in reversed(found)}.values())[::-1]
         samples = tuple(
             Sample(
-                seed=row["seed"], row=row, scores=self.ablations / row["scores"] if row.get("scores") else None,
+                seed=row["seed"],
+                row=row,
+                scores=self.ablations / row["scores"] if row.get("scores") else None,
             )
             for row in done
-        )  # fmt: skip
+        )
         return Arm(value=value, precision=precision, samples=samples, note="; ".join(notes))
 
 
@@ -143,15 +145,23 @@ def read_inputs(runs: Path, ablations: Path, data: Path | None) -> Inputs:
     rows = read_rows(ablations)
     if not found and not rows:
         raise InputError(
-            "nothing to report", where=runs, got=f"no finished run, and no {ROWS} in {ablations}",
-            wanted="at least one", do="run `mmcli train-head` and `mmcli knn-eval` first, or name --runs",
-        )  # fmt: skip
+            "nothing to report",
+            where=runs,
+            got=f"no finished run, and no {ROWS} in {ablations}",
+            wanted="at least one",
+            do="run `mmcli train-head` and `mmcli knn-eval` first, or name --runs",
+        )
     listing = _listing(data)
     pictures = Pictures(DEFAULT_DATA if data is None else data, listing)
     return Inputs(
-        runs=found, own=own, rows=tuple(rows), ablations=ablations, pictures=pictures, listing=listing,
+        runs=found,
+        own=own,
+        rows=tuple(rows),
+        ablations=ablations,
+        pictures=pictures,
+        listing=listing,
         n_unfinished=unfinished + more,
-    )  # fmt: skip
+    )
 
 
 def arm_of(known: Known, row: Mapping[str, Any], name: str) -> Arm:
@@ -178,14 +188,20 @@ def read_known(folder: Path) -> Known:
     info = read_info(folder)
     if info.status != "finished":
         raise InputError(
-            "cannot report this run", where=folder, got=f"a run that is {info.status}", wanted="a finished run",
+            "cannot report this run",
+            where=folder,
+            got=f"a run that is {info.status}",
+            wanted="a finished run",
             do=f"finish it with `{command(info.kind, '--resume', folder)}`, or name another --run",
-        )  # fmt: skip
+        )
     rows = tuple(row for row in read_metrics(folder) if row["split"] == SPLIT)
     return Known(
-        run=Run(folder=folder, info=info), rows=rows, history=tuple(read_history(folder)),
-        environment=_environment(folder), config=_text(folder / "config.yaml"),
-    )  # fmt: skip
+        run=Run(folder=folder, info=info),
+        rows=rows,
+        history=tuple(read_history(folder)),
+        environment=_environment(folder),
+        config=_text(folder / "config.yaml"),
+    )
 
 
 def _runs(folder: Path) -> tuple[dict[str, Known], int]:
@@ -309,9 +325,12 @@ def choose(inputs: Inputs, folder: Path | None) -> tuple[Known, str] | None:
         known = read_known(folder)
         if not has_codes(known):
             raise InputError(
-                "no codes to look into", where=folder, got=f"a run of {known.run.info.kind}",
-                wanted="one of train-head or finetune with its codes", do="name another --run",
-            )  # fmt: skip
+                "no codes to look into",
+                where=folder,
+                got=f"a run of {known.run.info.kind}",
+                wanted="one of train-head or finetune with its codes",
+                do="name another --run",
+            )
         return known, "named with --run"
     full = {Path(str(row["run"])).name for row in inputs.rows if (row["experiment"], row["value"]) == BASE}
     own = [known for at, (name, known) in enumerate(inputs.runs.items()) if at < inputs.own or name in full]
@@ -349,15 +368,24 @@ def look_into(known: Known, why: str) -> Depth:
     else:
         w = weights(test.neighbours.similarity, knn.voting_strategy, tau=knn.tau, theta=knn.theta)
     return Depth(
-        known=known, why=why, knn=knn, base=found.base, query=found.query, neighbours=test.neighbours.index,
-        distance=test.neighbours.distance, weight=w, scores=scores,
-        threshold=tune_thresholds(on_val, found.val.labels).overall if labelled else None, classifier=probabilities,
+        known=known,
+        why=why,
+        knn=knn,
+        base=found.base,
+        query=found.query,
+        neighbours=test.neighbours.index,
+        distance=test.neighbours.distance,
+        weight=w,
+        scores=scores,
+        threshold=tune_thresholds(on_val, found.val.labels).overall if labelled else None,
+        classifier=probabilities,
         classifier_threshold=(
             tune_thresholds(val_probabilities, found.val.labels).overall
-            if labelled and val_probabilities is not None else None
+            if labelled and val_probabilities is not None
+            else None
         ),
         AP=average_precision(scores.T, found.query.labels.T.astype(bool)),
-    )  # fmt: skip
+    )
 
 
 def _settings(known: Known) -> KnnConfig:
@@ -370,9 +398,12 @@ def _settings(known: Known) -> KnnConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
-            "damaged metrics", where=known.run.folder / METRICS, got=f"{first['loc'][0]} {first['input']!r:.60}",
-            wanted="what mmcli wrote", do="remove the file, and `mmcli knn-eval` writes it again",
-        ) from None  # fmt: skip
+            "damaged metrics",
+            where=known.run.folder / METRICS,
+            got=f"{first['loc'][0]} {first['input']!r:.60}",
+            wanted="what mmcli wrote",
+            do="remove the file, and `mmcli knn-eval` writes it again",
+        ) from None
 
 
 def _bits(known: Known) -> bool:

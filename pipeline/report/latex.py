@@ -6,11 +6,26 @@ from collections.abc import Sequence
 from .document import Answers, Cell, Column, Comparison, Document, Table, number, text_cells
 
 SPECIAL = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "–": "--", "−": "$-$", "±": r"$\pm$", "×": r"$\times$",
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "–": "--",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
     "`": r"\textasciigrave{}",
-}  # fmt: skip
+}
 _PATTERN = re.compile("|".join(map(re.escape, SPECIAL)))
 
 
@@ -28,11 +43,19 @@ def _file(table: Table) -> str:
     kinds = "".join("r" if column.numeric else "l" for column in table.columns)
     lines = [
         "% written by mmcli report; needs \\usepackage{booktabs} and, for quotation marks, \\usepackage[T1]{fontenc}",
-        "\\begin{table}", "\\centering", f"\\caption{{{plain(table.title)}. {plain(table.note.replace('`', ''))}}}",
-        f"\\label{{tab:{table.name}}}", f"\\begin{{tabular}}{{{kinds}}}", "\\toprule",
-        _row([plain(column.title) for column in table.columns]), "\\midrule",
-        *(_row([_cell(cell) for cell in row]) for row in table.rows), "\\bottomrule", "\\end{tabular}", "\\end{table}",
-    ]  # fmt: skip
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{plain(table.title)}. {plain(table.note.replace('`', ''))}}}",
+        f"\\label{{tab:{table.name}}}",
+        f"\\begin{{tabular}}{{{kinds}}}",
+        "\\toprule",
+        _row([plain(column.title) for column in table.columns]),
+        "\\midrule",
+        *(_row([_cell(cell) for cell in row]) for row in table.rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -61,9 +84,10 @@ def _answers(document: Document) -> list[Table]:
         return []
     figures = ("A", "B", "A − B", "low", "high", "SD over seeds", "p (Holm)")
     columns = (
-        Column(title="comparison", numeric=False), *(Column(title=title) for title in figures),
+        Column(title="comparison", numeric=False),
+        *(Column(title=title) for title in figures),
         Column(title="A is", numeric=False),
-    )  # fmt: skip
+    )
     note = "mAP; paired 95% bootstrap intervals over test images, not corrected for their number"
     return [
         Table(name="table-answers", title="Answers", columns=columns, rows=tuple(map(_comparison, found)), note=note)
@@ -72,7 +96,13 @@ def _answers(document: Document) -> list[Table]:
 
 def _comparison(one: Comparison) -> tuple[Cell, ...]:
     return (
-        *text_cells([one.what]), number(one.A), number(one.B), number(one.difference, "{:+.3f}"),
-        number(one.low, "{:+.3f}"), number(one.high, "{:+.3f}"), number(one.spread), number(one.p_holm),
+        *text_cells([one.what]),
+        number(one.A),
+        number(one.B),
+        number(one.difference, "{:+.3f}"),
+        number(one.low, "{:+.3f}"),
+        number(one.high, "{:+.3f}"),
+        number(one.spread),
+        number(one.p_holm),
         *text_cells([one.verdict]),
-    )  # fmt: skip
+    )

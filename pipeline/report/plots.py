@@ -28,14 +28,38 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--rule", PAPER: "--paper"} |
 }
 # Nothing of a user's matplotlibrc counts: TeX would run over the names of categories.
 STYLE: Any = {
-    "text.usetex": False, "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9,
-    "svg.fonttype": "none", "svg.hashsalt": "mmcli", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
-    "axes.facecolor": PAPER, "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "xtick.color": INK,
-    "ytick.color": INK, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 1.7,
-    "lines.markersize": 5, "legend.frameon": False, "legend.fontsize": 8, "axes.labelsize": 9, "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 3, "axes.titlesize": 9,
-}  # fmt: skip
+    "text.usetex": False,
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mmcli",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "axes.titlesize": 9,
+}
 
 
 # Characters that XML has no way to write.
@@ -79,9 +103,14 @@ def legend(axes: "Axes", **options: Any) -> None:  # noqa: ANN401 - matplotlib's
 def legend_above(axes: "Axes", columns: int = 3) -> None:
     """A legend above the plot, where it takes no width."""
     legend(
-        axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2,
+        axes,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        columnspacing=1.2,
         handlelength=2.2,
-    )  # fmt: skip
+    )
 
 
 def log_axis(axis: "Axis") -> None:
@@ -113,9 +142,15 @@ def name_points(axes: "Axes", points: Sequence[tuple[str, float, float]]) -> Non
             continue
         taken.append((start, start + width, fy))
         axes.annotate(
-            name, (x, y), xytext=(-6 if left else 6, 0), textcoords="offset points", fontsize=7.5, color=INK,
-            va="center", ha="right" if left else "left",
-        )  # fmt: skip
+            name,
+            (x, y),
+            xytext=(-6 if left else 6, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=INK,
+            va="center",
+            ha="right" if left else "left",
+        )
 
 
 def for_page(svg: str) -> str:
@@ -167,10 +202,16 @@ def _change_tags(svg: str, change: Callable[[str], str]) -> str:
 History = Sequence[Mapping[str, Any]]
 # Terms of the loss in the order of SPEC section 6, with the names that a reader knows.
 TERMS = {
-    "loss": "whole loss", "bce": "classification", "code": "classification of bits", "fused": "classification of z",
-    "nested": "nested code", "cosine": "cosine", "quant": "quantisation", "balance": "balance",
+    "loss": "whole loss",
+    "bce": "classification",
+    "code": "classification of bits",
+    "fused": "classification of z",
+    "nested": "nested code",
+    "cosine": "cosine",
+    "quant": "quantisation",
+    "balance": "balance",
     "decorr": "decorrelation",
-}  # fmt: skip
+}
 MOST_LINES = 6
 
 
@@ -203,10 +244,13 @@ def loss_terms(history: History, run: str) -> Figure | None:
     ends = "; ".join(f"{TERMS[key]} {values[0]:.3g} to {values[-1]:.3g}" for key, values in lines.items())
     drawing = draw("loss-terms", paint)
     return Figure(
-        name="loss-terms", title="Loss terms", caption=f"Means of every epoch, as logged, unweighted. {run}",
-        alt=f"Line chart of loss terms over {len(epochs)} epochs, first to last: {ends}.", svg=drawing.svg,
+        name="loss-terms",
+        title="Loss terms",
+        caption=f"Means of every epoch, as logged, unweighted. {run}",
+        alt=f"Line chart of loss terms over {len(epochs)} epochs, first to last: {ends}.",
+        svg=drawing.svg,
         png=drawing.png,
-    )  # fmt: skip
+    )
 
 
 def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...] = ()) -> Figure | None:
@@ -222,9 +266,13 @@ def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...
         for at, (name, found) in enumerate(shown.items()):
             for seed, (epochs, values) in enumerate(found):
                 axes.plot(
-                    epochs, values, color=SERIES[at], linestyle=DASHES[at], linewidth=1.2,
+                    epochs,
+                    values,
+                    color=SERIES[at],
+                    linestyle=DASHES[at],
+                    linewidth=1.2,
                     label=name if seed == 0 else None,
-                )  # fmt: skip
+                )
         axes.set(xlabel="epoch", ylabel="val mAP")
         legend(axes, loc="lower right")
 
@@ -235,9 +283,14 @@ def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...
     )
     drawing = draw("val-curves", paint)
     return Figure(
-        name="val-curves", title="Learning curves", caption="mAP on val after every epoch; a line for every seed.",
-        alt=f"Line chart of val mAP by epoch. {said}.", svg=drawing.svg, png=drawing.png, commands=commands,
-    )  # fmt: skip
+        name="val-curves",
+        title="Learning curves",
+        caption="mAP on val after every epoch; a line for every seed.",
+        alt=f"Line chart of val mAP by epoch. {said}.",
+        svg=drawing.svg,
+        png=drawing.png,
+        commands=commands,
+    )
 
 
 def against(
@@ -254,16 +307,28 @@ def against(
         at = np.arange(len(known))
         errors = np.abs(np.array(ends).T - means)
         axes.errorbar(
-            at, means, yerr=errors, color=SERIES[0], marker="o", capsize=3, linewidth=1.3, markersize=6,
+            at,
+            means,
+            yerr=errors,
+            color=SERIES[0],
+            marker="o",
+            capsize=3,
+            linewidth=1.3,
+            markersize=6,
             label="mean, 95% interval over images",
-        )  # fmt: skip
+        )
         for place, (arm, _) in enumerate(known):
             values = arm.values("mAP")
             if len(values) > 1:
                 axes.plot(
-                    np.full(len(values), place + 0.12), values, linestyle="none", marker="x", color=SERIES[1],
-                    label="a seed" if place == 0 else None, markersize=5,
-                )  # fmt: skip
+                    np.full(len(values), place + 0.12),
+                    values,
+                    linestyle="none",
+                    marker="x",
+                    color=SERIES[1],
+                    label="a seed" if place == 0 else None,
+                    markersize=5,
+                )
         axes.set_xticks(at, [arm.name for arm, _ in known])
         axes.set(xlabel=setting, ylabel="mAP on test", xlim=(-0.4, len(known) - 0.6))
         legend_above(axes, 2)
@@ -273,9 +338,14 @@ def against(
     )
     drawing = draw(name, paint)
     return Figure(
-        name=name, title=title, caption=caption, alt=f"mAP against {setting}. {said}.", svg=drawing.svg,
-        png=drawing.png, commands=commands,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        caption=caption,
+        alt=f"mAP against {setting}. {said}.",
+        svg=drawing.svg,
+        png=drawing.png,
+        commands=commands,
+    )
 
 
 def pareto(
@@ -294,9 +364,15 @@ def pareto(
         for at, group in enumerate(groups):
             own = [point for point in points if point.group == group]
             axes.plot(
-                [p.cost for p in own], [p.mAP for p in own], linestyle="none", marker=MARKERS[at % len(MARKERS)],
-                color=SERIES[at % len(SERIES)], label=group, markersize=6.5, alpha=0.9,
-            )  # fmt: skip
+                [p.cost for p in own],
+                [p.mAP for p in own],
+                linestyle="none",
+                marker=MARKERS[at % len(MARKERS)],
+                color=SERIES[at % len(SERIES)],
+                label=group,
+                markersize=6.5,
+                alpha=0.9,
+            )
         axes.set(xscale="log", xlabel=f"{cost}, log scale", ylabel="mAP on test")
         axes.margins(x=0.15, y=0.1)
         axes.autoscale_view()
@@ -308,21 +384,26 @@ def pareto(
     said = "; ".join(f"{p.name}: {p.cost:,.4g}, mAP {p.mAP:.3f}" for p in sorted(front, key=lambda p: p.cost))
     drawing = draw(name, paint)
     return Figure(
-        name=name, title=title, caption=caption,
-        alt=f"Scatter of mAP against {cost}, {len(points)} configurations. On the front: {said}.", svg=drawing.svg,
-        png=drawing.png, commands=commands,
-    )  # fmt: skip
+        name=name,
+        title=title,
+        caption=caption,
+        alt=f"Scatter of mAP against {cost}, {len(points)} configurations. On the front: {said}.",
+        svg=drawing.svg,
+        png=drawing.png,
+        commands=commands,
+    )
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Points that no other beats: none costs at most as much and has a mAP at least as high, one of both strictly."""
     return [
-        one for one in points
+        one
+        for one in points
         if not any(
             other.cost <= one.cost and other.mAP >= one.mAP and (other.cost < one.cost or other.mAP > one.mAP)
             for other in points
         )
-    ]  # fmt: skip
+    ]
 
 
 def _curve(history: History) -> tuple[list[float], list[float]]:

@@ -43,11 +43,14 @@ def class_scatter(depth: Depth) -> Figure | None:
     worst = ", ".join(f"{depth.names[c]} {AP[c]:.2f}" for c in order[:4])
     drawing = draw("class-ap", paint)
     return Figure(
-        name="class-ap", title="AP and how rare a class is",
+        name="class-ap",
+        title="AP and how rare a class is",
         caption="A point a class; the dashed line is their mean, mAP. The lowest are named.",
         alt=f"Scatter of AP against train images for {int(known.sum())} classes; rank correlation {rho:.2f}"
-        f" [{low:.2f}, {high:.2f}]. Lowest: {worst}.", svg=drawing.svg, png=drawing.png,
-    )  # fmt: skip
+        f" [{low:.2f}, {high:.2f}]. Lowest: {worst}.",
+        svg=drawing.svg,
+        png=drawing.png,
+    )
 
 
 def bit_balance(depth: Depth) -> Figure | None:
@@ -66,11 +69,14 @@ def bit_balance(depth: Depth) -> Figure | None:
     dead = int(((share < 0.01) | (share > 0.99)).sum())
     drawing = draw("bit-balance", paint)
     return Figure(
-        name="bit-balance", title="Bit balance",
+        name="bit-balance",
+        title="Bit balance",
         caption="A balanced bit is set for half of the images and tells most. A bit at 0 or 1 tells nothing.",
         alt=f"Bars of {len(share)} bits: set for {share[0]:.0%} to {share[-1]:.0%} of train images, on average"
-        f" {off:.2f} away from one half; {dead} bits nearly constant.", svg=drawing.svg, png=drawing.png,
-    )  # fmt: skip
+        f" {off:.2f} away from one half; {dead} bits nearly constant.",
+        svg=drawing.svg,
+        png=drawing.png,
+    )
 
 
 def bit_correlation(depth: Depth) -> Figure | None:
@@ -95,11 +101,14 @@ def bit_correlation(depth: Depth) -> Figure | None:
     mean, most = (float(off.mean()), float(off.max())) if len(off) else (0.0, 0.0)
     drawing = draw("bit-correlation", paint)
     return Figure(
-        name="bit-correlation", title="Correlation of bits",
+        name="bit-correlation",
+        title="Correlation of bits",
         caption="Bits that say the same waste room. The diagonal is left dark.",
         alt=f"Heat map of absolute correlations between {len(absolute)} bits on train: mean {mean:.3f}, largest"
-        f" {most:.3f}.", svg=drawing.svg, png=drawing.png,
-    )  # fmt: skip
+        f" {most:.3f}.",
+        svg=drawing.svg,
+        png=drawing.png,
+    )
 
 
 def norms(depth: Depth) -> Figure | None:
@@ -121,9 +130,15 @@ def norms(depth: Depth) -> Figure | None:
         for at, (name, (means, ends)) in enumerate(binned.items()):
             place = np.arange(1, len(means) + 1) + 0.08 * (2 * at - 1)
             axes.errorbar(
-                place, means, yerr=np.abs(ends.T - means), color=SERIES[at], marker=MARKERS[at], linestyle=DASHES[at],
-                capsize=2.5, label=f"norm of the {name}",
-            )  # fmt: skip
+                place,
+                means,
+                yerr=np.abs(ends.T - means),
+                color=SERIES[at],
+                marker=MARKERS[at],
+                linestyle=DASHES[at],
+                capsize=2.5,
+                label=f"norm of the {name}",
+            )
         axes.set(xlabel=f"images by norm, {BINS} equal parts, small to large", ylabel="mean AP of an image")
         legend_above(axes)
 
@@ -140,11 +155,13 @@ def norms(depth: Depth) -> Figure | None:
         says = f"Shuffled norms, the control. {says}"
     drawing = draw("norms", paint)
     return Figure(
-        name="norms", title="Is the magnitude a confidence?",
+        name="norms",
+        title="Is the magnitude a confidence?",
         caption=f"{says}. {told[:1].upper()}{told[1:]}. Bars: 95% bootstrap interval over images.",
-        alt=f"Mean AP of test images in {BINS} parts by the norm of their embeddings. {told}.", svg=drawing.svg,
+        alt=f"Mean AP of test images in {BINS} parts by the norm of their embeddings. {told}.",
+        svg=drawing.svg,
         png=drawing.png,
-    )  # fmt: skip
+    )
 
 
 def threshold_curves(depth: Depth, *, method: str) -> Figure | None:
@@ -162,9 +179,14 @@ def threshold_curves(depth: Depth, *, method: str) -> Figure | None:
         if chosen is not None:
             axes.axvline(chosen, color=MUTED, linewidth=1)
             axes.annotate(
-                f"val: {chosen:.2f}", (chosen, 1.0), xytext=(4, -2), textcoords="offset points", fontsize=7.5, va="top",
+                f"val: {chosen:.2f}",
+                (chosen, 1.0),
+                xytext=(4, -2),
+                textcoords="offset points",
+                fontsize=7.5,
+                va="top",
                 color=MUTED,
-            )  # fmt: skip
+            )
         axes.set(xlabel="threshold", ylabel="micro, on test", xlim=(0, 1), ylim=(0, 1.02))
         legend(axes, loc="best")
 
@@ -173,11 +195,13 @@ def threshold_curves(depth: Depth, *, method: str) -> Figure | None:
     drawing = draw(name, paint)
     val = "" if chosen is None else f" Val chose {chosen:.3f}."
     return Figure(
-        name=name, title=f"Thresholds, {method}",
+        name=name,
+        title=f"Thresholds, {method}",
         caption="The vertical line is the threshold that is best on val; test tunes nothing.",
         alt=f"Precision, recall and F1 by threshold. F1 is highest, {F1[best]:.3f}, at {at[best]:.2f}.{val}",
-        svg=drawing.svg, png=drawing.png,
-    )  # fmt: skip
+        svg=drawing.svg,
+        png=drawing.png,
+    )
 
 
 def calibration(depth: Depth) -> Figure | None:
@@ -202,10 +226,13 @@ def calibration(depth: Depth) -> Figure | None:
     )
     drawing = draw("calibration", paint)
     return Figure(
-        name="calibration", title="Are scores probabilities?",
+        name="calibration",
+        title="Are scores probabilities?",
         caption="Above the line: right more often than the score says. Bins with fewer than ten tags are left out.",
-        alt=f"Reliability of scores on test. {told}.", svg=drawing.svg, png=drawing.png,
-    )  # fmt: skip
+        alt=f"Reliability of scores on test. {told}.",
+        svg=drawing.svg,
+        png=drawing.png,
+    )
 
 
 def micro_curves(scores: Floats, labels: npt.NDArray[np.uint8], at: Floats) -> tuple[Floats, Floats, Floats]:

@@ -125,9 +125,15 @@ def _comparison(one: Comparison) -> str:
     verdict = {"better": "faster", "worse": "slower"}.get(one.verdict, one.verdict) if times else one.verdict
     ends = "–" if one.low is None or one.high is None else f"{signed.format(one.low)} to {signed.format(one.high)}"
     cells = (
-        plain(one.what), plain(verdict), signed.format(one.difference), ends, value.format(one.A), value.format(one.B),
-        "–" if one.spread is None else f"{one.spread:.3f}", "–" if one.p_holm is None else f"{one.p_holm:.3f}",
-    )  # fmt: skip
+        plain(one.what),
+        plain(verdict),
+        signed.format(one.difference),
+        ends,
+        value.format(one.A),
+        value.format(one.B),
+        "–" if one.spread is None else f"{one.spread:.3f}",
+        "–" if one.p_holm is None else f"{one.p_holm:.3f}",
+    )
     return _row(cells)
 
 
@@ -177,6 +183,12 @@ def _row(cells: Sequence[str]) -> str:
 
 
 WRITERS: dict[type, Callable[[Any], list[str]]] = {
-    Table: _table, Figure: _figure, Text: _text, Gap: _gap, Commands: _commands, Answers: _answers, Queries: _queries,
+    Table: _table,
+    Figure: _figure,
+    Text: _text,
+    Gap: _gap,
+    Commands: _commands,
+    Answers: _answers,
+    Queries: _queries,
     Failures: _failures,
-}  # fmt: skip
+}

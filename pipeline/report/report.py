@@ -81,9 +81,14 @@ class ReportPlan:
     def command(self) -> str:
         """The command line that makes this report."""
         words = ["mmcli", "report"]
-        given = {"--runs": self.runs if self.runs != RUNS else None, "--ablations": self.ablations, "--data": self.data,
-                 "--run": self.run, "--markdown-only": self.markdown_only,
-                 "--out": self.out if self.out != OUT and self.markdown_only is None else None}  # fmt: skip
+        given = {
+            "--runs": self.runs if self.runs != RUNS else None,
+            "--ablations": self.ablations,
+            "--data": self.data,
+            "--run": self.run,
+            "--markdown-only": self.markdown_only,
+            "--out": self.out if self.out != OUT and self.markdown_only is None else None,
+        }
         for flag, value in given.items():
             words += [] if value is None else [flag, value.as_posix()]
         return shlex.join([*words, *(["--latex"] if self.latex else [])])
@@ -103,17 +108,21 @@ class ReportResult:
         """One JSON object."""
         found = [answer for block in self._answers() for answer in block.answers]
         return {
-            "files": [str(path) for path in self.files], "run": None if self.run is None else str(self.run),
-            "run_chosen_by": self.why, "seconds": self.seconds,
+            "files": [str(path) for path in self.files],
+            "run": None if self.run is None else str(self.run),
+            "run_chosen_by": self.why,
+            "seconds": self.seconds,
             "answers": [
                 {
-                    "name": one.name, "question": one.question, "answer": one.answer,
+                    "name": one.name,
+                    "question": one.question,
+                    "answer": one.answer,
                     "comparisons": [vars(comparison) for comparison in one.comparisons],
                     "missing": [gap.command for gap in one.gaps],
                 }
                 for one in found
             ],
-        }  # fmt: skip
+        }
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
@@ -149,9 +158,12 @@ def report(plan: ReportPlan, progress: Progress | None = None) -> ReportResult:
     else:
         files = _write(plan, document)
     return ReportResult(
-        files=files, run=None if chosen is None else chosen[0].run.folder, why="" if chosen is None else chosen[1],
-        document=document, seconds=time.perf_counter() - started,
-    )  # fmt: skip
+        files=files,
+        run=None if chosen is None else chosen[0].run.folder,
+        why="" if chosen is None else chosen[1],
+        document=document,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _check_out(plan: ReportPlan) -> None:
@@ -163,9 +175,12 @@ def _check_out(plan: ReportPlan) -> None:
     out = plan.out
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise InputError(
-            "will not replace what mmcli did not write", where=out, got="no folder", wanted="a new or empty folder",
+            "will not replace what mmcli did not write",
+            where=out,
+            got="no folder",
+            wanted="a new or empty folder",
             do="give another --out",
-        )  # fmt: skip
+        )
     if not out.is_dir():
         return
     with one_line(out):
@@ -174,9 +189,12 @@ def _check_out(plan: ReportPlan) -> None:
     if inside.foreign or (PAGE in inside.ours and not plan.force):
         got = f"a folder with {inside.foreign[0]}" if inside.foreign else "a report"
         raise InputError(
-            "the folder is in use", where=out, got=got, wanted="a new or empty folder",
+            "the folder is in use",
+            where=out,
+            got=got,
+            wanted="a new or empty folder",
             do="give another --out" + ("" if inside.foreign else ", or --force to replace the report"),
-        )  # fmt: skip
+        )
 
 
 def _inside(out: Path) -> Contents:
@@ -210,9 +228,12 @@ def _check_data(known: Any, asked: Any, data: Path | None) -> None:  # noqa: ANN
     missing = set(asked.tolist()) - set(known.tolist())
     if missing and data is not None:
         raise InputError(
-            "a data folder of other images", where=data, got=f"{len(missing)} test images of the run are not in it",
-            wanted="the data set that the run was trained on", do="name its folder with --data",
-        )  # fmt: skip
+            "a data folder of other images",
+            where=data,
+            got=f"{len(missing)} test images of the run are not in it",
+            wanted="the data set that the run was trained on",
+            do="name its folder with --data",
+        )
 
 
 def _write(plan: ReportPlan, document: Document) -> tuple[Path, ...]:

@@ -37,9 +37,12 @@ class SamplesResult:
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
         return {
-            "path": str(self.path), "image_ids": list(self.image_ids), "unreadable": list(self.unreadable),
-            "n_images": self.n_images, "seed": self.seed,
-        }  # fmt: skip
+            "path": str(self.path),
+            "image_ids": list(self.image_ids),
+            "unreadable": list(self.unreadable),
+            "n_images": self.n_images,
+            "seed": self.seed,
+        }
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
@@ -48,9 +51,14 @@ class SamplesResult:
 
 
 def samples(
-    data: Path, *, n: int = 16, split: str | None = None, seed: int = 42, out: Path = Path("samples.png"),
+    data: Path,
+    *,
+    n: int = 16,
+    split: str | None = None,
+    seed: int = 42,
+    out: Path = Path("samples.png"),
     force: bool = False,
-) -> SamplesResult:  # fmt: skip
+) -> SamplesResult:
     """Draw the sheet.
 
     Args:
@@ -74,9 +82,12 @@ def samples(
     drawn = np.random.default_rng(seed).choice(rows, min(n, len(rows)), replace=False)
     unreadable = _draw(out, data, listing, [int(row) for row in drawn])
     return SamplesResult(
-        path=out, image_ids=tuple(int(listing.image_ids[row]) for row in drawn), unreadable=tuple(unreadable),
-        n_images=len(rows), seed=seed,
-    )  # fmt: skip
+        path=out,
+        image_ids=tuple(int(listing.image_ids[row]) for row in drawn),
+        unreadable=tuple(unreadable),
+        n_images=len(rows),
+        seed=seed,
+    )
 
 
 def _check_out(out: Path, *, force: bool) -> None:

@@ -27,9 +27,12 @@ from .tables import (
 
 # Experiments whose values are set beside each other by cost, and what a legend and a point call them.
 COSTED = {
-    "A2": ("bits", "{} bits"), "C1": ("neighbours", "K {}"), "C2": ("distance", "{}"), "A3": ("predictor", "{}"),
+    "A2": ("bits", "{} bits"),
+    "C1": ("neighbours", "K {}"),
+    "C2": ("distance", "{}"),
+    "A3": ("predictor", "{}"),
     "base": ("baseline", "{}"),
-}  # fmt: skip
+}
 FEW = 1000  # test images
 ALL = ("base", "A1", "A2", "A3", "M1", "M2", "C1", "C2", "C3", "C4")
 
@@ -45,18 +48,24 @@ def build(inputs: Inputs, depth: Depth | None, *, command: str, pictures: bool =
     """
     pairs = Pairs()
     sections = [
-        _answers(inputs, depth, pairs), _methods(inputs, pairs), _experiments(inputs, pairs),
-        *([_curves(inputs, depth)] if pictures else []), _classes(depth, figures=pictures),
+        _answers(inputs, depth, pairs),
+        _methods(inputs, pairs),
+        _experiments(inputs, pairs),
+        *([_curves(inputs, depth)] if pictures else []),
+        _classes(depth, figures=pictures),
         *([_costs(inputs), _inside(depth), _queries(depth, inputs), _failures(depth, inputs)] if pictures else []),
         _again(inputs, depth, command, whole=pictures),
-    ]  # fmt: skip
+    ]
     if depth is not None:
         again = command if "--run " in command else f"{command} --run {shlex.quote(depth.known.run.folder.as_posix())}"
         sections = [_made_by(section, again) for section in sections]
     return Document(
-        title="Multi-label tagging with learned hash codes", subtitle=_subtitle(inputs, depth),
-        facts=_facts(inputs, depth), notes=_notes(inputs, depth, command), sections=tuple(sections),
-    )  # fmt: skip
+        title="Multi-label tagging with learned hash codes",
+        subtitle=_subtitle(inputs, depth),
+        facts=_facts(inputs, depth),
+        notes=_notes(inputs, depth, command),
+        sections=tuple(sections),
+    )
 
 
 def _made_by(section: Section, command: str) -> Section:
@@ -99,9 +108,12 @@ def _facts(inputs: Inputs, depth: Depth | None) -> tuple[tuple[str, str], ...]:
     if depth is not None:
         info = depth.known.run.info
         found += [
-            ("Voting images", f"{len(depth.base):,}"), ("Test images", f"{len(depth.query):,}"),
-            ("Classes", str(len(depth.names))), ("Encoder", info.model), ("Preset", info.preset),
-        ]  # fmt: skip
+            ("Voting images", f"{len(depth.base):,}"),
+            ("Test images", f"{len(depth.query):,}"),
+            ("Classes", str(len(depth.names))),
+            ("Encoder", info.model),
+            ("Preset", info.preset),
+        ]
     return tuple(found)
 
 
@@ -133,9 +145,14 @@ def _methods(inputs: Inputs, pairs: Pairs) -> Section:
         blocks.append(arms_table("table-runs", "Runs made by hand", own, pairs, first="run, method", commands=()))
     if not has_base:
         blocks.append(Gap(text="Prior, MLP and direction only were not run", command=inputs.ablate("base")))
-    blocks.append(Text(text=(
-        "Captions name the objects: published COCO-80 tables use the image alone, and are not to be set beside figures"
-        " that were made with captions.")))  # fmt: skip
+    blocks.append(
+        Text(
+            text=(
+                "Captions name the objects: published COCO-80 tables use the image alone, and are not to be set beside"
+                " figures that were made with captions."
+            )
+        )
+    )
     return Section(name="methods", title="Methods", blocks=tuple(blocks))
 
 
@@ -178,18 +195,40 @@ def _classes(depth: Depth | None, *, figures: bool) -> Section:
 
 def _costs(inputs: Inputs) -> Section:
     found = [
-        against("bits", "mAP against bits", inputs.arms("A2"), setting="bits (0: no hash layer, cosine)",
-                caption="What a shorter code costs.", commands=(inputs.ablate("A2"),)),
-        against("neighbours", "mAP against K", inputs.arms("C1"), setting="neighbours that vote, K",
-                caption="How many neighbours should vote.", commands=(inputs.ablate("C1"),)),
-        pareto("latency", "Latency against mAP", points(inputs, "query_latency_ms_p50"),
-               cost="median time of a query, ms", commands=(inputs.ablate("A2", "C1", "C2"),),
-               caption="Search and vote of one query, on the machine of the runs. The line joins what nothing else"
-               " beats in both."),
-        pareto("bytes", "Bytes against mAP", points(inputs, "index_bytes"), cost="bytes of the index",
-               caption="What the index keeps in memory. The line joins what nothing else beats in both.",
-               commands=(inputs.ablate("A2", "C2"),)),
-    ]  # fmt: skip
+        against(
+            "bits",
+            "mAP against bits",
+            inputs.arms("A2"),
+            setting="bits (0: no hash layer, cosine)",
+            caption="What a shorter code costs.",
+            commands=(inputs.ablate("A2"),),
+        ),
+        against(
+            "neighbours",
+            "mAP against K",
+            inputs.arms("C1"),
+            setting="neighbours that vote, K",
+            caption="How many neighbours should vote.",
+            commands=(inputs.ablate("C1"),),
+        ),
+        pareto(
+            "latency",
+            "Latency against mAP",
+            points(inputs, "query_latency_ms_p50"),
+            cost="median time of a query, ms",
+            commands=(inputs.ablate("A2", "C1", "C2"),),
+            caption="Search and vote of one query, on the machine of the runs. The line joins what nothing else"
+            " beats in both.",
+        ),
+        pareto(
+            "bytes",
+            "Bytes against mAP",
+            points(inputs, "index_bytes"),
+            cost="bytes of the index",
+            caption="What the index keeps in memory. The line joins what nothing else beats in both.",
+            commands=(inputs.ablate("A2", "C2"),),
+        ),
+    ]
     missing = [name for name in ("A2", "C1", "C2") if not inputs.arms(name)]
     gap = Gap(text="Bits, K and distances were not varied", command=inputs.ablate(*(missing or ALL)))
     return _section("costs", "Quality against cost", found, gap if missing else None)
@@ -203,9 +242,13 @@ def _inside(depth: Depth | None) -> Section:
         run = depth.known.run.folder.name
         gap = Gap(text=f"Norms are not kept in {run}, which an earlier version trained", command="mmcli train-head")
     found = [
-        bit_balance(depth), bit_correlation(depth), norms(depth), calibration(depth),
-        threshold_curves(depth, method="neighbours"), threshold_curves(depth, method="classifier"),
-    ]  # fmt: skip
+        bit_balance(depth),
+        bit_correlation(depth),
+        norms(depth),
+        calibration(depth),
+        threshold_curves(depth, method="neighbours"),
+        threshold_curves(depth, method="classifier"),
+    ]
     return _section("inside", "Bits, magnitudes, thresholds", found, gap)
 
 
@@ -277,7 +320,7 @@ def _environment(known: Known) -> tuple[str, ...]:
         packages,
         f"commit {git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else "",
         f"manifest {info.manifest_sha256[:16]}, store {info.store_digest[:16]}, {info.patches} patches",
-    ]  # fmt: skip
+    ]
     return tuple(line for line in lines if line)
 
 

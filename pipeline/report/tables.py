@@ -39,17 +39,20 @@ def arms_table(
     best = {key: best_of(arms, key, pairs) for _, key in SHOWN if key in ARM_FIGURES}
     costs = [cost for cost in COSTS if any(arm.values(cost[1]) for arm in arms)]
     columns = (
-        Column(title=first, numeric=False), Column(title="seeds"), *(Column(title=shown) for shown, _ in SHOWN),
+        Column(title=first, numeric=False),
+        Column(title="seeds"),
+        *(Column(title=shown) for shown, _ in SHOWN),
         *(Column(title=shown) for shown, _, _ in costs),
-    )  # fmt: skip
+    )
     rows = [
         (
-            Cell(text=arm.name), number(float(len(arm.samples)), "{:.0f}"),
+            Cell(text=arm.name),
+            number(float(len(arm.samples)), "{:.0f}"),
             *(_figure(arm, key, bold=best.get(key) is arm) for _, key in SHOWN),
             *(number(arm.mean(key), form) for _, key, form in costs),
         )
         for arm in arms
-    ]  # fmt: skip
+    ]
     notes = [f"{arm.name}: {arm.note}." for arm in arms if arm.note]
     if any(arm.precision for arm in arms):
         notes.append(TWO_PRECISIONS)
@@ -96,17 +99,21 @@ def class_table(depth: Depth) -> Table:
     of_votes = per_class(depth.scores, depth.query.labels, threshold=depth.at)
     n_train = depth.base.labels.sum(axis=0)
     of_classifier = None if depth.classifier is None else per_class(depth.classifier, depth.query.labels, threshold=0.5)
-    columns = [Column(title="class", numeric=False), *(Column(title=title) for title in (
-        "in train", "in test", "AP", "precision", "recall", "F1", "predicted"))]  # fmt: skip
+    columns = [
+        Column(title="class", numeric=False),
+        *(Column(title=title) for title in ("in train", "in test", "AP", "precision", "recall", "F1", "predicted")),
+    ]
     if of_classifier is not None:
         columns.append(Column(title="AP classifier"))
     rows = []
     for c, name in enumerate(depth.names):
         cells = [
-            Cell(text=name), number(float(n_train[c]), "{:,.0f}"), number(of_votes["n_positive"][c], "{:,.0f}"),
+            Cell(text=name),
+            number(float(n_train[c]), "{:,.0f}"),
+            number(of_votes["n_positive"][c], "{:,.0f}"),
             *(number(float(of_votes[key][c])) for key in ("AP", "precision", "recall", "F1")),
             number(of_votes["n_predicted"][c], "{:,.0f}"),
-        ]  # fmt: skip
+        ]
         if of_classifier is not None:
             cells.append(number(float(of_classifier["AP"][c])))
         rows.append((float(of_votes["AP"][c]), tuple(cells)))
@@ -116,9 +123,12 @@ def class_table(depth: Depth) -> Table:
         f" {'that is best on val' if depth.threshold is not None else '(no val image has a label)'}."
     )
     return Table(
-        name="table-classes", title="Every class", columns=tuple(columns), rows=tuple(cells for _, cells in rows),
+        name="table-classes",
+        title="Every class",
+        columns=tuple(columns),
+        rows=tuple(cells for _, cells in rows),
         note=note,
-    )  # fmt: skip
+    )
 
 
 def confusion_table(depth: Depth, most: int = 15) -> Table | None:
@@ -133,23 +143,29 @@ def confusion_table(depth: Depth, most: int = 15) -> Table | None:
         c, d = np.unravel_index(at, counts.shape)
         if not counts[c, d]:
             break
-        rows.append((
-            Cell(text=depth.names[c]), Cell(text=depth.names[d]), number(float(counts[c, d]), "{:,.0f}"),
-            number(float(missed[:, c].sum()), "{:,.0f}"), number(counts[c, d] / expected[c, d], "{:.1f} ×"),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(text=depth.names[c]),
+                Cell(text=depth.names[d]),
+                number(float(counts[c, d]), "{:,.0f}"),
+                number(float(missed[:, c].sum()), "{:,.0f}"),
+                number(counts[c, d] / expected[c, d], "{:.1f} ×"),
+            )
+        )
     if not rows:
         return None
     columns = (
-        Column(title="missed", numeric=False), Column(title="predicted instead", numeric=False),
-        Column(title="images"), Column(title="missed in all"), Column(title="over chance"),
-    )  # fmt: skip
+        Column(title="missed", numeric=False),
+        Column(title="predicted instead", numeric=False),
+        Column(title="images"),
+        Column(title="missed in all"),
+        Column(title="over chance"),
+    )
     note = (
         "An image counts for every pair of a tag that it lacks and a wrong one that it got. Over chance: how many times"
         " as often as if misses and wrong tags fell on images independently."
     )
-    return Table(
-        name="table-confusions", title="Classes most confused", columns=columns, rows=tuple(rows), note=note
-    )  # fmt: skip
+    return Table(name="table-confusions", title="Classes most confused", columns=columns, rows=tuple(rows), note=note)
 
 
 def _figure(arm: Arm, key: str, *, bold: bool) -> Cell:
@@ -207,14 +223,20 @@ def _query(depth: Depth, pictures: Pictures, row: int) -> Query:
         )
         near.append(
             Shown(
-                image_id=number, picture=pictures.picture(number, NEIGHBOUR_SIDE), caption=pictures.caption(number),
-                tags=tags, share=float(depth.weight[row, at]), distance=_distance(depth, row, at),
+                image_id=number,
+                picture=pictures.picture(number, NEIGHBOUR_SIDE),
+                caption=pictures.caption(number),
+                tags=tags,
+                share=float(depth.weight[row, at]),
+                distance=_distance(depth, row, at),
             )
-        )  # fmt: skip
+        )
     shown = Shown(
-        image_id=image, picture=pictures.picture(image, QUERY_SIDE), caption=pictures.caption(image),
+        image_id=image,
+        picture=pictures.picture(image, QUERY_SIDE),
+        caption=pictures.caption(image),
         tags=_tags(depth, row),
-    )  # fmt: skip
+    )
     return Query(image=shown, AP=float(depth.AP[row]), neighbours=tuple(near))
 
 
@@ -240,16 +262,23 @@ def _failures(depth: Depth, pictures: Pictures, c: int, AP: float, most: int) ->
     surest = wrong[np.argsort(-scores[wrong], kind="stable")][:most]
     least = missed[np.argsort(scores[missed], kind="stable")][:most]
     return ClassFailures(
-        category=depth.names[c], AP=AP, n_positive=int(truth.sum()), n_false_positive=len(wrong),
-        n_false_negative=len(missed), false_positives=tuple(_shown(depth, pictures, int(row), c) for row in surest),
+        category=depth.names[c],
+        AP=AP,
+        n_positive=int(truth.sum()),
+        n_false_positive=len(wrong),
+        n_false_negative=len(missed),
+        false_positives=tuple(_shown(depth, pictures, int(row), c) for row in surest),
         false_negatives=tuple(_shown(depth, pictures, int(row), c) for row in least),
-    )  # fmt: skip
+    )
 
 
 def _shown(depth: Depth, pictures: Pictures, row: int, c: int) -> Shown:
     image = int(depth.query.image_id[row])
     tags = tuple(Tag(name=depth.names[k], state="right") for k in np.flatnonzero(depth.query.labels[row]))
     return Shown(
-        image_id=image, picture=pictures.picture(image, FAILURE_SIDE), caption=pictures.caption(image), tags=tags,
+        image_id=image,
+        picture=pictures.picture(image, FAILURE_SIDE),
+        caption=pictures.caption(image),
+        tags=tags,
         share=float(depth.scores[row, c]),
-    )  # fmt: skip
+    )

@@ -53,9 +53,11 @@ def read_rgb(picture: Picture) -> Image.Image:
         fits = picture.ndim == 2 or (picture.ndim == 3 and shape[2] in {3, 4})
         if picture.dtype != np.uint8 or not fits or not picture.size:
             raise InputError(
-                "not an image", got=f"an array {shape} of {picture.dtype}",
-                wanted="(height, width) or (height, width, 3 or 4) of uint8", do="scale it to 0..255, channels last",
-            )  # fmt: skip
+                "not an image",
+                got=f"an array {shape} of {picture.dtype}",
+                wanted="(height, width) or (height, width, 3 or 4) of uint8",
+                do="scale it to 0..255, channels last",
+            )
         return upright_rgb(Image.fromarray(np.ascontiguousarray(picture)))
     if isinstance(picture, Image.Image):
         return upright_rgb(picture)
@@ -142,9 +144,12 @@ class RunEncoder:
         if key is None:
             self.notes = (f"cannot tell whether {encoder.identity.model} is the {info.model} of the run's store",)
         self.origin = Origin(
-            head=head_digest(head), store=info.store_digest, model=info.model, patches=info.patches,
+            head=head_digest(head),
+            store=info.store_digest,
+            model=info.model,
+            patches=info.patches,
             encoder="" if key is None else encoder_digest(key),
-        )  # fmt: skip
+        )
 
     @classmethod
     def load(cls, run: Run, *, device: str = "auto", model: str | None = None) -> "RunEncoder":
@@ -161,30 +166,40 @@ class RunEncoder:
         config = load_config(run.folder / "config.yaml")
         if config.model.text_max_length == 1:
             raise InputError(
-                "embeddings from elsewhere", where=run.folder, got="a run of a store that `mmcli cache import` made",
-                wanted="a run of a store that `mmcli extract` made", do="extract the data set, then train again",
-            )  # fmt: skip
+                "embeddings from elsewhere",
+                where=run.folder,
+                got="a run of a store that `mmcli cache import` made",
+                wanted="a run of a store that `mmcli extract` made",
+                do="extract the data set, then train again",
+            )
         place = pick_device(device)
         head = load_head(run.folder, place)
         own, named = run.folder / TOWERS, model
         model = str(own) if model is None and own.is_dir() else model
         encoder = Encoder.load(
-            model or config.model.siglip2_variant, revision=_revision(config, model),
-            patches=config.model.max_num_patches, text_length=config.model.text_max_length, device=place,
-        )  # fmt: skip
+            model or config.model.siglip2_variant,
+            revision=_revision(config, model),
+            patches=config.model.max_num_patches,
+            text_length=config.model.text_max_length,
+            device=place,
+        )
         key = find_key(encoder.identity, run.info)
         if key is None and named is None and model is not None:
             raise InputError(
-                "damaged towers", where=own, got="weights, settings or a tokenizer that changed",
-                wanted="those that the run was finished with", do="copy the run again, or finetune again",
-            )  # fmt: skip
+                "damaged towers",
+                where=own,
+                got="weights, settings or a tokenizer that changed",
+                wanted="those that the run was finished with",
+                do="copy the run again, or finetune again",
+            )
         if key is None and not _may_be_a_copy(run.info, named):
             raise InputError(
-                "another checkpoint than the run's", where=model or config.model.siglip2_variant,
+                "another checkpoint than the run's",
+                where=model or config.model.siglip2_variant,
                 got=f"{encoder.identity.model}, {encoder.identity.revision[:19]}",
                 wanted=f"the {run.info.model} whose embeddings {run.folder} was trained on",
                 do="give --model with that checkpoint, or extract and train again with this one",
-            )  # fmt: skip
+            )
         if key is not None and "resizer" in json.loads(key.processor):
             encoder.spec = replace(encoder.spec, resizer="torch")
         return cls(head, encoder, run.info, key)
@@ -227,11 +242,12 @@ class RunEncoder:
         for image, caption in zip(images, captions, strict=True):
             if self.reads_captions and not (caption or "").strip():
                 raise InputError(
-                    "no caption", where=image if isinstance(image, str | Path) else None,
+                    "no caption",
+                    where=image if isinstance(image, str | Path) else None,
                     got=f"a head that reads {'image and caption' if self.inputs == 'both' else 'captions'}",
                     wanted="a caption of every image",
                     do="give --caption or --captions, or train a head with `mmcli train-head --inputs image`",
-                )  # fmt: skip
+                )
         return [caption or "" for caption in captions]
 
     @torch.inference_mode()
@@ -265,10 +281,15 @@ def head_digest(head: BaseHead) -> str:
 
 def encoder_digest(key: StoreKey) -> str:
     """SHA-256, in hex, of what an encoder's numbers depend on, but for the rounding of the device."""
-    return digest_of({
-        "revision": key.revision, "processor": key.processor, "patches": key.patches,
-        "text_length": key.text_length, "dtype": key.dtype,
-    })  # fmt: skip
+    return digest_of(
+        {
+            "revision": key.revision,
+            "processor": key.processor,
+            "patches": key.patches,
+            "text_length": key.text_length,
+            "dtype": key.dtype,
+        }
+    )
 
 
 def _revision(config: Config, model: str | None) -> str | None:
@@ -326,8 +347,12 @@ def _as_index(
     listing: Manifest, kept: npt.NDArray[np.int64], captions: Sequence[str], coded: Coded, encoder: RunEncoder
 ) -> TagIndex:
     return TagIndex(
-        image_id=listing.image_ids[kept], soft=coded.soft, packed=coded.packed, labels=listing.labels_matrix()[kept],
-        category_names=listing.category_names, origin=encoder.origin,
+        image_id=listing.image_ids[kept],
+        soft=coded.soft,
+        packed=coded.packed,
+        labels=listing.labels_matrix()[kept],
+        category_names=listing.category_names,
+        origin=encoder.origin,
         paths=pa.array([listing.paths[r] for r in kept], pa.string()),
         captions=pa.array([captions[r] for r in kept], pa.string()),
-    )  # fmt: skip
+    )

@@ -141,14 +141,19 @@ def _row(axes: "Sequence[Axes]", tagging: Tagging, data: Path) -> None:
         one, agrees = near[at], best in near[at].labels
         title = f"{one.weight:.0%} of the vote\n{one.distance:.3g} {tagging.unit}: {', '.join(map(plain, one.labels))}"
         _cell(
-            axis, _neighbour(one, data), f"image {one.image_id}", AGREES if agrees else DIFFERS, agrees, title,
+            axis,
+            _neighbour(one, data),
+            f"image {one.image_id}",
+            AGREES if agrees else DIFFERS,
+            agrees,
+            title,
             one.caption,
-        )  # fmt: skip
+        )
 
 
 def _cell(
     axis: "Axes", pixels: Pixels | None, name: str, colour: str, solid: bool, title: str, caption: str | None
-) -> None:  # fmt: skip
+) -> None:
     """One picture with its frame, what it is above and its caption below."""
     axis.set_xticks([])
     axis.set_yticks([])

@@ -92,9 +92,17 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
 
 
 def add(
-    path: Path, run: Run, *, manifest: Path, data: Path, device: str = "auto", model: str | None = None,
-    on_error: Literal["stop", "skip"] = "stop", force: bool = False, progress: Progress | None = None,
-) -> IndexResult:  # fmt: skip
+    path: Path,
+    run: Run,
+    *,
+    manifest: Path,
+    data: Path,
+    device: str = "auto",
+    model: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> IndexResult:
     """Embed and encode new samples and add them with their tags; the next query finds them.
 
     Args:
@@ -126,9 +134,16 @@ def add(
         checksum = write_index(path, index)
     names = index.category_names[len(old.category_names) :]
     return _result(
-        path, "added to", index, checksum, changed=len(new), new_names=names, skipped=skipped, notes=encoder.notes,
+        path,
+        "added to",
+        index,
+        checksum,
+        changed=len(new),
+        new_names=names,
+        skipped=skipped,
+        notes=encoder.notes,
         run=run.folder,
-    )  # fmt: skip
+    )
 
 
 def remove(path: Path, image_ids: Sequence[int]) -> IndexResult:
@@ -153,9 +168,14 @@ def _refuse_known(old: TagIndex, listing: Manifest) -> None:
 
 def _result(path: Path, did: Any, index: TagIndex, checksum: str, **more: Any) -> IndexResult:  # noqa: ANN401
     return IndexResult(
-        path=path, did=did, n=len(index), n_classes=len(index.category_names), n_bytes=path.stat().st_size,
-        sha256=checksum, **more,
-    )  # fmt: skip
+        path=path,
+        did=did,
+        n=len(index),
+        n_classes=len(index.category_names),
+        n_bytes=path.stat().st_size,
+        sha256=checksum,
+        **more,
+    )
 
 
 SHOWN_CLASSES = 10
@@ -171,15 +191,29 @@ def describe(path: Path) -> dict[str, Any]:
     counts = index.labels.sum(0, dtype=np.int64)
     soft, packed = index.soft.nbytes, 0 if index.packed is None else index.packed.nbytes
     return {
-        "path": str(path), "format_version": about["version"], "mmcli": about["mmcli"], "created": about["created"],
-        "n": len(index), "bits": index.bits, "width": index.soft.shape[1], "n_classes": len(index.category_names),
-        "n_unlabelled": int((index.labels.sum(1) == 0).sum()), "n_bytes": path.stat().st_size,
-        "binary_code_bytes": packed, "float_code_bytes": soft, "n_captions": _known(index.captions),
-        "n_paths": _known(index.paths), "model": index.origin.model, "patches": index.origin.patches,
-        "head": index.origin.head, "encoder": index.origin.encoder or None, "store": index.origin.store,
-        "sha256": about["sha256"], "checksum": "fits",
+        "path": str(path),
+        "format_version": about["version"],
+        "mmcli": about["mmcli"],
+        "created": about["created"],
+        "n": len(index),
+        "bits": index.bits,
+        "width": index.soft.shape[1],
+        "n_classes": len(index.category_names),
+        "n_unlabelled": int((index.labels.sum(1) == 0).sum()),
+        "n_bytes": path.stat().st_size,
+        "binary_code_bytes": packed,
+        "float_code_bytes": soft,
+        "n_captions": _known(index.captions),
+        "n_paths": _known(index.paths),
+        "model": index.origin.model,
+        "patches": index.origin.patches,
+        "head": index.origin.head,
+        "encoder": index.origin.encoder or None,
+        "store": index.origin.store,
+        "sha256": about["sha256"],
+        "checksum": "fits",
         "classes": dict(zip(index.category_names, counts.tolist(), strict=True)),
-    }  # fmt: skip
+    }
 
 
 def info_summary(facts: dict[str, Any]) -> list[RenderableType]:

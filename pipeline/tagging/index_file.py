@@ -84,16 +84,26 @@ class TagIndex:
 
     @classmethod
     def from_codes(
-        cls, codes: Codes, names: Sequence[str], origin: Origin, *,
-        paths: pa.StringArray | None = None, captions: pa.StringArray | None = None,
-    ) -> "TagIndex":  # fmt: skip
+        cls,
+        codes: Codes,
+        names: Sequence[str],
+        origin: Origin,
+        *,
+        paths: pa.StringArray | None = None,
+        captions: pa.StringArray | None = None,
+    ) -> "TagIndex":
         """The codes of a split as an index; texts that are not given are not known."""
         nothing = pa.array([""] * len(codes), pa.string())
         return cls(
-            image_id=codes.image_id, soft=codes.soft, packed=codes.packed, labels=codes.labels,
-            category_names=tuple(names), paths=nothing if paths is None else paths,
-            captions=nothing if captions is None else captions, origin=origin,
-        )  # fmt: skip
+            image_id=codes.image_id,
+            soft=codes.soft,
+            packed=codes.packed,
+            labels=codes.labels,
+            category_names=tuple(names),
+            paths=nothing if paths is None else paths,
+            captions=nothing if captions is None else captions,
+            origin=origin,
+        )
 
     def rows_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row of each of ``(n,)`` image ids, -1 where it is not here."""
@@ -136,10 +146,12 @@ class TagIndex:
         if mine.packed is not None and other.packed is not None:
             both["packed"] = np.concatenate([mine.packed, other.packed])
         return replace(
-            mine, **both, labels=np.concatenate([mine.labels, labels]),
+            mine,
+            **both,
+            labels=np.concatenate([mine.labels, labels]),
             paths=pa.concat_arrays([mine.paths, other.paths]),
             captions=pa.concat_arrays([mine.captions, other.captions]),
-        )  # fmt: skip
+        )
 
     def without(self, image_ids: npt.NDArray[np.int64]) -> "TagIndex":
         """The samples but for some; categories that nobody has any more keep their place.
@@ -150,24 +162,32 @@ class TagIndex:
         absent = image_ids[self.rows_of(image_ids) < 0]
         if len(absent):
             raise InputError(
-                "not in the index", got=_some_ids(absent), wanted="image ids that are there",
+                "not in the index",
+                got=_some_ids(absent),
+                wanted="image ids that are there",
                 do="leave them out of --ids",
-            )  # fmt: skip
+            )
         kept = np.flatnonzero(~np.isin(self.image_id, image_ids))
         if not len(kept):
             raise InputError(
-                "an index needs a sample", got=f"all {len(self):,} to be removed", wanted="at least one that stays",
+                "an index needs a sample",
+                got=f"all {len(self):,} to be removed",
+                wanted="at least one that stays",
                 do="delete the file instead",
-            )  # fmt: skip
+            )
         return self._rows(kept)
 
     def _rows(self, rows: npt.NDArray[np.int64]) -> "TagIndex":
         at = pa.array(rows)
         return replace(
-            self, image_id=self.image_id[rows], soft=self.soft[rows], labels=self.labels[rows],
+            self,
+            image_id=self.image_id[rows],
+            soft=self.soft[rows],
+            labels=self.labels[rows],
             packed=None if self.packed is None else self.packed[rows],
-            paths=self.paths.take(at), captions=self.captions.take(at),
-        )  # fmt: skip
+            paths=self.paths.take(at),
+            captions=self.captions.take(at),
+        )
 
 
 def check_origin(index: Origin, query: Origin, *, where: object) -> None:
@@ -178,23 +198,30 @@ def check_origin(index: Origin, query: Origin, *, where: object) -> None:
     """
     if index.head != query.head:
         raise InputError(
-            "codes of another head", where=where, got=f"head {query.head[:12]}",
+            "codes of another head",
+            where=where,
+            got=f"head {query.head[:12]}",
             wanted=f"head {index.head[:12]}, which made the index",
             do="name the --run that the index was built from, or build it again with `mmcli index build`",
-        )  # fmt: skip
+        )
     if index.encoder and query.encoder and index.encoder != query.encoder:
         raise InputError(
-            "embeddings of another encoder", where=where, got=f"{query.model}, encoder {query.encoder[:12]}",
-            wanted=f"{index.model}, encoder {index.encoder[:12]}", do="name the --model that the index was built with",
-        )  # fmt: skip
+            "embeddings of another encoder",
+            where=where,
+            got=f"{query.model}, encoder {query.encoder[:12]}",
+            wanted=f"{index.model}, encoder {index.encoder[:12]}",
+            do="name the --model that the index was built with",
+        )
 
 
 def already_there(image_ids: npt.NDArray[np.int64]) -> InputError:
     """The error for samples ``(n,)`` that an index has already."""
     return InputError(
-        "already in the index", got=_some_ids(image_ids), wanted="image ids that are not there",
+        "already in the index",
+        got=_some_ids(image_ids),
+        wanted="image ids that are not there",
         do="give the samples other ids, or --force to replace the old ones",
-    )  # fmt: skip
+    )
 
 
 def _some_ids(ids: npt.NDArray[np.int64]) -> str:
@@ -217,9 +244,13 @@ def write_index(path: Path, index: TagIndex) -> str:
     """
     arrays = _arrays(index)
     about = {
-        "format": FORMAT, "version": FORMAT_VERSION, "mmcli": __version__, "created": now(),
-        "category_names": list(index.category_names), "origin": asdict(index.origin),
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "mmcli": __version__,
+        "created": now(),
+        "category_names": list(index.category_names),
+        "origin": asdict(index.origin),
+    }
     checksum = _checksum(about, arrays)
     data = save(arrays, metadata={"mmcli_index": canonical_json({**about, "sha256": checksum})})
 
@@ -302,14 +333,20 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         known = False
     if not known:
         raise InputError(
-            "not an index", where=path, got="a safetensors file of another kind",
-            wanted="a file of `mmcli index build`", do=REBUILD,
-        )  # fmt: skip
+            "not an index",
+            where=path,
+            got="a safetensors file of another kind",
+            wanted="a file of `mmcli index build`",
+            do=REBUILD,
+        )
     if version > FORMAT_VERSION:
         raise InputError(
-            "an index of a newer format", where=path, got=f"version {version}",
-            wanted=f"at most version {FORMAT_VERSION}", do="use the newer mmcli that wrote it",
-        )  # fmt: skip
+            "an index of a newer format",
+            where=path,
+            got=f"version {version}",
+            wanted=f"at most version {FORMAT_VERSION}",
+            do="use the newer mmcli that wrote it",
+        )
     return dict(about)
 
 
@@ -327,8 +364,11 @@ def _arrays(index: TagIndex) -> Arrays:
     rows, labels = np.nonzero(index.labels)
     ends = np.searchsorted(rows, np.arange(len(index) + 1)).astype(np.int64)
     arrays: Arrays = {
-        "image_id": index.image_id, "soft": index.soft, "label_ends": ends, "label": labels.astype(np.int32),
-    }  # fmt: skip
+        "image_id": index.image_id,
+        "soft": index.soft,
+        "label_ends": ends,
+        "label": labels.astype(np.int32),
+    }
     if index.packed is not None:
         arrays["packed"] = index.packed
     for name, texts in (("path", index.paths), ("caption", index.captions)):
@@ -361,9 +401,15 @@ def _index(arrays: Arrays, about: Mapping[str, Any]) -> TagIndex:
     labels[np.repeat(np.arange(n), np.diff(ends)), label] = 1
     paths, captions = (_texts(arrays[name], arrays[f"{name}_ends"], n) for name in ("path", "caption"))
     return TagIndex(
-        image_id=ids, soft=soft, packed=packed, labels=labels, category_names=names, paths=paths, captions=captions,
+        image_id=ids,
+        soft=soft,
+        packed=packed,
+        labels=labels,
+        category_names=names,
+        paths=paths,
+        captions=captions,
         origin=Origin(**about["origin"]),
-    )  # fmt: skip
+    )
 
 
 def _ends(ends: npt.NDArray[Any], n: int, total: int) -> npt.NDArray[np.int64]:

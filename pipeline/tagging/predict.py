@@ -24,8 +24,22 @@ from .voting import Tagging
 
 # Formats of pictures; Pillow also opens films, icons, documents and arrays.
 FORMATS = {
-    "AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP",
-}  # fmt: skip
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "HEIF",
+    "JPEG",
+    "JPEG2000",
+    "JXL",
+    "MPO",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+}
 FORMS = 'JSON lines {"path": ..., "caption": ...}, or CSV with columns path and caption'
 # What systems leave in folders of pictures, beside files whose names begin with a dot.
 LEFT_BY_SYSTEMS = {"__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN"}
@@ -79,17 +93,22 @@ def gather(
         raise InputError("two ways to give captions", got="--caption and --captions", wanted="one of them")
     if not images and captions is None:
         raise InputError(
-            "nothing to tag", got="no image", wanted="IMAGE, a folder, or --captions FILE",
+            "nothing to tag",
+            got="no image",
+            wanted="IMAGE, a folder, or --captions FILE",
             do='as in mmcli predict photo.jpg --caption "a dog on a sofa"',
-        )  # fmt: skip
+        )
     if caption is not None and not _is_unicode(caption):
         raise InputError("a caption that is not UTF-8", where="--caption", got=caption, wanted="text in UTF-8")
     files = [file for image in images for file in _files(image, captions, notes)]
     if caption is not None and len(files) != 1:
         raise InputError(
-            "one caption for several images", where="--caption", got=f"{len(files):,} images", wanted="one",
+            "one caption for several images",
+            where="--caption",
+            got=f"{len(files):,} images",
+            wanted="one",
             do="give --captions FILE",
-        )  # fmt: skip
+        )
     if captions is None:
         return [Request(file, caption) for file in files]
     lines = list(_lines(captions))
@@ -102,10 +121,12 @@ def gather(
     texts = [captions_by_file.get(_location(file), captions_by_file.get(file.resolve())) for file in files]
     if all(text is None for text in texts):
         raise InputError(
-            "captions of other images", where=captions,
+            "captions of other images",
+            where=captions,
             got=f"no line for {quoted(files[0], 90)}, but one for {quoted(lines[0].path, 60)}",
-            wanted="paths of the images that were named", do=f"write them as they are below {bases[0]}",
-        )  # fmt: skip
+            wanted="paths of the images that were named",
+            do=f"write them as they are below {bases[0]}",
+        )
     return [Request(file, text) for file, text in zip(files, texts, strict=True)]
 
 
@@ -120,9 +141,12 @@ def _files(image: Path, captions: Path | None, notes: list[str] | None) -> list[
     left = f"left out of {quoted(image)}: {_listed(contents.others)}" if contents.others else None
     if not contents.images:
         raise InputError(
-            "a folder without images", where=image, got=left or "none",
-            wanted=f"files {', '.join(sorted(_suffixes()))}", do="name the folder or the files that hold the images",
-        )  # fmt: skip
+            "a folder without images",
+            where=image,
+            got=left or "none",
+            wanted=f"files {', '.join(sorted(_suffixes()))}",
+            do="name the folder or the files that hold the images",
+        )
     if left is not None and notes is not None:
         notes.append(left)
     return contents.images
@@ -172,9 +196,11 @@ def _by_file(lines: Sequence[_Line], bases: Sequence[Path], captions: Path) -> M
     for line in lines:
         if not is_inside(line.path):
             raise InputError(
-                "an image path leaves the data folder", where=f"{captions}, line {line.number}", got=repr(line.path),
+                "an image path leaves the data folder",
+                where=f"{captions}, line {line.number}",
+                got=repr(line.path),
                 wanted=SAFE_PATH,
-            )  # fmt: skip
+            )
         places = [_spelled(base, line, captions, names) for base in bases]
         place = next((place for place in places if os.path.lexists(place)), places[0])
         if captions_by_file.setdefault(_location(place), line.caption) != line.caption:
@@ -212,9 +238,10 @@ def _spelled(base: Path, line: _Line, captions: Path, names: _Names) -> Path:
         if len(alike) > 1:
             raise InputError(
                 "several files whose names differ in their Unicode form alone",
-                where=f"{captions}, line {line.number}", got=", ".join(map(ascii, alike)),
+                where=f"{captions}, line {line.number}",
+                got=", ".join(map(ascii, alike)),
                 wanted="the name as one of them has it",
-            )  # fmt: skip
+            )
         place /= alike[0]
     return place
 
@@ -318,13 +345,21 @@ class PredictResult:
         """One JSON object; ``category_names`` is the order of every ``scores``."""
         voters = self.tagger.voters
         return {
-            "run": str(self.tagger.run.folder), "index": None if self.index is None else str(self.index),
-            "n_index": len(voters.index), "bits": voters.index.bits, "K": self.k,
-            "distance_metric": voters.knn.distance_metric, "voting_strategy": voters.knn.voting_strategy,
-            "tau": voters.knn.tau, "theta": voters.knn.theta, "panel": None if self.panel is None else str(self.panel),
-            "notes": list(self.notes), "skipped": list(self.skipped),
-            "category_names": list(self.tagger.category_names), "images": [one.to_json() for one in self.images],
-        }  # fmt: skip
+            "run": str(self.tagger.run.folder),
+            "index": None if self.index is None else str(self.index),
+            "n_index": len(voters.index),
+            "bits": voters.index.bits,
+            "K": self.k,
+            "distance_metric": voters.knn.distance_metric,
+            "voting_strategy": voters.knn.voting_strategy,
+            "tau": voters.knn.tau,
+            "theta": voters.knn.theta,
+            "panel": None if self.panel is None else str(self.panel),
+            "notes": list(self.notes),
+            "skipped": list(self.skipped),
+            "category_names": list(self.tagger.category_names),
+            "images": [one.to_json() for one in self.images],
+        }
 
     def summary(self) -> list[RenderableType]:
         """What a person reads."""
@@ -343,10 +378,20 @@ class PredictResult:
 
 
 def predict(
-    tagger: Tagger, requests: Sequence[Request], *, k: int | None = None, top: int = 5, data: Path,
-    on_error: Literal["stop", "skip"] = "stop", voters: int = SHOWN_VOTERS, panel: Path | None = None,
-    force: bool = False, index: Path | None = None, notes: Sequence[str] = (), progress: Progress | None = None,
-) -> PredictResult:  # fmt: skip
+    tagger: Tagger,
+    requests: Sequence[Request],
+    *,
+    k: int | None = None,
+    top: int = 5,
+    data: Path,
+    on_error: Literal["stop", "skip"] = "stop",
+    voters: int = SHOWN_VOTERS,
+    panel: Path | None = None,
+    force: bool = False,
+    index: Path | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> PredictResult:
     """Tag images.
 
     Args:
@@ -380,15 +425,26 @@ def predict(
     if own:
         notes += (f"{own:,} of the images are in the index themselves, and did not vote for themselves",)
     return PredictResult(
-        tagger=tagger, index=index, k=tagger.voters.knn.K if k is None else k, images=tuple(found),
-        skipped=tuple(bad[row] for row in sorted(bad)), voters=voters, panel=panel, notes=notes,
-    )  # fmt: skip
+        tagger=tagger,
+        index=index,
+        k=tagger.voters.knn.K if k is None else k,
+        images=tuple(found),
+        skipped=tuple(bad[row] for row in sorted(bad)),
+        voters=voters,
+        panel=panel,
+        notes=notes,
+    )
 
 
 def _tag(
-    tagger: Tagger, requests: Sequence[Request], ids: Sequence[int | None], k: int | None, top: int,
-    on_error: Literal["stop", "skip"], progress: Progress,
-) -> tuple[list[Tagging], dict[int, str]]:  # fmt: skip
+    tagger: Tagger,
+    requests: Sequence[Request],
+    ids: Sequence[int | None],
+    k: int | None,
+    top: int,
+    on_error: Literal["stop", "skip"],
+    progress: Progress,
+) -> tuple[list[Tagging], dict[int, str]]:
     """Taggings of the images that can be read, and why the others cannot; at least one can."""
     found: list[Tagging] = []
     bad: dict[int, str] = {}
@@ -397,9 +453,13 @@ def _tag(
             part = requests[start : start + BATCH]
             unreadable: dict[int, str] | None = None if on_error == "stop" else {}
             found += tagger.predict(
-                [one.path for one in part], [one.caption for one in part], k, top,
-                image_ids=ids[start : start + BATCH], unreadable=unreadable,
-            )  # fmt: skip
+                [one.path for one in part],
+                [one.caption for one in part],
+                k,
+                top,
+                image_ids=ids[start : start + BATCH],
+                unreadable=unreadable,
+            )
             bad |= {start + at: why for at, why in (unreadable or {}).items()}
             task.advance(len(part))
     if not found:

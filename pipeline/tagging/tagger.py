@@ -42,9 +42,14 @@ class Tagger:
 
     @classmethod
     def load(
-        cls, run: str | PathLike[str], *, index: str | PathLike[str] | None = None, device: str = "auto",
-        model: str | None = None, knn: KnnConfig | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        run: str | PathLike[str],
+        *,
+        index: str | PathLike[str] | None = None,
+        device: str = "auto",
+        model: str | None = None,
+        knn: KnnConfig | None = None,
+    ) -> Self:
         """Load a run's checkpoint, head and train codes, or the samples of an index file.
 
         Args:
@@ -72,9 +77,15 @@ class Tagger:
         return self.voters.index.category_names
 
     def predict(
-        self, images: Sequence[Picture], captions: Sequence[str | None] | None = None, k: int | None = None,
-        top: int = 5, *, image_ids: Sequence[int | None] | None = None, unreadable: dict[int, str] | None = None,
-    ) -> list[Tagging]:  # fmt: skip
+        self,
+        images: Sequence[Picture],
+        captions: Sequence[str | None] | None = None,
+        k: int | None = None,
+        top: int = 5,
+        *,
+        image_ids: Sequence[int | None] | None = None,
+        unreadable: dict[int, str] | None = None,
+    ) -> list[Tagging]:
         """Tag images.
 
         Args:
@@ -136,9 +147,12 @@ def run_index(run: Run) -> TagIndex:
     head = head_digest(load_head(run.folder))
     store = None if run.info.kind == "finetune" else run_store(run)
     origin = Origin(
-        head=head, store=run.info.store_digest, model=run.info.model, patches=run.info.patches,
+        head=head,
+        store=run.info.store_digest,
+        model=run.info.model,
+        patches=run.info.patches,
         encoder="" if store is None else encoder_digest(store.key),
-    )  # fmt: skip
+    )
     paths, captions = (None, None) if store is None else _texts(store, codes.image_id)
     if run.info.kind == "finetune":
         paths, captions = _texts_of_manifest(run, codes.image_id)

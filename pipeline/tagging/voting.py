@@ -95,9 +95,12 @@ class Tagging:
     def to_json(self) -> dict[str, Any]:
         """A JSON object; scores in class order."""
         return {
-            "image": self.image, "caption": self.caption, "tags": [tag.to_json() for tag in self.tags],
-            "neighbours": [one.to_json() for one in self.neighbours], "scores": self.scores.tolist(),
-        }  # fmt: skip
+            "image": self.image,
+            "caption": self.caption,
+            "tags": [tag.to_json() for tag in self.tags],
+            "neighbours": [one.to_json() for one in self.neighbours],
+            "scores": self.scores.tolist(),
+        }
 
 
 class Query(NamedTuple):
@@ -164,14 +167,19 @@ class Voters:
         found = self._search.search(K=K, packed=coded.packed, soft=coded.soft, exclude=exclude)
         scores, shares = self._vote(found, coded, exclude)
         return [
-            self._tagging(query, scores[at], [
-                self._neighbour(int(row), float(distance), float(similarity), float(share))
-                for row, distance, similarity, share in zip(
-                    found.index[at], found.distance[at], found.similarity[at], shares[at], strict=True
-                )
-            ], top)
+            self._tagging(
+                query,
+                scores[at],
+                [
+                    self._neighbour(int(row), float(distance), float(similarity), float(share))
+                    for row, distance, similarity, share in zip(
+                        found.index[at], found.distance[at], found.similarity[at], shares[at], strict=True
+                    )
+                ],
+                top,
+            )
             for at, query in enumerate(queries)
-        ]  # fmt: skip
+        ]
 
     def _vote(
         self, found: Neighbours, coded: Coded, exclude: npt.NDArray[np.int64]
@@ -188,27 +196,35 @@ class Voters:
     def _neighbour(self, row: int, distance: float, similarity: float, weight: float) -> Neighbour:
         index = self.index
         return Neighbour(
-            image_id=int(index.image_id[row]), path=index.paths[row].as_py() or None,
-            caption=index.captions[row].as_py() or None, distance=distance, similarity=similarity, weight=weight,
+            image_id=int(index.image_id[row]),
+            path=index.paths[row].as_py() or None,
+            caption=index.captions[row].as_py() or None,
+            distance=distance,
+            similarity=similarity,
+            weight=weight,
             labels=tuple(index.category_names[c] for c in np.flatnonzero(index.labels[row])),
-        )  # fmt: skip
+        )
 
-    def _tagging(
-        self, query: Query, scores: npt.NDArray[np.float32], near: Sequence[Neighbour], top: int
-    ) -> Tagging:  # fmt: skip
+    def _tagging(self, query: Query, scores: npt.NDArray[np.float32], near: Sequence[Neighbour], top: int) -> Tagging:
         names = self.index.category_names
         best = [c for c in np.argsort(-scores, kind="stable")[:top] if scores[c] > 0]
         tags = tuple(
             Tag(
-                name=names[c], score=float(scores[c]),
+                name=names[c],
+                score=float(scores[c]),
                 voters=tuple(one for one in near if names[c] in one.labels and one.weight > 0),
             )
             for c in best
-        )  # fmt: skip
+        )
         return Tagging(
-            image=query.image, caption=query.caption, tags=tags, neighbours=tuple(near), scores=scores,
-            category_names=names, metric=self.knn.distance_metric,
-        )  # fmt: skip
+            image=query.image,
+            caption=query.caption,
+            tags=tags,
+            neighbours=tuple(near),
+            scores=scores,
+            category_names=names,
+            metric=self.knn.distance_metric,
+        )
 
 
 def _metric(index: TagIndex, knn: KnnConfig) -> Metric:
@@ -216,7 +232,10 @@ def _metric(index: TagIndex, knn: KnnConfig) -> Metric:
         return knn.distance_metric
     if "distance_metric" in knn.model_fields_set:
         raise InputError(
-            "no hash layer", where="the run", got=f"--metric {knn.distance_metric}", wanted="--metric cosine",
+            "no hash layer",
+            where="the run",
+            got=f"--metric {knn.distance_metric}",
+            wanted="--metric cosine",
             do="train with `mmcli train-head --bits 64`, or use --metric cosine",
-        )  # fmt: skip
+        )
     return "cosine"

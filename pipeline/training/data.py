@@ -55,10 +55,15 @@ class Split:
 
     @classmethod
     def place(
-        cls, v_img: npt.NDArray[Any], v_txt: npt.NDArray[Any], n_captions: npt.NDArray[Any],
-        labels: npt.NDArray[np.uint8], device: torch.device, rows: npt.NDArray[np.int64] | None = None,
+        cls,
+        v_img: npt.NDArray[Any],
+        v_txt: npt.NDArray[Any],
+        n_captions: npt.NDArray[Any],
+        labels: npt.NDArray[np.uint8],
+        device: torch.device,
+        rows: npt.NDArray[np.int64] | None = None,
         norms: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
-    ) -> "Split":  # fmt: skip
+    ) -> "Split":
         """Put arrays onto a device once; a CPU reads them where they are.
 
         Args:
@@ -73,11 +78,14 @@ class Split:
         norms = (_norms(v_img), _norms(v_txt)) if norms is None else norms
         norm_img, norm_txt = (torch.from_numpy(one.astype(np.float32)).to(device) for one in norms)
         return cls(
-            v_img=torch.from_numpy(v_img).to(device), v_txt=torch.from_numpy(v_txt).to(device),
+            v_img=torch.from_numpy(v_img).to(device),
+            v_txt=torch.from_numpy(v_txt).to(device),
             n_captions=torch.from_numpy(n_captions.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels).to(device), norm_img=norm_img, norm_txt=norm_txt,
+            labels=torch.from_numpy(labels).to(device),
+            norm_img=norm_img,
+            norm_txt=norm_txt,
             rows=torch.arange(len(v_img), device=device) if rows is None else torch.from_numpy(rows).to(device),
-        )  # fmt: skip
+        )
 
     def part(self, rows: npt.NDArray[np.int64]) -> "Split":
         """Another split of the same store: rows ``(n,)`` of the store."""
@@ -199,6 +207,9 @@ class Diverged(InputError):  # noqa: N818 - what a training did, as its statuses
 def diverged(what: str, *, got: object, where: str | None = None) -> Diverged:
     """The error for it."""
     return Diverged(
-        what, where=where, got=got, wanted="numbers",
+        what,
+        where=where,
+        got=got,
+        wanted="numbers",
         do="lower the learning rates, or check the store with `mmcli cache verify`",
-    )  # fmt: skip
+    )

@@ -99,9 +99,16 @@ class FitResult:
 
 
 def fit(
-    members: Sequence[Member], train: Split, config: Config, *, task: Task, stacked: bool | None = None,
-    make_step: MakeStep = Step, keep_within_s: float = math.inf, keep_every_s: float | None = None,
-) -> list[FitResult]:  # fmt: skip
+    members: Sequence[Member],
+    train: Split,
+    config: Config,
+    *,
+    task: Task,
+    stacked: bool | None = None,
+    make_step: MakeStep = Step,
+    keep_within_s: float = math.inf,
+    keep_every_s: float | None = None,
+) -> list[FitResult]:
     """Train heads in place, several of one shape in one pass.
 
     Args:
@@ -157,9 +164,15 @@ class _Loop:
     """One epoch at a time; the random draws of an epoch depend on the seed and the epoch alone."""
 
     def __init__(
-        self, replicas: Replicas, members: Sequence[Member], train: Split, config: Config, *, make_step: MakeStep,
+        self,
+        replicas: Replicas,
+        members: Sequence[Member],
+        train: Split,
+        config: Config,
+        *,
+        make_step: MakeStep,
         keep_within_s: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._replicas, self._members, self._train = replicas, members, train
         self._batches = count_batches(members[0].head, len(train), config.training.batch_size)
         self._every = config.training.accumulation_steps
@@ -284,7 +297,9 @@ def summarise(history: Sequence[Record], n_epochs: int, error: Diverged | None =
     """
     best = max(history, key=lambda record: record["val_mAP"], default=None)
     return FitResult(
-        history=tuple(history), best_epoch=0 if best is None else int(best["epoch"]),
-        best_value=math.nan if best is None else best["val_mAP"], error=error,
+        history=tuple(history),
+        best_epoch=0 if best is None else int(best["epoch"]),
+        best_value=math.nan if best is None else best["val_mAP"],
+        error=error,
         stopped_early=error is None and len(history) < n_epochs,
-    )  # fmt: skip
+    )

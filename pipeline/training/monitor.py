@@ -83,9 +83,10 @@ class Monitor:
             return {}
         lean = np.abs(np.where(soft >= 0, 1.0, -1.0).mean(axis=0))
         return {
-            "bit_balance": float(lean.mean()), "dead_bits": float((lean > DEAD).sum()),
+            "bit_balance": float(lean.mean()),
+            "dead_bits": float((lean > DEAD).sum()),
             "mean_abs_h": float(np.abs(soft).mean()),
-        }  # fmt: skip
+        }
 
 
 @dataclass(kw_only=True)
@@ -114,9 +115,7 @@ class Alarm:
         enough = self.n_val >= ENOUGH
         signs = {
             "dead": (enough and dead > self.bits / 4, f"{dead:.0f} of {self.bits} bits are the same for 98 % of val"),
-            "saturated": (
-                self.saturates and hard > SATURATED, f"the soft codes are saturated (mean |h| {hard:.3f})"
-            ),
+            "saturated": (self.saturates and hard > SATURATED, f"the soft codes are saturated (mean |h| {hard:.3f})"),
             "gone": (
                 self.bits and math.isfinite(norm) and fusion < GONE * norm,
                 f"no gradient reaches the fusion ({fusion:.2g} of {norm:.2g})",
@@ -125,7 +124,7 @@ class Alarm:
                 enough and epoch >= 3 and record["val_mAP"] - self.prior < NEAR * (1 - self.prior),
                 f"val mAP {record['val_mAP']:.3f} is that of the class frequencies ({self.prior:.3f})",
             ),
-        }  # fmt: skip
+        }
         new = [name for name, (shows, _) in signs.items() if shows and name not in self.told]
         self.told.update(new)
         do = "try --preset recommended, --gamma 0 or another learning rate"

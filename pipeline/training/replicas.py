@@ -31,9 +31,7 @@ class Replicas:
         names: Names of the parameters.
     """
 
-    def __init__(
-        self, heads: Sequence[BaseHead], *, stacked: bool, losses: Sequence[LossConfig] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, heads: Sequence[BaseHead], *, stacked: bool, losses: Sequence[LossConfig] | None = None) -> None:
         assert stacked or len(heads) == 1
         self.heads, self.stacked = list(heads), stacked
         self._weights = None if losses is None else _weights(losses, next(heads[0].parameters()).device)
@@ -68,8 +66,12 @@ class Replicas:
             head.train()
 
     def losses(
-        self, config: LossConfig, batch: tuple[Tensor, Tensor, Tensor], pos_weight: Tensor | None, precision: Any  # noqa: ANN401
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        config: LossConfig,
+        batch: tuple[Tensor, Tensor, Tensor],
+        pos_weight: Tensor | None,
+        precision: Any,  # noqa: ANN401
+    ) -> dict[str, Tensor]:
         """Every loss term of a batch.
 
         Args:
@@ -87,9 +89,13 @@ class Replicas:
             return _terms(total_loss(config, output, batch[2], pos_weight))
 
         def one(
-            parameters: dict[str, Tensor], buffers: dict[str, Tensor], v_img: Tensor, v_txt: Tensor, y: Tensor,
+            parameters: dict[str, Tensor],
+            buffers: dict[str, Tensor],
+            v_img: Tensor,
+            v_txt: Tensor,
+            y: Tensor,
             weights: LossWeights | None,
-        ) -> dict[str, Tensor]:  # fmt: skip
+        ) -> dict[str, Tensor]:
             with precision:
                 output = functional_call(self._template, (parameters, buffers), (v_img, v_txt))
             return _terms(total_loss(config, output, y, pos_weight, weights))

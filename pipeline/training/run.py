@@ -45,11 +45,18 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """One flat JSON object."""
         return {
-            "run": str(self.run.folder), "store": self.run.info.store, "preset": self.run.info.preset,
-            "seed": self.run.info.seed, "epochs": len(self.fit.history), "best_epoch": self.fit.best_epoch,
-            "best_val_mAP": self.fit.best_value, "monitor": self.monitor, "stopped_early": self.fit.stopped_early,
-            "seconds": self.fit.seconds, **self.metrics,
-        }  # fmt: skip
+            "run": str(self.run.folder),
+            "store": self.run.info.store,
+            "preset": self.run.info.preset,
+            "seed": self.run.info.seed,
+            "epochs": len(self.fit.history),
+            "best_epoch": self.fit.best_epoch,
+            "best_val_mAP": self.fit.best_value,
+            "monitor": self.monitor,
+            "stopped_early": self.fit.stopped_early,
+            "seconds": self.fit.seconds,
+            **self.metrics,
+        }
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
@@ -89,10 +96,19 @@ class TrainingRun:
     """
 
     def __init__(
-        self, run: Run, config: Config, head: BaseHead, splits: Mapping[str, Split], *, width: int,
-        trackers: Sequence[Tracker], progress: Progress, resume: bool = False, state: TrainingState | None = None,
+        self,
+        run: Run,
+        config: Config,
+        head: BaseHead,
+        splits: Mapping[str, Split],
+        *,
+        width: int,
+        trackers: Sequence[Tracker],
+        progress: Progress,
+        resume: bool = False,
+        state: TrainingState | None = None,
         monitor: Looker | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run, self.splits, self._config = run, splits, config
         self._trackers, self._progress = trackers, progress
         self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
@@ -103,9 +119,14 @@ class TrainingRun:
             self._keeper.take_up(0 if state is None else state.epoch)
             write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
         self.member = Member(
-            head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=self._record, resumed=state,
-            keep=self._keep, loss=config.loss,
-        )  # fmt: skip
+            head=head,
+            seed=config.hardware.seed,
+            monitor=monitor,
+            on_epoch=self._record,
+            resumed=state,
+            keep=self._keep,
+            loss=config.loss,
+        )
 
     def _keep(self, state: TrainingState) -> None:
         write_state(self.run.folder / STATE, state)
@@ -147,10 +168,14 @@ class TrainingRun:
         soft, logits = (tensor.cpu().numpy() for tensor in encode_split(head, self.splits[split]))
         norm_img, norm_txt = (norm.cpu().numpy() for norm in self.splits[split].norms())
         codes = Codes(
-            image_id=image_id, soft=soft, packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
-            labels=self.splits[split].own_labels.cpu().numpy(), logits=logits if split in {"val", "test"} else None,
-            norm_img=norm_img, norm_txt=norm_txt,
-        )  # fmt: skip
+            image_id=image_id,
+            soft=soft,
+            packed=pack_codes(binarise(soft)) if self._config.hash.bits else None,
+            labels=self.splits[split].own_labels.cpu().numpy(),
+            logits=logits if split in {"val", "test"} else None,
+            norm_img=norm_img,
+            norm_txt=norm_txt,
+        )
         write_codes(self.run.folder, split, codes)
         return codes
 

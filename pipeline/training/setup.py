@@ -67,7 +67,7 @@ class Prepared:
 
 def prepare_training(
     config: Config, store: Path | None, progress: Progress, reading: Reading | None = None
-) -> Prepared:  # fmt: skip
+) -> Prepared:
     """Read a store and put its splits where the training will be.
 
     Args:
@@ -99,9 +99,13 @@ def place_splits(labelled: LabelledStore, config: Config, device: torch.device) 
     """
     arrays, listing = labelled.embeddings, labelled.listing
     whole = Split.place(
-        arrays.v_img, arrays.v_txt, arrays.n_captions, listing.labels_matrix(), device,
+        arrays.v_img,
+        arrays.v_txt,
+        arrays.n_captions,
+        listing.labels_matrix(),
+        device,
         norms=(arrays.norm_img, arrays.norm_txt),
-    )  # fmt: skip
+    )
     return {split: whole.part(rows) for split, rows in chosen(config.data, listing).items()}
 
 
@@ -126,12 +130,18 @@ def check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None
     for name in ("train", "val"):
         if not splits[name].own_labels.any():
             raise InputError(
-                f"no {name} image has a label", where=folder, got="all-zero labels", wanted="at least one",
+                f"no {name} image has a label",
+                where=folder,
+                got="all-zero labels",
+                wanted="at least one",
                 do="give the manifest labels, or another split",
-            )  # fmt: skip
+            )
     least = max(2, config.knn.K if config.training.monitor == "knn" else 0)
     if len(splits["train"]) < least:
         raise InputError(
-            "too few train images", where=folder, got=len(splits["train"]), wanted=f"at least {least}",
+            "too few train images",
+            where=folder,
+            got=len(splits["train"]),
+            wanted=f"at least {least}",
             do="lower it (--set knn.K=N) or give --monitor classifier" if least > 2 else "add images to the manifest",
-        )  # fmt: skip
+        )

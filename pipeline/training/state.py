@@ -58,9 +58,13 @@ def gather_state(
         whole = step.whole(_other(name), value.detach()) if _other(name) else value
         tensors[name] = whole.detach().cpu().clone()
     return TrainingState(
-        epoch=epoch, history=tuple(dict(record) for record in history), tensors=tensors, precision=step.precision,
-        scaler=step.scaler.state_dict(), batches=batches,
-    )  # fmt: skip
+        epoch=epoch,
+        history=tuple(dict(record) for record in history),
+        tensors=tensors,
+        precision=step.precision,
+        scaler=step.scaler.state_dict(),
+        batches=batches,
+    )
 
 
 @torch.no_grad()
@@ -100,9 +104,11 @@ def check_precision(begun: str, now: str) -> None:
     """
     if begun and begun != now:
         raise InputError(
-            "cannot resume", got=f"a training in {begun}", wanted=f"one in {now}, as this machine computes",
+            "cannot resume",
+            got=f"a training in {begun}",
+            wanted=f"one in {now}, as this machine computes",
             do="resume it where it was begun, or train again",
-        )  # fmt: skip
+        )
 
 
 def _other(name: str) -> str:
@@ -113,9 +119,12 @@ def _other(name: str) -> str:
 def write_state(path: Path, state: TrainingState) -> None:
     """Write a state, whole or not at all."""
     note = {
-        "epoch": str(state.epoch), "history": json.dumps(state.history), "precision": state.precision,
-        "scaler": json.dumps(state.scaler), "batches": str(state.batches),
-    }  # fmt: skip
+        "epoch": str(state.epoch),
+        "history": json.dumps(state.history),
+        "precision": state.precision,
+        "scaler": json.dumps(state.scaler),
+        "batches": str(state.batches),
+    }
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, state.tensors, note))
 
 
@@ -130,14 +139,21 @@ def read_state(path: Path) -> TrainingState | None:
     try:
         tensors, note = load_tensors(path, "cpu")
         return TrainingState(
-            epoch=int(note["epoch"]), history=tuple(json.loads(note["history"])), precision=note["precision"],
-            scaler=json.loads(note["scaler"]), batches=int(note.get("batches", 0)), tensors=tensors,
-        )  # fmt: skip
+            epoch=int(note["epoch"]),
+            history=tuple(json.loads(note["history"])),
+            precision=note["precision"],
+            scaler=json.loads(note["scaler"]),
+            batches=int(note.get("batches", 0)),
+            tensors=tensors,
+        )
     except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            "damaged training state", where=path, got=reason(error), wanted="what mmcli wrote",
+            "damaged training state",
+            where=path,
+            got=reason(error),
+            wanted="what mmcli wrote",
             do="remove it to train from the start, with `mmcli train-head --resume`",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def kept_epoch(path: Path) -> int:

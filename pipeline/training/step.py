@@ -123,9 +123,7 @@ class AdamW:
         state: ``step``, ``exp_avg`` and ``exp_avg_sq`` of each parameter.
     """
 
-    def __init__(
-        self, parts: Mapping[str, list[Tensor]], config: OptimizerConfig, more: Sequence[Group] = ()
-    ) -> None:  # fmt: skip
+    def __init__(self, parts: Mapping[str, list[Tensor]], config: OptimizerConfig, more: Sequence[Group] = ()) -> None:
         rates = {"fusion": config.lr_fusion, "hash": config.lr_hash, "classifier": config.lr_classifier}
         self._betas = config.betas
         own = [
@@ -135,20 +133,23 @@ class AdamW:
         groups = [group for group in (*own, *more) if group.parameters]
         self.param_groups: list[dict[str, Any]] = [
             {
-                "name": group.name, "params": group.parameters, "decay": group.decay,
+                "name": group.name,
+                "params": group.parameters,
+                "decay": group.decay,
                 "lr": torch.tensor(group.rate, device=group.parameters[0].device),
             }
             for group in groups
-        ]  # fmt: skip
+        ]
         self.peaks = [group.rate for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {
             parameter: {
-                "step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter),
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
             for group in groups
             for parameter in group.parameters
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -157,11 +158,21 @@ class AdamW:
             parameters = [one for one in group["params"] if one.grad is not None]
             states = [self.state[one] for one in parameters]
             adamw(
-                parameters, [one.grad for one in parameters], [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=True,
-                lr=group["lr"], beta1=self._betas[0], beta2=self._betas[1], weight_decay=group["decay"], eps=EPS,
-                amsgrad=False, maximize=False,
-            )  # fmt: skip
+                parameters,
+                [one.grad for one in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                lr=group["lr"],
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                weight_decay=group["decay"],
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -260,13 +271,16 @@ class Step:
         rates = [
             [
                 learning_rate(
-                    first + step, steps_per_epoch=self._steps, epochs=self._epochs, peak=peak,
+                    first + step,
+                    steps_per_epoch=self._steps,
+                    epochs=self._epochs,
+                    peak=peak,
                     schedule=self._config.scheduler,
                 )
                 for peak in self.optimizer.peaks
             ]
             for step in range(self._steps)
-        ]  # fmt: skip
+        ]
         self._rates.copy_(torch.tensor(rates))
         self.last_rates = rates[-1]
         self._order.copy_(order)

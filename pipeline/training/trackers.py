@@ -128,10 +128,16 @@ class _WeightsAndBiases:
             silent=True, console="off", disable_git=True, save_code=False, init_timeout=INIT_TIMEOUT_S
         )
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mmcli"), dir=str(folder), name=folder.name,
-            id=_run_id(folder, config), resume="allow", reinit="create_new", mode=_wandb_mode(wandb, folder, say),
-            config=config.model_dump(mode="json"), settings=settings,
-        )  # fmt: skip
+            project=os.environ.get("WANDB_PROJECT", "mmcli"),
+            dir=str(folder),
+            name=folder.name,
+            id=_run_id(folder, config),
+            resume="allow",
+            reinit="create_new",
+            mode=_wandb_mode(wandb, folder, say),
+            config=config.model_dump(mode="json"),
+            settings=settings,
+        )
 
     def epoch(self, record: Mapping[str, float]) -> None:
         self._run.log(_tagged(record), step=int(record["epoch"]))

@@ -150,10 +150,11 @@ class Replicas:
         columns = {key: [row[key] for row in rows] for key in numbers}
         full = {key: values for key, values in columns.items() if None not in values}
         return {
-            "runs": rows, "seeds": [row["seed"] for row in rows],
+            "runs": rows,
+            "seeds": [row["seed"] for row in rows],
             "mean": {key: mean(values) for key, values in full.items()},
             "std": {key: stdev(values) for key, values in full.items()},
-        }  # fmt: skip
+        }
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
@@ -163,10 +164,18 @@ class Replicas:
 
 
 def train_head(
-    config: Config, *, store: Path | None = None, out: Path | None = None, runs: Path = RUNS, force: bool = False,
-    tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None, reading: Reading | None = None,
+    config: Config,
+    *,
+    store: Path | None = None,
+    out: Path | None = None,
+    runs: Path = RUNS,
+    force: bool = False,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    progress: Progress | None = None,
+    reading: Reading | None = None,
     prepared: Prepared | None = None,
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train a head on the train split of a store.
 
     Args:
@@ -193,10 +202,18 @@ def train_head(
 
 
 def train_replicas(
-    config: Config, *, seeds: int, store: Path | None = None, out: Path | None = None, runs: Path = RUNS,
-    force: bool = False, tensorboard: bool = False, wandb: bool = False, progress: Progress | None = None,
+    config: Config,
+    *,
+    seeds: int,
+    store: Path | None = None,
+    out: Path | None = None,
+    runs: Path = RUNS,
+    force: bool = False,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    progress: Progress | None = None,
     prepared: Prepared | None = None,
-) -> Replicas:  # fmt: skip
+) -> Replicas:
     """Train heads that differ in the seed alone, each a run of its own: on a GPU in one pass.
 
     Args:
@@ -224,19 +241,25 @@ def train_replicas(
         _note(prepared.config, work.progress)
         places = [
             Place(
-                out=None if out is None else out.with_name(f"{out.name}-seed{seed}"), runs=runs, force=force,
+                out=None if out is None else out.with_name(f"{out.name}-seed{seed}"),
+                runs=runs,
+                force=force,
                 suffix=f"-seed{seed}",
             )
             for seed in wanted
-        ]  # fmt: skip
+        ]
         configs = [with_seed(prepared.config, seed) for seed in wanted]
         return Replicas(results=tuple(work.train_all(prepared, configs, places)))
 
 
 def train_together(
-    configs: Sequence[Config], outs: Sequence[Path], *, store: Path | None = None, progress: Progress | None = None,
+    configs: Sequence[Config],
+    outs: Sequence[Path],
+    *,
+    store: Path | None = None,
+    progress: Progress | None = None,
     prepared: Prepared | None = None,
-) -> list[TrainResult]:  # fmt: skip
+) -> list[TrainResult]:
     """Train heads that differ in the seed and in the weights of the loss's terms: on a GPU in one pass.
 
     Args:
@@ -260,9 +283,14 @@ def train_together(
 
 
 def resume_training(
-    folder: Path, *, store: Path | None = None, tensorboard: bool = False, wandb: bool = False,
-    progress: Progress | None = None, prepared: Prepared | None = None,
-) -> TrainResult:  # fmt: skip
+    folder: Path,
+    *,
+    store: Path | None = None,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    progress: Progress | None = None,
+    prepared: Prepared | None = None,
+) -> TrainResult:
     """Go on with a run that was interrupted, as it was configured; a finished one is left as it is.
 
     Args:
@@ -295,14 +323,20 @@ def resume_training(
         digest = prepared.labelled.store.key.digest
         if info.lists_digest and lists_digest(config.data) != info.lists_digest:
             raise InputError(
-                "cannot resume", where=folder, got=f"other lists in {config.data.protocol_lists}",
-                wanted="those that it was begun with", do="bring them back, or train again",
-            )  # fmt: skip
+                "cannot resume",
+                where=folder,
+                got=f"other lists in {config.data.protocol_lists}",
+                wanted="those that it was begun with",
+                do="bring them back, or train again",
+            )
         if digest != info.store_digest:
             raise InputError(
-                "cannot resume", where=folder, got=f"store {digest}", wanted=f"store {info.store_digest}",
+                "cannot resume",
+                where=folder,
+                got=f"store {digest}",
+                wanted=f"store {info.store_digest}",
                 do="name the store that it was trained from with --store",
-            )  # fmt: skip
+            )
         return work.train([work.go_on(prepared, run, config)], prepared)[0]
 
 
@@ -318,9 +352,12 @@ def _note(config: Config, progress: Progress) -> None:
 def _seeds(first: int, n: int) -> range:
     if first + n > MOST_SEEDS:
         raise InputError(
-            "no such seeds", where="--seeds", got=f"{n} from {first} on", wanted=f"numbers below {MOST_SEEDS}",
+            "no such seeds",
+            where="--seeds",
+            got=f"{n} from {first} on",
+            wanted=f"numbers below {MOST_SEEDS}",
             do="lower --seed",
-        )  # fmt: skip
+        )
     return range(first, first + n)
 
 
@@ -343,17 +380,22 @@ class _Work(Work):
 
     def _make(
         self, prepared: Prepared, run: Run, config: Config, state: TrainingState | None, *, resume: bool
-    ) -> TrainingRun:  # fmt: skip
+    ) -> TrainingRun:
         splits = prepared.splits_of(config)
         after = (0 if state is None else state.epoch) if resume else None
         return TrainingRun(
-            run, config, prepared.make_head(config, splits["train"]), splits, width=prepared.labelled.store.width,
-            progress=self.progress, resume=resume, state=state, trackers=self.trackers(run, config, after=after),
-        )  # fmt: skip
+            run,
+            config,
+            prepared.make_head(config, splits["train"]),
+            splits,
+            width=prepared.labelled.store.width,
+            progress=self.progress,
+            resume=resume,
+            state=state,
+            trackers=self.trackers(run, config, after=after),
+        )
 
-    def train_all(
-        self, prepared: Prepared, configs: Sequence[Config], places: Sequence[Place]
-    ) -> list[TrainResult]:  # fmt: skip
+    def train_all(self, prepared: Prepared, configs: Sequence[Config], places: Sequence[Place]) -> list[TrainResult]:
         """Train heads of one shape, each a run of its own; all folders are taken before anything is trained."""
         opened = [self.begin(prepared, place, config) for place, config in zip(places, configs, strict=True)]
         # On a CPU the products of one head fill the cores, and heads side by side take longer than one after another.

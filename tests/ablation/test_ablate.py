@@ -37,8 +37,9 @@ def values(rows: list[dict], experiment: str) -> list[tuple]:
 
 
 def test_rows_and_what_is_shared(here: Path, mmcli) -> None:
-    code, out, err = mmcli("ablate", "A1", "A3", "C1", "C2", "C3", "C4", "--set-values", "C1=5,10,50", "--seeds", 2,
-                           "--json", *SET)  # fmt: skip
+    code, out, err = mmcli(
+        "ablate", "A1", "A3", "C1", "C2", "C3", "C4", "--set-values", "C1=5,10,50", "--seeds", 2, "--json", *SET
+    )
     assert code == 1, err  # some rows failed
     told = json.loads(out)
     # 6 fusions for 2 seeds, of which `made`'s run is one; C and A3 train nothing.
@@ -48,8 +49,11 @@ def test_rows_and_what_is_shared(here: Path, mmcli) -> None:
     assert len(rows) == told["n_rows"]
     assert values(rows, "C1")[4:] == [("50", 42, "failed"), ("50", 43, "failed")]
     assert "K is larger than the index" in next(row["note"] for row in rows if row["status"] == "failed")
-    full = [row for row in rows if row["value"] in {"hadamard_magnitude / rms", "knn", "5", "hamming", "softmax", "0.07"}
-            and row["seed"] == 42]  # fmt: skip
+    full = [
+        row
+        for row in rows
+        if row["value"] in {"hadamard_magnitude / rms", "knn", "5", "hamming", "softmax", "0.07"} and row["seed"] == 42
+    ]
     assert len(full) == 6
     assert len({row["key"] for row in full}) == len({row["mAP"] for row in full}) == 1
     made = next(path for path in Path("runs").iterdir() if path.name != "ablations")
@@ -143,8 +147,9 @@ def test_patches_extract_images_alone(here: Path, mmcli, miniature) -> None:
     assert code == 0, err
     rows = rows_of()
     assert [(row["value"], row["status"], row["model.max_num_patches"]) for row in rows] == [
-        ("36", "finished", 36), ("64", "finished", 64),
-    ]  # fmt: skip
+        ("36", "finished", 36),
+        ("64", "finished", 64),
+    ]
     assert rows[0]["mAP"] != rows[1]["mAP"]
     assert "60 images encoded, 4 shards of captions taken over" in err
     code, out, _ = mmcli("ablate", "B3", "--set-values", "B3=36,64", "--data", "nowhere", "--json", *SET)
@@ -241,18 +246,33 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
         ("varies", "note", "key", "training_key", "base", "run", "scores", "method", "split", "preset", "config"), "x"
     )
     rows = [
-        {"experiment": "A", "value": "1", "order": 0, "seed": 1, "status": "finished", **text, "mAP": 0.5,
-         "ci": {"mAP": [0.1, 0.9]}, "knn.K": 5, "head": "mlp", "loss.focal_loss": True, "radius_recall": [0.1, 1.0]},
+        {
+            "experiment": "A",
+            "value": "1",
+            "order": 0,
+            "seed": 1,
+            "status": "finished",
+            **text,
+            "mAP": 0.5,
+            "ci": {"mAP": [0.1, 0.9]},
+            "knn.K": 5,
+            "head": "mlp",
+            "loss.focal_loss": True,
+            "radius_recall": [0.1, 1.0],
+        },
         {"experiment": "A", "value": "2", "order": 1, "seed": 1, "status": "failed", **text},
-    ]  # fmt: skip
+    ]
     write_rows(tmp_path, rows)
     first, second = read_rows(tmp_path)
     assert first == rows[0]
     assert {key for key, value in second.items() if value is not None} == set(rows[1])
     schema = pq.read_schema(tmp_path / "rows.parquet")
     assert [str(schema.field(name).type) for name in ("knn.K", "mAP", "head", "loss.focal_loss")] == [
-        "int64", "double", "string", "bool",
-    ]  # fmt: skip
+        "int64",
+        "double",
+        "string",
+        "bool",
+    ]
     merged, left = merge(read_rows(tmp_path), [{**rows[0], "base": "y", "value": "3"}])
     assert (left, [row["value"] for row in merged]) == (2, ["3"])
 
@@ -274,8 +294,11 @@ def test_a_grid_file_brings_its_own_sections(here: Path, mmcli) -> None:
     assert {row["status"] for row in rows} == {"collapsed"}
     assert rows[0]["note"] == "tau matters to softmax votes alone"
     assert {(row["hash.bits"], row["knn.K"], row["training.num_epochs"]) for row in rows} == {
-        (32, 3, 1), (32, 5, 1), (64, 3, 1), (64, 5, 1),
-    }  # fmt: skip
+        (32, 3, 1),
+        (32, 5, 1),
+        (64, 3, 1),
+        (64, 5, 1),
+    }
     Path("other.yaml").write_text("knn: {K: 4}\n")
     code, _, err = mmcli(*words, "--config", "other.yaml")
     assert code == 2
@@ -344,8 +367,10 @@ def blocks_of_loops(repo: Path, *, whole: bool) -> list[str]:
         blocks = [*blocks[:3], blocks[-1].replace("A1 A2 A3 B2 B4 C1 C2 C3 C4 M1 M2 base", "A1 A2 A3 C1 C2 C3 C4")]
     small = " ".join(SET)
     first = f'OPTIONS="--preset small {small}"\nSEEDS="42"\n'
-    last = blocks[-1].replace("--store demo/store --preset small --set training.num_epochs=100 --seeds 3",
-                              f"--preset small {small} --set-values C1=5,10,20 --json")  # fmt: skip
+    last = blocks[-1].replace(
+        "--store demo/store --preset small --set training.num_epochs=100 --seeds 3",
+        f"--preset small {small} --set-values C1=5,10,20 --json",
+    )
     assert last != blocks[-1]
     return [first, *(block.replace("5,10,20,50", "5,10,20") for block in blocks[1:-1]), last]
 

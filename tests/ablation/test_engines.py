@@ -22,8 +22,11 @@ from mmcli.pipeline.ablation.request import Order, Told, place_order
 from mmcli.pipeline.ablation.worker import Unit, Worker, Workplace
 
 OPTIONS = {
-    "fusion.mlp_dims": [64, 32], "training.num_epochs": 3, "knn.K": 5, "hardware.device": "cpu",
-}  # fmt: skip
+    "fusion.mlp_dims": [64, 32],
+    "training.num_epochs": 3,
+    "knn.K": 5,
+    "hardware.device": "cpu",
+}
 
 
 def order_of(folder: Path, *names: str, **options) -> Order:
@@ -82,8 +85,11 @@ def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, mon
     means = Means(out=here / "out", runs=here / "runs")
     first = ablate(order_of(here, "A2"), means)
     assert [(row["value"], row["status"]) for row in first.rows] == [
-        ("0", "finished"), ("32", "failed"), ("64", "finished"), ("128", "finished"),
-    ]  # fmt: skip
+        ("0", "finished"),
+        ("32", "failed"),
+        ("64", "finished"),
+        ("128", "finished"),
+    ]
     assert first.rows[1]["note"] == "RuntimeError: the disk is on fire"
     monkeypatch.setattr(train_head, "train_head", whole)
     again = ablate(order_of(here, "A2"), means)
@@ -191,8 +197,22 @@ def test_ray_makes_the_same_table(here: Path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_workers_end_with_the_one_that_started_them(here: Path) -> None:
     (store,) = (here / "data" / "cache").iterdir()
-    words = ["ablate", "A1", "A2", "--seeds", "9", "--workers", "2", "--store", store, "--set", "training.num_epochs=40",
-             "--device", "cpu", "--quiet"]  # fmt: skip
+    words = [
+        "ablate",
+        "A1",
+        "A2",
+        "--seeds",
+        "9",
+        "--workers",
+        "2",
+        "--store",
+        store,
+        "--set",
+        "training.num_epochs=40",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "mmcli", *map(str, words)], cwd=here, start_new_session=True)
     runs = here / "runs/ablations/runs"
     while process.poll() is None and not list(runs.glob("*/history.jsonl")):

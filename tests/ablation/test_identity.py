@@ -11,9 +11,13 @@ from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.training.train_head import train_head
 
 SMALL = {
-    "fusion.mlp_dims": [32, 16], "training.num_epochs": 2, "knn.K": 5, "hash.bits": 16, "hardware.device": "cpu",
+    "fusion.mlp_dims": [32, 16],
+    "training.num_epochs": 2,
+    "knn.K": 5,
+    "hash.bits": 16,
+    "hardware.device": "cpu",
     "training.batch_size": 8,
-}  # fmt: skip
+}
 # Keys that play no part, with two values each, where the first words hold.
 IDLE = [
     ({}, "loss.cosine_weight", 0.5, 2.0),
@@ -34,9 +38,13 @@ IDLE = [
     ({}, "optimizer.lr_towers", 1e-5, 1e-3),
     ({}, "finetune.unfreeze", "last-2", "all"),
     ({}, "data.num_workers", 0, 3),
-    ({"head": "mlp", "hash.bits": 0, "training.monitor": "classifier", "knn.distance_metric": "cosine"},
-     "fusion.block_norm", "none", "rms"),
-]  # fmt: skip
+    (
+        {"head": "mlp", "hash.bits": 0, "training.monitor": "classifier", "knn.distance_metric": "cosine"},
+        "fusion.block_norm",
+        "none",
+        "rms",
+    ),
+]
 LIVE = [
     ({"fusion.adapter": "linear"}, "loss.cosine_weight", 0.5, 2.0),
     ({}, "loss.hash_reg.lambda_decorr", 0.0, 10.0),
@@ -47,7 +55,7 @@ LIVE = [
     ({}, "training.batch_size", 8, 10),
     ({}, "optimizer.lr_hash", 1e-3, 1e-2),
     ({"scheduler.warmup_epochs": 0.0}, "scheduler.total_epochs", 2, 5),
-]  # fmt: skip
+]
 
 
 def some_slow(cases, n: int):

@@ -31,8 +31,23 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(demo: Path, *words: object) -> list[str]:
-    told = ["--store", demo / "store", "--data", demo / "data", "--model", demo / "model", "--preset", "small", "--set",
-            "training.num_epochs=100", "--experiments", "miniature", "--device", "cpu", "--quiet"]  # fmt: skip
+    told = [
+        "--store",
+        demo / "store",
+        "--data",
+        demo / "data",
+        "--model",
+        demo / "model",
+        "--preset",
+        "small",
+        "--set",
+        "training.num_epochs=100",
+        "--experiments",
+        "miniature",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     return [sys.executable, "-m", "mmcli", "ablate", *map(str, (*words, *told))]
 
 

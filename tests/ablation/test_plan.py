@@ -22,8 +22,10 @@ FROM_STORE = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4", "M0", "M1", 
 def base_of(patches: int = 256, **options) -> Base:
     return Base(
         resolve=lambda settings: load_config(options={**options, **settings}),
-        store_digest=lambda budget: f"store-{budget}", images_digest=lambda budget: f"images-{budget}", patches=patches,
-    )  # fmt: skip
+        store_digest=lambda budget: f"store-{budget}",
+        images_digest=lambda budget: f"images-{budget}",
+        patches=patches,
+    )
 
 
 def choices_of(*names: str, file: str = "experiments"):
@@ -217,8 +219,9 @@ def test_the_miniature_differs_in_towers_and_patches() -> None:
 def test_other_values() -> None:
     experiment = with_values(read_experiments()["B3"], [36, 64])
     assert [dict(choice.settings) for choice in experiment.choices] == [
-        {"model.max_num_patches": 36}, {"model.max_num_patches": 64},
-    ]  # fmt: skip
+        {"model.max_num_patches": 36},
+        {"model.max_num_patches": 64},
+    ]
     assert experiment.needs_images
     with pytest.raises(InputError, match="values of no single key"):
         with_values(read_experiments()["B2"], [1, 2])
@@ -244,24 +247,40 @@ def test_a_wrong_file_is_told(tmp_path: Path, text: str, message: str) -> None:
 
 def test_a_wrong_grid_is_told(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
-    for text, message in (("a: 1", "no section grid_search"), ("grid_search: {bits: [1]}", "bits"),
-                          ("grid_search: {hash_bits: [a]}", "no grid")):  # fmt: skip
+    for text, message in (
+        ("a: 1", "no section grid_search"),
+        ("grid_search: {bits: [1]}", "bits"),
+        ("grid_search: {hash_bits: [a]}", "no grid"),
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
             read_grid(str(file))
 
 
 def test_every_key_of_the_plans_grid_is_served() -> None:
-    every = {key: [value] for key, value in
-             {"hash_bits": 32, "K_neighbors": 5, "cosine_weight": 0.5, "hash_weight": 0.1, "tau": 0.1,
-              "max_num_patches": 512, "freeze_towers": False}.items()}  # fmt: skip
+    every = {
+        key: [value]
+        for key, value in {
+            "hash_bits": 32,
+            "K_neighbors": 5,
+            "cosine_weight": 0.5,
+            "hash_weight": 0.1,
+            "tau": 0.1,
+            "max_num_patches": 512,
+            "freeze_towers": False,
+        }.items()
+    }
     plan, experiment = planned(every, seeds=(1,))
     assert experiment.choices[0].value == "bits 32, K 5, alpha 0.5, gamma 0.1, tau 0.1, patches 512, towers last-2"
     (row,), (training,) = plan.rows, plan.trainings.values()
     assert row.config is not None
     assert (row.config.hash.bits, row.config.knn.K, row.config.knn.tau, training.towers, training.patches) == (
-        32, 5, 0.1, "last-2", 512,
-    )  # fmt: skip
+        32,
+        5,
+        0.1,
+        "last-2",
+        512,
+    )
     assert set(every) == set(GridConfig.model_fields)
 
 

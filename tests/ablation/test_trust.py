@@ -170,8 +170,11 @@ def test_what_no_experiment_can_be_is_told(tmp_path: Path, monkeypatch, text: st
 def test_towers_are_spelled_as_a_run_spells_them(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("B1: {varies: towers, values: [LAST-1, full, false, true]}")
     assert [one.towers for one in read_experiments(str(tmp_path / "x.yaml"))["B1"].choices] == [
-        "last-1", "all", "last-2", "frozen",
-    ]  # fmt: skip
+        "last-1",
+        "all",
+        "last-2",
+        "frozen",
+    ]
 
 
 def test_finetuned_towers_have_one_identity_however_the_store_was_resized() -> None:

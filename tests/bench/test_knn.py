@@ -58,7 +58,9 @@ def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.Monk
     assert len(result["notes"]) == len(set(result["notes"])) == 2
     assert any("hnsw left out above 1,500" in note for note in result["notes"])
     assert any("mmcli[usearch]" in note for note in result["notes"])
-    code, out, _ = mmcli("bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-rivals", "--repeats", 1, "--quiet")  # fmt: skip
+    code, out, _ = mmcli(
+        "bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-rivals", "--repeats", 1, "--quiet"
+    )
     assert code == 0
     assert "recall" in out
 

@@ -18,9 +18,24 @@ from mmcli.pipeline.extraction.images import image_size
 
 def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:
     code, out, err = mmcli(
-        "bench", "extract", "--model", miniature.model, "--patches", 64, "--images", miniature.data / "val2014",
-        "--n-images", 6, "--n-captions", 7, "--repeats", 1, "--device", "cpu", "--json",
-    )  # fmt: skip
+        "bench",
+        "extract",
+        "--model",
+        miniature.model,
+        "--patches",
+        64,
+        "--images",
+        miniature.data / "val2014",
+        "--n-images",
+        6,
+        "--n-captions",
+        7,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert code == 0, err
     result = json.loads(out)
     cases = {case["case"]: case for case in result["cases"]}
@@ -37,9 +52,24 @@ def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) ->
 
 def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> None:
     code, out, err = mmcli(
-        "bench", "train", "--store", next((here / "data" / "cache").iterdir()), "--steps", 4, "--replicas", 2,
-        "--repeats", 1, "--device", "cpu", "--set", "fusion.mlp_dims=[32, 16]", "--set", "knn.K=5", "--json",
-    )  # fmt: skip
+        "bench",
+        "train",
+        "--store",
+        next((here / "data" / "cache").iterdir()),
+        "--steps",
+        4,
+        "--replicas",
+        2,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+        "--set",
+        "fusion.mlp_dims=[32, 16]",
+        "--set",
+        "knn.K=5",
+        "--json",
+    )
     assert code == 0, err
     result = json.loads(out)
     cases = {case["case"]: case for case in result["cases"]}

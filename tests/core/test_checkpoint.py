@@ -36,9 +36,19 @@ def make(config: Config, seed: int = 0) -> BaseHead:
 
 def make_run(folder: Path, config: Config) -> Run:
     info = RunInfo(
-        kind="train-head", status="running", created=now(), config_digest=config.digest, preset=config.preset, seed=42,
-        store="s", store_digest="d", model="google/encoder", patches=64, manifest_sha256="f" * 64, category_names=NAMES,
-    )  # fmt: skip
+        kind="train-head",
+        status="running",
+        created=now(),
+        config_digest=config.digest,
+        preset=config.preset,
+        seed=42,
+        store="s",
+        store_digest="d",
+        model="google/encoder",
+        patches=64,
+        manifest_sha256="f" * 64,
+        category_names=NAMES,
+    )
     return start_run(info, config, label="x", out=folder, runs=folder.parent, device="cpu")
 
 

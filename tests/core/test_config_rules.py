@@ -65,9 +65,12 @@ def test_without_bits_neighbours_are_found_by_cosine() -> None:
 
 
 @given(
-    head=st.sampled_from(["fusion", "mlp"]), preset=st.sampled_from(sorted(PRESETS)), bits=st.sampled_from([None, 0, 32]),
-    monitor=st.sampled_from([None, "knn", "classifier"]), metric=st.sampled_from([None, "hamming", "cosine"]),
-)  # fmt: skip
+    head=st.sampled_from(["fusion", "mlp"]),
+    preset=st.sampled_from(sorted(PRESETS)),
+    bits=st.sampled_from([None, 0, 32]),
+    monitor=st.sampled_from([None, "knn", "classifier"]),
+    metric=st.sampled_from([None, "hamming", "cosine"]),
+)
 def test_a_settled_configuration_stays_and_reads_back(head, preset, bits, monitor, metric, tmp_path_factory) -> None:
     given_ = {
         "head": head,

@@ -24,20 +24,39 @@ from mmcli.pipeline.core.console import (
 LONG = "p" * 63
 NASTY = "a :dog: [red]b[/red] \x1b[31m\x07\x9b \u202ec"
 ROW = {
-    "method": f"a run of {LONG}", "split": "test", "seed": 1, "mAP": 0.12345, "ci": {"mAP": [0.1, 0.2]}, "P@5": 0.5,
-    "P@5_ceiling": 0.524, "F1_micro_tuned": 0.61, "F1_macro_tuned": 0.62, "R@5": 0.87, "query_latency_ms": 12.5,
-}  # fmt: skip
+    "method": f"a run of {LONG}",
+    "split": "test",
+    "seed": 1,
+    "mAP": 0.12345,
+    "ci": {"mAP": [0.1, 0.2]},
+    "P@5": 0.5,
+    "P@5_ceiling": 0.524,
+    "F1_micro_tuned": 0.61,
+    "F1_macro_tuned": 0.62,
+    "R@5": 0.87,
+    "query_latency_ms": 12.5,
+}
 TABLES = {
     "metrics": (lambda: metrics_table([ROW, ROW], "test split"), ("0.123", "0.524", "0.610", "0.870", "12.50")),
     "spread": (lambda: spread_table([ROW, ROW], "2 seeds"), ("0.123", "mean", "std", "0.000")),
     "comparison": (
         lambda: comparison_table(
-            [{"figure": "mAP", "A": 0.25, "B": 0.5, "difference": -0.25, "ci": (-0.3, -0.2), "p": 0.002, "verdict": "worse"}],
+            [
+                {
+                    "figure": "mAP",
+                    "A": 0.25,
+                    "B": 0.5,
+                    "difference": -0.25,
+                    "ci": (-0.3, -0.2),
+                    "p": 0.002,
+                    "verdict": "worse",
+                }
+            ],
             (LONG, "B"),
         ),
         ("0.2500", "-0.2500", "0.002", "worse"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

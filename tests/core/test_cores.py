@@ -39,12 +39,19 @@ CASES = [
     ({**SLICE, f"{V2}user.slice/job/cpu.max": "max 100000", f"{V2}user.slice/cpu.max": "500000 100000\n"}, 5),
     # The host's name of a container's group: inside, only the root of it is to be seen.
     ({"proc/self/cgroup": "0::/docker/1234\n", f"{V2}cpu.max": "200000 100000"}, 2),
-    ({"proc/self/cgroup": "4:cpu,cpuacct:/job\n", f"{V1}job/cpu.cfs_quota_us": "100000", f"{V1}job/cpu.cfs_period_us": "50000"}, 2),
+    (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/job\n",
+            f"{V1}job/cpu.cfs_quota_us": "100000",
+            f"{V1}job/cpu.cfs_period_us": "50000",
+        },
+        2,
+    ),
     ({f"{V2}cpu.max": "0 0"}, 64),
     ({f"{V2}cpu.max": "nonsense"}, 64),
     ({f"{V2}cpu.max": ""}, 64),
     ({"proc/self/cgroup": "0::/../..\nnonsense\n", f"{V2}cpu.max": "200000 100000"}, 2),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("files", "wanted"), CASES)

@@ -23,9 +23,19 @@ from mmcli.pipeline.core.run import RunInfo, environment, finish_run, newest_run
 
 def make_info(kind: str = "train-head") -> RunInfo:
     return RunInfo(
-        kind=kind, status="running", created=now(), config_digest="0" * 8, preset="plan", seed=1, store="s", store_digest="d",
-        model="m", patches=64, manifest_sha256="f", category_names=("a", "b"),
-    )  # fmt: skip
+        kind=kind,
+        status="running",
+        created=now(),
+        config_digest="0" * 8,
+        preset="plan",
+        seed=1,
+        store="s",
+        store_digest="d",
+        model="m",
+        patches=64,
+        manifest_sha256="f",
+        category_names=("a", "b"),
+    )
 
 
 def start(runs: Path, kind: str = "train-head", **options):
@@ -205,10 +215,14 @@ def test_a_broken_run_is_one_line(tmp_path: Path, text: str) -> None:
 def make_codes(n: int = 6, bits: int = 16) -> Codes:
     rng = np.random.default_rng(0)
     return Codes(
-        image_id=np.arange(n), soft=rng.normal(size=(n, bits)).astype(np.float32), packed=rng.integers(0, 256, (n, bits // 8)).astype(np.uint8),
-        labels=rng.integers(0, 2, (n, 3)).astype(np.uint8), logits=rng.normal(size=(n, 3)).astype(np.float32) * 100,
-        norm_img=rng.random(n).astype(np.float32), norm_txt=rng.random(n).astype(np.float32),
-    )  # fmt: skip
+        image_id=np.arange(n),
+        soft=rng.normal(size=(n, bits)).astype(np.float32),
+        packed=rng.integers(0, 256, (n, bits // 8)).astype(np.uint8),
+        labels=rng.integers(0, 2, (n, 3)).astype(np.uint8),
+        logits=rng.normal(size=(n, 3)).astype(np.float32) * 100,
+        norm_img=rng.random(n).astype(np.float32),
+        norm_txt=rng.random(n).astype(np.float32),
+    )
 
 
 def test_codes_read_back_equal_with_and_without_hash(tmp_path: Path) -> None:

@@ -23,12 +23,25 @@ from mmcli.pipeline.tagging.index_file import read_index
 from mmcli.pipeline.tagging.predict import gather
 
 BROKEN = {
-    "nothing": "", "half": '{"a": ', "deep lists": "[" * 100_000, "deep objects": '{"a":' * 100_000, "NaN": '{"method": NaN}',
-    "infinity": '{"method": -Infinity}', "5,000 digits": '{"method": ' + "9" * 5000 + "}", "NUL": "\0" * 9,
-    "a key twice": '{"method": "knn", "method": "mlp"}', "a list": "[]", "null": "null", "text": '"x"', "a number": "7",
-    "an empty object": "{}", "half a pair": '{"method": "\\ud800", "split": "test", "others": []}', "nested": '{"others": {}}',
-    "not UTF-8": b'{"method": "\xff"}', "UTF-16 cut": '{"a": 1}'.encode("utf-16")[:-1],
-}  # fmt: skip
+    "nothing": "",
+    "half": '{"a": ',
+    "deep lists": "[" * 100_000,
+    "deep objects": '{"a":' * 100_000,
+    "NaN": '{"method": NaN}',
+    "infinity": '{"method": -Infinity}',
+    "5,000 digits": '{"method": ' + "9" * 5000 + "}",
+    "NUL": "\0" * 9,
+    "a key twice": '{"method": "knn", "method": "mlp"}',
+    "a list": "[]",
+    "null": "null",
+    "text": '"x"',
+    "a number": "7",
+    "an empty object": "{}",
+    "half a pair": '{"method": "\\ud800", "split": "test", "others": []}',
+    "nested": '{"others": {}}',
+    "not UTF-8": b'{"method": "\xff"}',
+    "UTF-16 cut": '{"a": 1}'.encode("utf-16")[:-1],
+}
 
 
 @pytest.fixture
@@ -37,9 +50,11 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 FILES: dict[str, Callable[[Path], object]] = {
-    "run.json": read_info, "metrics.json": read_metrics, "checkpoints/checkpoints.json": load_head,
+    "run.json": read_info,
+    "metrics.json": read_metrics,
+    "checkpoints/checkpoints.json": load_head,
     "model/config.json": lambda run: load_head(run / "model"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -60,10 +75,19 @@ def change(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("category_names", "cat"), ("category_names", [1]), ("category_names", None), ("created", 5), ("seed", "1"),
-        ("seed", 1.5), ("patches", True), ("status", None), ("kind", []), ("version", "1"), ("unknown", 1),
+        ("category_names", "cat"),
+        ("category_names", [1]),
+        ("category_names", None),
+        ("created", 5),
+        ("seed", "1"),
+        ("seed", 1.5),
+        ("patches", True),
+        ("status", None),
+        ("kind", []),
+        ("version", "1"),
+        ("unknown", 1),
     ],
-)  # fmt: skip
+)
 def test_a_run_of_other_kinds_is_one_line(run: Path, key: str, value: object) -> None:
     change(run / "run.json", **{key: value})
     with pytest.raises(InputError, match=f"broken run.*{key}"):
@@ -73,11 +97,23 @@ def test_a_run_of_other_kinds_is_one_line(run: Path, key: str, value: object) ->
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("mAP", "0.5"), ("mAP", [0.5]), ("mAP", True), ("F1_micro", {}), ("P@5", "high"), ("method", 1),
-        ("split", None), ("ci", {"mAP": [0.1]}), ("ci", {"mAP": "ab"}), ("ci", {"mAP": [0.9, 0.1]}), ("ci", [1]),
-        ("others", 5), ("others", ["x"]), ("others", [{"method": "knn"}]), ("threshold_tuned", "0.5"),
+        ("mAP", "0.5"),
+        ("mAP", [0.5]),
+        ("mAP", True),
+        ("F1_micro", {}),
+        ("P@5", "high"),
+        ("method", 1),
+        ("split", None),
+        ("ci", {"mAP": [0.1]}),
+        ("ci", {"mAP": "ab"}),
+        ("ci", {"mAP": [0.9, 0.1]}),
+        ("ci", [1]),
+        ("others", 5),
+        ("others", ["x"]),
+        ("others", [{"method": "knn"}]),
+        ("threshold_tuned", "0.5"),
     ],
-)  # fmt: skip
+)
 def test_metrics_of_other_kinds_are_one_line(run: Path, key: str, value: object) -> None:
     change(run / "metrics.json", **{key: value})
     with pytest.raises(InputError, match="damaged metrics"):
@@ -125,9 +161,12 @@ def test_codes_of_another_kind_are_one_line(run: Path) -> None:
     path = run / "codes" / "test.safetensors"
     whole = load_file(path)
     for name, values in {
-        "soft": whole["soft"][:, 0].copy(), "labels": whole["labels"] + 1, "image_id": whole["image_id"].astype(np.int32),
-        "packed": whole["packed"].astype(np.int64), "logits": np.full_like(whole["logits"], np.nan),
-    }.items():  # fmt: skip
+        "soft": whole["soft"][:, 0].copy(),
+        "labels": whole["labels"] + 1,
+        "image_id": whole["image_id"].astype(np.int32),
+        "packed": whole["packed"].astype(np.int64),
+        "logits": np.full_like(whole["logits"], np.nan),
+    }.items():
         save_file(whole | {name: np.ascontiguousarray(values)}, path)
         from mmcli.pipeline.core.results import read_codes
 

@@ -34,8 +34,15 @@ def sentences(*texts: str) -> list[dict[str, Any]]:
 
 
 def image(cocoid: int, split: str, *texts: str, folder: str = "val2014") -> dict[str, Any]:
-    return {"filepath": folder, "filename": f"{cocoid}.jpg", "imgid": 0, "split": split, "cocoid": cocoid,
-            "sentids": [0], "sentences": sentences(*texts)}  # fmt: skip
+    return {
+        "filepath": folder,
+        "filename": f"{cocoid}.jpg",
+        "imgid": 0,
+        "split": split,
+        "cocoid": cocoid,
+        "sentids": [0],
+        "sentences": sentences(*texts),
+    }
 
 
 KARPATHY: dict[str, Any] = {
@@ -253,11 +260,32 @@ def test_a_missing_file_and_a_folder(tmp_path: Path, read: Callable[[Path], obje
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 100) | st.floats() | st.sampled_from(["", "a", "val", "..", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["images", "annotations", "categories", "id", "image_id", "category_id", "name", "cocoid", "raw", "sentences",
-         "split", "filepath", "filename"]), inner, max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "images",
+                    "annotations",
+                    "categories",
+                    "id",
+                    "image_id",
+                    "category_id",
+                    "name",
+                    "cocoid",
+                    "raw",
+                    "sentences",
+                    "split",
+                    "filepath",
+                    "filename",
+                ]
+            ),
+            inner,
+            max_size=6,
+        )
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -102,8 +102,10 @@ def test_hash_is_of_the_content_whatever_wrote_it(tmp_path: Path) -> None:
     twins = {
         "plain": table(),
         "large": table(
-            path=pa.array(COLUMNS["path"], pa.large_string()), captions=pa.array(COLUMNS["captions"], pa.large_list(large.value_type)),
-            labels=pa.array(COLUMNS["labels"], pa.large_list(pa.uint64())), split=pa.array(COLUMNS["split"], codes),
+            path=pa.array(COLUMNS["path"], pa.large_string()),
+            captions=pa.array(COLUMNS["captions"], pa.large_list(large.value_type)),
+            labels=pa.array(COLUMNS["labels"], pa.large_list(pa.uint64())),
+            split=pa.array(COLUMNS["split"], codes),
             image_id=pa.array(COLUMNS["image_id"], pa.uint64()),
         ),
         "views": table(path=pa.array(COLUMNS["path"], pa.string_view())),
@@ -112,7 +114,7 @@ def test_hash_is_of_the_content_whatever_wrote_it(tmp_path: Path) -> None:
         "chunks": pa.concat_tables([table().slice(1, 0), table().slice(0, 3), table().slice(3, 1)]),
         "a slice": pa.concat_tables([table(image_id=[1, 2, 3, 4]), table()]).combine_chunks().slice(4),
         "another name": table(metadata={"category_names": json.dumps(NAMES, ensure_ascii=False), "name": "x"}),
-    }  # fmt: skip
+    }
     for number, (name, twin) in enumerate(twins.items()):
         assert Manifest.from_table(twin).sha256 == wanted, name
         for options in ({"version": "1.0", "compression": "none"}, {"row_group_size": 2, "use_dictionary": False}):
@@ -126,11 +128,16 @@ def test_hash_is_of_the_content_whatever_wrote_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        changed("image_id", 0, 43), changed("path", 1, "images/val2014/bb .jpg"), changed("split", 3, "val"),
-        changed("captions", 0, ["A dog.ein Hund\n"]), changed("captions", 0, ["A dog", ".ein Hund\n"]), changed("labels", 1, [0]),
-        {"labels": [[0], [2], [1], [2]]}, {"metadata": {"category_names": json.dumps(NAMES[::-1])}},
+        changed("image_id", 0, 43),
+        changed("path", 1, "images/val2014/bb .jpg"),
+        changed("split", 3, "val"),
+        changed("captions", 0, ["A dog.ein Hund\n"]),
+        changed("captions", 0, ["A dog", ".ein Hund\n"]),
+        changed("labels", 1, [0]),
+        {"labels": [[0], [2], [1], [2]]},
+        {"metadata": {"category_names": json.dumps(NAMES[::-1])}},
     ],
-)  # fmt: skip
+)
 def test_hash_sees_every_change(change: dict[str, Any]) -> None:
     assert Manifest.from_table(table(**change)).sha256 != Manifest.from_table(table()).sha256
 
@@ -242,9 +249,14 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize(
     ("change", "part"),
-    [({"image_ids": ["a"]}, "image_id"), ({"captions": [[b"\xff"]]}, "captions"), ({"paths": ["\ud800"]}, "path"),
-     ({"labels": [[1 << 40]]}, "labels"), ({"splits": ["train", "val"]}, "lengths: here: got 1, 1, 2")],
-)  # fmt: skip
+    [
+        ({"image_ids": ["a"]}, "image_id"),
+        ({"captions": [[b"\xff"]]}, "captions"),
+        ({"paths": ["\ud800"]}, "path"),
+        ({"labels": [[1 << 40]]}, "labels"),
+        ({"splits": ["train", "val"]}, "lengths: here: got 1, 1, 2"),
+    ],
+)
 def test_columns_that_arrow_cannot_take(change: dict[str, Any], part: str) -> None:
     good = {"image_ids": [1], "paths": ["a"], "splits": ["train"], "captions": [["x"]], "labels": [[0]]}
     with pytest.raises(InputError, match=part):
@@ -314,8 +326,11 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pyt
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(*{"write_table": (pq, "write_table", half), "fsync": (os, "fsync", fail),
-                          "replace": (Path, "replace", fail)}[step])  # fmt: skip
+    monkeypatch.setattr(
+        *{"write_table": (pq, "write_table", half), "fsync": (os, "fsync", fail), "replace": (Path, "replace", fail)}[
+            step
+        ]
+    )
     with pytest.raises(InputError, match=r"cannot write: .*manifest\.parquet: got disk full"):
         write_manifest(path, Manifest.from_table(table(**changed("split", 0, "val"))))
     assert path.read_bytes() == old

@@ -34,10 +34,15 @@ TRAIN, VAL = "annotations/instances_train2014.json", "annotations/instances_val2
 def make_coco(data: Path, images: str = "") -> Path:
     """COCO's folder with six empty images and an annotated one that is in no split."""
     listed = [
-        {"filepath": folder, "filename": f"{i}.jpg", "split": split, "cocoid": i,
-         "sentences": [{"raw": f"caption {n} of {i}"} for n in range(count)]}
+        {
+            "filepath": folder,
+            "filename": f"{i}.jpg",
+            "split": split,
+            "cocoid": i,
+            "sentences": [{"raw": f"caption {n} of {i}"} for n in range(count)],
+        }
         for i, (split, folder, _, count) in IMAGES.items()
-    ]  # fmt: skip
+    ]
     (data / "annotations").mkdir(parents=True)
     for name in ("train2014", "val2014"):
         (data / images / name).mkdir(parents=True)
@@ -324,8 +329,15 @@ def write_full(realdata: Path, out: Path) -> Path:
         folder = "train2014" if split == "train" else "val2014"
         captions = known.get(i, [])
         captions = captions + ["a photo"] * (5 - len(captions))
-        images.append({"filepath": folder, "filename": f"COCO_{folder}_{i:012d}.jpg", "split": split, "cocoid": i,
-                       "sentences": [{"raw": text} for text in captions]})  # fmt: skip
+        images.append(
+            {
+                "filepath": folder,
+                "filename": f"COCO_{folder}_{i:012d}.jpg",
+                "split": split,
+                "cocoid": i,
+                "sentences": [{"raw": text} for text in captions],
+            }
+        )
         parts[folder]["images"].append({"id": i})
         tags = np.flatnonzero(labels[row[i]]).tolist()
         parts[folder]["annotations"] += [{"id": i * 100 + t, "image_id": i, "category_id": categories[t]} for t in tags]

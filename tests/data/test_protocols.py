@@ -72,9 +72,13 @@ def test_a_folder_that_only_looks_like_cocos_is_not_taken() -> None:
 def test_a_manifest_is_a_listing() -> None:
     paths = [f"train2014/{i}.jpg" for i in range(30)] + ["images/val2014/x.jpg"]
     made = Manifest.from_columns(
-        image_ids=list(range(31)), paths=paths, splits=["train"] * 31, captions=[["a"]] * 31,
-        labels=[[0]] * 31, category_names=["cat"],
-    )  # fmt: skip
+        image_ids=list(range(31)),
+        paths=paths,
+        splits=["train"] * 31,
+        captions=[["a"]] * 31,
+        labels=[[0]] * 31,
+        category_names=["cat"],
+    )
     assert {split: len(rows) for split, rows in select("coco14", made).items()} == {"train": 29, "val": 1, "test": 1}
 
 

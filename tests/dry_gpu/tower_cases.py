@@ -134,13 +134,24 @@ def tune(
     """Finetune towers for an epoch, and embed everything as a look at val does."""
     whole = read_manifest(data / "manifest.parquet")
     listing = Manifest.from_columns(
-        image_ids=whole.image_ids[:n], paths=whole.paths[:n], splits=["train"] * (n - 8) + ["val"] * 4 + ["test"] * 4,
-        captions=whole.captions[:n], labels=[[row % 5] for row in range(n)], category_names=whole.category_names, name="dry",
-    )  # fmt: skip
+        image_ids=whole.image_ids[:n],
+        paths=whole.paths[:n],
+        splits=["train"] * (n - 8) + ["val"] * 4 + ["test"] * 4,
+        captions=whole.captions[:n],
+        labels=[[row % 5] for row in range(n)],
+        category_names=whole.category_names,
+        name="dry",
+    )
     options = {
-        "finetune.unfreeze": unfreeze, "finetune.towers": which, "training.batch_size": 8, "training.num_epochs": 1,
-        "model.max_num_patches": patches, "data.num_workers": 0, "classifier.num_classes": len(whole.category_names), **options,
-    }  # fmt: skip
+        "finetune.unfreeze": unfreeze,
+        "finetune.towers": which,
+        "training.batch_size": 8,
+        "training.num_epochs": 1,
+        "model.max_num_patches": patches,
+        "data.num_workers": 0,
+        "classifier.num_classes": len(whole.category_names),
+        **options,
+    }
     config: Config = load_config(options=options)
     parts = Encoder.parts(str(model), patches=patches, device=CPU)
     with fake_cuda.fake_cuda() as ledger, real_tokens():

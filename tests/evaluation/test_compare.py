@@ -26,9 +26,19 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def make_run(folder: Path, image_id, labels, scores, *, names=NAMES, method="zero-shot", tuned=True) -> Path:
     info = RunInfo(
-        kind="zero-shot", status="running", created=now(), config_digest="0" * 8, preset="plan", seed=1, store="s",
-        store_digest="d", model="m", patches=64, manifest_sha256="f", category_names=tuple(names),
-    )  # fmt: skip
+        kind="zero-shot",
+        status="running",
+        created=now(),
+        config_digest="0" * 8,
+        preset="plan",
+        seed=1,
+        store="s",
+        store_digest="d",
+        model="m",
+        patches=64,
+        manifest_sha256="f",
+        category_names=tuple(names),
+    )
     run = start_run(info, Config(), label="x", out=folder, runs=folder.parent, device="cpu")
     write_scores(run.folder, method, "test", image_id, scores, labels)
     val = (scores[::2], labels[::2]) if tuned else None
@@ -110,10 +120,12 @@ def changed(what: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("images", "300 and 300 images, 299 in common"), ("fewer images", "300 and 299 images, 299 in common"),
-        ("labels", "runs of other labels"), ("categories", "'c' and 'C'"),
+        ("images", "300 and 300 images, 299 in common"),
+        ("fewer images", "300 and 299 images, 299 in common"),
+        ("labels", "runs of other labels"),
+        ("categories", "'c' and 'C'"),
     ],
-)  # fmt: skip
+)
 def test_other_data_is_refused_in_one_line(mmcli, tmp_path: Path, what: str, said: str) -> None:
     a, b = make_run(tmp_path / "a", *data()), changed(what, tmp_path / "b")
     code, out, err = mmcli("compare", a, b)
@@ -129,10 +141,12 @@ def test_runs_and_methods_that_are_not_there_are_refused_in_one_line(mmcli, tmp_
     record = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps({**record, "status": "running"}))
     for words, parts in (
-        ((a, "nowhere"), ("nowhere", "no run")), ((a, unfinished), ("running",)),
+        ((a, "nowhere"), ("nowhere", "no run")),
+        ((a, unfinished), ("running",)),
         ((a, a, "--method", "knn"), ("scores of knn", "got zero-shot", "mmcli knn-eval")),
-        ((a, a, "--split", "val"), ("no val scores", "got none")), ((a,), ("RUN_B",)),
-    ):  # fmt: skip
+        ((a, a, "--split", "val"), ("no val scores", "got none")),
+        ((a,), ("RUN_B",)),
+    ):
         code, out, err = mmcli("compare", *words)
         assert (code, out, err.count("\n")) == (2, "", 1), words
         assert all(part in err for part in parts), err

@@ -227,7 +227,10 @@ def test_a_database_of_its_own_is_what_votes(mmcli, here: Path) -> None:
     """As under the protocol hashnet: train is a part of it, and val too, which never votes for itself."""
     run = run_of(here)
     train, val = read_codes(run, "train"), read_codes(run, "val")
-    both = Codes(**{k: np.concatenate([v, getattr(val, k)]) for k, v in vars(train).items() if v is not None and k != "logits"}, logits=None)  # fmt: skip
+    both = Codes(
+        **{k: np.concatenate([v, getattr(val, k)]) for k, v in vars(train).items() if v is not None and k != "logits"},
+        logits=None,
+    )
     write_codes(run, "database", both)
     assert ask(mmcli)["n_index"] == len(train) + len(val)
     row = ask(mmcli, "--split", "val", "--k", 49)

@@ -29,9 +29,19 @@ def make(seed: int, n: int = 60) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     info = RunInfo(
-        kind="zero-shot", status="running", created=now(), config_digest="0" * 8, preset="plan", seed=1, store="s",
-        store_digest="d", model="m", patches=64, manifest_sha256="f", category_names=tuple("abcde"),
-    )  # fmt: skip
+        kind="zero-shot",
+        status="running",
+        created=now(),
+        config_digest="0" * 8,
+        preset="plan",
+        seed=1,
+        store="s",
+        store_digest="d",
+        model="m",
+        patches=64,
+        manifest_sha256="f",
+        category_names=tuple("abcde"),
+    )
     return start_run(info, Config(), label="x", out=tmp_path / "run", runs=tmp_path, device="cpu")
 
 

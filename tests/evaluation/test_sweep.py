@@ -30,10 +30,15 @@ def test_every_combination_that_matters_is_evaluated_once(K, metrics, votes, tau
         else:
             wanted.add((metric, k, vote, None))
     found = [
-        (one.distance_metric, one.K, one.voting_strategy,
-         {"softmax": one.tau, "threshold": one.theta}.get(one.voting_strategy))
-        for search in searches for one in search.evaluations
-    ]  # fmt: skip
+        (
+            one.distance_metric,
+            one.K,
+            one.voting_strategy,
+            {"softmax": one.tau, "threshold": one.theta}.get(one.voting_strategy),
+        )
+        for search in searches
+        for one in search.evaluations
+    ]
     assert len(found) == len(set(found))
     assert set(found) == wanted
     for search in searches:

@@ -31,8 +31,13 @@ def logits_by_hand(here: Path, model_folder: Path, templates, inputs: str) -> np
     rows = np.flatnonzero(np.array(store.index["split"].to_pylist()) == "test")
     arrays, prototypes = store.load(), []
     for name in json.loads(store.index.schema.metadata[b"category_names"]):
-        tokens = tokenizer([t.replace("{}", name) for t in templates], padding="max_length", padding_side="right",
-                           max_length=64, return_tensors="pt")  # fmt: skip
+        tokens = tokenizer(
+            [t.replace("{}", name) for t in templates],
+            padding="max_length",
+            padding_side="right",
+            max_length=64,
+            return_tensors="pt",
+        )
         v = model.get_text_features(input_ids=tokens.input_ids).pooler_output.detach().numpy()
         prototypes.append(unit(unit(v).mean(axis=0)))
     scale, bias = float(model.logit_scale.detach().exp()), float(model.logit_bias.detach())
@@ -91,11 +96,14 @@ def test_prompts_are_printed_without_a_store(mmcli, tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b"a {}\n\na photo\n", r"not a prompt: .*p\.txt, line 3: got 0 times \{\} in 'a photo'"),
-        (b"a {} and a {}\n", r"line 1: got 2 times"), (b"a {}\nthe {}\na {} \n", r"line 3: got the template of line 1"),
-        (b"\n \n", "no prompts: .*p.txt"), (b"", "no prompts"), (b"a {} \xff", "not UTF-8 .*byte 0xff at 5"),
+        (b"a {} and a {}\n", r"line 1: got 2 times"),
+        (b"a {}\nthe {}\na {} \n", r"line 3: got the template of line 1"),
+        (b"\n \n", "no prompts: .*p.txt"),
+        (b"", "no prompts"),
+        (b"a {} \xff", "not UTF-8 .*byte 0xff at 5"),
         (None, "cannot read prompts: .*p.txt: got no such file"),
     ],
-)  # fmt: skip
+)
 def test_bad_prompts_are_one_line(mmcli, tmp_path: Path, content: bytes | None, said: str) -> None:
     if content is not None:
         (tmp_path / "p.txt").write_bytes(content)

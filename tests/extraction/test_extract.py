@@ -55,8 +55,14 @@ def reference(miniature):
             v_img.append(model.get_image_features(**inputs).pooler_output[0].numpy())
             rows = []
             for caption in captions[:5]:
-                ids = tokenizer(caption.lower(), padding="max_length", padding_side="right", max_length=64, truncation=True,
-                                return_tensors="pt").input_ids  # fmt: skip
+                ids = tokenizer(
+                    caption.lower(),
+                    padding="max_length",
+                    padding_side="right",
+                    max_length=64,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids
                 rows.append(model.get_text_features(input_ids=ids).pooler_output[0].numpy())
             v_txt.append(rows)
     return np.array(v_img), np.array(v_txt)
@@ -95,9 +101,13 @@ def test_of_more_than_five_captions_the_first_five_are_encoded(miniature, store:
     listing = read_manifest(miniature.data / "manifest.parquet")
     many = (*listing.captions[0], "a zebra", "a toaster on a boat")
     other = Manifest.from_columns(
-        image_ids=listing.image_ids[:3], paths=listing.paths[:3], splits=["train", "val", "test"],
-        captions=[many, listing.captions[1][:2], listing.captions[2][:1]], labels=[[0], [1], [2]], category_names=["a", "b", "c"],
-    )  # fmt: skip
+        image_ids=listing.image_ids[:3],
+        paths=listing.paths[:3],
+        splits=["train", "val", "test"],
+        captions=[many, listing.captions[1][:2], listing.captions[2][:1]],
+        labels=[[0], [1], [2]],
+        category_names=["a", "b", "c"],
+    )
     write_manifest(tmp_path / "manifest.parquet", other)
     run(miniature, tmp_path / "store", manifest=tmp_path / "manifest.parquet", dtype="float32")
     ours, whole = Store.open(tmp_path / "store").load(), store.load()

@@ -82,9 +82,13 @@ def odd(miniature, tmp_path: Path) -> tuple[Path, list[str], list[str]]:
     bad = ["bomb.png", "cut.jpg", "gone.jpg", "text.jpg", "zero.jpg"]
     names = [name for pair in zip(good, bad, strict=False) for name in pair] + good[len(bad) :]
     listing = Manifest.from_columns(
-        image_ids=np.arange(len(names)), paths=names, splits=(["train", "val", "test"] * len(names))[: len(names)],
-        captions=[["a dog"]] * len(names), labels=[[0]] * len(names), category_names=["dog"],
-    )  # fmt: skip
+        image_ids=np.arange(len(names)),
+        paths=names,
+        splits=(["train", "val", "test"] * len(names))[: len(names)],
+        captions=[["a dog"]] * len(names),
+        labels=[[0]] * len(names),
+        category_names=["dog"],
+    )
     write_manifest(data / "manifest.parquet", listing)
     return data, good, bad
 
@@ -389,9 +393,13 @@ def test_memory_does_not_grow_with_the_data(miniature, tmp_path: Path, most: int
         listing = read_manifest(miniature.data / "manifest.parquet")
         n = len(listing) * times
         many = Manifest.from_columns(
-            image_ids=np.arange(n), paths=list(listing.paths) * times, splits=["train"] * n,
-            captions=[["a dog", "a cat"]] * n, labels=[[0]] * n, category_names=["dog"],
-        )  # fmt: skip
+            image_ids=np.arange(n),
+            paths=list(listing.paths) * times,
+            splits=["train"] * n,
+            captions=[["a dog", "a cat"]] * n,
+            labels=[[0]] * n,
+            category_names=["dog"],
+        )
         write_manifest(tmp_path / f"{times}.parquet", many)
         code = (
             "import json, re, resource, sys\nfrom pathlib import Path\nfrom mmcli.cli import main\n"
@@ -400,8 +408,24 @@ def test_memory_does_not_grow_with_the_data(miniature, tmp_path: Path, most: int
             "    own = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
             "    print(json.dumps((own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024))\n"
         )
-        words = ["extract", "--model", miniature.model, "--data", miniature.data, "--manifest", tmp_path / f"{times}.parquet",
-                 "--out", tmp_path / f"s{times}", "--patches", 64, "--device", "cpu", "--quiet", "--workers", 1]  # fmt: skip
+        words = [
+            "extract",
+            "--model",
+            miniature.model,
+            "--data",
+            miniature.data,
+            "--manifest",
+            tmp_path / f"{times}.parquet",
+            "--out",
+            tmp_path / f"s{times}",
+            "--patches",
+            64,
+            "--device",
+            "cpu",
+            "--quiet",
+            "--workers",
+            1,
+        ]
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True
         )

@@ -77,10 +77,17 @@ def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, 
     v = (labels @ rng.normal(size=(5, 12)) + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
     place = torch.device(device)
     split = Split.place(v, np.repeat(v[:, None], 5, 1), np.full(400, 5), labels, place)
-    config = load_config(options={
-        "fusion.mlp_dims": [32, 16], "hash.bits": 16, "classifier.num_classes": 5, "training.num_epochs": 4,
-        "training.batch_size": 30, "training.mixed_precision": False, **options,
-    })  # fmt: skip
+    config = load_config(
+        options={
+            "fusion.mlp_dims": [32, 16],
+            "hash.bits": 16,
+            "classifier.num_classes": 5,
+            "training.num_epochs": 4,
+            "training.batch_size": 30,
+            "training.mixed_precision": False,
+            **options,
+        }
+    )
     members = []
     for seed in seeds:
         torch.manual_seed(seed)

@@ -177,13 +177,15 @@ ODD_SEGMENTS = {
     "xmp that is no text": segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"\xff\xfe" * 50),
     "profile in a thousand parts": segment(0xE2, b"ICC_PROFILE\0\xff\xff" + b"x" * 50),
     "profile of nothing": segment(0xE2, b"ICC_PROFILE\0"),
-    "other images that are not there": segment(0xE2, b"MPF\0" + exif((0xB001, 4, 1, longs(2)), (0xB002, 7, 32, b"\xff" * 32))),
+    "other images that are not there": segment(
+        0xE2, b"MPF\0" + exif((0xB001, 4, 1, longs(2)), (0xB002, 7, 32, b"\xff" * 32))
+    ),
     "other images that are none": segment(0xE2, b"MPF\0MM\0*\0\0\0\xff"),
     "other images, their number text": segment(0xE2, b"MPF\0" + exif((0xB001, 2, 4, b"abc\0"))),
     "photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\xff\xff"),
     "comment": segment(0xFE, b"\xff\xfe\0" * 9),
     "comments of a megabyte": segment(0xFE, b"x" * 65_000) * 16,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("segments", ODD_SEGMENTS.values(), ids=ODD_SEGMENTS)
@@ -238,8 +240,15 @@ def test_odd_chunks_of_a_png_do_not_matter(tmp_path: Path, make, behind: bool) -
 
 def tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
     """The picture as a plain TIFF with further entries."""
-    shape = [(256, 3, 1, shorts(64)), (257, 3, 1, shorts(32)), (258, 3, 3, shorts(8, 8, 8)), (259, 3, 1, shorts(1)),
-             (262, 3, 1, shorts(2)), (277, 3, 1, shorts(3)), (278, 3, 1, shorts(32))]  # fmt: skip
+    shape = [
+        (256, 3, 1, shorts(64)),
+        (257, 3, 1, shorts(32)),
+        (258, 3, 3, shorts(8, 8, 8)),
+        (259, 3, 1, shorts(1)),
+        (262, 3, 1, shorts(2)),
+        (277, 3, 1, shorts(3)),
+        (278, 3, 1, shorts(32)),
+    ]
     strip = [(279, 4, 1, longs(PIXELS.size)), (273, 4, 1, longs(0))]
     start = len(exif(*shape, *strip, *entries))
     strip[1] = (273, 4, 1, longs(start))

@@ -162,9 +162,20 @@ def test_real_jpegs_have_the_same_pixels_whoever_decodes_them(realdata: Path) ->
 
 
 OF_THE_SYSTEM = (
-    errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN,
-    errno.EINTR, errno.EACCES, errno.EPERM, errno.EHOSTDOWN, errno.EBUSY,
-)  # fmt: skip
+    errno.ESTALE,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EHOSTDOWN,
+    errno.EBUSY,
+)
 
 
 @pytest.mark.parametrize("number", OF_THE_SYSTEM, ids=errno.errorcode.get)
@@ -200,13 +211,28 @@ def test_too_little_memory_says_nothing_about_the_file(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "error",
     [
-        OSError("image file is truncated"), OSError(errno.EINVAL, "Invalid argument"), SyntaxError("broken"),
-        struct.error("short"), ValueError("x"), OverflowError("x"), TypeError("x"), AttributeError("x"), KeyError(9),
-        IndexError(), zlib.error("x"), EOFError(), RuntimeError("x"), RecursionError(), AssertionError(),
-        ZeroDivisionError("x"), NotImplementedError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), SystemError("x"),
+        OSError("image file is truncated"),
+        OSError(errno.EINVAL, "Invalid argument"),
+        SyntaxError("broken"),
+        struct.error("short"),
+        ValueError("x"),
+        OverflowError("x"),
+        TypeError("x"),
+        AttributeError("x"),
+        KeyError(9),
+        IndexError(),
+        zlib.error("x"),
+        EOFError(),
+        RuntimeError("x"),
+        RecursionError(),
+        AssertionError(),
+        ZeroDivisionError("x"),
+        NotImplementedError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+        SystemError("x"),
     ],
     ids=lambda error: type(error).__name__,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_whatever_a_decoder_raises_is_a_damaged_file(
     tmp_path: Path, monkeypatch, error: Exception, suffix: str

@@ -31,10 +31,15 @@ class Source:
         self.folder, self.dtype = folder, dtype
         self.ids = rng.permutation(100)[:N].astype(np.int64)
         self.listing = Manifest.from_columns(
-            image_ids=self.ids, paths=[f"{i}.jpg" for i in self.ids], splits=["train", "val", "test", "train", "test", "val", "train"],
-            captions=[[f"caption {slot} of {i}" for slot in range(count)] for i, count in zip(self.ids, COUNTS, strict=True)],
-            labels=[[0], [1], [0, 1], [], [1], [0], [1]], category_names=["cat", "dog"],
-        )  # fmt: skip
+            image_ids=self.ids,
+            paths=[f"{i}.jpg" for i in self.ids],
+            splits=["train", "val", "test", "train", "test", "val", "train"],
+            captions=[
+                [f"caption {slot} of {i}" for slot in range(count)] for i, count in zip(self.ids, COUNTS, strict=True)
+            ],
+            labels=[[0], [1], [0, 1], [], [1], [0], [1]],
+            category_names=["cat", "dog"],
+        )
         self.v_img = (rng.standard_normal((N, D)) * 4).astype(dtype)
         self.v_txt = (rng.standard_normal((N, 5, D)) * 4).astype(dtype)
         self.v_txt[np.arange(5) >= KEPT[:, None]] = 0
@@ -57,10 +62,17 @@ class Source:
         return path
 
     def run(self, images: Path, texts: Path, **options):
-        plan = ImportPlan(**{
-            "images": images, "texts": texts, "manifest": self.folder / "m.parquet", "name": "acme/clip",
-            "cache": self.folder / "cache", "shard_rows": 3,
-        } | options)  # fmt: skip
+        plan = ImportPlan(
+            **{
+                "images": images,
+                "texts": texts,
+                "manifest": self.folder / "m.parquet",
+                "name": "acme/clip",
+                "cache": self.folder / "cache",
+                "shard_rows": 3,
+            }
+            | options
+        )
         return import_store(plan)
 
     def plain(self, **options):
@@ -94,11 +106,14 @@ def check(source, result, counts, dtype):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 1000), dtype=st.sampled_from(["float16", "float32"]),
-    form=st.sampled_from(["first", "rows", "slots"]), cuts=st.lists(st.integers(1, N - 1), max_size=3, unique=True),
-    to=st.sampled_from([None, "float16", "float32"]), order=st.sampled_from(["C", "F"]),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from(["float16", "float32"]),
+    form=st.sampled_from(["first", "rows", "slots"]),
+    cuts=st.lists(st.integers(1, N - 1), max_size=3, unique=True),
+    to=st.sampled_from([None, "float16", "float32"]),
+    order=st.sampled_from(["C", "F"]),
     big=st.sets(st.integers(0, 3)),
-)  # fmt: skip
+)
 def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order, big):
     source = Source(tmp_path_factory.mktemp("i"), dtype, seed)
     texts = {"first": source.v_txt[:, 0], "rows": source.flat, "slots": source.v_txt}[form]
@@ -114,9 +129,11 @@ def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order,
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 1000), dtype=st.sampled_from(["float16", "float32"]),
-    form=st.sampled_from(["first", "rows", "lists", "fixed lists"]), n_files=st.integers(1, 3),
-)  # fmt: skip
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from(["float16", "float32"]),
+    form=st.sampled_from(["first", "rows", "lists", "fixed lists"]),
+    n_files=st.integers(1, 3),
+)
 def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dtype, form, n_files):
     source = Source(tmp_path_factory.mktemp("i"), dtype, seed)
     rng = np.random.default_rng(seed)
@@ -194,11 +211,18 @@ def _npy(header: bytes) -> bytes:
         _npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': ('a', 4)}"),
         _npy(b"{'descr': {'a': 1}, 'fortran_order': False, 'shape': (7, 4)}"),
         _npy(b"{'descr': '<f4,', 'fortran_order': 3, 'shape': [7, 4]}"),
-        _npy(b"(" * 5000), _npy(b"[" * 150 + b"]" * 150), _npy(b"\xff\xfe"), _npy(b"{'descr': '\x00'"), _npy(b"-" * 9000),
-        b"\x93NUMPY\x09\x00", b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"", b"\x93NUM",
+        _npy(b"(" * 5000),
+        _npy(b"[" * 150 + b"]" * 150),
+        _npy(b"\xff\xfe"),
+        _npy(b"{'descr': '\x00'"),
+        _npy(b"-" * 9000),
+        b"\x93NUMPY\x09\x00",
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
+        b"",
+        b"\x93NUM",
     ],
     ids=range(17),
-)  # fmt: skip
+)
 def test_a_npy_header_that_makes_no_sense_is_one_line(source, data):
     (source.folder / "i.npy").write_bytes(data)
     with pytest.raises(InputError, match=r"cannot read embeddings: .*i\.npy"):
@@ -391,7 +415,10 @@ def test_wrong_parquet(source):
     double = lists(source.v_img, pa.float64())
     cases = [
         ({"image_id": other, "v": vectors}, "manifest does not have: .*got 1000;"),
-        ({"image_id": again, "v": vectors}, rf"another number of vectors for an image: .*image id {source.ids[0]} and 1 more: got 2, wanted 1;"),
+        (
+            {"image_id": again, "v": vectors},
+            rf"another number of vectors for an image: .*image id {source.ids[0]} and 1 more: got 2, wanted 1;",
+        ),
         ({"image_id": source.ids[1:], "v": vectors[1:]}, rf"image id {source.ids[0]}: got 0, wanted 1;"),
         ({"image_id": source.ids, "v": ragged}, r"vectors of different widths: .*got 4, wanted 3"),
         ({"image_id": source.ids, "v": holes}, "a null among the embeddings: .*column v: got 1"),
@@ -399,9 +426,15 @@ def test_wrong_parquet(source):
         ({"image_id": source.ids, "v": double}, "no clear column of vectors"),
         ({"image_id": source.ids, "v": vectors, "w": vectors}, "no clear column of vectors"),
         ({"id": source.ids, "v": vectors}, "no clear column of vectors"),
-        ({"image_id": [str(i) for i in source.ids], "v": vectors}, "a column of another type: .*column image_id: got string"),
-        ({"image_id": source.ids, "v": pa.array([[[1.0] * D]] * N, pa.list_(pa.list_(kind)))}, "image vectors in lists"),
-    ]  # fmt: skip
+        (
+            {"image_id": [str(i) for i in source.ids], "v": vectors},
+            "a column of another type: .*column image_id: got string",
+        ),
+        (
+            {"image_id": source.ids, "v": pa.array([[[1.0] * D]] * N, pa.list_(pa.list_(kind)))},
+            "image vectors in lists",
+        ),
+    ]
     for columns, message in cases:
         with pytest.raises(InputError, match=message):
             source.run(source.table("x.parquet", **columns), texts)
@@ -458,9 +491,14 @@ def test_the_commands(mmcli, tmp_path):
     code, out, err = mmcli("cache", "verify", "--leaks", "--threshold", 0.5, "--json")
     leaks = json.loads(out)["leaks"]
     assert leaks["pairs"][0] | {"cosine": 1.0} == {
-        "image_id": source.ids[1], "path": f"{source.ids[1]}.jpg", "split": "val", "other_id": source.ids[0],
-        "other_path": f"{source.ids[0]}.jpg", "other_split": "train", "cosine": 1.0,
-    }  # fmt: skip
+        "image_id": source.ids[1],
+        "path": f"{source.ids[1]}.jpg",
+        "split": "val",
+        "other_id": source.ids[0],
+        "other_path": f"{source.ids[0]}.jpg",
+        "other_split": "train",
+        "cosine": 1.0,
+    }
     code, out, err = mmcli("cache", "verify", "--json")
     assert json.loads(out) == {"store": store, "problems": [], "leaks": None}
     code, out, err = mmcli("cache", "export", "--out", "e", "--captions", "all", "--json")
@@ -474,9 +512,13 @@ def test_the_commands(mmcli, tmp_path):
     assert (code, err) == (0, "")
     assert "7 images, 1 file" in out
     for wrong in (
-        ("verify", "--most", 3), ("export", "--out", "x", "--format", "parquet", "--captions", "all"), ("export",),
-        ("import", "--images", "i.npy"), ("verify", "--leaks", "--threshold", 2), ("import", *words[:-1], "none.parquet"),
-    ):  # fmt: skip
+        ("verify", "--most", 3),
+        ("export", "--out", "x", "--format", "parquet", "--captions", "all"),
+        ("export",),
+        ("import", "--images", "i.npy"),
+        ("verify", "--leaks", "--threshold", 2),
+        ("import", *words[:-1], "none.parquet"),
+    ):
         code, out, err = mmcli("cache", *wrong)
         assert (code, out, err.count("\n")) == (2, "", 1), err
     assert not Path("x").exists()
@@ -490,9 +532,10 @@ def test_skipped_images_are_shown_and_left_out(mmcli, tmp_path, monkeypatch):
     monkeypatch.setattr("mmcli.pipeline.extraction.import_store.check_images", lambda *_: "x")
     original = StoreWriter.write_image
     monkeypatch.setattr(
-        StoreWriter, "write_image",
+        StoreWriter,
+        "write_image",
         lambda self, shard, v_img: original(self, shard, v_img=v_img, skipped=np.flatnonzero(~v_img.any(1)).tolist()),
-    )  # fmt: skip
+    )
     finish = StoreWriter.finish
     monkeypatch.setattr(StoreWriter, "finish", lambda self: finish(self, lambda row: f"reason {row}"))
     store = result().store

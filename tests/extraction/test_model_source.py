@@ -273,15 +273,27 @@ def test_what_the_hub_refuses_is_told_in_one_line(online: type[Hub], hub) -> Non
 
 
 WEIGHTS = {
-    "compiled": (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, r'missing .*unknown .*begin with "_orig_mod\.".*save_pretrained'),
+    "compiled": (
+        lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},
+        r'missing .*unknown .*begin with "_orig_mod\.".*save_pretrained',
+    ),
     "wrapped": (lambda t: {f"module.{k}": v for k, v in t.items()}, r'begin with "module\."'),
-    "no head": (lambda t: {k: v for k, v in t.items() if "vision_model.head" not in k}, r"11 missing \(vision_model\.head"),
+    "no head": (
+        lambda t: {k: v for k, v in t.items() if "vision_model.head" not in k},
+        r"11 missing \(vision_model\.head",
+    ),
     "no scale": (lambda t: {k: v for k, v in t.items() if k != "logit_scale"}, r"1 missing \(logit_scale\)"),
     "no text": (lambda t: {k: v for k, v in t.items() if "text_model" not in k}, "missing"),
-    "a third layer": (lambda t: t | {k.replace("layers.1", "layers.2"): v.clone() for k, v in t.items()}, r"32 unknown"),
+    "a third layer": (
+        lambda t: t | {k.replace("layers.1", "layers.2"): v.clone() for k, v in t.items()},
+        r"32 unknown",
+    ),
     "quantised": (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "weights that are no floats: .* I8 in"),
-    "another shape": (lambda t: {k: v[:-1] if k == "text_model.head.bias" else v for k, v in t.items()}, r"another shape .*text_model\.head\.bias: \[63\]"),
-}  # fmt: skip
+    "another shape": (
+        lambda t: {k: v[:-1] if k == "text_model.head.bias" else v for k, v in t.items()},
+        r"another shape .*text_model\.head\.bias: \[63\]",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -307,13 +319,16 @@ def test_weights_in_any_float_and_foreign_tensors_are_read(copied: Path, miniatu
 
 
 DAMAGE = {
-    "a pointer": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), "git lfs pull"),
+    "a pointer": (
+        lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        "git lfs pull",
+    ),
     "half": (lambda f: f.write_bytes(f.read_bytes()[:5000]), "a damaged or partial file"),
     "empty": (lambda f: f.write_bytes(b""), "an empty file"),
     "pickle": (lambda f: (f.unlink(), torch.save({}, f.with_name("pytorch_model.bin"))), "cannot load the weights"),
     "newer dtype": (lambda f: f.write_bytes(f.read_bytes().replace(b'"F32"', b'"F4X"', 1)), "model.safetensors"),
     "a folder": (lambda f: (f.unlink(), f.mkdir()), "cannot load the weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -371,7 +386,7 @@ VALUES = [
     ("tokenizer.json", lambda tree: {**tree, "model": {}}, "tokenizer"),
     ("tokenizer.json", _set("post_processor", "special_tokens", {}), "tokenizer"),  # a panic in Rust
     ("tokenizer.json", lambda tree: None, "tokenizer"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("file", "change", "message"), VALUES)

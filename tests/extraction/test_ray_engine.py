@@ -133,9 +133,7 @@ def killed(miniature, ray, spoiled: Path, tmp_path_factory):
     out, told = tmp_path_factory.mktemp("killed") / "s", {}
     killer = threading.Thread(target=kill_one, args=(out, told))
     killer.start()
-    result = extract_on_ray(
-        config_of(miniature), plan_of(miniature, out, data=spoiled, on_error="skip"), processes=2
-    )  # fmt: skip
+    result = extract_on_ray(config_of(miniature), plan_of(miniature, out, data=spoiled, on_error="skip"), processes=2)
     killer.join()
     return result, told
 

@@ -17,8 +17,24 @@ def test_every_command_takes_a_url_for_a_store(mmcli, miniature, tmp_path) -> No
     shutil.copytree(miniature.data, data)
     paths = read_manifest(data / "manifest.parquet").paths
     (data / paths[3]).unlink()
-    words = ("extract", "--model", miniature.model, "--data", data, "--patches", 64, "--device", "cpu", "--json",
-             "--batch-tokens", 256, "--workers", 0, "--on-error", "skip")  # fmt: skip
+    words = (
+        "extract",
+        "--model",
+        miniature.model,
+        "--data",
+        data,
+        "--patches",
+        64,
+        "--device",
+        "cpu",
+        "--json",
+        "--batch-tokens",
+        256,
+        "--workers",
+        0,
+        "--on-error",
+        "skip",
+    )
     found = {}
     for out in (url, str(tmp_path / "local")):
         code, said, errors = mmcli(*words, "--out", out)

@@ -16,19 +16,27 @@ N = 2600
 def columns(**changes):
     rng = np.random.default_rng(1)
     given = {
-        "image_ids": rng.permutation(N).astype(np.int64), "paths": [f"{at}.jpg" for at in range(N)],
+        "image_ids": rng.permutation(N).astype(np.int64),
+        "paths": [f"{at}.jpg" for at in range(N)],
         "splits": [("train", "val", "test")[at % 3] for at in range(N)],
         "captions": [[f"caption of {at}"] * (1 + at % 3) for at in range(N)],
-        "labels": [[at % 4] if at % 5 else [] for at in range(N)], "category_names": ["a", "b", "c", "d"],
-    }  # fmt: skip
+        "labels": [[at % 4] if at % 5 else [] for at in range(N)],
+        "category_names": ["a", "b", "c", "d"],
+    }
     return given | changes
 
 
 def write(folder, table, skipped=()):
     key = StoreKey(
-        model="m", revision="r", processor="{}", patches=1, text_length=1, dtype="float16", manifest_sha256="ab" * 32,
+        model="m",
+        revision="r",
+        processor="{}",
+        patches=1,
+        text_length=1,
+        dtype="float16",
+        manifest_sha256="ab" * 32,
         compute_dtype="float32",
-    )  # fmt: skip
+    )
     v_img = np.random.default_rng(0).standard_normal((N, 6)).astype(np.float32)
     v_img[list(skipped)] = 0
     with StoreWriter(folder, key, table, width=6, n_captions_max=1, shard_rows=700) as writer:

@@ -23,17 +23,38 @@ from mmcli.pipeline.training.train_head import train_head
 
 CPU = torch.device("cpu")
 WORDS = (
-    "--epochs", 2, "--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5",
-    "--batch-size", 16, "--workers", 0, "--lr-towers", 1e-3,
-)  # fmt: skip
+    "--epochs",
+    2,
+    "--patches",
+    64,
+    "--device",
+    "cpu",
+    "--set",
+    "fusion.mlp_dims=[64, 32]",
+    "--set",
+    "knn.K=5",
+    "--batch-size",
+    16,
+    "--workers",
+    0,
+    "--lr-towers",
+    1e-3,
+)
 
 
 def configure(model: Path, **more: object) -> Config:
     options = {
-        "model.siglip2_variant": str(model), "model.max_num_patches": 64, "hardware.device": "cpu", "knn.K": 5,
-        "fusion.mlp_dims": [64, 32], "training.num_epochs": 2, "training.batch_size": 16, "data.num_workers": 0,
-        "optimizer.lr_towers": 1e-3, "training.mixed_precision": False,
-    }  # fmt: skip
+        "model.siglip2_variant": str(model),
+        "model.max_num_patches": 64,
+        "hardware.device": "cpu",
+        "knn.K": 5,
+        "fusion.mlp_dims": [64, 32],
+        "training.num_epochs": 2,
+        "training.batch_size": 16,
+        "data.num_workers": 0,
+        "optimizer.lr_towers": 1e-3,
+        "training.mixed_precision": False,
+    }
     return load_config(options=options | more)
 
 
@@ -101,9 +122,13 @@ def test_what_is_trained_by_name(miniature) -> None:
     assert names(unfreeze="all") == {name for name in known if not name.startswith("logit_")}
     last = names(unfreeze="last-1")
     wanted = (
-        "vision_model.encoder.layers.1.", "vision_model.post_layernorm.", "vision_model.head.",
-        "text_model.encoder.layers.1.", "text_model.final_layer_norm.", "text_model.head.",
-    )  # fmt: skip
+        "vision_model.encoder.layers.1.",
+        "vision_model.post_layernorm.",
+        "vision_model.head.",
+        "text_model.encoder.layers.1.",
+        "text_model.final_layer_norm.",
+        "text_model.head.",
+    )
     assert last == {name for name in known if name.startswith(wanted)}
     assert names(unfreeze="last-1", towers="image") == {name for name in last if name.startswith("vision_model.")}
     assert names(unfreeze="last-1", towers="text") == {name for name in last if name.startswith("text_model.")}
@@ -179,7 +204,10 @@ def test_the_cosine_term_alone_trains_the_towers(miniature, tmp_path: Path, towe
     live = finetune(config, data=miniature.data, unfreeze="last-1", towers=towers, out=tmp_path / "live")
     cosines = [record["cosine"] for record in live.fit.history]
     assert cosines[-1] < 0.9 * cosines[0]
-    before, after = (load_file(path) for path in (miniature.model / "model.safetensors", tmp_path / "live" / "towers" / "model.safetensors"))  # fmt: skip
+    before, after = (
+        load_file(path)
+        for path in (miniature.model / "model.safetensors", tmp_path / "live" / "towers" / "model.safetensors")
+    )
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved
     assert moved <= set(json.loads((tmp_path / "live" / "finetune.json").read_text())["trained"])

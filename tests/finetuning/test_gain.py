@@ -31,9 +31,14 @@ def test_last_2_and_full_improve_on_the_frozen_towers_they_begin_with(tmp_path: 
     prepare(data)
     model = make_checkpoint(data, tmp_path / "model")
     options = {
-        "preset": "small", "model.siglip2_variant": str(model), "model.max_num_patches": 64, "hardware.device": "cpu",
-        "training.early_stopping_patience": 0, "loss.cosine_weight": 0.0, "optimizer.lr_towers": 1e-3,
-    }  # fmt: skip
+        "preset": "small",
+        "model.siglip2_variant": str(model),
+        "model.max_num_patches": 64,
+        "hardware.device": "cpu",
+        "training.early_stopping_patience": 0,
+        "loss.cosine_weight": 0.0,
+        "optimizer.lr_towers": 1e-3,
+    }
     runs: dict[str, list[Path]] = {"none": [], "last-2": [], "all": []}
     for seed in SEEDS:
         config = load_config(options=options | {"hardware.seed": seed, "training.num_epochs": 100})

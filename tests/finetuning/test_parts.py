@@ -126,7 +126,10 @@ def test_a_head_of_one_modality_takes_its_tower() -> None:
 
 def test_tensors_travel_in_buckets_and_every_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmcli.pipeline.finetuning.distributed.BUCKET", 10)
-    tensors = [torch.zeros(n, dtype=d) for n, d in ((4, torch.float32), (6, torch.float32), (1, torch.float32), (50, torch.float32), (2, torch.int64))]  # fmt: skip
+    tensors = [
+        torch.zeros(n, dtype=d)
+        for n, d in ((4, torch.float32), (6, torch.float32), (1, torch.float32), (50, torch.float32), (2, torch.int64))
+    ]
     buckets = _buckets(tensors)
     assert [len(bucket) for bucket in buckets] == [2, 1, 1, 1]
     assert [id(one) for bucket in buckets for one in bucket] == [id(one) for one in tensors]
@@ -164,7 +167,9 @@ def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
 
 def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:
     words = ("--model", miniature.model, "--patches", 64, "--n-images", 8, "--batch-size", 4, "--repeats", 1)
-    code, out, err = mmcli("bench", "finetune", *words, "--workers", 0, "--unfreeze", "last-2", "--device", "cpu", "--json")  # fmt: skip
+    code, out, err = mmcli(
+        "bench", "finetune", *words, "--workers", 0, "--unfreeze", "last-2", "--device", "cpu", "--json"
+    )
     assert code == 0, err
     (case,) = json.loads(out)["cases"]
     assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
@@ -176,10 +181,17 @@ def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:
 def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, parts: int) -> None:
     """Sixteen images of several grids through the plain model, padded and masked, head and loss on top, one backward."""
     options = {
-        "model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64, "preset": "plan",
-        "fusion.dropout": 0.0, "fusion.mlp_dims": [32, 16], "finetune.unfreeze": "last-1", "data.num_workers": 0,
-        "training.batch_size": 16 // parts, "training.accumulation_steps": parts, "hash.batch_norm": True,
-    }  # fmt: skip
+        "model.siglip2_variant": str(miniature.model),
+        "model.max_num_patches": 64,
+        "preset": "plan",
+        "fusion.dropout": 0.0,
+        "fusion.mlp_dims": [32, 16],
+        "finetune.unfreeze": "last-1",
+        "data.num_workers": 0,
+        "training.batch_size": 16 // parts,
+        "training.accumulation_steps": parts,
+        "hash.batch_norm": True,
+    }
     config = load_config(options=options)
     listing, cpu = read_manifest(miniature.data / "manifest.parquet"), torch.device("cpu")
     towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)

@@ -18,9 +18,21 @@ from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import read_info
 
 WORDS = (
-    "--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--workers", 0,
-    "--lr-towers", 1e-4, "--patience", 0,
-)  # fmt: skip
+    "--patches",
+    64,
+    "--device",
+    "cpu",
+    "--set",
+    "fusion.mlp_dims=[64, 32]",
+    "--set",
+    "knn.K=5",
+    "--workers",
+    0,
+    "--lr-towers",
+    1e-4,
+    "--patience",
+    0,
+)
 # No classifier reads hard codes in training: rounding may turn a bit there, and then two runs part by more than rounding.
 SMOOTH = ("--set", "hash.nested=[]", "--set", "hash.code_classifier=false")
 # The command line with training kept after every step.

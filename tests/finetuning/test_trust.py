@@ -208,7 +208,10 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
     assert set(found.values()) == {0.25}
     assert list(found)[:2] == ["val_mAP", "dead_bits"]
     assert len(found) == (4 if sides else 2)
-    assert all((one.detach().double() == (0.25 if one.is_floating_point() else 0)).all() for one in trained.state_dict().values())  # fmt: skip
+    assert all(
+        (one.detach().double() == (0.25 if one.is_floating_point() else 0)).all()
+        for one in trained.state_dict().values()
+    )
     assert (local["whole"].tolist(), local["part"].tolist()) == ([0.25, 0.25], [1.0, 1.0])
 
 
@@ -236,11 +239,14 @@ def test_two_processes_stop_together_where_one_sees_another_val_map(miniature, t
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     team = [
         subprocess.Popen(
-            [*map(str, words)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*map(str, words)],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         assert [process.wait(100) for process in team] == [0, 0]
     finally:

@@ -21,9 +21,15 @@ from mmcli.pipeline.evaluation.search import Searcher
 NAMES = ("person", "<b>cat</b>", "a|b", "$x_1$ & 50%", "`dog`", "quo\"te'd", "plain")
 SCRIPT = "<script>window.pwned = 1</script>"
 CAPTIONS = (
-    SCRIPT, "[click](javascript:alert(1)) *bold* _under_", "a | b ``` c", "</td></tr></table>", "$\\frac{1}{2}$ \\input{x} 100%",
-    '"><img src=x onerror="window.pwned = 1">', "line\none and   two", "a plain caption",
-)  # fmt: skip
+    SCRIPT,
+    "[click](javascript:alert(1)) *bold* _under_",
+    "a | b ``` c",
+    "</td></tr></table>",
+    "$\\frac{1}{2}$ \\input{x} 100%",
+    '"><img src=x onerror="window.pwned = 1">',
+    "line\none and   two",
+    "a plain caption",
+)
 SIZES = {"train": 120, "val": 40, "test": 60}
 BITS, SEEDS = 32, (1, 2, 3)
 
@@ -88,9 +94,19 @@ def _write_run(kit: Kit, ids, labels, sha256: str, *, norms: bool) -> None:
     rng = np.random.default_rng(2)
     config = load_config(options={"hash.bits": BITS, "knn.K": 10})
     info = RunInfo(
-        kind="train-head", status="running", created=now(), config_digest="0" * 8, preset="recommended", seed=1, store=str(kit.root / "gone"),
-        store_digest="d" * 64, model="m", patches=64, manifest_sha256=sha256, category_names=NAMES,
-    )  # fmt: skip
+        kind="train-head",
+        status="running",
+        created=now(),
+        config_digest="0" * 8,
+        preset="recommended",
+        seed=1,
+        store=str(kit.root / "gone"),
+        store_digest="d" * 64,
+        model="m",
+        patches=64,
+        manifest_sha256=sha256,
+        category_names=NAMES,
+    )
     run = start_run(info, config, label="x", out=kit.run, runs=kit.runs, device="cpu")
     base = rng.normal(size=(len(NAMES), BITS))
     codes = {}
@@ -99,9 +115,14 @@ def _write_run(kit: Kit, ids, labels, sha256: str, *, norms: bool) -> None:
         logits = (3 * y - 1.5 + rng.normal(0, 1.6, y.shape)).astype(np.float32)
         lengths = rng.gamma(9, 1, (2, len(y))).astype(np.float32)
         codes[split] = Codes(
-            image_id=ids[split], soft=soft, packed=np.packbits(soft >= 0, axis=1), labels=y, logits=None if split == "train" else logits,
-            norm_img=lengths[0] if norms else None, norm_txt=lengths[1] if norms else None,
-        )  # fmt: skip
+            image_id=ids[split],
+            soft=soft,
+            packed=np.packbits(soft >= 0, axis=1),
+            labels=y,
+            logits=None if split == "train" else logits,
+            norm_img=lengths[0] if norms else None,
+            norm_txt=lengths[1] if norms else None,
+        )
         write_codes(run.folder, split, codes[split])
     lines = [
         {"epoch": e, "loss": 1 / e, "bce": 0.5 / e, "cosine": 0.8, "decorr": 0.0, "val_mAP": 0.6 - 0.2 / e}
@@ -137,10 +158,19 @@ def scores_of(labels, skill: float, seed: int) -> np.ndarray:
 
 # How much the values know: the first question is a clear yes, the second a tie, the third a clear no.
 SKILLS = {
-    ("A1", "hadamard_magnitude / rms"): 3.0, ("A1", "hadamard / rms"): 1.0, ("A1", "concat / rms"): 1.0,
-    ("A3", "knn"): 1.0, ("A3", "classifier"): 3.0, ("A2", "0"): 2.0, ("A2", "32"): 1.0, ("A2", "64"): 2.0,
-    ("C2", "hamming"): 1.5, ("C2", "cosine"): 1.5, ("base", "zero-shot"): 0.5, ("base", "full"): 3.0,
-}  # fmt: skip
+    ("A1", "hadamard_magnitude / rms"): 3.0,
+    ("A1", "hadamard / rms"): 1.0,
+    ("A1", "concat / rms"): 1.0,
+    ("A3", "knn"): 1.0,
+    ("A3", "classifier"): 3.0,
+    ("A2", "0"): 2.0,
+    ("A2", "32"): 1.0,
+    ("A2", "64"): 2.0,
+    ("C2", "hamming"): 1.5,
+    ("C2", "cosine"): 1.5,
+    ("base", "zero-shot"): 0.5,
+    ("base", "full"): 3.0,
+}
 
 
 def row_of(kit: Kit, ids, labels, experiment: str, value: str, order: int, seed: int, skill: float) -> dict:
@@ -153,17 +183,35 @@ def row_of(kit: Kit, ids, labels, experiment: str, value: str, order: int, seed:
     figures = metrics_row("knn", "test", scores, labels, tuned_on=(scores, labels))
     latency = (0.5 + 0.01 * seed) * (3.0 if value == "cosine" else 1.0)
     return {
-        "experiment": experiment, "varies": "x", "value": value, "order": order, "seed": seed, "status": "finished", "note": "",
-        "key": name, "training_key": "", "base": "b", "run": "runs/none", "scores": name, "preset": "recommended", "config": "{}",
-        **figures, "query_latency_ms": latency, "query_latency_ms_p50": latency, "index_bytes": 1000 * (order + 1), "n_index": 120, "train_s": 1.5,
-    }  # fmt: skip
+        "experiment": experiment,
+        "varies": "x",
+        "value": value,
+        "order": order,
+        "seed": seed,
+        "status": "finished",
+        "note": "",
+        "key": name,
+        "training_key": "",
+        "base": "b",
+        "run": "runs/none",
+        "scores": name,
+        "preset": "recommended",
+        "config": "{}",
+        **figures,
+        "query_latency_ms": latency,
+        "query_latency_ms_p50": latency,
+        "index_bytes": 1000 * (order + 1),
+        "n_index": 120,
+        "train_s": 1.5,
+    }
 
 
 def _write_rows(kit: Kit, ids, labels) -> None:
     rows = [
         row_of(kit, ids, labels, experiment, value, order, seed, skill)
-        for order, ((experiment, value), skill) in enumerate(SKILLS.items()) for seed in SEEDS
-    ]  # fmt: skip
+        for order, ((experiment, value), skill) in enumerate(SKILLS.items())
+        for seed in SEEDS
+    ]
     failed = {key: rows[0][key] for key in ("varies", "training_key", "base", "preset", "config")}
     rows.append(
         {

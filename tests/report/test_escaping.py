@@ -20,9 +20,24 @@ from mmcli.pipeline.report.plots import SERIES, draw, for_page
 from mmcli.pipeline.report.render import to_markdown
 
 NAMES = (
-    "</td><script>alert(1)</script>", "a|b", r"100%_$x\y", "line\none", "`tick`", "``` fence", "[x](javascript:alert(1))",
-    "[1pt] row", "* row", "&amp; & #1 ~ ^ {}", '"quoted" it\'s', "=HYPERLINK(1)", "<!-- c", "]]>", "# head", "--", "grün 猫",
-)  # fmt: skip
+    "</td><script>alert(1)</script>",
+    "a|b",
+    r"100%_$x\y",
+    "line\none",
+    "`tick`",
+    "``` fence",
+    "[x](javascript:alert(1))",
+    "[1pt] row",
+    "* row",
+    "&amp; & #1 ~ ^ {}",
+    '"quoted" it\'s',
+    "=HYPERLINK(1)",
+    "<!-- c",
+    "]]>",
+    "# head",
+    "--",
+    "grün 猫",
+)
 
 
 class Cells(HTMLParser):
@@ -57,9 +72,10 @@ def document() -> Document:
     lines = tuple(command("report", "--runs", name) for name in NAMES)
     blocks = (
         Table(name="t", title=NAMES[0], columns=columns, rows=rows, note=" ".join(NAMES), commands=lines),
-        *(Text(text=name) for name in NAMES), *(Gap(text=name, command=line) for name, line in zip(NAMES, lines, strict=True)),
+        *(Text(text=name) for name in NAMES),
+        *(Gap(text=name, command=line) for name, line in zip(NAMES, lines, strict=True)),
         Commands(title=NAMES[1], lines=lines),
-    )  # fmt: skip
+    )
     section = Section(name="s", title=NAMES[2], blocks=blocks)
     return Document(title=NAMES[0], subtitle=NAMES[3], facts=((NAMES[1], NAMES[2]),), sections=(section,), notes=NAMES)
 
@@ -94,10 +110,22 @@ def test_markdown_commands_are_code_whatever_they_hold(document: Document) -> No
 
 
 LATEX = {
-    r"\textbackslash{}": "\\", r"\{": "{", r"\}": "}", r"\$": "$", r"\&": "&", r"\#": "#", r"\%": "%", r"\_": "_",
-    r"\textasciicircum{}": "^", r"\textasciitilde{}": "~", r"\textless{}": "<", r"\textgreater{}": ">",
-    r"\textbar{}": "|", r"\textquotedbl{}": '"', r"\textasciigrave{}": "`",
-}  # fmt: skip
+    r"\textbackslash{}": "\\",
+    r"\{": "{",
+    r"\}": "}",
+    r"\$": "$",
+    r"\&": "&",
+    r"\#": "#",
+    r"\%": "%",
+    r"\_": "_",
+    r"\textasciicircum{}": "^",
+    r"\textasciitilde{}": "~",
+    r"\textless{}": "<",
+    r"\textgreater{}": ">",
+    r"\textbar{}": "|",
+    r"\textquotedbl{}": '"',
+    r"\textasciigrave{}": "`",
+}
 
 
 def test_latex_has_whole_rows_and_every_name_reads_back(document: Document) -> None:

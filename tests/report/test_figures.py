@@ -36,9 +36,12 @@ def store_of(folder: Path) -> Path:
 def make_codes(logits: np.ndarray, labels: np.ndarray) -> Codes:
     n = len(logits)
     return Codes(
-        image_id=np.arange(n), soft=np.zeros((n, 8), np.float32), packed=np.zeros((n, 1), np.uint8),
-        labels=labels.astype(np.uint8), logits=logits.astype(np.float32),
-    )  # fmt: skip
+        image_id=np.arange(n),
+        soft=np.zeros((n, 8), np.float32),
+        packed=np.zeros((n, 1), np.uint8),
+        labels=labels.astype(np.uint8),
+        logits=logits.astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize("centre", [-40.0, -20.0, 0.0, 20.0, 40.0])
@@ -134,8 +137,12 @@ def test_metrics_keep_what_is_known(mmcli, here: Path) -> None:
     rows = {(row["method"], row["split"]): row for row in read_metrics(run)}
     assert len(rows) == len(read_metrics(run)) == 5
     assert {key: row.get("K") for key, row in rows.items()} == {
-        ("knn", "train"): 3, ("knn", "test"): 3, ("knn", "val"): 5, ("classifier", "test"): None, ("classifier", "val"): None,
-    }  # fmt: skip
+        ("knn", "train"): 3,
+        ("knn", "test"): 3,
+        ("knn", "val"): 5,
+        ("classifier", "test"): None,
+        ("classifier", "val"): None,
+    }
     assert rows["classifier", "test"] == trained
     assert trained["query_latency_ms"] > 0
     code, out, err = mmcli("knn-eval", "--split", "val")

@@ -142,8 +142,17 @@ def test_sections_say_what_the_run_is_and_how_it_is_made_again(made) -> None:
     assert "the highest val mAP, 0.560, of 1 run with hash codes" in text
     assert f"mmcli report --runs {result.run.parent} --data {result.run.parent.parent / 'data'}" in text
     assert [section.name for section in result.document.sections] == [
-        "answers", "methods", "experiments", "curves", "classes", "costs", "inside", "queries", "failures", "again"
-    ]  # fmt: skip
+        "answers",
+        "methods",
+        "experiments",
+        "curves",
+        "classes",
+        "costs",
+        "inside",
+        "queries",
+        "failures",
+        "again",
+    ]
     assert "mmcli ablate C3 --seeds" not in text
     assert re.search(
         r"Not made: M1, M2, C1, C3, C4: `mmcli ablate M1 M2 C1 C3 C4 --seeds 3 --store \S+gone --out", text
@@ -209,8 +218,10 @@ def test_the_command_line(mmcli, kit: Kit, tmp_path: Path) -> None:
     assert "mmcli report --runs kit/runs --data kit/data --markdown-only docs/figures.md" in text
     assert mmcli(*words, "--markdown-only", "docs/figures.md")[0] == 2
     for wrong, said in (
-        (("--runs", "nowhere"), "nothing to report"), (("--data", "nowhere"), "no manifest"), (("--run", "kit/data"), "no run"),
-    ):  # fmt: skip
+        (("--runs", "nowhere"), "nothing to report"),
+        (("--data", "nowhere"), "no manifest"),
+        (("--run", "kit/data"), "no run"),
+    ):
         code, out, err = mmcli(*words[:1], *(wrong if wrong[0] == "--runs" else (*words[1:3], *wrong)), "--quiet")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert said in err

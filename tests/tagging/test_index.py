@@ -33,11 +33,15 @@ def make(n: int = 30, *, seed: int = 0, first_id: int = 100, names=("a", "b", "c
     rng = np.random.default_rng(seed)
     soft = rng.normal(size=(n, bits or 12)).astype(np.float32)
     return TagIndex(
-        image_id=np.arange(first_id, first_id + n), soft=soft, packed=np.packbits(soft >= 0, axis=1) if bits else None,
-        labels=(rng.random((n, len(names))) < 0.4).astype(np.uint8), category_names=tuple(names),
-        paths=pa.array([f"p/{i}.jpg" for i in range(n)]), captions=pa.array([["", "größer 🐶\n[red]"][i % 2] for i in range(n)]),
+        image_id=np.arange(first_id, first_id + n),
+        soft=soft,
+        packed=np.packbits(soft >= 0, axis=1) if bits else None,
+        labels=(rng.random((n, len(names))) < 0.4).astype(np.uint8),
+        category_names=tuple(names),
+        paths=pa.array([f"p/{i}.jpg" for i in range(n)]),
+        captions=pa.array([["", "größer 🐶\n[red]"][i % 2] for i in range(n)]),
         origin=Origin(head="h" * 64, store="s" * 64, model="m", patches=64, encoder="e" * 64),
-    )  # fmt: skip
+    )
 
 
 def same(one: TagIndex, other: TagIndex) -> bool:
@@ -102,13 +106,18 @@ def test_other_formats_and_changed_content_are_refused(tmp_path, changes, line) 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"image_id": np.full(30, 7)}, {"soft": np.full((30, 16), np.nan, np.float32)}, {"label_ends": np.zeros(31, np.int64)},
-        {"packed": np.zeros((29, 2), np.uint8)}, {"category_names": ["a", "a", "b"]}, {"category_names": ["a"]},
-        {"path": np.full(4, 255, np.uint8), "path_ends": np.array([0] * 30 + [4])}, {"origin": {"head": "x"}},
+        {"image_id": np.full(30, 7)},
+        {"soft": np.full((30, 16), np.nan, np.float32)},
+        {"label_ends": np.zeros(31, np.int64)},
+        {"packed": np.zeros((29, 2), np.uint8)},
+        {"category_names": ["a", "a", "b"]},
+        {"category_names": ["a"]},
+        {"path": np.full(4, 255, np.uint8), "path_ends": np.array([0] * 30 + [4])},
+        {"origin": {"head": "x"}},
         {"label_ends": None},
     ],
     ids=",".join,
-)  # fmt: skip
+)
 def test_a_file_whose_checksum_fits_is_looked_at_all_the_same(tmp_path, monkeypatch, changes) -> None:
     path = tmp_path / "i.safetensors"
     write_index(path, make())
@@ -258,9 +267,13 @@ def new_samples(tmp_path) -> Path:
         striped(data / f"{i}.png", i)
     names = ("person", "barcode")
     listing = Manifest.from_columns(
-        image_ids=range(9001, 9007), paths=[f"{i}.png" for i in range(6)], splits=["train"] * 6,
-        captions=[["a pink barcode"]] * 6, labels=[[1]] * 5 + [[0, 1]], category_names=names,
-    )  # fmt: skip
+        image_ids=range(9001, 9007),
+        paths=[f"{i}.png" for i in range(6)],
+        splits=["train"] * 6,
+        captions=[["a pink barcode"]] * 6,
+        labels=[[1]] * 5 + [[0, 1]],
+        category_names=names,
+    )
     write_manifest(data / "new.parquet", listing)
     return data
 

@@ -78,9 +78,22 @@ def test_the_command_prints_what_the_tagger_gives(mmcli, here, miniature) -> Non
     assert Path(found.neighbours[0].path).name[-20:] in "".join(out.split())
     assert "5 neighbours of 40, hamming, softmax vote" in out
     code, out, _ = mmcli(
-        "predict", image, "--caption", caption, "--device", "cpu", "--json", "--metric", "cosine", "--vote", "rank",
-        "--k", 3, "--tau", 0.2,
-    )  # fmt: skip
+        "predict",
+        image,
+        "--caption",
+        caption,
+        "--device",
+        "cpu",
+        "--json",
+        "--metric",
+        "cosine",
+        "--vote",
+        "rank",
+        "--k",
+        3,
+        "--tau",
+        0.2,
+    )
     result = json.loads(out)
     assert (code, result["K"], result["distance_metric"], result["voting_strategy"], result["tau"]) == (
         0,

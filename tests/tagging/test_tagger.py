@@ -136,7 +136,7 @@ def test_batches_change_nothing(miniature, tagger, monkeypatch) -> None:
         ([np.zeros((9, 9, 3), np.uint8)], ["x"], {"k": 0}, "got --k 0"),
         ([np.zeros((9, 9, 3), np.uint8)], ["x"], {"image_ids": [1, 2]}, "2 ids"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(tagger, tmp_path, monkeypatch, images, captions, more, line) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
@@ -237,9 +237,13 @@ def test_a_neighbour_without_weight_is_no_voter() -> None:
 
 def test_heads_without_bits_and_of_images_alone(made, miniature, tmp_path) -> None:
     options = {
-        "hash.bits": 0, "fusion.inputs": "image", "fusion.mlp_dims": [32, 16], "training.num_epochs": 1, "knn.K": 3,
+        "hash.bits": 0,
+        "fusion.inputs": "image",
+        "fusion.mlp_dims": [32, 16],
+        "training.num_epochs": 1,
+        "knn.K": 3,
         "hardware.device": "cpu",
-    }  # fmt: skip
+    }
     from mmcli.pipeline.core.config_rules import settle
 
     store = next((made / "data" / "cache").iterdir())

@@ -86,9 +86,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps run as on a GPU: three by themselves, then captured and replayed."""
     stream = type("Stream", (), {"__init__": lambda *_: None, "wait_stream": lambda *_: None})
     for name, value in {
-        "Stream": stream, "stream": lambda _: nullcontext(), "current_stream": lambda *_: stream(),
-        "CUDAGraph": Graph, "graph": lambda graph, **_: graph.capture(),
-    }.items():  # fmt: skip
+        "Stream": stream,
+        "stream": lambda _: nullcontext(),
+        "current_stream": lambda *_: stream(),
+        "CUDAGraph": Graph,
+        "graph": lambda graph, **_: graph.capture(),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(Step, "run", Step._run_on_gpu)
     monkeypatch.setattr(Graph, "n_replayed", 0)
@@ -100,10 +103,17 @@ def train(*, seeds: tuple[int, ...] = (1,), **options: Any) -> tuple[list[float]
     labels = rng.integers(0, 2, (n, 6)).astype(np.uint8)
     v = (labels @ rng.normal(size=(6, width)) + 0.3 * rng.normal(size=(n, width))).astype(np.float32)
     split = Split.place(v, np.repeat(v[:, None], 5, 1), np.full(n, 5), labels, torch.device("cpu"))
-    config = load_config(options={
-        "fusion.mlp_dims": [32, 16], "hash.bits": 40, "classifier.num_classes": 6, "training.num_epochs": 4,
-        "training.batch_size": 25, "training.mixed_precision": False, **options,
-    })  # fmt: skip
+    config = load_config(
+        options={
+            "fusion.mlp_dims": [32, 16],
+            "hash.bits": 40,
+            "classifier.num_classes": 6,
+            "training.num_epochs": 4,
+            "training.batch_size": 25,
+            "training.mixed_precision": False,
+            **options,
+        }
+    )
     members = []
     for seed in seeds:
         torch.manual_seed(seed)

@@ -73,8 +73,11 @@ def run(config: Config, *, split: Split | None = None, **looks):
 
 
 @given(
-    steps=st.integers(1, 50), epochs=st.integers(1, 40), warmup=st.floats(0, 5), peak=st.floats(1e-5, 1.0),
-)  # fmt: skip
+    steps=st.integers(1, 50),
+    epochs=st.integers(1, 40),
+    warmup=st.floats(0, 5),
+    peak=st.floats(1e-5, 1.0),
+)
 def test_schedule_rises_to_the_peak_then_falls_to_the_floor(
     steps: int, epochs: int, warmup: float, peak: float
 ) -> None:
@@ -206,9 +209,10 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) ->
     )
     keeper = CheckpointKeeper(tmp_path, config, width=D)
     _, result = run(
-        config, monitor=lambda head: {"val_mAP": next(values)},
+        config,
+        monitor=lambda head: {"val_mAP": next(values)},
         on_epoch=lambda head, row: keeper.offer(head, epoch=int(row["epoch"]), val_mAP=row["val_mAP"]),
-    )  # fmt: skip
+    )
     assert (len(result.history), result.best_epoch, result.best_value, result.stopped_early) == (5, 2, 0.5, True)
     assert keeper.best.name == "epoch-002.safetensors"
     keeper.sweep()
@@ -314,9 +318,12 @@ def test_every_part_of_the_head_takes_its_own_learning_rate() -> None:
 
 
 @given(
-    decay=st.floats(0, 0.5), beta=st.floats(0.5, 0.99), steps=st.integers(1, 5), seed=st.integers(0, 99),
+    decay=st.floats(0, 0.5),
+    beta=st.floats(0.5, 0.99),
+    steps=st.integers(1, 5),
+    seed=st.integers(0, 99),
     rates=st.tuples(*[st.floats(1e-5, 1e-1)] * 3),
-)  # fmt: skip
+)
 @settings(max_examples=30, deadline=None)
 def test_the_optimiser_is_torchs_adamw(decay: float, beta: float, steps: int, seed: int, rates) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -461,9 +468,11 @@ def test_a_sweep_over_weights_of_the_loss_in_one_pass_is_its_runs() -> None:
     """Each weight of each replica is its own: one is 0, and the terms that are recorded are those of its run."""
     base = load_config(options={**SMALL, "preset": "recommended", "hash.nested": [8], "training.batch_size": 16})
     sweep = (
-        {}, {"hash_weight": 0.0, "bce_weight": 0.5}, {"cosine_weight": 0.0, "fused_weight": 3.0},
+        {},
+        {"hash_weight": 0.0, "bce_weight": 0.5},
+        {"cosine_weight": 0.0, "fused_weight": 3.0},
         {"hash_weight": 2.0, "nested_weight": 0.1},
-    )  # fmt: skip
+    )
     losses = [base.loss.model_copy(update=one) for one in sweep]
     reg = HashRegConfig(lambda_quant=0.5, lambda_balance=0.0, lambda_decorr=3.0)
     losses.append(base.loss.model_copy(update={"hash_reg": reg}))

@@ -73,8 +73,13 @@ def test_the_prior_is_what_equal_scores_reach() -> None:
 
 
 HEALTHY = {
-    "epoch": 3.0, "val_mAP": 0.4, "dead_bits": 0.0, "mean_abs_h": 0.6, "grad_norm": 0.1, "grad_norm_fusion": 0.05,
-}  # fmt: skip
+    "epoch": 3.0,
+    "val_mAP": 0.4,
+    "dead_bits": 0.0,
+    "mean_abs_h": 0.6,
+    "grad_norm": 0.1,
+    "grad_norm_fusion": 0.05,
+}
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,13 @@ from mmcli.pipeline.training.step import AdamW, count_batches, learning_rate
 CPU = torch.device("cpu")
 D, C = 12, 5
 SMALL = {
-    "fusion.mlp_dims": [16, 8], "hash.bits": 8, "classifier.num_classes": C, "training.num_epochs": 2,
-    "training.early_stopping_patience": 0, "training.mixed_precision": False,
-}  # fmt: skip
+    "fusion.mlp_dims": [16, 8],
+    "hash.bits": 8,
+    "classifier.num_classes": C,
+    "training.num_epochs": 2,
+    "training.early_stopping_patience": 0,
+    "training.mixed_precision": False,
+}
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--device", "cpu")
 
 
@@ -63,11 +67,20 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.T
 
 def test_accumulated_steps_are_those_of_a_plain_loop(batches) -> None:
     """Three batches, two a step: the last one makes a step alone, and counts as much as a pair."""
-    config = load_config(options={
-        **SMALL, "preset": "plan", "optimizer.lr_classifier": 3e-3,
-        "training.batch_size": 14, "training.accumulation_steps": 2, "training.gradient_clip_norm": 0.05,
-        "hash.batch_norm": False, "fusion.dropout": 0.0, "loss.cosine_weight": 0.0, "loss.hash_weight": 0.0,
-    })  # fmt: skip
+    config = load_config(
+        options={
+            **SMALL,
+            "preset": "plan",
+            "optimizer.lr_classifier": 3e-3,
+            "training.batch_size": 14,
+            "training.accumulation_steps": 2,
+            "training.gradient_clip_norm": 0.05,
+            "hash.batch_norm": False,
+            "fusion.dropout": 0.0,
+            "loss.cosine_weight": 0.0,
+            "loss.hash_weight": 0.0,
+        }
+    )
     split = make_split(42)
     head, result = train(config, split)
     assert len(batches) == 2 * 3
@@ -108,10 +121,15 @@ def test_the_schedule_may_be_longer_than_the_training() -> None:
 def test_every_small_size_trains_or_is_refused_in_one_line(batches, n: int, batch_norm: bool) -> None:
     for batch_size in (1, 2, 3, 4, 5, 13, 64):
         batches.clear()
-        config = load_config(options={
-            **SMALL, "training.batch_size": batch_size, "hash.batch_norm": batch_norm, "training.num_epochs": 1,
-            "training.accumulation_steps": 2,
-        })  # fmt: skip
+        config = load_config(
+            options={
+                **SMALL,
+                "training.batch_size": batch_size,
+                "hash.batch_norm": batch_norm,
+                "training.num_epochs": 1,
+                "training.accumulation_steps": 2,
+            }
+        )
         split = make_split(n)
         if n == 1 and batch_norm:
             with pytest.raises(InputError, match="too few train images: got 1, wanted at least 2"):
@@ -142,10 +160,16 @@ def test_large_sizes_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("fusion", ["concat", "hadamard_magnitude"])
 def test_an_arm_of_one_modality_does_not_depend_on_the_other(inputs: str, fusion: str) -> None:
     """With an adapter the cosine term would train the image side with captions: exact equality, bit for bit."""
-    config = load_config(options={
-        **SMALL, "fusion.inputs": inputs, "fusion.type": fusion, "fusion.adapter": "linear", "loss.cosine_weight": 2.0,
-        "optimizer.lr_fusion": 1e-2,
-    })  # fmt: skip
+    config = load_config(
+        options={
+            **SMALL,
+            "fusion.inputs": inputs,
+            "fusion.type": fusion,
+            "fusion.adapter": "linear",
+            "loss.cosine_weight": 2.0,
+            "optimizer.lr_fusion": 1e-2,
+        }
+    )
     other = {"image": {"captions": 1}, "text": {"images": 1}, "both": {"captions": 1}}[inputs]
     splits = [make_split(40), make_split(40, **other)]
     heads, results = zip(*[train(config, split) for split in splits], strict=True)
@@ -179,9 +203,12 @@ def test_what_alpha_cannot_do_is_said(mmcli, here) -> None:
         # The loss is a number, the norm of its gradient is not.
         ("loss.bce_weight=1e30", "training.gradient_clip_norm=null"),
         ("loss.bce_weight=1e300",),
-        ("fusion.mlp_dims=[64,64,64,64,64,64,32]", *(f"optimizer.lr_{part}=1e6" for part in ("fusion", "hash", "classifier"))),
+        (
+            "fusion.mlp_dims=[64,64,64,64,64,64,32]",
+            *(f"optimizer.lr_{part}=1e6" for part in ("fusion", "hash", "classifier")),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_training_that_runs_away_ends_in_one_line(
     mmcli, here, monitor: str, bits: int, words: tuple[str, ...]
 ) -> None:

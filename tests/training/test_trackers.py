@@ -102,10 +102,15 @@ def test_wandb_gets_configuration_epochs_and_metrics(fake: SimpleNamespace, tmp_
 @pytest.mark.parametrize(
     ("mode", "logged_in", "wanted", "said"),
     [
-        (None, True, "online", 0), (None, False, "offline", 1), ("online", False, "offline", 1), ("offline", False, "offline", 0),
-        ("offline", True, "offline", 0), ("dryrun", False, "offline", 0), ("disabled", False, "disabled", 0),
+        (None, True, "online", 0),
+        (None, False, "offline", 1),
+        ("online", False, "offline", 1),
+        ("offline", False, "offline", 0),
+        ("offline", True, "offline", 0),
+        ("dryrun", False, "offline", 0),
+        ("disabled", False, "disabled", 0),
     ],
-)  # fmt: skip
+)
 def test_wandb_never_asks(mode, logged_in, wanted, said, fake, tmp_path, monkeypatch) -> None:
     if mode is not None:
         monkeypatch.setenv("WANDB_MODE", mode)
@@ -188,8 +193,16 @@ def test_the_real_wandb_writes_below_the_run_without_a_login(tmp_path: Path) -> 
 
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
     environment.pop("NETRC", None)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          check=False, stdin=subprocess.DEVNULL, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "not logged in" in done.stderr

@@ -10,15 +10,30 @@ from mmcli.pipeline.commands.options import FLAGS
 from mmcli.pipeline.core.config import dump_config, load_config
 
 OPTIONS = {
-    "--preset": ("preset", "direction-only"), "--head": ("head", "mlp"), "--bits": ("hash.bits", 32),
-    "--fusion": ("fusion.type", "concat"), "--magnitude": ("fusion.magnitude", "shuffled"), "--block-norm": ("fusion.block_norm", "none"),
-    "--inputs": ("fusion.inputs", "text"), "--adapter": ("fusion.adapter", "linear"), "--alpha": ("loss.cosine_weight", 0.5),
-    "--gamma": ("loss.hash_weight", 0.25), "--focal": ("loss.focal_loss", True), "--class-weights": ("loss.class_weights", "balanced"),
-    "--epochs": ("training.num_epochs", 3), "--batch-size": ("training.batch_size", 5), "--patience": ("training.early_stopping_patience", 0),
-    "--monitor": ("training.monitor", "classifier"), "--ema": ("training.ema_decay", 0.75), "--model": ("model.siglip2_variant", "some"),
-    "--protocol": ("data.split_type", "coco14"), "--protocol-lists": ("data.protocol_lists", "lists"),
-    "--device": ("hardware.device", "cpu"), "--seed": ("hardware.seed", 3), "--deterministic": ("hardware.deterministic", True),
-}  # fmt: skip
+    "--preset": ("preset", "direction-only"),
+    "--head": ("head", "mlp"),
+    "--bits": ("hash.bits", 32),
+    "--fusion": ("fusion.type", "concat"),
+    "--magnitude": ("fusion.magnitude", "shuffled"),
+    "--block-norm": ("fusion.block_norm", "none"),
+    "--inputs": ("fusion.inputs", "text"),
+    "--adapter": ("fusion.adapter", "linear"),
+    "--alpha": ("loss.cosine_weight", 0.5),
+    "--gamma": ("loss.hash_weight", 0.25),
+    "--focal": ("loss.focal_loss", True),
+    "--class-weights": ("loss.class_weights", "balanced"),
+    "--epochs": ("training.num_epochs", 3),
+    "--batch-size": ("training.batch_size", 5),
+    "--patience": ("training.early_stopping_patience", 0),
+    "--monitor": ("training.monitor", "classifier"),
+    "--ema": ("training.ema_decay", 0.75),
+    "--model": ("model.siglip2_variant", "some"),
+    "--protocol": ("data.split_type", "coco14"),
+    "--protocol-lists": ("data.protocol_lists", "lists"),
+    "--device": ("hardware.device", "cpu"),
+    "--seed": ("hardware.seed", 3),
+    "--deterministic": ("hardware.deterministic", True),
+}
 # What an option settles beside its own key.
 FOLLOWS = {"--head": {"hash.bits", "training.monitor", "knn.distance_metric"}, "--preset": {"fusion.type"}}
 
