@@ -263,9 +263,10 @@ def _text_alone(setting: _Setting, ids: torch.Tensor) -> None:
 @torch.inference_mode()
 def _plain_images(setting: _Setting) -> None:
     """What a first script does: the processor in a DataLoader's workers, the model on padded batches."""
+    files: Any = [str(setting.data / path) for path in setting.paths]
     loader: DataLoader[Any] = DataLoader(
-        [str(setting.data / path) for path in setting.paths],
-        batch_size=PLAIN_BATCH,  # type: ignore[arg-type]
+        files,
+        batch_size=PLAIN_BATCH,
         num_workers=min(4, count_cores()),
         collate_fn=partial(_collate, setting.processor, setting.budget),
     )

@@ -266,7 +266,7 @@ def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
     processor = parts.source.load("the processor", transformers.AutoProcessor)
     collate = partial(_collate, processor, _budget(setting, model))
     labels = listing.labels_matrix()
-    items = [
+    items: Any = [
         (str(setting.data / path), listing.captions[row][0], labels[row]) for row, path in enumerate(listing.paths)
     ]
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -275,7 +275,7 @@ def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
         batch_size=config.training.batch_size,
         shuffle=True,
         num_workers=PLAIN_WORKERS,
-        collate_fn=collate,  # type: ignore[arg-type]
+        collate_fn=collate,
         persistent_workers=True,
     )
 
