@@ -38,7 +38,7 @@ check: setup
 
 browser: setup
 	npm install --prefix tests/browser --no-audit --no-fund --no-package-lock
-	$(BIN)/python -m pytest -q tests/pipeline/test_report_browser.py
+	$(BIN)/python -m pytest -q tests/report/test_browser.py
 
 clean:
 	rm -rf .venv .mypy demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

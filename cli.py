@@ -18,18 +18,53 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import InputError, __version__
-from .pipeline.commands import ablate, bench, cache, compare, data, finetune, heads, index, predict, report
+from . import __version__
+from .errors import InputError
+from .pipeline.commands import (
+    bench,
+    data,
+    finetune,
+)
+from .pipeline.commands import (
+    data as cache,
+)
+from .pipeline.commands import experiments as ablate
+from .pipeline.commands import (
+    experiments as compare,
+)
+from .pipeline.commands import (
+    experiments as report,
+)
+from .pipeline.commands import tagging as index
+from .pipeline.commands import (
+    tagging as predict,
+)
+from .pipeline.commands import training as heads
 from .pipeline.commands.options import Panels
-from .pipeline.cores import limit_threads
-from .pipeline.interrupts import INTERRUPTED, Interrupted
+from .pipeline.core.cores import limit_threads
+from .pipeline.core.interrupts import INTERRUPTED, Interrupted
 
 # What the machine may say at any moment; any other error of the system is a defect, and keeps its traceback.
 NO_FAULT_OF_OURS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EFBIG,
-    errno.ENOMEM, errno.EAGAIN, errno.EHOSTUNREACH,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EFBIG,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EHOSTUNREACH,
+}
 
 
 class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruption past typer, which would hide it
@@ -48,10 +83,14 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    name="mmcli", cls=Commands, add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False,
+    name="mmcli",
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)  # fmt: skip
+)
 cache_app = typer.Typer(
     help="Look at a store, check it, export it, or make one of embeddings from elsewhere.", rich_markup_mode=None
 )
@@ -173,13 +212,13 @@ def _is_memory_shortage(error: Exception) -> bool:
     """Whether the device or the machine had no memory left."""
     if "torch" not in sys.modules:  # and there may be no room to import it
         return isinstance(error, MemoryError)
-    from .pipeline.device import is_memory_shortage
+    from .pipeline.core.device import is_memory_shortage
 
     return is_memory_shortage(error)
 
 
 def _complain(line: str, code: int) -> int:
-    from .pipeline.console import visible
+    from .pipeline.core.console import visible
 
     with contextlib.suppress(OSError):  # stderr may be what failed
         print(f"mmcli: {visible(' '.join(line.split()))}", file=sys.stderr, flush=True)

@@ -119,11 +119,13 @@ def read_records(folder: Path, manifest: StoreManifest) -> dict[str, Record]:
             return {}
         found = {
             name: Record(
-                stamp=Stamp(**one["stamp"]), sha256=one["sha256"],
-                starts={key: int(value) for key, value in one["starts"].items()}, mark=one["mark"],
+                stamp=Stamp(**one["stamp"]),
+                sha256=one["sha256"],
+                starts={key: int(value) for key, value in one["starts"].items()},
+                mark=one["mark"],
             )
             for name, one in document["files"].items()
-        }  # fmt: skip
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     wanted = {entry.file: entry.sha256 for entry in manifest.shards}
@@ -156,6 +158,9 @@ def write_records(folder: Path, manifest: StoreManifest, records: Mapping[str, R
 def _identity(manifest: StoreManifest) -> dict[str, Any]:
     """Everything outside a shard that its check depends on."""
     return {
-        "format": _FORMAT, "version": _VERSION, "digest": manifest.key.digest,
-        "text_digest": manifest.key.text_digest, "layout": asdict(manifest.layout),
-    }  # fmt: skip
+        "format": _FORMAT,
+        "version": _VERSION,
+        "digest": manifest.key.digest,
+        "text_digest": manifest.key.text_digest,
+        "layout": asdict(manifest.layout),
+    }

@@ -50,8 +50,9 @@ def image_arrays(
         row = int(wrong.argmax())
         raise StoreError(
             "an embedding is zero" if norms[row] == 0 else "a skipped image has an embedding",
-            where=_row_name("v_img", shard, row, own), wanted="zeros for skipped images, and for no other",
-        )  # fmt: skip
+            where=_row_name("v_img", shard, row, own),
+            wanted="zeros for skipped images, and for no other",
+        )
     return {"image_id": own, "v_img": stored, "norm_img": norms}
 
 
@@ -75,18 +76,22 @@ def text_arrays(
     counts = np.asarray(n_captions)
     if counts.shape != (shard.n_rows,) or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.max() > most:
         raise StoreError(
-            "bad n_captions", where=shard.name, got=f"{counts.dtype} {counts.shape}",
+            "bad n_captions",
+            where=shard.name,
+            got=f"{counts.dtype} {counts.shape}",
             wanted=f"{shard.n_rows} whole numbers from 0 to {most}",
-        )  # fmt: skip
+        )
     own = ids[shard.start : shard.stop]
     absent = np.arange(most) >= counts[:, None]
     filled = (v_txt != 0).any(axis=2) & absent
     if filled.any():
         row = int(filled.any(axis=1).argmax())
         raise StoreError(
-            "a missing caption has an embedding", where=_row_name("v_txt", shard, row, own),
-            got=f"n_captions {counts[row]}", wanted="zeros from there on",
-        )  # fmt: skip
+            "a missing caption has an embedding",
+            where=_row_name("v_txt", shard, row, own),
+            got=f"n_captions {counts[row]}",
+            wanted="zeros from there on",
+        )
     stored, norms = _cast("v_txt", v_txt, shard, layout, own)
     return {"image_id": own, "v_txt": stored, "norm_txt": norms, "n_captions": counts.astype(np.uint8)}
 
@@ -103,9 +108,11 @@ def _cast(
     values = np.ascontiguousarray(values)
     if (row := first_bad_row(values)) is not None:
         raise StoreError(
-            "an embedding is not finite", where=_row_name(name, shard, row, ids), got="NaN or infinity",
+            "an embedding is not finite",
+            where=_row_name(name, shard, row, ids),
+            got="NaN or infinity",
             do="look at that image and its captions; in half precision, try another device or compute dtype",
-        )  # fmt: skip
+        )
     norms = l2_norm(values)
     if (row := first_bad_row(norms)) is not None:
         raise StoreError("an embedding's norm is too large for float32", where=_row_name(name, shard, row, ids))
@@ -113,9 +120,12 @@ def _cast(
         stored = values.astype(np.dtype(layout.dtype))
     if (row := first_bad_row(stored)) is not None:
         raise StoreError(
-            "an embedding is too large for float16", where=_row_name(name, shard, row, ids),
-            got=f"{np.abs(values[row]).max():.6g}", wanted="at most 65504", do="extract with `--dtype float32`",
-        )  # fmt: skip
+            "an embedding is too large for float16",
+            where=_row_name(name, shard, row, ids),
+            got=f"{np.abs(values[row]).max():.6g}",
+            wanted="at most 65504",
+            do="extract with `--dtype float32`",
+        )
     return stored, norms
 
 

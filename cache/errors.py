@@ -1,6 +1,6 @@
 """What can be wrong with a store, as the user has to hear it: one line that says what to do."""
 
-from .. import InputError
+from ..errors import InputError
 
 RESUME = "run `mmcli extract` again, it resumes and redoes only what is missing"
 

@@ -91,9 +91,7 @@ def export_store(
         return _export(store, out, format, captions, tick)
 
 
-def _export(
-    store: Store, out: Path, kind: Format, captions: Captions, tick: Callable[[int], object]
-) -> ExportReport:  # fmt: skip
+def _export(store: Store, out: Path, kind: Format, captions: Captions, tick: Callable[[int], object]) -> ExportReport:
     written = Parts(out, len(store.manifest.layout.shards("image")))
     n_images = n_bare = 0
     for shard, image, text in _shards(store):
@@ -110,9 +108,15 @@ def _export(
     if not written.files:
         raise StoreError("nothing to export", where=store.folder, got="no image with an embedding and a caption")
     report = ExportReport(
-        folder=out, format=kind, n_images=n_images, n_rows=written.n_rows, n_skipped=len(store.skipped),
-        n_without_caption=n_bare, files=tuple(written.files), n_bytes=written.n_bytes,
-    )  # fmt: skip
+        folder=out,
+        format=kind,
+        n_images=n_images,
+        n_rows=written.n_rows,
+        n_skipped=len(store.skipped),
+        n_without_caption=n_bare,
+        files=tuple(written.files),
+        n_bytes=written.n_bytes,
+    )
     put(out / MARK, _mark(store, report, captions))
     return report
 
@@ -170,9 +174,13 @@ def _vectors(values: NDArray[Any]) -> pa.Array:
 
 def _mark(store: Store, report: ExportReport, captions: Captions) -> bytes:
     document = report.to_json() | {
-        "captions": captions if report.format == "npy" else "all", "dtype": store.key.dtype, "width": store.width,
-        "store": str(store.folder), "store_digest": store.digest, "key": store.key.to_dict(),
+        "captions": captions if report.format == "npy" else "all",
+        "dtype": store.key.dtype,
+        "width": store.width,
+        "store": str(store.folder),
+        "store_digest": store.digest,
+        "key": store.key.to_dict(),
         "columns": "raw embeddings, before L2 normalisation; norms taken before the cast to the stored dtype",
-    }  # fmt: skip
+    }
     del document["folder"]
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -104,9 +104,12 @@ def put(path: Path, data: bytes) -> None:
     except (OSError, StoreError) as error:
         got = error.got if isinstance(error, StoreError) else error.strerror or error
         raise StoreError(
-            "cannot write", where=path, got=got, wanted="room, and leave to write",
+            "cannot write",
+            where=path,
+            got=got,
+            wanted="room, and leave to write",
             do="free some room, or name another --out; then export again with --force",
-        ) from error  # fmt: skip
+        ) from error
 
 
 @contextmanager
@@ -143,14 +146,20 @@ def _empty(out: Path, *, force: bool) -> None:
     foreign = [name for name in inside.foreign if name not in passing]
     if (foreign or any(_final(name) == name for name in inside.ours)) and not force:
         raise StoreError(
-            "the folder is in use", where=out, got=(*inside.ours, *foreign)[0], wanted="a new or empty folder",
+            "the folder is in use",
+            where=out,
+            got=(*inside.ours, *foreign)[0],
+            wanted="a new or empty folder",
             do="name another --out, or replace an earlier export with --force",
-        )  # fmt: skip
+        )
     if foreign:
         raise StoreError(
-            "will not replace a folder that is no export", where=out, got=foreign[0],
-            wanted="files of an earlier export alone", do="name another --out",
-        )  # fmt: skip
+            "will not replace a folder that is no export",
+            where=out,
+            got=foreign[0],
+            wanted="files of an earlier export alone",
+            do="name another --out",
+        )
     if (out / MARK).is_file():  # half removed, it must not look whole, and must still be known for an export
         _begin(out)
         (out / MARK).unlink()

@@ -24,8 +24,15 @@ from .places import is_remote
 Check = Callable[[bytes], object]
 # What the system says where a file system cannot sync a folder, or does not let it be opened: CIFS, some FUSE, Windows.
 NO_SYNC = {
-    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR,
-}  # fmt: skip
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+    errno.EISDIR,
+}
 
 
 def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:

@@ -27,15 +27,32 @@ def describe(folder: Path) -> dict[str, Any]:
     norm_img, norm_txt = _norms(store)
     size = {part: sum(entry.bytes for entry in manifest.shards if entry.part == part) for part in ("image", "text")}
     return {
-        "folder": str(store.folder), "model": key.model, "revision": key.revision, "patches": key.patches,
-        "text_length": key.text_length, "dtype": key.dtype, "compute_dtype": key.compute_dtype,
-        "images": store.n_images, "captions": manifest.n_captions, "captions_per_image_max": store.n_captions_max,
-        "width": store.width, "skipped": len(store.skipped), "skipped_images": _skipped(store),
-        "shards": len(manifest.shards), "bytes": manifest.index.bytes + sum(size.values()),
-        "bytes_image": size["image"], "bytes_text": size["text"], "created": store.created, "digest": store.digest,
-        "manifest_sha256": key.manifest_sha256, "norm_img": _spread(norm_img), "norm_txt": _spread(norm_txt),
-        "histogram_norm_img": _histogram(norm_img), "histogram_norm_txt": _histogram(norm_txt), "extra": store.extra,
-    }  # fmt: skip
+        "folder": str(store.folder),
+        "model": key.model,
+        "revision": key.revision,
+        "patches": key.patches,
+        "text_length": key.text_length,
+        "dtype": key.dtype,
+        "compute_dtype": key.compute_dtype,
+        "images": store.n_images,
+        "captions": manifest.n_captions,
+        "captions_per_image_max": store.n_captions_max,
+        "width": store.width,
+        "skipped": len(store.skipped),
+        "skipped_images": _skipped(store),
+        "shards": len(manifest.shards),
+        "bytes": manifest.index.bytes + sum(size.values()),
+        "bytes_image": size["image"],
+        "bytes_text": size["text"],
+        "created": store.created,
+        "digest": store.digest,
+        "manifest_sha256": key.manifest_sha256,
+        "norm_img": _spread(norm_img),
+        "norm_txt": _spread(norm_txt),
+        "histogram_norm_img": _histogram(norm_img),
+        "histogram_norm_txt": _histogram(norm_txt),
+        "extra": store.extra,
+    }
 
 
 def _norms(store: Store) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

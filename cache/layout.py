@@ -33,9 +33,12 @@ PARTS: tuple[Part, ...] = ("image", "text")
 # Nothing that is stored comes near; a count beyond is damage, and is refused before anything is allocated for it.
 MOST_SHARDS = 2**20
 _BOUNDS = {
-    "n_images": (1, 10**10), "width": (1, 2**20), "n_captions_max": (1, 255), "shard_rows": (1, 10**10),
+    "n_images": (1, 10**10),
+    "width": (1, 2**20),
+    "n_captions_max": (1, 255),
+    "shard_rows": (1, 10**10),
     "batch_tokens": (0, 10**10),
-}  # fmt: skip
+}
 SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
 TEMPORARY_NAME = re.compile(
     rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)}|{re.escape(CHECKED)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",

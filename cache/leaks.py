@@ -156,9 +156,11 @@ def _splits(store: Store) -> NDArray[np.int8]:
     """The split of every row as its place in ``SPLITS``, ``(N,)`` int8."""
     if "split" not in store.index.column_names:
         raise StoreError(
-            "the store's index has no column split", where=store.folder, got=f"columns {store.index.column_names}",
+            "the store's index has no column split",
+            where=store.folder,
+            got=f"columns {store.index.column_names}",
             wanted="train, val or test for each image",
-        )  # fmt: skip
+        )
     names = store.index.column("split").to_pylist()
     if unknown := set(names) - set(SPLITS):
         raise StoreError("unknown split", where=store.folder, got=min(map(repr, unknown)), wanted=", ".join(SPLITS))
@@ -216,10 +218,15 @@ def _report(
         (image_id, path, split), (other_id, other_path, other_split) = of(row), of(other)
         pairs.append(
             Leak(
-                image_id=image_id, path=path, split=split, other_id=other_id, other_path=other_path,
-                other_split=other_split, cosine=cosine,
+                image_id=image_id,
+                path=path,
+                split=split,
+                other_id=other_id,
+                other_path=other_path,
+                other_split=other_split,
+                cosine=cosine,
             )
-        )  # fmt: skip
+        )
     n_pairs = {"test-train": 0, "val-train": 0, "val-test": 0}
     for row, other in best:
         n_pairs[f"{SPLITS[splits[row]]}-{SPLITS[splits[other]]}"] += 1

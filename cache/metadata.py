@@ -97,12 +97,14 @@ class StoreManifest:
         if len(document["shards"]) != 2 * layout.n_shards:  # said before a list of all shards is made
             raise ValueError("its list of shards does not cover the rows")
         manifest = cls(
-            key=key, layout=layout, index=_entry(FileEntry, document["index"]),
+            key=key,
+            layout=layout,
+            index=_entry(FileEntry, document["index"]),
             shards=tuple(_entry(ShardEntry, entry) for entry in document["shards"]),
             created=datetime.fromisoformat(document["created"]).isoformat(timespec="microseconds"),
             extra=dict(document["extra"]),
             skipped={one["row"]: one["reason"] for one in document["skipped"]},
-        )  # fmt: skip
+        )
         # File names are derived, never trusted: a name in the document cannot lead out of the folder.
         names = [(entry.shard, entry.file) for entry in manifest.shards]
         if names != [(shard, shard.name) for shard in layout.all_shards()]:
@@ -187,9 +189,12 @@ def is_ours(path: Path) -> bool:
 
 def _head(key: StoreKey) -> dict[str, Any]:
     return {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "digest": key.digest, "text_digest": key.text_digest,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "digest": key.digest,
+        "text_digest": key.text_digest,
         "key": key.to_dict(),
-    }  # fmt: skip
+    }
 
 
 def _key(document: Mapping[str, Any]) -> StoreKey:
@@ -201,16 +206,23 @@ def _key(document: Mapping[str, Any]) -> StoreKey:
 
 def _counts(layout: Layout) -> dict[str, int]:
     return {
-        "images": layout.n_images, "width": layout.width, "captions_per_image_max": layout.n_captions_max,
-        "shard_rows": layout.shard_rows, "batch_tokens": layout.batch_tokens,
-    }  # fmt: skip
+        "images": layout.n_images,
+        "width": layout.width,
+        "captions_per_image_max": layout.n_captions_max,
+        "shard_rows": layout.shard_rows,
+        "batch_tokens": layout.batch_tokens,
+    }
 
 
 def _layout(key: StoreKey, counts: Mapping[str, Any]) -> Layout:
     return Layout(
-        n_images=counts["images"], width=counts["width"], n_captions_max=counts["captions_per_image_max"],
-        shard_rows=counts["shard_rows"], batch_tokens=counts["batch_tokens"], dtype=key.dtype,
-    )  # fmt: skip
+        n_images=counts["images"],
+        width=counts["width"],
+        n_captions_max=counts["captions_per_image_max"],
+        shard_rows=counts["shard_rows"],
+        batch_tokens=counts["batch_tokens"],
+        dtype=key.dtype,
+    )
 
 
 def _seal(document: dict[str, Any]) -> bytes:

@@ -163,10 +163,14 @@ def first_bad_row(values: NDArray[Any]) -> int | None:
 def _attributes(shard: Shard, key_digest: str) -> dict[str, Any]:
     # Fixed-length strings lie in the checksummed header; variable ones would lie in a heap that has no checksum.
     return {
-        "format": np.bytes_(FORMAT), "format_version": np.int64(FORMAT_VERSION), "part": np.bytes_(shard.part),
-        "key_digest": np.bytes_(key_digest), "shard": np.int64(shard.number), "first_row": np.int64(shard.start),
+        "format": np.bytes_(FORMAT),
+        "format_version": np.int64(FORMAT_VERSION),
+        "part": np.bytes_(shard.part),
+        "key_digest": np.bytes_(key_digest),
+        "shard": np.int64(shard.number),
+        "first_row": np.int64(shard.start),
         "rows": np.int64(shard.n_rows),
-    }  # fmt: skip
+    }
 
 
 @contextmanager

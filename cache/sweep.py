@@ -91,9 +91,15 @@ def make_entry(data: bytes, shard: Shard, arrays: Arrays) -> ShardEntry:
     """A shard's line in the manifest."""
     captions = int(arrays["n_captions"].sum(dtype=np.int64)) if shard.part == "text" else 0
     return ShardEntry(
-        file=shard.name, rows=shard.n_rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
-        part=shard.part, number=shard.number, first_row=shard.start, captions=captions,
-    )  # fmt: skip
+        file=shard.name,
+        rows=shard.n_rows,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        part=shard.part,
+        number=shard.number,
+        first_row=shard.start,
+        captions=captions,
+    )
 
 
 def read_checked(folder: Path, entry: FileEntry) -> bytes:
@@ -152,10 +158,9 @@ def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> Found:
 
 def looks_like_store(folder: Path) -> bool:
     """Whether a folder has files of a store, finished or not, sound or not."""
-    return (
-        any(is_ours(folder / name) for name in (KEY, MANIFEST))
-        or any(SHARD_NAME.fullmatch(path.name) for path in entries(folder))
-    )  # fmt: skip
+    return any(is_ours(folder / name) for name in (KEY, MANIFEST)) or any(
+        SHARD_NAME.fullmatch(path.name) for path in entries(folder)
+    )
 
 
 def is_store_of_ours(folder: Path) -> bool:
@@ -227,9 +232,11 @@ def discard(folder: Path) -> bool:
     shards = [path for path in sorted(entries(folder)) if SHARD_NAME.fullmatch(path.name)]
     if foreign := [path for path in shards if not is_of_store(path)]:
         raise StoreMismatch(
-            "will not replace what mmcli did not write", where=foreign[0], got="a file that is not of the store",
+            "will not replace what mmcli did not write",
+            where=foreign[0],
+            got="a file that is not of the store",
             do="move it away, or name another folder with --out",
-        )  # fmt: skip
+        )
     # The manifest first: a store that is half removed must not be readable. The key last: it says whose the files are.
     remove(folder / MANIFEST)
     for path in (*shards, folder / INDEX, folder / CHECKED, folder / KEY):
@@ -290,7 +297,9 @@ def _refuse_foreign(folder: Path) -> None:
     )
     if there and not is_store_of_ours(folder):
         raise StoreMismatch(
-            "the folder holds files that are not of a store", where=folder,
-            got=", ".join(path.name for path in there[:3]), wanted="a new or empty folder, or a store",
+            "the folder holds files that are not of a store",
+            where=folder,
+            got=", ".join(path.name for path in there[:3]),
+            wanted="a new or empty folder, or a store",
             do="name another folder with --out",
-        )  # fmt: skip
+        )

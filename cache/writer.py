@@ -92,9 +92,13 @@ class StoreWriter:
         self._ids = check_index(index)
         try:
             self.layout = Layout(
-                n_images=len(self._ids), width=width, n_captions_max=n_captions_max, shard_rows=shard_rows,
-                batch_tokens=batch_tokens, dtype=key.dtype,
-            )  # fmt: skip
+                n_images=len(self._ids),
+                width=width,
+                n_captions_max=n_captions_max,
+                shard_rows=shard_rows,
+                batch_tokens=batch_tokens,
+                dtype=key.dtype,
+            )
             # Through JSON and back, so that what is kept is what will be read.
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -270,14 +274,16 @@ class StoreWriter:
         data = index_bytes(place_rows(self._table, self.layout))
         write_whole(self.folder / INDEX, data)
         manifest = StoreManifest(
-            key=self.key, layout=self.layout, extra=self._extra,
+            key=self.key,
+            layout=self.layout,
+            extra=self._extra,
             index=FileEntry(
                 file=INDEX, rows=self.layout.n_images, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
             ),
             shards=tuple(self._whole[shard].entry for shard in self.layout.all_shards()),
             skipped=reasons,
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
-        )  # fmt: skip
+        )
         write_whole(self.folder / MANIFEST, manifest_bytes(manifest))
         self._finished = True
 

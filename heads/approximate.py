@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import InputError
+from ..errors import InputError
 from .neighbours import Index, Packed, load_faiss
 from .settled import SettledIndex, searcher
 
@@ -73,9 +73,12 @@ def gpu(packed: Packed, exact: Index) -> SettledIndex:
     # Asked first: any other function of the GPU part ends the process where there is no driver (SPEC section 10.14).
     if not getattr(faiss, "get_num_gpus", lambda: 0)() or not hasattr(faiss, "GpuIndexBinaryFlat"):
         raise InputError(
-            "no GPU for FAISS", where="--index", got="gpu", wanted="faiss-gpu and a CUDA device",
+            "no GPU for FAISS",
+            where="--index",
+            got="gpu",
+            wanted="faiss-gpu and a CUDA device",
             do="use --index auto, which needs neither",
-        )  # fmt: skip
+        )
     resources = faiss.StandardGpuResources()
     index = faiss.GpuIndexBinaryFlat(resources, 8 * packed.shape[1])
     index.add(np.ascontiguousarray(packed))

@@ -237,10 +237,16 @@ def figures_of_counts(tp: Floats, n_predicted: Floats, n_true: Floats) -> dict[s
     OF1 = ratio(2 * TP, PREDICTED + TRUE)
     harmonic = np.where(CP + CR == 0, 0.0, ratio(2 * CP * CR, CP + CR))
     return {
-        "F1_micro": OF1, "F1_macro": _mean_of_defined(ratio(2 * tp, n_predicted + n_true)), "CP": CP, "CR": CR,
-        "CF1": harmonic, "OP": ratio(TP, PREDICTED), "OR": ratio(TP, TRUE), "OF1": OF1,
+        "F1_micro": OF1,
+        "F1_macro": _mean_of_defined(ratio(2 * tp, n_predicted + n_true)),
+        "CP": CP,
+        "CR": CR,
+        "CF1": harmonic,
+        "OP": ratio(TP, PREDICTED),
+        "OR": ratio(TP, TRUE),
+        "OF1": OF1,
         "n_wrong": PREDICTED + TRUE - 2 * TP,
-    }  # fmt: skip
+    }
 
 
 def _mean_of_defined(values: Floats, axis: int = 1) -> Floats:

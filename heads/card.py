@@ -87,18 +87,27 @@ def card_words(about: Mapping[str, Any], n_parameters: int) -> dict[str, Any]:
     blocks = "raw embeddings" if mlp else BLOCKS[fusion["type"]]
     blocks += " shuffled over images (a control)" if fusion["magnitude"] == "shuffled" else ""
     facts = {
-        "preset": about.get("preset"), "encoder": encoder, "patches": about.get("patches"), "data": about.get("data"),
-        "seed": about.get("seed"), "mmcli": about.get("mmcli"),
-    }  # fmt: skip
+        "preset": about.get("preset"),
+        "encoder": encoder,
+        "patches": about.get("patches"),
+        "data": about.get("data"),
+        "seed": about.get("seed"),
+        "mmcli": about.get("mmcli"),
+    }
     measured = [(name, metrics[name]) for name in FIGURES if isinstance(metrics.get(name), float | int)]
     return {
         "title": f"mmcli {'MLP baseline' if mlp else f'{bits}-bit head' if bits else 'head without hash'}",
-        "class_name": "MlpBaseline" if mlp else "Head", "reads": READS[fusion["inputs"]], "inputs": fusion["inputs"],
-        "width": about["width"], "bits": bits, "n_classes": about["classifier"]["num_classes"],
-        "n_parameters": n_parameters, "head_text": f"{blocks}, MLP {layers}",
+        "class_name": "MlpBaseline" if mlp else "Head",
+        "reads": READS[fusion["inputs"]],
+        "inputs": fusion["inputs"],
+        "width": about["width"],
+        "bits": bits,
+        "n_classes": about["classifier"]["num_classes"],
+        "n_parameters": n_parameters,
+        "head_text": f"{blocks}, MLP {layers}",
         "facts": [(name, value) for name, value in facts.items() if value not in {None, ""}],
         "names": ", ".join(about.get("category_names") or ()),
         "figures": [(name, f"{value:.4f}") for name, value in measured],
         "figures_of": f"Of the {metrics.get('method', 'classifier')} on the {metrics.get('split', 'test')} split.",
         "base_model": encoder if re.fullmatch(r"[\w.-]+/[\w.-]+", encoder) else None,
-    }  # fmt: skip
+    }

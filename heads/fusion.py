@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .config import FusionConfig
 from .decompose import Decomposed, decompose
 from .dropout import Dropout
@@ -116,9 +116,11 @@ class Fusion(nn.Module):
         """
         if v_img.shape != v_txt.shape or v_img.shape[-1] != self.D:
             raise InputError(
-                "embeddings that do not fit the head", got=f"{tuple(v_img.shape)} and {tuple(v_txt.shape)}",
-                wanted=f"(N, {self.D}) twice", do="use the store the head was trained from",
-            )  # fmt: skip
+                "embeddings that do not fit the head",
+                got=f"{tuple(v_img.shape)} and {tuple(v_txt.shape)}",
+                wanted=f"(N, {self.D}) twice",
+                do="use the store the head was trained from",
+            )
         image, text = decompose(self.adapter_img(v_img)), decompose(self.adapter_txt(v_txt))
         return FusionOutput(self.mlp(self.blocks(image, text)), image.d, text.d, image.m, text.m)
 
@@ -141,9 +143,11 @@ class Fusion(nn.Module):
     def _standardise(self, m: Tensor) -> Tensor:
         if not self._fitted:
             raise InputError(
-                "log-norms without statistics", got="a fusion with block_norm rms that was never fitted",
-                wanted="mean and deviation of train", do="call fit(v_img, v_txt) on train, or load a checkpoint",
-            )  # fmt: skip
+                "log-norms without statistics",
+                got="a fusion with block_norm rms that was never fitted",
+                wanted="mean and deviation of train",
+                do="call fit(v_img, v_txt) on train, or load a checkpoint",
+            )
         return (m - self.m_mean) / self.m_std
 
     @torch.no_grad()

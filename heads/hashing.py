@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .config import HashConfig
 
 
@@ -102,9 +102,11 @@ def binarise(h: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor | npt.NDArray[
 def _refuse_nan(found: int, size: int) -> None:
     if found:
         raise InputError(
-            "soft codes that are no numbers", got=f"NaN in {found} of {size} values", wanted="numbers",
+            "soft codes that are no numbers",
+            got=f"NaN in {found} of {size} values",
+            wanted="numbers",
             do="check the embeddings and the training loss for NaN",
-        )  # fmt: skip
+        )
 
 
 def pack_codes(b: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .. import InputError
+from ..errors import InputError
 from .card import CARD, card_words
 from .config import HeadKind
 from .tensor_files import load_tensors, write_tensors
@@ -118,14 +118,20 @@ class HubModule(
     ) -> Self:
         if not isinstance(config, dict):
             raise InputError(
-                "no head", where=model_id, got=f"no {CONFIG}", wanted="a folder that save_pretrained wrote",
+                "no head",
+                where=model_id,
+                got=f"no {CONFIG}",
+                wanted="a folder that save_pretrained wrote",
                 do="name a run folder's model/, or a repository of the hub",
-            )  # fmt: skip
+            )
         if config.get("head", cls.kind) != cls.kind:
             raise InputError(
-                "another kind of head", where=model_id, got=config["head"], wanted=cls.kind,
+                "another kind of head",
+                where=model_id,
+                got=config["head"],
+                wanted=cls.kind,
                 do="load it with mmcli.load_head, which takes both",
-            )  # fmt: skip
+            )
         file = _weights(model_id, {k: v for k, v in words.items() if k not in BUILD and k != "strict"})
         head = restore(cls, config, load_tensors(file, str(map_location))[0])
         head.about = {key: value for key, value in config.items() if key not in BUILD}
@@ -165,9 +171,12 @@ def restore(cls: type[Module], build: Mapping[str, Any], state: Mapping[str, Ten
 def cannot_load(where: object, error: Exception) -> InputError:
     """The one line for whatever went wrong on the way to a head."""
     return InputError(
-        "cannot load a head", where=where, got=reason(error), wanted="what mmcli wrote",
+        "cannot load a head",
+        where=where,
+        got=reason(error),
+        wanted="what mmcli wrote",
         do="copy it again, or train the head again with `mmcli train-head`",
-    )  # fmt: skip
+    )
 
 
 def reason(error: Exception) -> str:

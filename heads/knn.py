@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 from . import approximate
 from .asymmetric import AsymmetricIndex
 from .config import HYBRID_CANDIDATES, IndexKind, Metric
@@ -66,9 +66,12 @@ def build_index(
     if metric in ("cosine", "asymmetric"):
         if kind not in ("auto", "flat"):
             raise InputError(
-                "an index of Hamming distances", where="--index", got=f"{kind} with metric {metric}",
-                wanted="auto or flat", do="use --metric hamming or hybrid, or leave --index out",
-            )  # fmt: skip
+                "an index of Hamming distances",
+                where="--index",
+                got=f"{kind} with metric {metric}",
+                wanted="auto or flat",
+                do="use --metric hamming or hybrid, or leave --index out",
+            )
         if metric == "asymmetric":
             return AsymmetricIndex(_present(packed, "packed", metric))
         return CosineIndex(_present(soft, "soft", metric))
@@ -89,9 +92,12 @@ def build_hamming(packed: Packed, kind: IndexKind = "auto", device: str = "cpu")
         return TorchIndex(packed, device)
     if kind == "fastscan" and not (fits and keeps_order()):
         raise InputError(
-            "no fast scan for these codes", where="--index", got=f"fastscan with {8 * packed.shape[1]} bits",
-            wanted=f"at most {MAX_BITS} bits and a FAISS that keeps the order", do="use --index auto",
-        )  # fmt: skip
+            "no fast scan for these codes",
+            where="--index",
+            got=f"fastscan with {8 * packed.shape[1]} bits",
+            wanted=f"at most {MAX_BITS} bits and a FAISS that keeps the order",
+            do="use --index auto",
+        )
     if kind == "fastscan" or (kind == "auto" and fits and keeps_order()):
         return FastScanIndex(packed)
     if kind == "gpu":
@@ -102,9 +108,11 @@ def build_hamming(packed: Packed, kind: IndexKind = "auto", device: str = "cpu")
 def _present(codes: npt.NDArray[T] | None, name: str, metric: Metric) -> npt.NDArray[T]:
     if codes is None or not len(codes):
         raise InputError(
-            f"no {name} codes to search by {metric}", got="none", wanted="at least one",
+            f"no {name} codes to search by {metric}",
+            got="none",
+            wanted="at least one",
             do="a head without hash layer has no packed codes: use the metric cosine" if name == "packed" else None,
-        )  # fmt: skip
+        )
     return codes
 
 

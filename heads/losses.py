@@ -124,9 +124,15 @@ class LossWeights(NamedTuple):
         """Those of a configuration."""
         reg = config.hash_reg
         return cls(
-            config.bce_weight, config.cosine_weight, config.hash_weight, config.fused_weight, config.nested_weight,
-            reg.lambda_quant, reg.lambda_balance, reg.lambda_decorr,
-        )  # fmt: skip
+            config.bce_weight,
+            config.cosine_weight,
+            config.hash_weight,
+            config.fused_weight,
+            config.nested_weight,
+            reg.lambda_quant,
+            reg.lambda_balance,
+            reg.lambda_decorr,
+        )
 
 
 def _counts(weight: float | Tensor) -> bool:
@@ -135,9 +141,12 @@ def _counts(weight: float | Tensor) -> bool:
 
 
 def total_loss(
-    config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None = None,
+    config: LossConfig,
+    output: HeadOutput,
+    y: Tensor,
+    pos_weight: Tensor | None = None,
     weights: LossWeights | None = None,
-) -> LossTerms:  # fmt: skip
+) -> LossTerms:
     """``L = L_bce + alpha L_cos + gamma L_hash`` and its terms.
 
     A term of weight 0 is still computed, for the record, but takes no part in the sum; neither does the cosine term of
@@ -185,7 +194,7 @@ class _Terms(NamedTuple):
 
 def _label_terms(
     config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Tensor | None, weights: LossWeights
-) -> _Terms:  # fmt: skip
+) -> _Terms:
     own = 1 if output.fused_logits is None else 2
     some = (output.logits, output.fused_logits, *output.prefix_logits)
     # All classifiers in one go: these are many small operations.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 from .ranking import (
     TAGS_OF_TOP,
     Floats,
@@ -28,10 +28,19 @@ from .ranking import (
 )
 
 __all__ = [
-    "Counts", "Thresholds", "average_precision", "best_threshold", "best_threshold_per_class", "evaluate",
-    "mean_average_precision", "overall_and_per_class", "per_class", "precision_recall_at", "sample_average_precision",
+    "Counts",
+    "Thresholds",
+    "average_precision",
+    "best_threshold",
+    "best_threshold_per_class",
+    "evaluate",
+    "mean_average_precision",
+    "overall_and_per_class",
+    "per_class",
+    "precision_recall_at",
+    "sample_average_precision",
     "tune_thresholds",
-]  # fmt: skip
+]
 
 
 class Counts(NamedTuple):
@@ -79,10 +88,14 @@ def overall_and_per_class(counts: Counts) -> dict[str, float]:
     CP, CR = mean_of_defined(precision), mean_of_defined(recall)
     both = counts.overall
     return {
-        "CP": CP, "CR": CR, "CF1": 0.0 if CP == CR == 0 else 2 * CP * CR / (CP + CR),
-        "OP": float(both.precision[0]), "OR": float(both.recall[0]), "OF1": float(both.f1[0]),
+        "CP": CP,
+        "CR": CR,
+        "CF1": 0.0 if CP == CR == 0 else 2 * CP * CR / (CP + CR),
+        "OP": float(both.precision[0]),
+        "OR": float(both.recall[0]),
+        "OF1": float(both.f1[0]),
         "n_undefined_CP": float(np.isnan(precision).sum()),
-    }  # fmt: skip
+    }
 
 
 def per_class(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5) -> dict[str, Floats]:
@@ -90,10 +103,13 @@ def per_class(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5
     s, y = checked(scores, labels)
     counts = Counts.of(s >= threshold, y)
     return {
-        "AP": average_precision(s, y), "precision": counts.precision, "recall": counts.recall, "F1": counts.f1,
+        "AP": average_precision(s, y),
+        "precision": counts.precision,
+        "recall": counts.recall,
+        "F1": counts.f1,
         "n_positive": (counts.tp + counts.fn).astype(np.float64),
         "n_predicted": (counts.tp + counts.fp).astype(np.float64),
-    }  # fmt: skip
+    }
 
 
 def best_threshold(scores: Scores, labels: Labels) -> float:
@@ -167,20 +183,23 @@ def evaluate(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5)
     counts = Counts.of(predicted, y)
     top = best_tags(s, TAGS_OF_TOP)
     result = {
-        "mAP": mean_average_precision(s, y), "mAP_sample": sample_average_precision(s, y),
-        "F1_micro": float(counts.overall.f1[0]), "F1_macro": mean_of_defined(counts.f1),
+        "mAP": mean_average_precision(s, y),
+        "mAP_sample": sample_average_precision(s, y),
+        "F1_micro": float(counts.overall.f1[0]),
+        "F1_macro": mean_of_defined(counts.f1),
         **overall_and_per_class(counts),
-    }  # fmt: skip
+    }
     result |= {f"{key}@{TAGS_OF_TOP}": value for key, value in overall_and_per_class(Counts.of(top, y)).items()}
     for K, at in precision_recall_at(s, y).items():
         result |= {f"P@{K}": at.precision, f"R@{K}": at.recall}
         result |= {f"P@{K}_ceiling": at.precision_ceiling, f"R@{K}_ceiling": at.recall_ceiling}
     result |= {
-        "hamming_loss": float((predicted != y).mean()), "n_images": float(len(y)),
+        "hamming_loss": float((predicted != y).mean()),
+        "n_images": float(len(y)),
         "n_images_without_label": float((~y.any(axis=1)).sum()),
         "n_classes_without_positive": float((~y.any(axis=0)).sum()),
         "n_undefined_F1_macro": float(np.isnan(counts.f1).sum()),
-    }  # fmt: skip
+    }
     return result | ({"threshold": float(threshold)} if np.ndim(threshold) == 0 else {})
 
 

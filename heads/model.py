@@ -109,9 +109,11 @@ class Head(BaseHead):
     def from_build(cls, build: Mapping[str, Any]) -> Self:
         """Build a head from the JSON of ``build``."""
         return cls(
-            FusionConfig(**build["fusion"]), HashConfig(**build["hash"]), ClassifierConfig(**build["classifier"]),
+            FusionConfig(**build["fusion"]),
+            HashConfig(**build["hash"]),
+            ClassifierConfig(**build["classifier"]),
             width=build["width"],
-        )  # fmt: skip
+        )
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
         """Codes and logits of raw embeddings ``(N, D)`` and ``(N, D)``.

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from ..errors import InputError
 
 Packed = npt.NDArray[np.uint8]
 Soft = npt.NDArray[np.float32]
@@ -119,9 +119,11 @@ def check_search(K: int, N: int, Q: int, exclude: Rows | None) -> Rows | None:
     if not 1 <= K <= usable:
         own = " without the query's own image" if exclude is not None else ""
         raise InputError(
-            "K does not fit the index" if K < 1 else "K is larger than the index", got=f"K {K}",
-            wanted=f"1 to {usable}, the codes of the index{own}", do="choose another K",
-        )  # fmt: skip
+            "K does not fit the index" if K < 1 else "K is larger than the index",
+            got=f"K {K}",
+            wanted=f"1 to {usable}, the codes of the index{own}",
+            do="choose another K",
+        )
     return exclude
 
 

@@ -11,34 +11,35 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from .. import InputError, __version__
+from .. import __version__
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
 from ..cache.sweep import discard
+from ..errors import InputError
 from ..heads.config import KnnConfig
-from .codes import Codes, read_codes
-from .config import Config, ModelConfig, load_config
-from .device import pick_device
-from .explain import show
-from .extract import ExtractPlan, extract
-from .files import command, make_folder, one_line, write_text
-from .interrupts import interruptible
-from .knn_eval import knn_eval
-from .manifest import read_manifest
-from .miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
-from .miniature_model import STEPS, make_checkpoint
-from .prepare import prepare, statistics_tables
-from .progress import Progress
-from .report import ReportPlan, report
-from .run_encoder import Coded
-from .run_folders import LOCK, hold
-from .runs import Run
-from .tables import metrics_table
-from .tagger import run_index
-from .train_head import train_head
-from .voters import Query, Voters
-from .zero_shot import zero_shot
+from .core.config import Config, ModelConfig, load_config
+from .core.console import metrics_table
+from .core.device import pick_device
+from .core.files import command, make_folder, one_line, write_text
+from .core.interrupts import interruptible
+from .core.progress import Progress
+from .core.results import Codes, read_codes
+from .core.run import Run
+from .core.run_folders import LOCK, hold
+from .data.manifest import read_manifest
+from .data.miniature import N_TEST, N_TRAIN, N_VAL, draw_legend, make_dataset
+from .data.prepare import prepare, statistics_tables
+from .evaluation.knn_eval import knn_eval
+from .evaluation.zero_shot import zero_shot
+from .extraction.extract import ExtractPlan, extract
+from .extraction.miniature_model import STEPS, make_checkpoint
+from .report.report import ReportPlan, report
+from .tagging.encode import Coded
+from .tagging.explain import show
+from .tagging.tagger import run_index
+from .tagging.voting import Query, Voters
+from .training.train_head import train_head
 
 PATCHES = 64
 EPOCHS = 100  # the miniature has 21 steps an epoch where COCO has 1,771
@@ -75,8 +76,10 @@ class DemoResult:
         lines = [f"  {path!s:<{width}}  {what}" for path, what in self.files]
         return [
             metrics_table(self.rows, f"The miniature's test split ({self.rows[0]['n_images']:.0f} images)"),
-            f"\nAll of it in {self.seconds:.0f} s. Open next:", *lines, f"wrote {self.out}",
-        ]  # fmt: skip
+            f"\nAll of it in {self.seconds:.0f} s. Open next:",
+            *lines,
+            f"wrote {self.out}",
+        ]
 
 
 def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progress | None = None) -> DemoResult:
@@ -145,9 +148,12 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
     made = _read_mark(mark)
     if made is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir()):
         raise InputError(
-            "the folder is in use", where=out, got="files that are not a demo's", wanted="a new or empty folder",
+            "the folder is in use",
+            where=out,
+            got="files that are not a demo's",
+            wanted="a new or empty folder",
             do="give another --out",
-        )  # fmt: skip
+        )
     _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
     if not force and made == {**making, "whole": True}:
         progress.say(f"  already in {out} (--force makes it again)")
@@ -164,9 +170,12 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
         make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
     with progress.task("tower training", STEPS) as task:
         make_checkpoint(
-            out / "data", out / "model", seed=seed, device=str(device),
+            out / "data",
+            out / "model",
+            seed=seed,
+            device=str(device),
             progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
-        )  # fmt: skip
+        )
     write_text(mark, json.dumps({**making, "whole": True}))
 
 

@@ -11,10 +11,26 @@ import pytest
 from mmcli import cli
 
 COMMANDS = (
-    (), ("demo",), ("prepare",), ("extract",), ("train-head",), ("knn-eval",), ("zero-shot",), ("compare",), ("cache",),
-    ("cache", "info"), ("cache", "verify"), ("cache", "export"), ("cache", "import"), ("predict",), ("index",),
-    ("index", "build"), ("index", "add"), ("index", "remove"), ("index", "info"),
-)  # fmt: skip
+    (),
+    ("demo",),
+    ("prepare",),
+    ("extract",),
+    ("train-head",),
+    ("knn-eval",),
+    ("zero-shot",),
+    ("compare",),
+    ("cache",),
+    ("cache", "info"),
+    ("cache", "verify"),
+    ("cache", "export"),
+    ("cache", "import"),
+    ("predict",),
+    ("index",),
+    ("index", "build"),
+    ("index", "add"),
+    ("index", "remove"),
+    ("index", "info"),
+)
 
 
 def mmcli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -53,13 +69,16 @@ def test_the_configuration_is_printed_without_torch_or_store(tmp_path: Path) -> 
         "heavy = {'torch', 'transformers', 'faiss', 'numpy', 'pyarrow', 'h5py', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    from mmcli.pipeline.config import load_config
+    from mmcli.pipeline.core.config import load_config
 
     for words in ((), ("--json",)):
         done = subprocess.run(
             [sys.executable, "-c", code, "--head", "mlp", "--seed", "7", *words],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         file = tmp_path / "printed.yaml"
@@ -173,9 +192,9 @@ def test_a_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
 )
 def test_a_bug_a_full_disk_and_ctrl_c_are_told_apart(tmp_path: Path, error: str, code: int, said: str) -> None:
     script = (
-        "import mmcli.cli, mmcli.pipeline.prepare\n"
+        "import mmcli.cli, mmcli.pipeline.data.prepare\n"
         f"def broken(*a, **k): raise {error}\n"
-        "mmcli.pipeline.prepare.prepare = broken\n"
+        "mmcli.pipeline.data.prepare.prepare = broken\n"
         "import sys; sys.argv = ['mmcli', 'prepare']\nmmcli.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)

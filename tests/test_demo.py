@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmcli import cli
-from mmcli.pipeline.manifest import read_manifest
+from mmcli.pipeline.data.manifest import read_manifest
 
 
 def demo(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -75,8 +75,14 @@ def commands_do_the_same(result: dict, said: str, run: Path, capsys, monkeypatch
         if line.strip().startswith("$ mmcli ")
     ]
     assert [words[0] for words in commands] == [
-        "prepare", "extract", "zero-shot", "train-head", "knn-eval", "predict", "report",
-    ]  # fmt: skip
+        "prepare",
+        "extract",
+        "zero-shot",
+        "train-head",
+        "knn-eval",
+        "predict",
+        "report",
+    ]
     training = next(words for words in commands if words[0] == "train-head")
     for words in ([*training, "--out", run], ["knn-eval", "--run", run]):
         code, _, err = call(capsys, monkeypatch, *words, "--quiet")

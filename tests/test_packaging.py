@@ -66,7 +66,7 @@ def test_version_is_stated_once_more_and_equal(project: dict) -> None:
 
 
 def test_no_stray_modules_in_the_root(repo: Path) -> None:
-    assert {path.name for path in repo.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}
+    assert {path.name for path in repo.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "errors.py"}
 
 
 def test_wheel_owns_one_name_and_holds_every_module(repo: Path, wheel: Path) -> None:
@@ -76,7 +76,10 @@ def test_wheel_owns_one_name_and_holds_every_module(repo: Path, wheel: Path) -> 
     assert {name for name in names if name.endswith(".py")} == modules
     assert "mmcli/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    for data in (*(repo / "pipeline" / "templates").iterdir(), *(repo / "pipeline" / "grids").iterdir()):
+    for data in (
+        *(repo / "pipeline" / "report" / "templates").iterdir(),
+        *(repo / "pipeline" / "ablation" / "grids").iterdir(),
+    ):
         assert f"mmcli/{data.relative_to(repo).as_posix()}" in names
 
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from ... import InputError
-from ..presets import Preset
+from ...errors import InputError
+from ..core.presets import Preset
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..config import Config
-    from ..knn_plan import Sweep
-    from ..progress import Progress
+    from ..core.config import Config
+    from ..core.progress import Progress
+    from ..evaluation.sweep import Sweep
 
 
 class Panels(TyperCommand):
@@ -112,10 +112,12 @@ ConfigFile = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", rich_help_panel="Configuration",
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel="Configuration",
         help="Any key of the configuration, as in optimizer.lr_hash=1e-3.",
     ),
-]  # fmt: skip
+]
 FollowLinks = Annotated[
     bool,
     typer.Option(
@@ -133,33 +135,62 @@ PresetName = Annotated[
 
 # Which option sets which key, so that a refused value is named as it was given.
 FLAGS = {
-    "preset": "--preset", "head": "--head", "model.siglip2_variant": "--model", "model.revision": "--revision",
-    "model.max_num_patches": "--patches", "fusion.type": "--fusion", "fusion.magnitude": "--magnitude",
-    "fusion.block_norm": "--block-norm", "fusion.inputs": "--inputs", "fusion.adapter": "--adapter",
-    "hash.bits": "--bits", "loss.cosine_weight": "--alpha", "loss.hash_weight": "--gamma", "loss.focal_loss": "--focal",
-    "loss.class_weights": "--class-weights", "training.num_epochs": "--epochs", "training.batch_size": "--batch-size",
-    "training.early_stopping_patience": "--patience", "training.monitor": "--monitor", "training.ema_decay": "--ema",
-    "knn.K": "--k", "knn.distance_metric": "--metric", "knn.voting_strategy": "--vote", "knn.tau": "--tau",
-    "knn.theta": "--theta", "knn.ties": "--ties", "knn.index": "--index", "knn.predictor": "--predictor",
-    "data.num_workers": "--workers", "hardware.device": "--device", "hardware.seed": "--seed",
-    "hardware.deterministic": "--deterministic", "data.split_type": "--protocol",
-    "data.protocol_lists": "--protocol-lists", "finetune.unfreeze": "--unfreeze", "finetune.towers": "--towers",
-    "finetune.layer_decay": "--layer-decay", "finetune.augment": "--augment",
-    "finetune.gradient_checkpointing": "--gradient-checkpointing", "finetune.batch_tokens": "--batch-tokens",
-    "finetune.start": "--from", "optimizer.lr_towers": "--lr-towers", "training.accumulation_steps": "--accumulation",
-}  # fmt: skip
+    "preset": "--preset",
+    "head": "--head",
+    "model.siglip2_variant": "--model",
+    "model.revision": "--revision",
+    "model.max_num_patches": "--patches",
+    "fusion.type": "--fusion",
+    "fusion.magnitude": "--magnitude",
+    "fusion.block_norm": "--block-norm",
+    "fusion.inputs": "--inputs",
+    "fusion.adapter": "--adapter",
+    "hash.bits": "--bits",
+    "loss.cosine_weight": "--alpha",
+    "loss.hash_weight": "--gamma",
+    "loss.focal_loss": "--focal",
+    "loss.class_weights": "--class-weights",
+    "training.num_epochs": "--epochs",
+    "training.batch_size": "--batch-size",
+    "training.early_stopping_patience": "--patience",
+    "training.monitor": "--monitor",
+    "training.ema_decay": "--ema",
+    "knn.K": "--k",
+    "knn.distance_metric": "--metric",
+    "knn.voting_strategy": "--vote",
+    "knn.tau": "--tau",
+    "knn.theta": "--theta",
+    "knn.ties": "--ties",
+    "knn.index": "--index",
+    "knn.predictor": "--predictor",
+    "data.num_workers": "--workers",
+    "hardware.device": "--device",
+    "hardware.seed": "--seed",
+    "hardware.deterministic": "--deterministic",
+    "data.split_type": "--protocol",
+    "data.protocol_lists": "--protocol-lists",
+    "finetune.unfreeze": "--unfreeze",
+    "finetune.towers": "--towers",
+    "finetune.layer_decay": "--layer-decay",
+    "finetune.augment": "--augment",
+    "finetune.gradient_checkpointing": "--gradient-checkpointing",
+    "finetune.batch_tokens": "--batch-tokens",
+    "finetune.start": "--from",
+    "optimizer.lr_towers": "--lr-towers",
+    "training.accumulation_steps": "--accumulation",
+}
 
 
 def data_folder(data: Path, follow_links: bool) -> Path:
     """The folder of the data set, as the stages take it: with ``--follow-links`` its images may be links."""
-    from ..safe_paths import LinkedFolder
+    from ..core.files import LinkedFolder
 
     return LinkedFolder(data) if follow_links else data
 
 
 def make_progress(quiet: bool) -> "Progress":
     """Who is told how a stage goes: the terminal, or nobody."""
-    from ..progress import ConsoleProgress, Progress
+    from ..core.progress import ConsoleProgress, Progress
 
     return Progress() if quiet else ConsoleProgress()
 
@@ -171,7 +202,7 @@ def read_config(
 
     What is ``under`` the file, sections by name, counts where neither says otherwise.
     """
-    from ..config import load_config, parse_settings
+    from ..core.config import load_config, parse_settings
 
     given = {key: value for key, value in options.items() if value is not None}
     parsed = parse_settings(settings or [])
@@ -190,7 +221,7 @@ def read_sweep(
         options: Options that take one value.
         lists: Options of the knn section that may list several, by key, as they were given.
     """
-    from ..knn_plan import split_values, sweep_of
+    from ..evaluation.sweep import split_values, sweep_of
 
     values = {key: split_values(key.removeprefix("knn."), text) for key, text in lists.items() if text is not None}
     firsts = {**options, **{key: several[0] for key, several in values.items()}}
@@ -206,7 +237,7 @@ def read_sweep(
 
 def show_config(config: "Config", as_json: bool) -> None:
     """The configuration on stdout, as YAML or as JSON."""
-    from ..config import dump_config
+    from ..core.config import dump_config
 
     print(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config), end="\n" if as_json else "")
 
@@ -216,7 +247,7 @@ def finish(result: Mapping[str, Any], as_json: bool, *parts: "RenderableType") -
     if as_json:
         print(json.dumps(result, allow_nan=False, default=str))
         return
-    from ..console import make_console
+    from ..core.console import make_console
 
     console = make_console()
     for part in parts:

@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import store_kit
-
+from kit import stores
 from mmcli.cache import files
 
 ROWS = 5  # two shards a part
@@ -56,11 +55,11 @@ def prepare(scenario: str, folder: Path) -> None:
     """What stands in the folder before the writer starts."""
     if scenario == "new":
         return
-    sibling = store_kit.Data()
+    sibling = stores.Data()
     if scenario == "reuse":
-        sibling.write(folder.with_name(f"{folder.name}-sibling"), store_kit.key(patches=512), shard_rows=ROWS)
+        sibling.write(folder.with_name(f"{folder.name}-sibling"), stores.key(patches=512), shard_rows=ROWS)
         return
-    store_kit.Data(seed=0 if scenario == "mend" else 1).write(folder, store_kit.key(), shard_rows=ROWS)
+    stores.Data(seed=0 if scenario == "mend" else 1).write(folder, stores.key(), shard_rows=ROWS)
     if scenario == "mend":
         path = folder / "text-00001.h5"
         data = bytearray(path.read_bytes())
@@ -69,10 +68,10 @@ def prepare(scenario: str, folder: Path) -> None:
 
 
 def work(scenario: str, folder: Path) -> None:
-    with store_kit.Data().writer(folder, store_kit.key(), shard_rows=ROWS, overwrite=scenario == "replace") as writer:
+    with stores.Data().writer(folder, stores.key(), shard_rows=ROWS, overwrite=scenario == "replace") as writer:
         if scenario == "reuse":
             writer.reuse_text(folder.with_name(f"{folder.name}-sibling"))
-        store_kit.Data().fill(writer)
+        stores.Data().fill(writer)
         writer.finish()
 
 

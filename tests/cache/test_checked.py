@@ -95,9 +95,14 @@ def regions(path):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    n=st.integers(1, 40), d=st.integers(1, 700), c=st.integers(1, 6), shard_rows=st.integers(1, 41),
-    dtype=st.sampled_from(["float16", "float32"]), seed=st.integers(0, 99), skipped=st.sets(st.integers(0, 39)),
-)  # fmt: skip
+    n=st.integers(1, 40),
+    d=st.integers(1, 700),
+    c=st.integers(1, 6),
+    shard_rows=st.integers(1, 41),
+    dtype=st.sampled_from(["float16", "float32"]),
+    seed=st.integers(0, 99),
+    skipped=st.sets(st.integers(0, 39)),
+)
 def test_read_again_is_what_h5py_reads(kit, tmp_path_factory, n, d, c, shard_rows, dtype, seed, skipped):
     data, root = kit.Data(n, d, c, seed), tmp_path_factory.mktemp("again")
     with data.writer(root / "s", kit.key(dtype=dtype), shard_rows=shard_rows) as writer:
@@ -215,9 +220,12 @@ def test_a_note_that_is_not_sound_is_no_note(kit, folder, in_full):
     (folder / CHECKED).write_text(note)
     in_full.clear()
     edits = [
-        lambda d: d["store"].update(digest="0" * 64), lambda d: d["store"]["layout"].update(width=3),
-        lambda d: d.update(files=[1]), lambda d: first(d).pop("stamp"), lambda d: first(d)["stamp"].update(bits=1),
-    ]  # fmt: skip
+        lambda d: d["store"].update(digest="0" * 64),
+        lambda d: d["store"]["layout"].update(width=3),
+        lambda d: d.update(files=[1]),
+        lambda d: first(d).pop("stamp"),
+        lambda d: first(d)["stamp"].update(bits=1),
+    ]
     for edit in edits:
         edit_note(folder, edit)
         in_full.clear()

@@ -352,12 +352,22 @@ def test_impossible_counts_are_refused_before_anything_is_allocated(kit, folder,
 
 
 BROKEN_JSON = {
-    "deep": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "NaN": b'{"format": NaN}', "infinity": b'{"a": -Infinity}',
-    "5,000 digits": b'{"format": ' + b"9" * 5000 + b"}", "a key twice": b'{"format": 1, "format": 2}', "half": b'{"format": ',
-    "not UTF-8": b'{"format": "\xff"}', "NUL": b"\0" * 50, "nothing": b"", "a list": b"[]", "null": b"null", "a text": b'"x"',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "NaN": b'{"format": NaN}',
+    "infinity": b'{"a": -Infinity}',
+    "5,000 digits": b'{"format": ' + b"9" * 5000 + b"}",
+    "a key twice": b'{"format": 1, "format": 2}',
+    "half": b'{"format": ',
+    "not UTF-8": b'{"format": "\xff"}',
+    "NUL": b"\0" * 50,
+    "nothing": b"",
+    "a list": b"[]",
+    "null": b"null",
+    "a text": b'"x"',
     "half a pair": b'{"format": "mmcli-store", "format_version": 2, "a": "\\ud800"}',
     "a number beyond all": b'{"format": "mmcli-store", "format_version": 2, "a": 1e999}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN_JSON)

@@ -25,11 +25,13 @@ def make(kit, folder: Path, *, n=10, c=5, shard_rows=4, skipped=(), dtype="float
     rng = np.random.default_rng(seed)
     data.index = pa.table(
         {
-            "image_id": data.ids, "path": [f"{i}.jpg" for i in data.ids], "split": rng.choice(["train", "test"], n),
+            "image_id": data.ids,
+            "path": [f"{i}.jpg" for i in data.ids],
+            "split": rng.choice(["train", "test"], n),
             "captions": pa.array(captions, pa.list_(pa.string())),
             "labels": pa.array([[0] * (i % 2) for i in range(n)], pa.list_(pa.int32())),
         }
-    ).replace_schema_metadata({"category_names": '["cat"]'})  # fmt: skip
+    ).replace_schema_metadata({"category_names": '["cat"]'})
     with data.writer(folder, kit.key(dtype=dtype), shard_rows=shard_rows) as writer:
         data.fill(writer, skipped)
         writer.finish(lambda row: f"reason {row}")
@@ -67,9 +69,12 @@ def content(folder: Path):
 
 
 sizes = {
-    "seed": st.integers(0, 1000), "n": st.integers(1, 12), "shard_rows": st.integers(1, 5), "dtype": st.sampled_from(["float16", "float32"]),
+    "seed": st.integers(0, 1000),
+    "n": st.integers(1, 12),
+    "shard_rows": st.integers(1, 5),
+    "dtype": st.sampled_from(["float16", "float32"]),
     "bad": st.lists(st.integers(0, 11), max_size=6),
-}  # fmt: skip
+}
 
 
 @settings(max_examples=15, deadline=None)
@@ -99,9 +104,15 @@ def test_npy_holds_the_stored_rows(kit, tmp_path_factory, seed, n, shard_rows, d
     for got, (row, slot) in zip(rows, wanted, strict=True):
         source = index[row]
         assert got == {
-            "image_id": source["image_id"], "path": source["path"], "split": source["split"], "labels": source["labels"],
-            "caption": source["captions"][slot], "caption_number": slot, "norm_img": arrays.norm_img[row], "norm_txt": arrays.norm_txt[row, slot],
-        }  # fmt: skip
+            "image_id": source["image_id"],
+            "path": source["path"],
+            "split": source["split"],
+            "labels": source["labels"],
+            "caption": source["captions"][slot],
+            "caption_number": slot,
+            "norm_img": arrays.norm_img[row],
+            "norm_txt": arrays.norm_txt[row, slot],
+        }
     assert (report.n_rows, report.n_skipped) == (len(wanted), len(skipped))
     assert report.n_images == len({row for row, _ in wanted})
     assert report.n_images + report.n_skipped + report.n_without_caption == n

@@ -34,8 +34,9 @@ def test_the_new_figures(kit, tmp_path):
         plain[-1] += 1  # the greatest norm is in the last bin
         assert counts == plain
     assert facts["skipped_images"] == [
-        {"image_id": index[row]["image_id"], "path": index[row]["path"], "row": row, "reason": f"reason {row}"} for row in (1, 6)
-    ]  # fmt: skip
+        {"image_id": index[row]["image_id"], "path": index[row]["path"], "row": row, "reason": f"reason {row}"}
+        for row in (1, 6)
+    ]
     for part in ("image", "text"):
         assert facts[f"bytes_{part}"] == sum(path.stat().st_size for path in folder.glob(f"{part}-*.h5"))
 

@@ -1,5 +1,6 @@
 """A writer that is killed leaves nothing that reads as whole, and the next one ends with the same store."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def killed(how: str, scenario: str, root: Path, stride: int = 1) -> int:
         text=True,
         timeout=120,
         check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the package `kit`
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -50,9 +50,14 @@ def plain(v, splits, threshold):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), n=st.integers(2, 20), d=st.integers(2, 5), threshold=st.sampled_from([0.5, 0.9, 0.98]),
-    shard_rows=st.integers(3, 12), block=st.sampled_from([1, 100, 400]), n_skipped=st.integers(0, 3),
-)  # fmt: skip
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 20),
+    d=st.integers(2, 5),
+    threshold=st.sampled_from([0.5, 0.9, 0.98]),
+    shard_rows=st.integers(3, 12),
+    block=st.sampled_from([1, 100, 400]),
+    n_skipped=st.integers(0, 3),
+)
 def test_against_a_plain_loop(kit, tmp_path_factory, seed, n, d, threshold, shard_rows, block, n_skipped):
     rng = np.random.default_rng(seed)
     v = rng.standard_normal((n, d)) * rng.uniform(0.1, 50, (n, 1))
@@ -93,9 +98,14 @@ def test_what_a_pair_says_and_how_many_are_listed(kit, tmp_path):
     assert [(pair.image_id, pair.other_id) for pair in report.pairs] == [(ids[3], ids[0]), (ids[4], ids[1])]
     first = report.to_json()["pairs"][0]
     assert first == {
-        "image_id": ids[3], "path": f"{ids[3]}.jpg", "split": "val", "other_id": ids[0], "other_path": f"{ids[0]}.jpg",
-        "other_split": "train", "cosine": 1.0,
-    }  # fmt: skip
+        "image_id": ids[3],
+        "path": f"{ids[3]}.jpg",
+        "split": "val",
+        "other_id": ids[0],
+        "other_path": f"{ids[0]}.jpg",
+        "other_split": "train",
+        "cosine": 1.0,
+    }
 
 
 def test_several_copies_in_another_held_out_split_are_all_named(kit, tmp_path):

@@ -20,11 +20,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mmcli.heads.model import make_head  # noqa: E402
-from mmcli.pipeline.config import load_config  # noqa: E402
-from mmcli.pipeline.monitor import Monitor  # noqa: E402
-from mmcli.pipeline.progress import Progress  # noqa: E402
-from mmcli.pipeline.splits import Split  # noqa: E402
-from mmcli.pipeline.trainer import Member, fit  # noqa: E402
+from mmcli.pipeline.core.config import load_config  # noqa: E402
+from mmcli.pipeline.core.progress import Progress  # noqa: E402
+from mmcli.pipeline.training.data import Split  # noqa: E402
+from mmcli.pipeline.training.loop import Member, fit  # noqa: E402
+from mmcli.pipeline.training.monitor import Monitor  # noqa: E402
 
 GPU = torch.device("cuda")
 Result = dict[str, Any]

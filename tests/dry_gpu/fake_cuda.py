@@ -28,21 +28,54 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmcli
-from mmcli.pipeline.step import Step
+from mmcli.pipeline.training.step import Step
 
 # Operations that launch nothing: a view, or memory without content.
 VIEWS = (
-    "alias", "as_strided", "chunk", "detach", "diagonal", "empty", "expand", "lift", "permute", "prim::", "reshape", "_reshape_alias",
-    "select.", "slice.", "split", "squeeze", "sym_", "t.", "transpose", "unbind", "unsafe_split", "unsqueeze", "view", "_unsafe_view",
-)  # fmt: skip
+    "alias",
+    "as_strided",
+    "chunk",
+    "detach",
+    "diagonal",
+    "empty",
+    "expand",
+    "lift",
+    "permute",
+    "prim::",
+    "reshape",
+    "_reshape_alias",
+    "select.",
+    "slice.",
+    "split",
+    "squeeze",
+    "sym_",
+    "t.",
+    "transpose",
+    "unbind",
+    "unsafe_split",
+    "unsqueeze",
+    "view",
+    "_unsafe_view",
+)
 # Operations whose size is only known on the device.
 SIZED_BY_VALUE = ("nonzero", "masked_select", "_unique", "unique", "bincount", "repeat_interleave.Tensor")
 # What the deterministic mode refuses on CUDA, of all that a training might use (torch.use_deterministic_algorithms).
 NOT_DETERMINISTIC = (
-    "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "upsample_bilinear2d_backward",
-    "upsample_bicubic2d_backward", "upsample_nearest2d_backward", "adaptive_avg_pool2d_backward", "_adaptive_avg_pool2d_backward",
-    "grid_sampler_2d_backward", "scatter_reduce", "histc", "kthvalue", "put_", "nll_loss2d", "reflection_pad2d_backward",
-)  # fmt: skip
+    "_upsample_bilinear2d_aa_backward",
+    "_upsample_bicubic2d_aa_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "upsample_nearest2d_backward",
+    "adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "grid_sampler_2d_backward",
+    "scatter_reduce",
+    "histc",
+    "kthvalue",
+    "put_",
+    "nll_loss2d",
+    "reflection_pad2d_backward",
+)
 
 
 def _memory_of(tensors: list[torch.Tensor]) -> list[tuple[Any, torch.Tensor]]:
@@ -310,14 +343,24 @@ def _cuda(ledger: Ledger, *, bfloat16: bool) -> dict[str, Any]:
             ledger.streams -= 1
 
     return {
-        "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
         "is_bf16_supported": lambda including_emulation=True: bfloat16 or including_emulation,
-        "get_device_name": lambda *_: "a GPU that is not there", "mem_get_info": lambda *_: (130 << 30, 140 << 30),
-        "synchronize": lambda *_: None, "empty_cache": lambda: None, "device": lambda _: nullcontext(),
-        "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
-        "Stream": _Stream, "stream": on_stream, "current_stream": lambda *_: _Stream(),
-        "CUDAGraph": lambda: Graph(ledger), "graph": ledger.capture,
-    }  # fmt: skip
+        "get_device_name": lambda *_: "a GPU that is not there",
+        "mem_get_info": lambda *_: (130 << 30, 140 << 30),
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "device": lambda _: nullcontext(),
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda *_: None,
+        "Stream": _Stream,
+        "stream": on_stream,
+        "current_stream": lambda *_: _Stream(),
+        "CUDAGraph": lambda: Graph(ledger),
+        "graph": ledger.capture,
+    }
 
 
 @contextmanager
@@ -330,14 +373,19 @@ def fake_cuda(*, bfloat16: bool = True) -> Iterator[Ledger]:
     ledger = Ledger()
     patches = [(torch.cuda, name, value) for name, value in _cuda(ledger, bfloat16=bfloat16).items()]
     patches += [
-        (torch.Tensor, "pin_memory", _pin_memory), (torch.Tensor, "is_pinned", _is_pinned), (torch.Tensor, "__getitem__", _part),
-        (torch.Tensor, "__deepcopy__", _copy), (FakeTensor, "numpy", _stand_in),
+        (torch.Tensor, "pin_memory", _pin_memory),
+        (torch.Tensor, "is_pinned", _is_pinned),
+        (torch.Tensor, "__getitem__", _part),
+        (torch.Tensor, "__deepcopy__", _copy),
+        (FakeTensor, "numpy", _stand_in),
         (FakeTensor, "tolist", lambda tensor: _list(ledger, tensor)),
-        (torch.nn.Module, "to", _move_module), (F, "scaled_dot_product_attention", _attention),
+        (torch.nn.Module, "to", _move_module),
+        (F, "scaled_dot_product_attention", _attention),
         # Kernels of many tensors at once are taken for plain tensors alone.
         (clip_grad, "_has_foreach_support", lambda *_: True),
-        (fake_tensor, "init_gpu_context", lambda *_: None), (FakeTensorMode, "avoid_device_init", True),
-    ]  # fmt: skip
+        (fake_tensor, "init_gpu_context", lambda *_: None),
+        (FakeTensorMode, "avoid_device_init", True),
+    ]
     with ExitStack() as stack:
         for where, name, value in patches:
             stack.enter_context(patch.object(where, name, value))
@@ -358,10 +406,15 @@ def steps_of(ledger: Any) -> Iterator[list[dict[str, Any]]]:
             on_default = ledger.on_default_stream
             run(self, sizes)
             how = "captured" if ledger.captured > graphs[0] else "replayed" if ledger.replayed > graphs[1] else "eager"
-            steps.append({
-                "sizes": sizes, "how": how, "launches": ledger.n_launches - launches,
-                "on_default_stream": ledger.on_default_stream - on_default, "waits": dict(ledger.waits - waits),
-            })  # fmt: skip
+            steps.append(
+                {
+                    "sizes": sizes,
+                    "how": how,
+                    "launches": ledger.n_launches - launches,
+                    "on_default_stream": ledger.on_default_stream - on_default,
+                    "waits": dict(ledger.waits - waits),
+                }
+            )
 
         return wrapped
 

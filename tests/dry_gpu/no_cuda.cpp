@@ -1,5 +1,5 @@
 // A CUDA backend without a device. Autograd asks the backend of every tensor for streams and events, and tensors here say
-// that they lie on CUDA; this answers with one stream and events that are over at once. Built by tests/pipeline/test_dry_gpu.py.
+// that they lie on CUDA; this answers with one stream and events that are over at once. Built by tests/test_dry_gpu.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -15,22 +15,20 @@ import transformers
 
 from mmcli.cache import StoreKey, StoreWriter
 from mmcli.heads.knn import build_index
-from mmcli.pipeline.caption_tokens import CaptionTokenizer
-from mmcli.pipeline.config import Config, load_config
-from mmcli.pipeline.encoder import Encoder, EncoderParts
-from mmcli.pipeline.finetune_data import LiveStore
-from mmcli.pipeline.finetune_feed import Feed
-from mmcli.pipeline.finetune_monitor import alikeness
-from mmcli.pipeline.finetune_step import TowerStep
-from mmcli.pipeline.finetune_team import Team
-from mmcli.pipeline.finetune_towers import Towers
-from mmcli.pipeline.manifest import Manifest, read_manifest
-from mmcli.pipeline.patches import Grid
-from mmcli.pipeline.progress import Progress
-from mmcli.pipeline.shard_jobs import ShardJobs
-from mmcli.pipeline.trainer import Member, fit
-from mmcli.pipeline.training_data import draw_head
-from mmcli.pipeline.unreadable import Unreadable
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.progress import Progress
+from mmcli.pipeline.data.manifest import Manifest, read_manifest
+from mmcli.pipeline.extraction.caption_tokens import CaptionTokenizer
+from mmcli.pipeline.extraction.encoder import Encoder, EncoderParts
+from mmcli.pipeline.extraction.images import Grid
+from mmcli.pipeline.extraction.shards import ShardJobs, Unreadable
+from mmcli.pipeline.finetuning.batches import Feed, TowerStep
+from mmcli.pipeline.finetuning.distributed import Team
+from mmcli.pipeline.finetuning.embeddings import LiveStore
+from mmcli.pipeline.finetuning.finetune import alikeness
+from mmcli.pipeline.finetuning.towers import Towers
+from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.setup import draw_head
 
 transformers.logging.set_verbosity_error()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -136,13 +134,24 @@ def tune(
     """Finetune towers for an epoch, and embed everything as a look at val does."""
     whole = read_manifest(data / "manifest.parquet")
     listing = Manifest.from_columns(
-        image_ids=whole.image_ids[:n], paths=whole.paths[:n], splits=["train"] * (n - 8) + ["val"] * 4 + ["test"] * 4,
-        captions=whole.captions[:n], labels=[[row % 5] for row in range(n)], category_names=whole.category_names, name="dry",
-    )  # fmt: skip
+        image_ids=whole.image_ids[:n],
+        paths=whole.paths[:n],
+        splits=["train"] * (n - 8) + ["val"] * 4 + ["test"] * 4,
+        captions=whole.captions[:n],
+        labels=[[row % 5] for row in range(n)],
+        category_names=whole.category_names,
+        name="dry",
+    )
     options = {
-        "finetune.unfreeze": unfreeze, "finetune.towers": which, "training.batch_size": 8, "training.num_epochs": 1,
-        "model.max_num_patches": patches, "data.num_workers": 0, "classifier.num_classes": len(whole.category_names), **options,
-    }  # fmt: skip
+        "finetune.unfreeze": unfreeze,
+        "finetune.towers": which,
+        "training.batch_size": 8,
+        "training.num_epochs": 1,
+        "model.max_num_patches": patches,
+        "data.num_workers": 0,
+        "classifier.num_classes": len(whole.category_names),
+        **options,
+    }
     config: Config = load_config(options=options)
     parts = Encoder.parts(str(model), patches=patches, device=CPU)
     with fake_cuda.fake_cuda() as ledger, real_tokens():

@@ -44,7 +44,7 @@ def test_the_hash_is_that_of_whole_numbers(x: int) -> None:
 
 @given(
     st.integers(0, 1 << 40), st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.sampled_from([0.1, 0.5, 0.9])
-)  # fmt: skip
+)
 def test_the_mask_is_that_of_a_slow_loop(seed: int, passes: int, rows: int, columns: int, p: float) -> None:
     layer = Dropout(p)
     layer.reseed(seed)
@@ -62,10 +62,13 @@ def test_masks_look_random(p: float) -> None:
     n, flat, spread = one.numel(), one.flatten(), p * (1 - p)
     assert abs(float(flat.mean())) < 5 * (spread / n) ** 0.5 + 1e-5
     pairs = {
-        "neighbours": (flat[1:], flat[:-1]), "rows": (one[1:], one[:-1]), "halves": (flat[: n // 2], flat[n // 2 :]),
-        "words": (one[:, :-1:2], one[:, 1::2]), "passes": (one, two),
+        "neighbours": (flat[1:], flat[:-1]),
+        "rows": (one[1:], one[:-1]),
+        "halves": (flat[: n // 2], flat[n // 2 :]),
+        "words": (one[:, :-1:2], one[:, 1::2]),
+        "passes": (one, two),
         "rectangles": (one[1:, 2:] * one[:-1, :-2] / spread**0.5, one[1:, :-2] * one[:-1, 2:] / spread**0.5),
-    }  # fmt: skip
+    }
     for name, (a, b) in pairs.items():
         size = min(a.numel(), b.numel())
         correlation = float((a.flatten()[:size] * b.flatten()[:size]).mean()) / spread

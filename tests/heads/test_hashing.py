@@ -11,8 +11,11 @@ from mmcli import InputError
 from mmcli.heads.config import HashConfig
 from mmcli.heads.hashing import HashLayer, binarise, hamming_distance, pack_codes, unpack_codes
 
-soft_codes = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 8).map(lambda n: 8 * n)),
-                        elements=st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0])))  # fmt: skip
+soft_codes = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 6), st.integers(1, 8).map(lambda n: 8 * n)),
+    elements=st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0])),
+)
 
 
 @given(soft_codes)

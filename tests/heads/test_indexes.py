@@ -205,7 +205,9 @@ def test_settling_makes_any_order_exact(seed: int, n: int, width: int, data: st.
     codes = rng.integers(0, 4, (n, width), dtype=np.uint8)
     exclude, K = rng.integers(-1, n, 6), data.draw(st.integers(1, n - 1))
     queries, most = codes[rng.integers(0, n, 6)], data.draw(st.integers(1, n))
-    index = SettledIndex("gpu", 8 * width, searcher(Unordered(codes, seed)), HammingIndex(codes), inner_bytes=0, most=most)  # fmt: skip
+    index = SettledIndex(
+        "gpu", 8 * width, searcher(Unordered(codes, seed)), HammingIndex(codes), inner_bytes=0, most=most
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settled, "MARGINS", data.draw(st.sampled_from([(1, 3), (32, 1024), (5, 6)])))
         assert_same(index.search(packed=queries, K=K, exclude=exclude), reference(queries, codes, K, exclude))

@@ -227,9 +227,12 @@ def asymmetric_loop(x: np.ndarray, y: np.ndarray, gamma_pos: float, gamma_neg: f
 
 
 @given(
-    seeds, st.sampled_from([0.0, 1.0, 2.5]), st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.0, 0.05, 0.3]),
+    seeds,
+    st.sampled_from([0.0, 1.0, 2.5]),
+    st.sampled_from([0.5, 1.0, 4.0]),
+    st.sampled_from([0.0, 0.05, 0.3]),
     st.booleans(),
-)  # fmt: skip
+)
 def test_asymmetric_equals_the_loop(seed: int, pos: float, neg: float, shift: float, weighted: bool) -> None:
     x, y = make_batch(seed)
     w = [0.5, 1.0, 3.0, 7.0] if weighted else [1.0] * 4

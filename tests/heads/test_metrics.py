@@ -119,11 +119,14 @@ def slow_cp_cr(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         tp, fp, fn = tp + hit, fp + n_predicted - hit, fn + n_true - hit
     CP, CR = (np.mean(x) if x else math.nan for x in (P, R))
     return {
-        "CP": CP, "CR": CR, "CF1": 0.0 if CP == CR == 0 else 2 * CP * CR / (CP + CR),
-        "OP": tp / (tp + fp) if tp + fp else math.nan, "OR": tp / (tp + fn) if tp + fn else math.nan,
+        "CP": CP,
+        "CR": CR,
+        "CF1": 0.0 if CP == CR == 0 else 2 * CP * CR / (CP + CR),
+        "OP": tp / (tp + fp) if tp + fp else math.nan,
+        "OR": tp / (tp + fn) if tp + fn else math.nan,
         "OF1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else math.nan,
         "n_undefined_CP": labels.shape[1] - len(P),
-    }  # fmt: skip
+    }
 
 
 @given(cases, st.sampled_from([0.25, 0.5, 0.9, 2.0]))
@@ -212,11 +215,14 @@ def test_a_class_without_a_positive_keeps_the_overall_threshold() -> None:
 
 
 EDGES = {
-    "one image": ([[0.2, 0.7, 0.7]], [[1, 0, 1]]), "one class": ([[0.2], [0.7], [0.2]], [[1], [0], [1]]),
-    "one pair": ([[0.5]], [[1]]), "all scores zero": ([[0.0] * 3] * 4, [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]]),
-    "all labels": ([[0.1, 0.9]] * 3, [[1, 1]] * 3), "a missing class": ([[0.9, 0.1], [0.2, 0.8]], [[1, 0], [0, 0]]),
+    "one image": ([[0.2, 0.7, 0.7]], [[1, 0, 1]]),
+    "one class": ([[0.2], [0.7], [0.2]], [[1], [0], [1]]),
+    "one pair": ([[0.5]], [[1]]),
+    "all scores zero": ([[0.0] * 3] * 4, [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]]),
+    "all labels": ([[0.1, 0.9]] * 3, [[1, 1]] * 3),
+    "a missing class": ([[0.9, 0.1], [0.2, 0.8]], [[1, 0], [0, 0]]),
     "nothing predicted": ([[0.1, 0.2], [0.3, 0.1]], [[1, 0], [0, 1]]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -22,9 +22,11 @@ def make_pair(n: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def make_head(*, bits: int = 16, activation: str = "ste", use_bias: bool = True, **fusion: Any) -> Head:
     torch.manual_seed(0)
     head = Head(
-        FusionConfig(mlp_dims=(32, 12), dropout=0.5, **fusion), HashConfig(bits=bits, activation=activation),
-        ClassifierConfig(num_classes=C, use_bias=use_bias), width=D,
-    )  # fmt: skip
+        FusionConfig(mlp_dims=(32, 12), dropout=0.5, **fusion),
+        HashConfig(bits=bits, activation=activation),
+        ClassifierConfig(num_classes=C, use_bias=use_bias),
+        width=D,
+    )
     head.fit_statistics(*make_pair(200, seed=1))
     return head
 

@@ -23,9 +23,14 @@ def make(seed: int, Q: int, N: int, bits: int, C: int, density: float):
 
 
 cases = st.builds(
-    make, st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 40), st.sampled_from([8, 24, 64, 72, 128]),
-    st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.3, 1.0]),
-)  # fmt: skip
+    make,
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from([8, 24, 64, 72, 128]),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+)
 
 
 def slow(q, ql, b, bl, K: int) -> list[tuple[list[int], list[int]]]:
@@ -134,11 +139,13 @@ def test_the_interval_is_of_the_mean_over_queries() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: np.zeros((2, 2), np.uint8)}, "in common"), ({1: np.zeros((2, 4))}, "in common"),
-        ({2: np.zeros((3, 1), np.int64)}, "base codes: .* int64"), ({3: np.zeros((2, 3))}, "base codes"),
+        ({0: np.zeros((2, 2), np.uint8)}, "in common"),
+        ({1: np.zeros((2, 4))}, "in common"),
+        ({2: np.zeros((3, 1), np.int64)}, "base codes: .* int64"),
+        ({3: np.zeros((2, 3))}, "base codes"),
         ({0: np.zeros((0, 1), np.uint8), 1: np.zeros((0, 3))}, "must have images"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(change, message: str) -> None:
     given = [np.zeros((2, 1), np.uint8), np.zeros((2, 3)), np.zeros((3, 1), np.uint8), np.zeros((3, 3))]
     for at, value in change.items():

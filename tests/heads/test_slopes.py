@@ -14,7 +14,7 @@ from mmcli.heads.config import HashRegConfig, LossConfig
 from mmcli.heads.label_losses import asymmetric_loss, bce_loss, focal_loss
 from mmcli.heads.losses import balance_loss, decorrelation_loss, quantisation_loss, total_loss
 from mmcli.heads.model import HeadOutput
-from mmcli.pipeline.bench_plain import plain_asymmetric, plain_focal, plain_hash_losses, plain_loss
+from mmcli.pipeline.bench.plain import plain_asymmetric, plain_focal, plain_hash_losses, plain_loss
 
 seeds = st.integers(0, 2**31 - 1)
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0, 7.0])
@@ -63,9 +63,13 @@ def test_focal(seed: int, mixed: bool, weighted: bool, alpha: float, gamma: floa
 
 
 @given(
-    seeds, st.booleans(), st.booleans(), st.sampled_from([0.0, 1.0, 2.5]), st.sampled_from([0.0, 0.5, 1.0, 4.0]),
+    seeds,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 2.5]),
+    st.sampled_from([0.0, 0.5, 1.0, 4.0]),
     st.sampled_from([0.0, 0.05, 0.3]),
-)  # fmt: skip
+)
 def test_asymmetric(seed: int, mixed: bool, weighted: bool, pos: float, neg: float, shift: float) -> None:
     x, y, _ = draw(seed, mixed)
     w = WEIGHTS if weighted else torch.ones(4)
@@ -84,13 +88,18 @@ def test_hash_terms(seed: int) -> None:
 CONFIGS = {
     "plan": LossConfig(),
     "all": LossConfig(
-        bce_weight=0.7, cosine_weight=0.3, hash_weight=0.5, fused_weight=0.4, nested_weight=0.9, asymmetric_loss=True,
+        bce_weight=0.7,
+        cosine_weight=0.3,
+        hash_weight=0.5,
+        fused_weight=0.4,
+        nested_weight=0.9,
+        asymmetric_loss=True,
         hash_reg=HashRegConfig(lambda_quant=0.2, lambda_balance=0.6, lambda_decorr=3.0),
     ),
     "no hash terms": LossConfig(hash_reg=HashRegConfig(lambda_quant=0.0, lambda_balance=0.0, lambda_decorr=0.0)),
     "balance alone": LossConfig(hash_reg=HashRegConfig(lambda_quant=0.0, lambda_balance=2.0, lambda_decorr=0.0)),
     "no hash, no cosine": LossConfig(hash_weight=0.0, cosine_weight=0.0),
-}  # fmt: skip
+}
 
 
 def draw_leaves(seed: int) -> list[Tensor]:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.heads import boundary, voting
-from mmcli.heads.boundary import BoundaryIndex
+from mmcli.heads import voting
+from mmcli.heads import voting as boundary
 from mmcli.heads.config import KnnConfig
 from mmcli.heads.knn import Neighbours, build_index
-from mmcli.heads.voting import vote, vote_shared, weights
+from mmcli.heads.voting import BoundaryIndex, vote, vote_shared, weights
 
 STRATEGIES = ("softmax", "uniform", "rank", "threshold")
 

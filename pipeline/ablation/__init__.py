@@ -1,0 +1,1 @@
+"""Experiments: plan them, run what is missing, and keep one table."""

@@ -1,0 +1,1 @@
+"""This machine's speed beside the plain way."""

@@ -1,0 +1,250 @@
+"""Checkpoints of a head: safetensors for numbers, JSON for the rest, never a pickle."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ... import __version__
+from ...cache.strict_json import parse_json
+from ...errors import NOT_THERE, InputError, cannot_read
+from ...heads.card import FIGURES
+from ...heads.hub import PICKLES, cannot_load, read_config, reason, refuse_pickle, restore
+from ...heads.model import HEADS, BaseHead, Head, MlpBaseline
+from ...heads.tensor_files import load_tensors, read_about, write_tensors
+from .config import Config
+from .device import pick_device
+from .files import write_folder, write_text, write_whole
+from .run import read_info, run_identity
+from .run_folders import MARK
+
+INDEX = "checkpoints.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One kept checkpoint: its file name, epoch and val mAP."""
+
+    file: str
+    epoch: int
+    val_mAP: float
+
+
+class CheckpointKeeper:
+    """Keeps the best few checkpoints of a training, and a readable list of them, the best first."""
+
+    def __init__(self, folder: Path, config: Config, *, width: int) -> None:
+        self._folder, self._config, self._width = folder, config, width
+        self.kept: list[Kept] = []
+        self._gone: list[Kept] = []
+
+    def offer(self, head: BaseHead, *, epoch: int, val_mAP: float) -> bool:
+        """Write the head if it is among the best ``save_top_k``; the worst of the kept ones goes."""
+        keep = self._config.training.save_top_k
+        if len(self.kept) >= keep and val_mAP <= self.kept[-1].val_mAP:
+            return False
+        new = Kept(file=checkpoint_name(epoch), epoch=epoch, val_mAP=val_mAP)
+        save_head(self._folder / new.file, head, self._config, width=self._width, epoch=epoch, val_mAP=val_mAP)
+        # A later epoch that is no better than an earlier one stays behind it.
+        self.kept = sorted([*self.kept, new], key=lambda one: (-one.val_mAP, one.epoch))
+        self._gone += self.kept[keep:]
+        self.kept = self.kept[:keep]
+        write_text(self._folder / INDEX, json.dumps([vars(one) for one in self.kept], indent=1))
+        return True
+
+    def sweep(self) -> None:
+        """Remove the files of what is no longer kept.
+
+        Not before a later epoch can be resumed from: one that goes on before it would want them again.
+        """
+        while self._gone:
+            (self._folder / self._gone.pop().file).unlink(missing_ok=True)
+
+    def take_up(self, epoch: int) -> None:
+        """Go on after an epoch, with the best of what is there up to it; what later epochs left is removed.
+
+        Raises:
+            InputError: A checkpoint is damaged.
+        """
+        found = []
+        for path in sorted(self._folder.glob("epoch-*.safetensors")):
+            try:
+                note = read_about(path)
+                one = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
+            except (OSError, KeyError, ValueError) as error:
+                raise InputError(
+                    "damaged checkpoint",
+                    where=path,
+                    got=reason(error),
+                    wanted="what mmcli wrote",
+                    do="train again, from the start",
+                ) from None
+            if one.epoch <= epoch:
+                found.append(one)
+            else:
+                path.unlink()
+        found.sort(key=lambda one: (-one.val_mAP, one.epoch))
+        keep = self._config.training.save_top_k
+        self.kept, self._gone = found[:keep], found[keep:]
+
+    @property
+    def best(self) -> Path:
+        """The best checkpoint's file."""
+        return self._folder / self.kept[0].file
+
+
+def save_head(path: Path, head: BaseHead, config: Config, *, width: int, epoch: int, val_mAP: float) -> None:
+    """Write a head's parameters, buffers and what is needed to build it again."""
+    assert head.build["width"] == width
+    assert head.kind == config.head
+    note = {
+        "build": json.dumps(head.build),
+        "epoch": str(epoch),
+        "val_mAP": repr(val_mAP),
+        **run_identity(path.parent.parent),
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    write_whole(path, lambda temporary: write_tensors(temporary, save_file, tensors, note))
+
+
+def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | MlpBaseline:
+    """A trained head, ready to use.
+
+    Args:
+        path: A run folder (its best checkpoint), a checkpoint file, or a folder that was saved for the hub.
+        device: Where its parameters go: ``cpu``, ``cuda``, ``cuda:N``, ``mps`` or ``auto``.
+
+    Returns:
+        The head in ``eval()`` mode: ``head(v_img, v_txt)`` takes raw embeddings ``(N, D)`` and gives ``h`` and
+        ``logits``. ``head.about`` is what is known of it, such as ``category_names``.
+
+    Raises:
+        InputError: Nothing is there, it is damaged or a pickle, or there is no such device.
+    """
+    path, place = Path(path), device if isinstance(device, torch.device) else pick_device(device)
+    if path.is_dir() and (path / MARK).is_file():
+        head = _read_checkpoint(best_checkpoint(path), place, path)
+        head.about = describe_head(path)
+        return head
+    if path.is_dir():
+        kind = read_config(path).get("head", "fusion")
+        known = [head for name, head in HEADS.items() if name == kind]
+        if not known:
+            raise cannot_load(path, ValueError(f"a head of kind {kind!r}"))
+        return known[0].from_pretrained(path, map_location=place)
+    if path.suffix in PICKLES:
+        raise refuse_pickle(path, path.name)
+    return _read_checkpoint(path, place)
+
+
+def describe_head(run: Path) -> dict[str, Any]:
+    """What a run says of its head: mmcli's version, preset, seed, encoder, patches, data and category names.
+
+    Raises:
+        InputError: ``run.json`` is missing or damaged.
+    """
+    info = read_info(run)
+    # Towers that were trained with the head are another encoder than the one they were.
+    encoder = (
+        f"{info.model}, finetuned with this head"
+        if info.kind == "finetune" and (run / "towers").is_dir()
+        else info.model
+    )
+    return {
+        "mmcli": __version__,
+        "preset": info.preset,
+        "seed": info.seed,
+        "config_digest": info.config_digest,
+        "encoder": encoder,
+        "patches": info.patches,
+        "data": f"manifest {info.manifest_sha256[:12]}",
+        "category_names": list(info.category_names),
+    }
+
+
+def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) -> Head | MlpBaseline:
+    wanted, do = "a checkpoint of mmcli", "train the head again with `mmcli train-head`"
+    try:
+        tensors, note = load_tensors(path, str(device))
+        for name, mine in ({} if run is None else run_identity(run)).items():
+            if note.get(name, mine) != mine:
+                raise InputError(f"a checkpoint of another {name}", where=path, got=note[name], wanted=mine, do=do)
+        build: dict[str, Any] = parse_json(note["build"])
+        # Checkpoints of 0.1.0 do not say their kind.
+        return restore(HEADS[build.get("head", "fusion")], build, tensors)
+    except FileNotFoundError:
+        raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
+    except OSError as error:
+        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=do) from None
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise InputError("damaged checkpoint", where=path, got=reason(error), wanted=wanted, do=do) from None
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run.
+
+    Raises:
+        InputError: The run keeps none.
+    """
+    path = run / "checkpoints" / INDEX
+    try:
+        kept = [Kept(**one) for one in parse_json(path.read_bytes())]
+        first = kept[0]
+        if first.file != checkpoint_name(first.epoch) or any(one.val_mAP > first.val_mAP for one in kept):
+            raise ValueError("a list that does not begin with the best")
+    except OSError as error:
+        what = "no checkpoint" if error.errno in NOT_THERE else "cannot read the list of checkpoints"
+        do = "train the head again with `mmcli train-head`"
+        raise cannot_read(what, path, error, wanted="a list of at least one", do=do) from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise InputError(
+            "no checkpoint",
+            where=path,
+            got="no list of checkpoints",
+            wanted="at least one",
+            do="train the head again with `mmcli train-head`",
+        ) from None
+    return path.parent / first.file
+
+
+def checkpoint_name(epoch: int) -> str:
+    """The file of an epoch's checkpoint."""
+    return f"epoch-{epoch:03d}.safetensors"
+
+
+FOLDER = "model"
+
+
+def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mapping[str, Any] | None = None) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and the card ``README.md``, each whole or not at all.
+
+    Args:
+        run: The run folder; its ``run.json`` says what the head was trained on.
+        head: The best one, on any device.
+        config: The resolved configuration.
+        metrics: A row of metrics to show on the card: ``method``, ``split`` and figures.
+
+    Returns:
+        The folder, ``run/model``; its files replace those that are there.
+
+    Raises:
+        InputError: The run does not describe itself, or the folder cannot be written.
+    """
+    about = {**describe_head(run), "preset": config.preset, "seed": config.hardware.seed}
+    if metrics is not None:
+        about["metrics"] = {key: _plain(metrics[key]) for key in ("method", "split", *FIGURES) if key in metrics}
+    folder = run / FOLDER
+    write_folder(folder, lambda scratch: head.save_pretrained(scratch, config=about))
+    return folder
+
+
+def _plain(value: object) -> object:
+    """JSON's null where a figure is undefined: JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,77 @@
+"""How many cores this process may use, which in a container are fewer than the machine has."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+# Folders of cgroup v1 that hold the quota, by the names that distributions give them.
+_V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
+
+# Says in each process how many there are, so that it can name the command that goes on.
+PROCESSES = "MMCLI_NUM_PROCESSES"
+
+
+def count_cores(root: Path = ROOT) -> int:
+    """Cores by the process's affinity, and no more than the CPU time that its control groups allow, rounded up.
+
+    The standard library knows affinity alone. A container with ``docker run --cpus 2`` sees all cores of its host, and
+    one thread on each of them would be throttled most of the time.
+
+    Args:
+        root: The root of the file system that describes the control groups.
+    """
+    return max(1, min([_cores_of_affinity(), *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def limit_threads() -> None:
+    """Let OpenMP and BLAS start no more threads than a quota allows; a number that the user gave stays.
+
+    They read the variable when they are loaded, and count all cores of the affinity where it is not set. What is no
+    number of threads counts as not set: OpenMP would complain of it in every process.
+    """
+    cores = count_cores()
+    if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", os.environ.get("OMP_NUM_THREADS", "1")):
+        del os.environ["OMP_NUM_THREADS"]
+    if cores < _cores_of_affinity() and not os.environ.get("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(cores)
+
+
+def _cores_of_affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU seconds a second that the control groups of this process allow, of each that has a limit."""
+    groups = root / "sys" / "fs" / "cgroup"
+    for path in _group_paths(root):
+        for folder in (path, *path.parents):
+            below = folder.relative_to("/")
+            yield from _quota(groups / below / "cpu.max")
+            for name in _V1_FOLDERS:
+                yield from _quota(
+                    groups / name / below / "cpu.cfs_quota_us", groups / name / below / "cpu.cfs_period_us"
+                )
+
+
+def _group_paths(root: Path) -> list[PurePosixPath]:
+    """The control groups of this process; in a container the root, whatever the host calls it, counts as well."""
+    lines = _read(root / "proc" / "self" / "cgroup").splitlines()
+    paths = (line.split(":", 2)[2] for line in lines if line.count(":") >= 2)
+    return [PurePosixPath(path) for path in dict.fromkeys(["/", *paths]) if path.startswith("/") and ".." not in path]
+
+
+def _quota(*files: Path) -> Iterator[float]:
+    """The limit of one group: quota and period in microseconds, in one file or in two."""
+    words = " ".join(map(_read, files)).split()
+    if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
+        yield int(words[0]) / int(words[1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,217 @@
+"""Run folders taken so that no two processes hold the same one, and emptied so that nothing else is lost.
+
+A run's ``run.json`` is made in a single step of the file system, whole, when none is there yet: so only one process can
+be the first, and a folder with one can be gone on with.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ...cache.locks import SOFT, LockHeld, locked
+from ...cache.ownership import Contents, contents, remove_files
+from ...cache.strict_json import parse_json
+from ...errors import InputError
+from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
+
+MARK, LOCK = "run.json", ".lock"
+# A run that was being thrown away when its process was killed.
+REPLACED = "replaced"
+# Every file that stages write into a run folder, by its exact name; whatever else lies there is somebody's own.
+FILES = re.compile(
+    r"""
+    run\.json | config\.yaml | environment\.json | metrics\.json | knn_table\.json | history\.jsonl | finetune\.json
+    | training\.safetensors | \.lock(\.holder)?
+    | checkpoints/(checkpoints\.json | (epoch|towers)-[0-9]{3,}\.safetensors)
+    | codes/(train|val|test)\.safetensors
+    | scores/(classifier|hybrid|knn|zero-shot)-(train|val|test)\.safetensors
+    | per_class/(classifier|hybrid|knn|zero-shot)-(train|val|test)\.json
+    | model/(config\.json | model\.safetensors | README\.md)
+    | towers/(
+        config\.json | model(-[0-9]{5}-of-[0-9]{5})?\.safetensors | model\.safetensors\.index\.json
+        | generation_config\.json | (pre)?processor_config\.json | tokenizer\.(json|model) | spiece\.model
+        | (tokenizer_config|special_tokens_map|added_tokens)\.json | chat_template\.(json|jinja)
+      )
+    | tensorboard/events\.out\.tfevents\.[^/]+
+    | wandb/(latest-run | debug(-internal)?\.log | settings | (offline-)?run-[0-9]{8}_[0-9]{6}-[^/]+/.+)
+    """,
+    re.VERBOSE,
+)
+# What safetensors left of a killed process before it wrote into scratch folders: under a name of its own.
+SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+LINKS = re.compile(r"wandb/.+")
+FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
+
+
+def claim_new(folder: Path, record: str) -> Path:
+    """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
+
+    Args:
+        folder: The name.
+        record: The text of its ``run.json``.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    make_folder(folder.parent)
+    number, free = 1, folder
+    while True:
+        try:
+            free.mkdir()
+            write_new(free / MARK, record)
+        except FileExistsError:
+            number += 1
+            free = folder.with_name(f"{folder.name}-{number}")
+        except OSError as error:
+            raise unwritable(free, error) from None
+        else:
+            return free
+
+
+def claim_named(folder: Path, record: str, *, force: bool) -> Path:
+    """Take a folder that was asked for; it is made when absent.
+
+    Args:
+        folder: The folder; a link to one, or the working folder, stays what it is.
+        record: The text of its ``run.json``.
+        force: Throw an existing run away first. What runs write goes; the folder itself and all else in it stay.
+
+    Returns:
+        The folder, with its ``run.json``.
+
+    Raises:
+        InputError: It holds something and ``force`` is not given, is no run, cannot be emptied or written, or was
+            taken by another process at the same moment.
+    """
+    make_folder(folder)
+    try:
+        with one_line(folder):
+            if not all(_passes(path.name) for path in folder.iterdir()):
+                _check_replaceable(folder, force=force)
+                with hold(folder, keep=False):
+                    _empty(folder)
+                    write_text(folder / MARK, record)
+                return folder
+        write_new(folder / MARK, record)
+    except (FileExistsError, FileNotFoundError):
+        raise _in_use(folder, "a run that another process has just started") from None
+    except OSError as error:
+        raise unwritable(Path(error.filename or folder), error) from None
+    return folder
+
+
+@contextmanager
+def hold(folder: Path, *, what: str = "trains in it", wait_s: float = 0.0, keep: bool = True) -> Iterator[None]:
+    """Be the only process that works in a folder; the lock is free when the process ends, however it ends.
+
+    Args:
+        folder: A run, the folder of a table of experiments, or a demo's.
+        what: What the process does, for the error.
+        wait_s: Seconds to wait for who works there.
+        keep: Leave the lock's empty file behind.
+
+    Raises:
+        InputError: Another process works there, or the folder cannot be written.
+    """
+    lock = locked(folder / LOCK, wait_s=wait_s, keep=keep)
+    try:
+        lock.__enter__()
+    except LockHeld as error:
+        raise InputError(
+            "the run is under way",
+            where=folder,
+            got=f"another process that {what}",
+            wanted="one at a time",
+            do=error.do,
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove half-written files that a killed process left in a run; the caller holds it."""
+    for name in ("", *FOLDERS):
+        place = folder / name
+        if place.is_dir() and (not name or not place.is_symlink()):
+            remove_leftovers(place, partial(_is_written, f"{name}/" if name else ""), alone=True)
+            for path in place.iterdir():
+                if SAFETENSORS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                    path.unlink(missing_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder's ``run.json`` is one of ours, by its content."""
+    try:
+        record = parse_json((folder / MARK).read_bytes()) if (folder / MARK).is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"kind", "status", "config_digest", "store_digest", "version"} <= record.keys()
+
+
+def _check_replaceable(folder: Path, *, force: bool) -> None:
+    if not force:
+        raise _in_use(folder, "a folder with files")
+    inside = _contents(folder)
+    # Of a process that was killed at the very start, an empty mark may be all that there is.
+    others = [name for name in (*inside.ours, *inside.foreign) if name != MARK and not _passes(name)]
+    begun = (folder / MARK).is_file() and (folder / MARK).stat().st_size == 0 and not others
+    if not is_run(folder) and not begun:
+        raise InputError(
+            "will not replace a folder that is no run",
+            where=folder,
+            got=f"no {MARK} of mmcli",
+            wanted="a run folder",
+            do="give another --out",
+        )
+    if blocked := [name for name in inside.foreign if _is_ours(name) or name in FOLDERS]:
+        raise InputError(
+            "will not replace what mmcli did not write",
+            where=folder / blocked[0],
+            got="a link or a file",
+            wanted="a run whose files are its own",
+            do="move it away, or give another --out",
+        )
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run wrote, but for its mark, which says first that the run is no whole one any more."""
+    if is_run(folder):
+        record = parse_json((folder / MARK).read_bytes())
+        write_text(folder / MARK, json.dumps({**record, "status": REPLACED}, indent=1))
+    clean_up(folder)
+    remove_files(folder, [name for name in _contents(folder).ours if name not in {MARK, LOCK, LOCK + SOFT}])
+
+
+def _contents(folder: Path) -> Contents:
+    return contents(folder, _is_ours, lambda name: LINKS.fullmatch(name) is not None)
+
+
+def _passes(name: str) -> bool:
+    """Whether a name in a run folder is that of a lock, or of what a process writes or was killed while it did."""
+    return name in {LOCK, LOCK + SOFT} or _is_written("", final_name(name.partition("/")[0]))
+
+
+def _is_ours(name: str) -> bool:
+    return FILES.fullmatch(name) is not None
+
+
+def _is_written(prefix: str, name: str) -> bool:
+    """Whether a run writes a file or a folder of this name."""
+    return _is_ours(prefix + name) or prefix + name in FOLDERS
+
+
+def _in_use(folder: Path, got: str) -> InputError:
+    return InputError(
+        "the folder is in use",
+        where=folder,
+        got=got,
+        wanted="a new or empty folder",
+        do="give another --out, or --force to replace the run",
+    )

@@ -1,0 +1,1 @@
+"""COCO, the user's own files or the generated miniature, to one manifest."""

@@ -1,0 +1,1 @@
+"""Stage 3: neighbours, votes, metrics, the zero-shot baseline, and comparisons of runs."""

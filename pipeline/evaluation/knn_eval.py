@@ -1,0 +1,293 @@
+"""Stage 3: neighbours in the codes of a run vote for the tags of another split."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+
+from ...cache import Store
+from ...errors import InputError
+from ...heads.config import KnnConfig
+from ...heads.retrieval import retrieval_row
+from ..core.config import Config
+from ..core.console import FittingTable, metrics_table
+from ..core.device import pick_device
+from ..core.files import write_text
+from ..core.metrics_file import add_metrics, read_metrics
+from ..core.progress import Progress
+from ..core.run import Run, newest_run, open_run
+from .metrics import check_predictor, classifier_row, hybrid_row, metrics_row, write_scores
+from .search import Evaluated, Searcher, check_ties, fitting_metric, settings
+from .sweep import ALL, Search, Sweep, plan
+
+SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau", "ties", "index_kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnResult:
+    """The run that was evaluated, where its metrics went, and the row of the predictor that was asked for."""
+
+    run: Run
+    metrics_path: Path
+    metrics: dict[str, Any]
+    others: tuple[dict[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        return {"run": str(self.run.folder), "metrics_path": str(self.metrics_path), **self.metrics}
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        described = ", ".join(f"{name} {self.metrics[name]}" for name in SHOWN if name in self.metrics)
+        table = metrics_table([self.metrics, *self.others], described)
+        return [table, *_lines(self.metrics), f"wrote {self.metrics_path}"]
+
+
+def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None = None) -> Run:
+    """The run that was named, or the newest finished one of ``train-head``.
+
+    Args:
+        run: The run; the newest below ``runs`` when not given.
+        runs: The folder of all runs.
+        store: Where given, the run must come from the data set of this store.
+
+    Raises:
+        InputError: There is none, or it comes from another data set.
+    """
+    found = open_run(run) if run is not None else newest_run(runs)
+    if store is not None:
+        wanted = Store.open(store).key.manifest_sha256
+        if found.info.manifest_sha256 != wanted:
+            raise InputError(
+                "a run of another data set",
+                where=found.folder,
+                got=f"manifest {found.info.manifest_sha256[:12]}",
+                wanted=f"manifest {wanted[:12]}, as in {store}",
+                do="name another --run, or train from this store",
+            )
+    return found
+
+
+def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progress | None = None) -> KnnResult:
+    """Search, vote and measure from the codes of a run; towers and store are not read.
+
+    Args:
+        config: The knn section and the device are used.
+        run: A finished run of ``train-head``.
+        split: Whose images are tagged; an image never votes for itself.
+        progress: Who to tell.
+
+    Raises:
+        InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, K larger than the
+            index, or a predictor that the codes do not give.
+    """
+    progress = progress or Progress()
+    read_metrics(run.folder)  # a damaged file is refused before anything is computed
+    codes = Evaluated.of(run, split)
+    predictor, query, val = config.knn.predictor, codes.query, codes.val
+    check_predictor(predictor, query, val, run)
+    rows: dict[str, dict[str, Any]] = {}
+    if predictor != "classifier":
+        knn = config.knn.model_copy(update={"distance_metric": fitting_metric(config.knn, codes.base, run)})
+        codes.check_k(knn.K, run)
+        rows |= _neighbour_rows(codes, knn, config, run, progress)
+    if query.logits is not None and val.logits is not None:
+        rows["classifier"] = classifier_row(split, query, val=val, run=run)
+    headline = rows.pop(predictor)
+    path, merged = add_metrics(run.folder, [headline, *rows.values()])
+    others = tuple(other for other in merged[1:] if other["split"] == split)
+    return KnnResult(run=run, metrics_path=path, metrics=headline, others=others)
+
+
+def _neighbour_rows(
+    codes: Evaluated, knn: KnnConfig, config: Config, run: Run, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """The row of the neighbours, and that of the mix where it was asked for."""
+    base, val, query, split = codes.base, codes.val, codes.query, codes.split
+    progress.say(f"searching {len(query):,} {split} images among {len(base):,} codes of {run.folder}")
+    searcher = Searcher(base, knn, str(pick_device(config.hardware.device)))
+    started = time.perf_counter()
+    found = searcher.find(query, knn.K)
+    scores = searcher.score(found, knn)
+    seconds = time.perf_counter() - started
+    on_val = scores if query is val else searcher.score(searcher.find(val, knn.K), knn)
+    tuned_on = None if split == "val" else (on_val, val.labels)
+    row = metrics_row("knn", split, scores, query.labels, tuned_on=tuned_on, run=run)
+    row |= settings(knn, base, searcher.index.kind)
+    row |= {"index_build_s": searcher.build_s, "throughput_qps": len(query) / seconds}
+    row |= searcher.latency(query, knn) | searcher.sizes() | searcher.recall(query, found, knn)
+    row |= searcher.boundary_facts(found, knn.K) if knn.distance_metric == "hamming" else {}
+    row |= _retrieval(codes, progress)
+    write_scores(run.folder, "knn", split, query.image_id, scores)
+    rows = {"knn": row}
+    if knn.predictor == "hybrid":
+        rows["hybrid"] = hybrid_row(split, query, val, scores, on_val, run) | settings(knn, base, searcher.index.kind)
+    return rows
+
+
+def _retrieval(codes: Evaluated, progress: Progress) -> dict[str, Any]:
+    """How good the codes are for finding images; nothing without hash layer, or of queries that are in the base."""
+    base, query = codes.base, codes.query
+    if base.packed is None or query.packed is None or np.isin(query.image_id, base.image_id).any():
+        return {}
+    progress.say(f"ranking {len(base):,} codes for each of {len(query):,} images")
+    return retrieval_row(query.packed, query.labels, base.packed, base.labels)
+
+
+def _lines(row: dict[str, Any]) -> list[str]:
+    lines = []
+    if "boundary_tied" in row:
+        how = "all of them share the last votes" if row["ties"] == "average" else "the lower index votes"
+        lines.append(
+            f"ties: for {row['boundary_tied']:.0%} of the images more codes than votes are left stand at the distance"
+            f" of neighbour K ({row['boundary_group_size']:.1f} codes on average); {how}"
+        )
+    if "hybrid_weight_knn" in row:
+        weight = row["hybrid_weight_knn"]
+        lines.append(f"hybrid: {weight:.2f} neighbours + {1 - weight:.2f} classifier, tuned on val")
+    if "index_recall" in row:
+        lines.append(f"index {row['index_kind']}: {row['index_recall']:.4f} of the exact neighbours found")
+    return lines
+
+
+FILE = "knn_table.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableResult:
+    """The run, where the table went, and its rows."""
+
+    run: Run
+    path: Path
+    split: str
+    rows: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {"run": str(self.run.folder), "table_path": str(self.path), "split": self.split, "rows": list(self.rows)}
+
+    def summary(self) -> list[RenderableType]:
+        """What a person reads at the end."""
+        best = max(self.rows, key=lambda row: row["mAP"] if row["mAP"] is not None else -1.0)
+        note = (
+            "tau * B: the bits of distance that cost a factor e. In brackets: 95% bootstrap interval over images."
+            f" * at the threshold that is best on val. Highest mAP of {len(self.rows)}: {_named(best)}; a choice made"
+            f" on {self.split} is not a result on {self.split}."
+        )
+        return [readable(self.rows, self.split), note, f"wrote {self.path}"]
+
+
+def knn_table(
+    config: Config, sweep: Sweep, *, run: Run, split: str = "test", progress: Progress | None = None
+) -> TableResult:
+    """Evaluate every combination of a sweep; ``metrics.json`` is left as it is.
+
+    Args:
+        config: The knn section gives what the sweep does not; and the device.
+        sweep: Values of K, metric, vote, tau and theta.
+        run: A finished run of ``train-head``.
+        split: Whose images are tagged; an image never votes for itself.
+        progress: Who to tell.
+
+    Raises:
+        InputError: Damaged codes, a metric that the run does not serve, or K larger than the index.
+    """
+    progress = progress or Progress()
+    if config.knn.predictor != "knn":
+        raise InputError(
+            "a table is of neighbours",
+            where="--predictor",
+            got=config.knn.predictor,
+            wanted="knn",
+            do="give one value each of --k, --metric, --vote, --tau and --theta",
+        )
+    codes = Evaluated.of(run, split)
+    searches = plan(_fitting(sweep, config.knn, codes, run), config.knn)
+    for search in searches:
+        check_ties(search.evaluations[0])
+        codes.check_k(search.K, run)
+    device = str(pick_device(config.hardware.device))
+    rows: list[dict[str, Any]] = []
+    with progress.task("evaluations", sum(len(search.evaluations) for search in searches)) as task:
+        for search in searches:
+            for row in _evaluations(search, codes, device):
+                rows.append(row)
+                task.advance(1)
+    path = run.folder / FILE
+    record = {"version": VERSION, "split": split, "n_searches": len(searches), "rows": rows}
+    write_text(path, json.dumps(record, indent=1, allow_nan=False))
+    return TableResult(run=run, path=path, split=split, rows=tuple(rows))
+
+
+def _fitting(sweep: Sweep, knn: KnnConfig, codes: Evaluated, run: Run) -> Sweep:
+    """Of all metrics those that the run serves; one that was asked for by name has to be among them."""
+    listed = sweep.distance_metric
+    if codes.base.packed is None and set(listed) == set(ALL["distance_metric"]):
+        return replace(sweep, distance_metric=("cosine",))
+    one = knn if len(listed) == 1 else None
+    metrics = (fitting_metric(one or knn.model_copy(update={"distance_metric": m}), codes.base, run) for m in listed)
+    return replace(sweep, distance_metric=tuple(dict.fromkeys(metrics)))
+
+
+def _evaluations(search: Search, codes: Evaluated, device: str) -> Iterator[dict[str, Any]]:
+    """One search of the split and one of val; then votes and metrics of each evaluation."""
+    first, query, val = search.evaluations[0], codes.query, codes.val
+    searcher = Searcher(codes.base, first, device)
+    found = searcher.find(query, search.K)
+    on_val = found if query is val else searcher.find(val, search.K)
+    for knn in search.evaluations:
+        scores = searcher.score(found, knn)
+        tuned_on = None if codes.split == "val" else (searcher.score(on_val, knn), val.labels)
+        row = metrics_row("knn", codes.split, scores, query.labels, tuned_on=tuned_on)
+        row |= settings(knn, codes.base, searcher.index.kind)
+        row |= searcher.boundary_facts(found, knn.K) if knn.distance_metric == "hamming" else {}
+        yield {key: value for key, value in row.items() if not _idle(key, row["voting_strategy"])}
+
+
+def _idle(key: str, strategy: str) -> bool:
+    """Whether a key plays no part in a vote."""
+    return (key in ("tau", "tau_bits") and strategy != "softmax") or (key == "theta" and strategy != "threshold")
+
+
+def readable(rows: tuple[dict[str, Any], ...], split: str) -> FittingTable:
+    """One line an evaluation."""
+    bits = rows[0]["bits"]
+    table = FittingTable(
+        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer"
+    )
+    for name in ("metric", "K", "vote", "tau", "tau*B", "theta", "mAP", "F1*", "P@5", "tied"):
+        table.add_column(name, justify="left" if name in ("metric", "vote") else "right")
+    before = None
+    for row in rows:
+        group = (row["distance_metric"], row["K"])
+        if before is not None and group != before:
+            table.add_section()
+        before = group
+        table.add_row(
+            row["distance_metric"],
+            str(row["K"]),
+            row["voting_strategy"],
+            _cell(row, "tau", "{:g}"),
+            _cell(row, "tau_bits", "{:.2f}"),
+            _cell(row, "theta", "{:g}"),
+            _cell(row, "mAP", "{:.3f}"),
+            _cell(row, "F1_micro_tuned", "{:.3f}"),
+            _cell(row, "P@5", "{:.3f}"),
+            _cell(row, "boundary_tied", "{:.0%}"),
+        )
+    return table
+
+
+def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
+    return form.format(row[key]) if row.get(key) is not None else "-"
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    keys = (("metric", "distance_metric"), ("K", "K"), ("vote", "voting_strategy"), ("tau", "tau"), ("theta", "theta"))
+    return ", ".join(f"{name} {row[key]}" for name, key in keys if key in row)

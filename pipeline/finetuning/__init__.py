@@ -1,0 +1,1 @@
+"""Head and towers trained from the images, past the store."""

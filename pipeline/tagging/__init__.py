@@ -1,0 +1,1 @@
+"""New images to tags, with the neighbours that voted; the index file."""

@@ -1,0 +1,358 @@
+"""From an image and its caption to a code, as a run made the codes of its splits: towers, store's precision, head.
+
+Symbols: N pairs, D embedding width, F features of a soft code, B bits.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from ...cache import StoreKey
+from ...cache.key import canonical_json, digest_of
+from ...errors import InputError
+from ...heads.hashing import binarise, pack_codes
+from ...heads.model import BaseHead, Head, MlpBaseline
+from ..core.checkpoint import load_head
+from ..core.config import Config, load_config
+from ..core.device import pick_device
+from ..core.progress import Progress
+from ..core.run import TOWERS, Run, RunInfo
+from ..data.manifest import Manifest, resolve_image
+from ..extraction.encoder import Encoder, Floats
+from ..extraction.images import Grid, PatchSpec, Pixels, UnreadableImage, cut, open_rgb, resize, upright_rgb
+from ..extraction.reader import plan
+from ..extraction.stores import find_key
+from ..training.data import all_finite
+from .index_file import Origin, TagIndex
+
+Picture = str | PathLike[str] | Image.Image | npt.NDArray[Any]
+CHUNK = 256  # pictures whose patches are in memory at once: 48 MiB of them at 256 patches
+
+
+def read_rgb(picture: Picture) -> Image.Image:
+    """An RGB image, upright.
+
+    Args:
+        picture: A path, an image of Pillow, or an array ``(height, width)`` or ``(height, width, 3 or 4)`` uint8.
+
+    Raises:
+        InputError: It cannot be read, or is none of these.
+    """
+    if isinstance(picture, np.ndarray):
+        shape = picture.shape
+        fits = picture.ndim == 2 or (picture.ndim == 3 and shape[2] in {3, 4})
+        if picture.dtype != np.uint8 or not fits or not picture.size:
+            raise InputError(
+                "not an image",
+                got=f"an array {shape} of {picture.dtype}",
+                wanted="(height, width) or (height, width, 3 or 4) of uint8",
+                do="scale it to 0..255, channels last",
+            )
+        return upright_rgb(Image.fromarray(np.ascontiguousarray(picture)))
+    if isinstance(picture, Image.Image):
+        return upright_rgb(picture)
+    if not isinstance(picture, str | PathLike):
+        raise InputError(
+            "not an image", got=type(picture).__name__, wanted="a path, an array of uint8, or an image of Pillow"
+        )
+    return open_rgb(Path(picture))
+
+
+def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, unreadable: dict[int, str] | None = None) -> Floats:
+    """Raw embeddings of pictures, made as an extraction makes them.
+
+    Args:
+        encoder: The towers.
+        pictures: N of them.
+        unreadable: Where given, a picture that cannot be read is noted here with the reason, and its row is zero.
+
+    Returns:
+        ``(N, D)`` float32, before L2 normalisation.
+
+    Raises:
+        InputError: One cannot be read, and ``unreadable`` is not given.
+    """
+    out = np.zeros((len(pictures), encoder.width), np.float32)
+    for start in range(0, len(pictures), CHUNK):
+        chunk: dict[int, tuple[Grid, Pixels]] = {}
+        for row, picture in enumerate(pictures[start : start + CHUNK]):
+            try:
+                chunk[row] = _cut(read_rgb(picture), encoder.spec)
+            except UnreadableImage as error:
+                if unreadable is None:
+                    raise
+                unreadable[start + row] = str(error)
+        grids = [chunk[row][0] if row in chunk else None for row in range(len(pictures[start : start + CHUNK]))]
+        for batch in plan(grids, tokens=encoder.batch_tokens):
+            rows = np.array(batch.rows)
+            pixels = np.stack([chunk[row][1] for row in batch.rows])
+            with torch.inference_mode():
+                out[start + rows] = encoder.image_features(pixels, batch.grid).cpu().numpy()
+    return out
+
+
+def _cut(image: Image.Image, spec: PatchSpec) -> tuple[Grid, Pixels]:
+    grid = spec.grid(image.height, image.width)
+    return grid, cut(resize(image, grid, spec), grid, spec.side)
+
+
+HEAD_ROWS = 4096
+BATCH = 64  # pairs from pixels to codes at a time
+
+
+class Coded(NamedTuple):
+    """Codes of N pairs.
+
+    Attributes:
+        soft: h ``(N, F)`` float32, or z without hash layer.
+        packed: ``(N, B / 8)`` uint8; ``None`` without hash layer.
+    """
+
+    soft: npt.NDArray[np.float32]
+    packed: npt.NDArray[np.uint8] | None
+
+    def without(self, rows: Collection[int]) -> "Coded":
+        """All codes but those of some rows."""
+        kept = [row for row in range(len(self.soft)) if row not in rows]
+        return Coded(self.soft[kept], None if self.packed is None else self.packed[kept])
+
+
+class RunEncoder:
+    """The encoder and the head of a run on one device; loaded once, used for any number of pairs.
+
+    Attributes:
+        head: The run's head, in ``eval()`` mode.
+        encoder: The towers.
+        origin: What codes that come from here are made with.
+        notes: What a person should know, a line each.
+    """
+
+    def __init__(self, head: Head | MlpBaseline, encoder: Encoder, info: RunInfo, key: StoreKey | None) -> None:
+        self.head, self.encoder, self._dtype = head, encoder, np.dtype("float16" if key is None else key.dtype)
+        self.inputs: str = head.build["fusion"]["inputs"]
+        self.notes: tuple[str, ...] = ()
+        if key is None:
+            self.notes = (f"cannot tell whether {encoder.identity.model} is the {info.model} of the run's store",)
+        self.origin = Origin(
+            head=head_digest(head),
+            store=info.store_digest,
+            model=info.model,
+            patches=info.patches,
+            encoder="" if key is None else encoder_digest(key),
+        )
+
+    @classmethod
+    def load(cls, run: Run, *, device: str = "auto", model: str | None = None) -> "RunEncoder":
+        """Load what a run's codes were made with.
+
+        Args:
+            run: A finished run of ``train-head`` or ``finetune``; towers that it trained are read from the run.
+            device: Where to compute.
+            model: Where the checkpoint is, if no longer where the run says: a folder or a hub id.
+
+        Raises:
+            InputError: No checkpoint, or another one than the run's store was made with; a damaged head.
+        """
+        config = load_config(run.folder / "config.yaml")
+        if config.model.text_max_length == 1:
+            raise InputError(
+                "embeddings from elsewhere",
+                where=run.folder,
+                got="a run of a store that `mmcli cache import` made",
+                wanted="a run of a store that `mmcli extract` made",
+                do="extract the data set, then train again",
+            )
+        place = pick_device(device)
+        head = load_head(run.folder, place)
+        own, named = run.folder / TOWERS, model
+        model = str(own) if model is None and own.is_dir() else model
+        encoder = Encoder.load(
+            model or config.model.siglip2_variant,
+            revision=_revision(config, model),
+            patches=config.model.max_num_patches,
+            text_length=config.model.text_max_length,
+            device=place,
+        )
+        key = find_key(encoder.identity, run.info)
+        if key is None and named is None and model is not None:
+            raise InputError(
+                "damaged towers",
+                where=own,
+                got="weights, settings or a tokenizer that changed",
+                wanted="those that the run was finished with",
+                do="copy the run again, or finetune again",
+            )
+        if key is None and not _may_be_a_copy(run.info, named):
+            raise InputError(
+                "another checkpoint than the run's",
+                where=model or config.model.siglip2_variant,
+                got=f"{encoder.identity.model}, {encoder.identity.revision[:19]}",
+                wanted=f"the {run.info.model} whose embeddings {run.folder} was trained on",
+                do="give --model with that checkpoint, or extract and train again with this one",
+            )
+        if key is not None and "resizer" in json.loads(key.processor):
+            encoder.spec = replace(encoder.spec, resizer="torch")
+        return cls(head, encoder, run.info, key)
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the head reads captions; one of ``inputs`` image does not."""
+        return self.inputs != "image"
+
+    def encode(
+        self, images: Sequence[Picture], captions: Sequence[str | None], *, unreadable: dict[int, str] | None = None
+    ) -> Coded:
+        """Codes of N pairs.
+
+        Args:
+            images: Paths, arrays ``(height, width, 3)`` uint8, or images of Pillow.
+            captions: One an image; ``None`` or blank where the head reads images alone.
+            unreadable: Where given, a row whose image cannot be read is noted here with the reason; its code means
+                nothing.
+
+        Raises:
+            InputError: An image cannot be read, a caption is missing, or the numbers of both differ.
+        """
+        texts = self.check_captions(images, captions)
+        v_img = embed_images(self.encoder, images, unreadable=unreadable)
+        v_txt = np.zeros_like(v_img)
+        if self.reads_captions:
+            v_txt = self.encoder.encode_texts(texts)
+        # A store keeps float16 where nothing else was asked for, and that is what the head was trained on.
+        return self.code(v_img.astype(self._dtype), v_txt.astype(self._dtype))
+
+    def check_captions(self, images: Sequence[Picture], captions: Sequence[str | None]) -> list[str]:
+        """The captions as texts.
+
+        Raises:
+            InputError: As for :meth:`encode`.
+        """
+        if len(images) != len(captions):
+            raise InputError("one caption an image", got=f"{len(images)} images, {len(captions)} captions")
+        for image, caption in zip(images, captions, strict=True):
+            if self.reads_captions and not (caption or "").strip():
+                raise InputError(
+                    "no caption",
+                    where=image if isinstance(image, str | Path) else None,
+                    got=f"a head that reads {'image and caption' if self.inputs == 'both' else 'captions'}",
+                    wanted="a caption of every image",
+                    do="give --caption or --captions, or train a head with `mmcli train-head --inputs image`",
+                )
+        return [caption or "" for caption in captions]
+
+    @torch.inference_mode()
+    def code(self, v_img: npt.NDArray[Any], v_txt: npt.NDArray[Any]) -> Coded:
+        """Codes of raw embeddings ``(N, D)`` and ``(N, D)``.
+
+        Raises:
+            InputError: Some are no numbers.
+        """
+        parts = []
+        for start in range(0, len(v_img), HEAD_ROWS):
+            pair = [torch.from_numpy(v[start : start + HEAD_ROWS]).to(self.encoder.device) for v in (v_img, v_txt)]
+            parts.append(self.head(*(v.float() for v in pair)).features.float())
+        soft = torch.cat(parts)
+        if not all_finite(soft):
+            raise InputError("the head gives no numbers", got="NaN or inf in codes", do="train the head again")
+        codes = soft.cpu().numpy()
+        hashed = getattr(self.head, "hash", None) is not None
+        return Coded(codes, pack_codes(binarise(codes)) if hashed else None)
+
+
+def head_digest(head: BaseHead) -> str:
+    """SHA-256, in hex, of a head: what builds it, and every tensor by name, dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json(head.build).encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def encoder_digest(key: StoreKey) -> str:
+    """SHA-256, in hex, of what an encoder's numbers depend on, but for the rounding of the device."""
+    return digest_of(
+        {
+            "revision": key.revision,
+            "processor": key.processor,
+            "patches": key.patches,
+            "text_length": key.text_length,
+            "dtype": key.dtype,
+        }
+    )
+
+
+def _revision(config: Config, model: str | None) -> str | None:
+    """The hub's revision that the run asked for; a checkpoint named otherwise has none."""
+    return config.model.revision if model in {None, config.model.siglip2_variant} else None
+
+
+def _may_be_a_copy(info: RunInfo, model: str | None) -> bool:
+    """Whether a folder that the user named may be a copy of the hub's checkpoint: then no hash can tell."""
+    return model is not None and Path(model).is_dir() and "/" in info.model
+
+
+def encode_samples(
+    listing: Manifest, data: Path, encoder: RunEncoder, on_error: Literal["stop", "skip"], progress: Progress
+) -> tuple[TagIndex, tuple[str, ...]]:
+    """The samples of a manifest as an index of their own.
+
+    Args:
+        listing: The samples; the first caption of each counts.
+        data: The folder that their paths are relative to.
+        encoder: Of the run whose index they are for.
+        on_error: Whether an image that cannot be read stops everything, or is left out.
+        progress: Who to tell.
+
+    Returns:
+        The index, and why the images that are not in it cannot be read.
+
+    Raises:
+        InputError: An image cannot be read, or none can, or a path or a link leaves the data folder.
+    """
+    bad: dict[int, str] = {}
+    captions = [texts[0] for texts in listing.captions]
+    files = [resolve_image(data, path) for path in listing.paths]
+    parts = []
+    with progress.task("samples", len(listing)) as task:
+        for start in range(0, len(listing), BATCH):
+            rows = range(start, min(start + BATCH, len(listing)))
+            found: dict[int, str] | None = None if on_error == "stop" else {}
+            coded = encoder.encode([files[r] for r in rows], [captions[r] for r in rows], unreadable=found)
+            parts.append(coded.without(found or {}))
+            bad |= {rows[at]: why for at, why in (found or {}).items()}
+            task.advance(len(rows))
+    kept = np.array([row for row in range(len(listing)) if row not in bad], np.int64)
+    if not len(kept):
+        raise InputError(f"no image that can be read, and this is the first: {bad[0]}")
+    return _as_index(listing, kept, captions, _joined(parts), encoder), tuple(bad[row] for row in sorted(bad))
+
+
+def _joined(parts: Sequence[Coded]) -> Coded:
+    packed = [part.packed for part in parts if part.packed is not None]
+    return Coded(np.concatenate([part.soft for part in parts]), np.concatenate(packed) if packed else None)
+
+
+def _as_index(
+    listing: Manifest, kept: npt.NDArray[np.int64], captions: Sequence[str], coded: Coded, encoder: RunEncoder
+) -> TagIndex:
+    return TagIndex(
+        image_id=listing.image_ids[kept],
+        soft=coded.soft,
+        packed=coded.packed,
+        labels=listing.labels_matrix()[kept],
+        category_names=listing.category_names,
+        origin=encoder.origin,
+        paths=pa.array([listing.paths[r] for r in kept], pa.string()),
+        captions=pa.array([captions[r] for r in kept], pa.string()),
+    )

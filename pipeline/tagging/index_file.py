@@ -1,0 +1,429 @@
+"""The index file: samples that vote, in one safetensors file with a checksum (docs/tagging.md has the format).
+
+It is written under a temporary name, read back, synced and renamed, by one writer at a time; so a kill leaves the old
+file or the new one. No pickle anywhere.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ... import __version__
+from ...cache.files import sync_folder
+from ...cache.key import canonical_json
+from ...cache.locks import LockHeld, take_lock
+from ...cache.strict_json import parse_json
+from ...errors import InputError, cannot_read
+from ...heads.tensor_files import Arrays, load_arrays, read_about
+from ..core.files import check_input, make_folder, remove_leftovers_of, unwritable, write_whole
+from ..core.results import Codes
+from ..core.run import now
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What made the codes of an index; a query has to be made by the same.
+
+    Attributes:
+        head: Digest of the head (:func:`~mmcli.pipeline.tagging.encode.head_digest`).
+        store: Digest of the key of the store that the head was trained from; it covers checkpoint and processing.
+        model: Name of the SigLIP2 checkpoint.
+        patches: Its patch budget.
+        encoder: Digest of checkpoint, processing and lengths; empty where the store that knows it was gone.
+    """
+
+    head: str
+    store: str
+    model: str
+    patches: int
+    encoder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TagIndex:
+    """N samples that vote.
+
+    Attributes:
+        image_id: ``(N,)`` int64, every value once.
+        soft: Soft codes h ``(N, F)`` float32, or z for a head without hash layer.
+        packed: Hard codes ``(N, B / 8)`` uint8; ``None`` without hash layer.
+        labels: ``(N, C)`` uint8, 0 or 1.
+        category_names: C names, in label order.
+        paths: N paths relative to a data folder; empty where nobody knows.
+        captions: The caption of each code, likewise.
+        origin: What made the codes.
+    """
+
+    image_id: npt.NDArray[np.int64]
+    soft: npt.NDArray[np.float32]
+    packed: npt.NDArray[np.uint8] | None
+    labels: npt.NDArray[np.uint8]
+    category_names: tuple[str, ...]
+    paths: pa.StringArray
+    captions: pa.StringArray
+    origin: Origin
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    @property
+    def bits(self) -> int:
+        """B; 0 without hash layer."""
+        return 0 if self.packed is None else 8 * self.packed.shape[1]
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Codes,
+        names: Sequence[str],
+        origin: Origin,
+        *,
+        paths: pa.StringArray | None = None,
+        captions: pa.StringArray | None = None,
+    ) -> "TagIndex":
+        """The codes of a split as an index; texts that are not given are not known."""
+        nothing = pa.array([""] * len(codes), pa.string())
+        return cls(
+            image_id=codes.image_id,
+            soft=codes.soft,
+            packed=codes.packed,
+            labels=codes.labels,
+            category_names=tuple(names),
+            paths=nothing if paths is None else paths,
+            captions=nothing if captions is None else captions,
+            origin=origin,
+        )
+
+    def rows_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row of each of ``(n,)`` image ids, -1 where it is not here."""
+        if not len(self):
+            return np.full(len(image_ids), -1, np.int64)
+        order = np.argsort(self.image_id)
+        at = np.searchsorted(self.image_id, image_ids, sorter=order)
+        found = order[np.minimum(at, len(order) - 1)]
+        return np.where(self.image_id[found] == image_ids, found, -1).astype(np.int64)
+
+    def with_names(self, names: Sequence[str]) -> "TagIndex":
+        """The same with categories of other names appended; their labels are zero here."""
+        new = tuple(dict.fromkeys([*self.category_names, *names]))
+        wider = np.zeros((len(self), len(new)), np.uint8)
+        wider[:, : self.labels.shape[1]] = self.labels
+        return replace(self, labels=wider, category_names=new)
+
+    def added(self, other: "TagIndex", *, replacing: bool = False) -> "TagIndex":
+        """These samples, then the other's; category names are united, new ones come last.
+
+        Args:
+            other: Codes of the same head.
+            replacing: Whether samples that are here already give way to the other's.
+
+        Raises:
+            InputError: An image id is in both, and ``replacing`` is false; or the codes are of another head.
+        """
+        check_origin(self.origin, other.origin, where="the samples to add")
+        known = other.image_id[self.rows_of(other.image_id) >= 0]
+        if len(known) and not replacing:
+            raise already_there(known)
+        # Empty for a moment where every sample is replaced, so not through `without`.
+        mine = self._rows(np.flatnonzero(~np.isin(self.image_id, known))).with_names(other.category_names)
+        place = {name: at for at, name in enumerate(mine.category_names)}
+        labels = np.zeros((len(other), len(place)), np.uint8)
+        labels[:, [place[name] for name in other.category_names]] = other.labels
+        both: dict[str, Any] = {
+            name: np.concatenate([getattr(mine, name), getattr(other, name)]) for name in ("image_id", "soft")
+        }
+        if mine.packed is not None and other.packed is not None:
+            both["packed"] = np.concatenate([mine.packed, other.packed])
+        return replace(
+            mine,
+            **both,
+            labels=np.concatenate([mine.labels, labels]),
+            paths=pa.concat_arrays([mine.paths, other.paths]),
+            captions=pa.concat_arrays([mine.captions, other.captions]),
+        )
+
+    def without(self, image_ids: npt.NDArray[np.int64]) -> "TagIndex":
+        """The samples but for some; categories that nobody has any more keep their place.
+
+        Raises:
+            InputError: One of the ids ``(n,)`` is not here, or nothing would be left.
+        """
+        absent = image_ids[self.rows_of(image_ids) < 0]
+        if len(absent):
+            raise InputError(
+                "not in the index",
+                got=_some_ids(absent),
+                wanted="image ids that are there",
+                do="leave them out of --ids",
+            )
+        kept = np.flatnonzero(~np.isin(self.image_id, image_ids))
+        if not len(kept):
+            raise InputError(
+                "an index needs a sample",
+                got=f"all {len(self):,} to be removed",
+                wanted="at least one that stays",
+                do="delete the file instead",
+            )
+        return self._rows(kept)
+
+    def _rows(self, rows: npt.NDArray[np.int64]) -> "TagIndex":
+        at = pa.array(rows)
+        return replace(
+            self,
+            image_id=self.image_id[rows],
+            soft=self.soft[rows],
+            labels=self.labels[rows],
+            packed=None if self.packed is None else self.packed[rows],
+            paths=self.paths.take(at),
+            captions=self.captions.take(at),
+        )
+
+
+def check_origin(index: Origin, query: Origin, *, where: object) -> None:
+    """Refuse codes that another head, or the same head on another encoder, has made.
+
+    Raises:
+        InputError: They differ.
+    """
+    if index.head != query.head:
+        raise InputError(
+            "codes of another head",
+            where=where,
+            got=f"head {query.head[:12]}",
+            wanted=f"head {index.head[:12]}, which made the index",
+            do="name the --run that the index was built from, or build it again with `mmcli index build`",
+        )
+    if index.encoder and query.encoder and index.encoder != query.encoder:
+        raise InputError(
+            "embeddings of another encoder",
+            where=where,
+            got=f"{query.model}, encoder {query.encoder[:12]}",
+            wanted=f"{index.model}, encoder {index.encoder[:12]}",
+            do="name the --model that the index was built with",
+        )
+
+
+def already_there(image_ids: npt.NDArray[np.int64]) -> InputError:
+    """The error for samples ``(n,)`` that an index has already."""
+    return InputError(
+        "already in the index",
+        got=_some_ids(image_ids),
+        wanted="image ids that are not there",
+        do="give the samples other ids, or --force to replace the old ones",
+    )
+
+
+def _some_ids(ids: npt.NDArray[np.int64]) -> str:
+    shown = ", ".join(map(str, ids[:SHOWN].tolist())) + (", ..." if len(ids) > SHOWN else "")
+    return f"{len(ids):,} image id{'s' if len(ids) > 1 else ''}: {shown}"
+
+
+FORMAT, FORMAT_VERSION = "mmcli-index", 1
+REBUILD = "build it again with `mmcli index build`"
+
+
+def write_index(path: Path, index: TagIndex) -> str:
+    """Write an index, whole or not at all; the caller holds :func:`writing`.
+
+    Returns:
+        The checksum that the file carries.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    arrays = _arrays(index)
+    about = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "mmcli": __version__,
+        "created": now(),
+        "category_names": list(index.category_names),
+        "origin": asdict(index.origin),
+    }
+    checksum = _checksum(about, arrays)
+    data = save(arrays, metadata={"mmcli_index": canonical_json({**about, "sha256": checksum})})
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+        if temporary.read_bytes() != data:
+            raise OSError(f"{path} gave back something else than was written")
+
+    write_whole(path, write)
+    sync_folder(path.parent)
+    return checksum
+
+
+def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
+    """Read an index file and check everything in it.
+
+    Returns:
+        The index, and what its header says: format, version, mmcli, created, category_names, origin, sha256.
+
+    Raises:
+        InputError: No such file, no index, damaged, or of a newer format.
+    """
+    wanted = "a file of `mmcli index build`"
+    check_input(path, "index", wanted=wanted, do=REBUILD)
+    try:
+        about = _header(path, read_about(path))
+        arrays, _ = load_arrays(path)
+    except OSError as error:
+        raise cannot_read("cannot read the index", path, error, wanted=wanted, do=REBUILD) from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if _checksum({key: value for key, value in about.items() if key != "sha256"}, arrays) != about.get("sha256"):
+        raise _damaged(path, "a checksum that does not fit the content")
+    try:
+        return _index(arrays, about), about
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise _damaged(path, f"{type(error).__name__} {error}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Hold the right to write an index file; what a killed writer left half-written is removed.
+
+    Raises:
+        InputError: Another process holds it, or the folder cannot be written.
+    """
+    make_folder(path.parent)
+    try:
+        lock = take_lock(path.with_name(f".{path.name}.lock"))
+    except LockHeld as error:
+        raise InputError("another process writes this index", where=path, do=f"{error.do}; then try again") from None
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        remove_leftovers_of(path)
+        yield
+    finally:
+        lock.release()
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file says that it is an index, of whatever version; it may be damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            about = parse_json((file.metadata() or {})["mmcli_index"])
+    except (OSError, SafetensorError, LookupError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("format") == FORMAT
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of itself; other files and newer formats are refused before anything else is looked at."""
+    try:
+        about = parse_json(metadata["mmcli_index"])
+        version = about["version"]
+        known = about["format"] == FORMAT and type(version) is int and version >= 1
+    except (KeyError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise InputError(
+            "not an index",
+            where=path,
+            got="a safetensors file of another kind",
+            wanted="a file of `mmcli index build`",
+            do=REBUILD,
+        )
+    if version > FORMAT_VERSION:
+        raise InputError(
+            "an index of a newer format",
+            where=path,
+            got=f"version {version}",
+            wanted=f"at most version {FORMAT_VERSION}",
+            do="use the newer mmcli that wrote it",
+        )
+    return dict(about)
+
+
+def _checksum(about: Mapping[str, Any], arrays: Arrays) -> str:
+    """SHA-256, in hex, of the header without it and of every array by name: dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json(dict(about)).encode())
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
+        digest.update(values.data.cast("B") if values.size else b"")
+    return digest.hexdigest()
+
+
+def _arrays(index: TagIndex) -> Arrays:
+    rows, labels = np.nonzero(index.labels)
+    ends = np.searchsorted(rows, np.arange(len(index) + 1)).astype(np.int64)
+    arrays: Arrays = {
+        "image_id": index.image_id,
+        "soft": index.soft,
+        "label_ends": ends,
+        "label": labels.astype(np.int32),
+    }
+    if index.packed is not None:
+        arrays["packed"] = index.packed
+    for name, texts in (("path", index.paths), ("caption", index.captions)):
+        encoded = [text.encode() for text in texts.to_pylist()]
+        arrays[name] = np.frombuffer(b"".join(encoded), np.uint8)
+        arrays[f"{name}_ends"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+
+
+def _index(arrays: Arrays, about: Mapping[str, Any]) -> TagIndex:
+    """The index in the arrays.
+
+    Raises:
+        ValueError: Something does not fit; likewise KeyError, TypeError and what Arrow raises.
+    """
+    names, ids, soft, packed = tuple(about["category_names"]), arrays["image_id"], arrays["soft"], arrays.get("packed")
+    n = len(ids)
+    if not n or len(np.unique(ids)) != n or ids.dtype != np.int64:
+        raise ValueError("image ids that are not there once each")
+    if soft.dtype != np.float32 or soft.ndim != 2 or len(soft) != n or not np.isfinite(soft).all():
+        raise ValueError("soft codes that do not fit")
+    if packed is not None and (packed.dtype != np.uint8 or packed.ndim != 2 or len(packed) != n):
+        raise ValueError("packed codes that do not fit")
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError("category names that are no different names")
+    ends, label = _ends(arrays["label_ends"], n, len(arrays["label"])), arrays["label"]
+    if len(label) and not (label.min() >= 0 and label.max() < len(names)):
+        raise ValueError("labels beyond the category names")
+    labels = np.zeros((n, len(names)), np.uint8)
+    labels[np.repeat(np.arange(n), np.diff(ends)), label] = 1
+    paths, captions = (_texts(arrays[name], arrays[f"{name}_ends"], n) for name in ("path", "caption"))
+    return TagIndex(
+        image_id=ids,
+        soft=soft,
+        packed=packed,
+        labels=labels,
+        category_names=names,
+        paths=paths,
+        captions=captions,
+        origin=Origin(**about["origin"]),
+    )
+
+
+def _ends(ends: npt.NDArray[Any], n: int, total: int) -> npt.NDArray[np.int64]:
+    if ends.shape != (n + 1,) or ends[0] != 0 or ends[-1] != total or (np.diff(ends) < 0).any():
+        raise ValueError("lists whose ends do not fit")
+    return ends.astype(np.int64)
+
+
+def _texts(letters: npt.NDArray[np.uint8], ends: npt.NDArray[Any], n: int) -> pa.StringArray:
+    offsets = pa.py_buffer(_ends(ends, n, len(letters)).astype(np.int64))
+    texts = pa.LargeStringArray.from_buffers(n, offsets, pa.py_buffer(letters.astype(np.uint8).tobytes()))
+    texts.validate(full=True)
+    return texts.cast(pa.string())
+
+
+def _damaged(path: Path, got: str) -> InputError:
+    return InputError("a damaged index", where=path, got=" ".join(got.split())[:200], wanted="a whole file", do=REBUILD)

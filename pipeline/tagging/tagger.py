@@ -1,0 +1,207 @@
+"""Tag images with their captions, from Python: a run's encoder and head, and an index whose samples vote."""
+
+from collections.abc import Collection, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...cache import Store, StoreError, place
+from ...errors import InputError
+from ...heads.config import KnnConfig
+from ..core.checkpoint import load_head
+from ..core.config import load_config
+from ..core.results import read_codes
+from ..core.run import Run, open_run
+from ..data.manifest import read_manifest
+from .encode import BATCH, Picture, RunEncoder, encoder_digest, head_digest
+from .index_file import Origin, TagIndex, check_origin, read_index
+from .voting import Query, Tagging, Voters
+
+
+class Tagger:
+    """Everything that tagging needs, loaded once.
+
+    Attributes:
+        run: The run whose encoder and head are used.
+        encoder: From image and caption to code.
+        voters: From code to tags.
+        notes: What a person should know, a line each: such as captions that nobody has any more.
+    """
+
+    def __init__(self, run: Run, encoder: RunEncoder, voters: Voters) -> None:
+        self.run, self.encoder, self.voters = run, encoder, voters
+        self.notes = encoder.notes
+        if not any(pc.any(pc.not_equal(column, "")).as_py() for column in (voters.index.paths, voters.index.captions)):
+            where = run.info.store
+            self.notes += (f"no captions or paths of neighbours, only their ids: the store {where} is not there",)
+
+    @classmethod
+    def load(
+        cls,
+        run: str | PathLike[str],
+        *,
+        index: str | PathLike[str] | None = None,
+        device: str = "auto",
+        model: str | None = None,
+        knn: KnnConfig | None = None,
+    ) -> Self:
+        """Load a run's checkpoint, head and train codes, or the samples of an index file.
+
+        Args:
+            run: A finished run of ``train-head``.
+            index: A file of ``mmcli index build``; the run's train codes vote when not given.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+            model: Where the SigLIP2 checkpoint is, if no longer where the run says: a folder or a hub id.
+            knn: How to search and vote; as the run is configured when not given.
+
+        Raises:
+            InputError: Something is missing or damaged; the checkpoint is not the one that the run's store was made
+                with; the index holds codes of another head.
+        """
+        opened = open_run(Path(run))
+        # What is quick is looked at first: an index that is not there is told before towers are loaded.
+        samples = run_index(opened) if index is None else read_index(Path(index))[0]
+        voters = Voters(samples, knn or run_knn(opened, samples))
+        encoder = RunEncoder.load(opened, device=device, model=model)
+        check_origin(samples.origin, encoder.origin, where=index or opened.folder)
+        return cls(opened, encoder, voters)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """C names, in the order of scores."""
+        return self.voters.index.category_names
+
+    def predict(
+        self,
+        images: Sequence[Picture],
+        captions: Sequence[str | None] | None = None,
+        k: int | None = None,
+        top: int = 5,
+        *,
+        image_ids: Sequence[int | None] | None = None,
+        unreadable: dict[int, str] | None = None,
+    ) -> list[Tagging]:
+        """Tag images.
+
+        Args:
+            images: Q paths, arrays ``(height, width, 3)`` uint8, or images of Pillow.
+            captions: Q captions; not needed by a head that reads images alone.
+            k: Neighbours that vote; as configured when not given.
+            top: Tags of an image at most.
+            image_ids: Ids of images that may be in the index; their own samples do not vote.
+            unreadable: Where given, an image that cannot be read is noted here by its place in ``images``, with the
+                reason, and left out of what is returned.
+
+        Returns:
+            Q taggings, in order. What an image gets does not depend on the others.
+
+        Raises:
+            InputError: An image cannot be read, a caption is missing, or k is larger than the index.
+        """
+        if isinstance(images, str | PathLike) or isinstance(captions, str):
+            raise InputError("one image", got="text", wanted="lists", do='predict(["a.jpg"], ["a caption"])')
+        texts = [None] * len(images) if captions is None else list(captions)
+        self.encoder.check_captions(images, texts)
+        self.voters.check_k(k)
+        ids = [None] * len(images) if image_ids is None else list(image_ids)
+        if len(ids) != len(images):
+            raise InputError("one image id an image", got=f"{len(images)} images, {len(ids)} ids")
+        queries = [Query(_name(image), text, id_) for image, text, id_ in zip(images, texts, ids, strict=True)]
+        found = []
+        for start in range(0, len(images), BATCH):
+            part = slice(start, start + BATCH)
+            bad: dict[int, str] | None = None if unreadable is None else {}
+            coded = self.encoder.encode(images[part], texts[part], unreadable=bad)
+            found += self.voters.tag(coded.without(bad or {}), _without(queries[part], bad or {}), k=k, top=top)
+            if unreadable is not None and bad:
+                unreadable |= {start + row: reason for row, reason in bad.items()}
+        return found
+
+
+def _name(image: Picture) -> str | None:
+    return str(image) if isinstance(image, str | PathLike) else None
+
+
+def _without(queries: Sequence[Query], rows: Collection[int]) -> list[Query]:
+    return [query for row, query in enumerate(queries) if row not in rows]
+
+
+def run_knn(run: Run, index: TagIndex) -> KnnConfig:
+    """How a run is configured to search and vote; by cosine without hash layer."""
+    knn = load_config(run.folder / "config.yaml").knn
+    return knn if index.bits else knn.model_copy(update={"distance_metric": "cosine"})
+
+
+def run_index(run: Run) -> TagIndex:
+    """The train codes of a run as an index, with captions and paths if the run's store is still there.
+
+    Raises:
+        InputError: The run has no codes or no head.
+    """
+    codes = read_codes(run.folder, "train")
+    head = head_digest(load_head(run.folder))
+    store = None if run.info.kind == "finetune" else run_store(run)
+    origin = Origin(
+        head=head,
+        store=run.info.store_digest,
+        model=run.info.model,
+        patches=run.info.patches,
+        encoder="" if store is None else encoder_digest(store.key),
+    )
+    paths, captions = (None, None) if store is None else _texts(store, codes.image_id)
+    if run.info.kind == "finetune":
+        paths, captions = _texts_of_manifest(run, codes.image_id)
+    return TagIndex.from_codes(codes, run.info.category_names, origin, paths=paths, captions=captions)
+
+
+def run_store(run: Run) -> Store | None:
+    """The store that a run was trained from, if it is there and still the same."""
+    where = place(run.info.store)
+    candidates = [where]
+    if isinstance(where, Path) and not where.is_absolute():
+        candidates.append(run.folder.resolve().parent.parent / where)  # a run's usual place is runs/NAME beside data
+    for folder in candidates:
+        try:
+            store = Store.open(folder)
+        except (StoreError, OSError):
+            continue
+        if store.digest == run.info.store_digest:
+            return store
+    return None
+
+
+def _texts(store: Store, image_id: npt.NDArray[np.int64]) -> tuple[pa.StringArray | None, pa.StringArray | None]:
+    """Paths and first captions of some images of a store; nothing where it has none of those columns."""
+    order = np.argsort(store.ids)
+    at = order[np.minimum(np.searchsorted(store.ids, image_id, sorter=order), len(order) - 1)]
+    if not (store.ids[at] == image_id).all():
+        return None, None
+    try:
+        table = store.columns(["path", "captions"]).select(["path", "captions"]).take(pa.array(at))
+        first = pc.list_element(table.column("captions"), 0)
+        columns = (column.combine_chunks().cast(pa.string()) for column in (table.column("path"), first))
+        paths, captions = (pc.fill_null(column, "") for column in columns)
+    except (StoreError, KeyError, pa.ArrowException):
+        return None, None
+    return paths, captions
+
+
+def _texts_of_manifest(
+    run: Run, image_id: npt.NDArray[np.int64]
+) -> tuple[pa.StringArray | None, pa.StringArray | None]:
+    """Paths and first captions of some images of the manifest that a run was finetuned on, if it is still the same."""
+    try:
+        listing = read_manifest(Path(run.info.store))
+    except InputError:
+        return None, None
+    if listing.sha256 != run.info.manifest_sha256:
+        return None, None
+    place_of = {int(one): row for row, one in enumerate(listing.image_ids)}
+    rows = [place_of[int(one)] for one in image_id]
+    texts = ([listing.paths[row] for row in rows], [listing.captions[row][0] for row in rows])
+    return pa.array(texts[0], pa.string()), pa.array(texts[1], pa.string())

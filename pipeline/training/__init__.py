@@ -1,0 +1,1 @@
+"""Stage 2: a head trained from a store."""

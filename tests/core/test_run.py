@@ -1,0 +1,305 @@
+"""Run folders: found again, refused when they are not what is needed, never half-finished as whole."""
+
+import errno
+import json
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+
+from mmcli import InputError
+from mmcli.pipeline.core import run_folders
+from mmcli.pipeline.core.config import Config, load_config
+from mmcli.pipeline.core.files import write_text, write_whole
+from mmcli.pipeline.core.results import Codes, codes_path, read_codes, write_codes
+from mmcli.pipeline.core.run import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
+
+
+def make_info(kind: str = "train-head") -> RunInfo:
+    return RunInfo(
+        kind=kind,
+        status="running",
+        created=now(),
+        config_digest="0" * 8,
+        preset="plan",
+        seed=1,
+        store="s",
+        store_digest="d",
+        model="m",
+        patches=64,
+        manifest_sha256="f",
+        category_names=("a", "b"),
+    )
+
+
+def start(runs: Path, kind: str = "train-head", **options):
+    return start_run(make_info(kind), Config(), label="x", out=None, runs=runs, device="cpu", **options)
+
+
+def test_newest_finished_run_of_the_kind(tmp_path: Path) -> None:
+    first, second = start(tmp_path), start(tmp_path)
+    other, unfinished = start(tmp_path, kind="zero-shot"), start(tmp_path)
+    assert len({run.folder for run in (first, second, other, unfinished)}) == 4
+    for run in (second, first, other):
+        finish_run(run, [{"method": "m", "mAP": 0.5}])
+    assert newest_run(tmp_path).folder == second.folder
+    assert newest_run(tmp_path, kind="zero-shot").folder == other.folder
+    with pytest.raises(InputError, match="running"):
+        open_run(unfinished.folder)
+    with pytest.raises(InputError, match="zero-shot"):
+        open_run(other.folder)
+
+
+def test_a_run_describes_itself(tmp_path: Path) -> None:
+    run = finish_run(start(tmp_path), [{"method": "knn", "mAP": 0.5}, {"method": "classifier", "mAP": 0.4}])
+    assert open_run(run.folder).info == replace(run.info, status="finished")
+    assert load_config(run.folder / "config.yaml") == Config()
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["method"] == "knn"
+    assert metrics["others"] == [{"method": "classifier", "mAP": 0.4}]
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert {"mmcli", "python", "device", "seed", "packages", "git"} <= environment.keys()
+
+
+def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    for force in (False, True):
+        with pytest.raises(InputError, match=str(out)):
+            start_run(make_info(), Config(), out=out, force=force, **options)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(InputError, match=r"cannot write: .*thesis\.tex.*File exists; move away"):
+        start_run(make_info(), Config(), out=out / "thesis.tex", **options)
+    mine = tmp_path / "run"
+    start_run(make_info(), Config(), out=mine, **options)
+    with pytest.raises(InputError, match="--force"):
+        start_run(make_info(), Config(), out=mine, **options)
+    start_run(make_info(), Config(), out=mine, force=True, **options)
+
+
+def started_together(start: Callable[[], object], n: int = 8) -> list[object]:
+    """What n calls that begin at one moment return; an ``InputError`` for those that were refused."""
+    barrier = Barrier(n)
+
+    def one(_: int) -> object:
+        barrier.wait()
+        try:
+            return start()
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(one, range(n)))
+
+
+def test_runs_started_together_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", lambda device, seed: {})
+    for number in range(10):
+        runs = started_together(lambda number=number: start(tmp_path / str(number)))
+        assert len({run.folder for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("there", ["absent", "empty"])
+def test_a_folder_that_many_ask_for_goes_to_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", lambda device, seed: {})
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    for number in range(10):
+        out = tmp_path / str(number)
+        if there == "empty":
+            out.mkdir()
+        results = started_together(lambda out=out: start_run(make_info(), Config(), out=out, **options))
+        refused = [result for result in results if isinstance(result, InputError)]
+        assert len(refused) == len(results) - 1
+        assert all("the folder is in use" in str(error) and "\n" not in str(error) for error in refused)
+
+
+def test_nobody_takes_a_folder_while_it_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original = tmp_path / "run", run_folders._empty
+    options = {"label": "x", "runs": tmp_path, "device": "cpu", "out": out}
+    first = start_run(make_info(), Config(), **options)
+    refused: list[str] = []
+
+    def slow(folder: Path) -> None:
+        for force in (False, True):
+            with pytest.raises(InputError) as error:
+                start_run(make_info(), Config(), force=force, **options)
+            refused.append(error.value.what)
+        original(folder)
+
+    monkeypatch.setattr(run_folders, "_empty", slow)
+    second = start_run(make_info(), Config(), force=True, **options)
+    assert refused == ["the folder is in use", "the run is under way"]
+    assert read_info(out) == second.info != first.info
+
+
+def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, link, store = tmp_path / "real", tmp_path / "link", tmp_path / "store"
+    options = {"label": "x", "runs": tmp_path, "device": "cpu", "force": True}
+    store.mkdir()
+    (store / "precious.h5").write_text("days of work")
+    link.symlink_to(real, target_is_directory=True)
+    real.mkdir()
+    monkeypatch.chdir(real)
+    for out in (real, link, Path(), Path("../link/.")):
+        old = start_run(make_info(), Config(), out=real, **options)
+        (old.folder / "codes").mkdir()
+        (old.folder / "codes" / "test.safetensors").write_text("old")
+        (old.folder / ".metrics.json.x1y2z3_4.tmp").write_text("half")
+        if not (old.folder / "store").exists():
+            (old.folder / "store").symlink_to(store, target_is_directory=True)
+            (old.folder / "thesis.tex").write_text("years of work")
+        finish_run(start_run(make_info(), Config(), out=out, **options), [{"mAP": 0.5}])
+        kept = {"run.json", "config.yaml", "environment.json", "metrics.json", "store", "thesis.tex"}
+        assert {path.name for path in real.iterdir()} == kept
+        assert open_run(out).info.status == "finished"
+    assert link.is_symlink()
+    assert (store / "precious.h5").read_text() == "days of work"
+    assert (real / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path)
+    (run.folder / "codes").mkdir()
+    (run.folder / "codes" / "test.safetensors").touch()
+    unlink = Path.unlink
+
+    def refuse(path: Path, *, missing_ok: bool = False) -> None:
+        if path.name != "test.safetensors":
+            unlink(path, missing_ok=missing_ok)
+            return
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match=r"cannot write: .*test.safetensors: got Permission denied"):
+        start_run(make_info(), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True)
+    assert (run.folder / "run.json").is_file()
+
+
+def test_the_mark_of_a_finished_run_is_written_after_its_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, the run must not pass for a finished one."""
+
+    def killed(folder: Path, rows: object) -> None:
+        raise KeyboardInterrupt
+
+    run = start(tmp_path)
+    monkeypatch.setattr("mmcli.pipeline.core.run.write_metrics", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish_run(run, [{"mAP": 0.5}])
+    with pytest.raises(InputError, match="running"):
+        open_run(run.folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": 3}', ""])
+def test_a_broken_run_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json"):
+        open_run(tmp_path)
+
+
+def make_codes(n: int = 6, bits: int = 16) -> Codes:
+    rng = np.random.default_rng(0)
+    return Codes(
+        image_id=np.arange(n),
+        soft=rng.normal(size=(n, bits)).astype(np.float32),
+        packed=rng.integers(0, 256, (n, bits // 8)).astype(np.uint8),
+        labels=rng.integers(0, 2, (n, 3)).astype(np.uint8),
+        logits=rng.normal(size=(n, 3)).astype(np.float32) * 100,
+        norm_img=rng.random(n).astype(np.float32),
+        norm_txt=rng.random(n).astype(np.float32),
+    )
+
+
+def test_codes_read_back_equal_with_and_without_hash(tmp_path: Path) -> None:
+    for codes in (
+        make_codes(),
+        replace(make_codes(), packed=None, logits=None),
+        replace(make_codes(), norm_img=None, norm_txt=None),
+    ):
+        write_codes(tmp_path, "test", codes)
+        again = read_codes(tmp_path, "test")
+        for name, value in vars(codes).items():
+            if value is None:
+                assert getattr(again, name) is None
+            else:
+                np.testing.assert_array_equal(getattr(again, name), value)
+
+
+def test_probabilities_are_the_sigmoid_without_a_warning() -> None:
+    codes = make_codes()
+    slow = [[1 / (1 + np.exp(-np.longdouble(x))) for x in row] for row in codes.logits]
+    np.testing.assert_allclose(codes.probabilities, np.array(slow, np.float64), rtol=1e-12)
+
+
+def test_damaged_codes_are_one_line(tmp_path: Path) -> None:
+    codes = make_codes()
+    with pytest.raises(InputError, match="no codes"):
+        read_codes(tmp_path, "test")
+    soft = codes.soft.copy()
+    soft[4, 2] = np.nan
+    write_codes(tmp_path, "test", replace(codes, soft=soft))
+    with pytest.raises(InputError, match=r"row 4.*NaN"):
+        read_codes(tmp_path, "test")
+    write_codes(tmp_path, "test", replace(codes, labels=codes.labels[:-1]))
+    with pytest.raises(InputError, match="lengths"):
+        read_codes(tmp_path, "test")
+    path = codes_path(tmp_path, "test")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="damaged codes"):
+        read_codes(tmp_path, "test")
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: full")]
+)
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def full(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise error
+
+    with pytest.raises(InputError, match=r"cannot write: .*a\.json: got (No space|I/O error)"):
+        write_whole(path, full)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_environment_names_the_commit_of_this_code_from_wherever_it_runs(tmp_path, monkeypatch, repo) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not (repo / ".git").exists():
+        pytest.skip("this copy is no clone")
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=repo, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert environment("cpu", 1)["git"]["commit"] == head

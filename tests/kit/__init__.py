@@ -1,0 +1,1 @@
+"""What several test modules share: small stores, runs for reports, and a cache of the hub."""

@@ -1,0 +1,325 @@
+"""Files that were damaged at random: every reader gives what was written, or one line, within seconds.
+
+``pytest --mutations 10000 tests/test_mutations.py`` tries that many; each is drawn from its number alone, so
+that a failure can be repeated.
+"""
+
+import json
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from kit import reports
+from mmcli import InputError, load_head
+from mmcli.cache import Store, verify
+from mmcli.pipeline.ablation.experiments import read_experiments, read_grid
+from mmcli.pipeline.ablation.records import read_rows
+from mmcli.pipeline.core.checkpoint import best_checkpoint
+from mmcli.pipeline.core.config import load_config
+from mmcli.pipeline.core.metrics_file import read_history, read_metrics
+from mmcli.pipeline.core.run import open_run, read_info
+from mmcli.pipeline.data.coco import read_instances, read_karpathy
+from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.evaluation.compare import compare
+from mmcli.pipeline.evaluation.metrics import read_scores
+from mmcli.pipeline.evaluation.search import Evaluated
+from mmcli.pipeline.evaluation.zero_shot import read_prompts
+from mmcli.pipeline.extraction.images import load_image
+from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
+from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.tagging.index import build
+from mmcli.pipeline.tagging.index_file import read_index
+from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.training.state import TrainingState, read_state, write_state
+
+SECONDS = 10
+LONGEST_LINE = 1500
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A file, how it is read, and whether it carries a checksum: what is read is then what was written.
+
+    Attributes:
+        file: The file that is damaged, below the folder of all.
+        read: Reads it, given that folder; what it gives is compared.
+        is_exact: Whether damage can never pass.
+        is_text: Whether values are exchanged for others as well.
+        scratch: A folder that reading makes and that is removed after it.
+        refuses: Whether damage is refused, rather than listed or passed over.
+    """
+
+    file: str
+    read: Callable[[Path], Any]
+    is_exact: bool = False
+    is_text: bool = False
+    scratch: str = ""
+    refuses: bool = True
+
+
+def _whole(store: Path) -> list[Any]:
+    opened = Store.open(store)
+    loaded = opened.load()
+    return [opened.digest, opened.ids, opened.index, *vars(loaded).values()]
+
+
+def _import(folder: Path, *, images: str, texts: str) -> Any:
+    plan = ImportPlan(
+        images=folder / images, texts=folder / texts, manifest=folder / "m.parquet", name="x", out=folder / "imported"
+    )
+    return import_store(plan).n_images
+
+
+def _head(place: Path) -> list[Any]:
+    head = load_head(place)
+    return [json.dumps(head.build), *(value.numpy() for value in head.state_dict().values())]
+
+
+def _codes(run: Path) -> list[Any]:
+    found = Evaluated.of(open_run(run), "test")
+    return [value for codes in (found.base, found.query, found.val) for value in vars(codes).values()]
+
+
+def _index(path: Path) -> list[Any]:
+    index, _ = read_index(path)
+    return [index.image_id, index.soft, index.packed, index.labels, index.category_names, index.paths, index.captions]
+
+
+READERS = {
+    "store manifest": Reader("store/manifest.json", lambda f: _whole(f / "store"), is_exact=True, is_text=True),
+    "store index": Reader("store/index.parquet", lambda f: _whole(f / "store"), is_exact=True),
+    "store images": Reader("store/image-00000.h5", lambda f: _whole(f / "store"), is_exact=True),
+    "store texts": Reader("store/text-00001.h5", lambda f: _whole(f / "store"), is_exact=True),
+    "store notes": Reader(
+        "store/.checked.json", lambda f: _whole(f / "store"), is_exact=True, is_text=True, refuses=False
+    ),
+    "shard alone": Reader("bare/image-00000.h5", lambda f: verify(f / "bare").problems, refuses=False),
+    "key alone": Reader("bare/key.json", lambda f: verify(f / "bare").problems, is_text=True, refuses=False),
+    "train codes": Reader("run/codes/train.safetensors", lambda f: _codes(f / "run"), is_exact=True),
+    "test codes": Reader("run/codes/test.safetensors", lambda f: _codes(f / "run"), is_exact=True),
+    "scores": Reader(
+        "run/scores/classifier-test.safetensors",
+        lambda f: list(read_scores(f / "run", "classifier", "test").values()),
+        is_exact=True,
+    ),
+    "index build": Reader(
+        "run/codes/train.safetensors",
+        lambda f: build(open_run(f / "run"), f / "built.safetensors", force=True).n,
+        is_exact=True,
+    ),
+    "checkpoint": Reader("run/checkpoints/BEST", lambda f: _head(f / "run"), is_exact=True),
+    "list of checkpoints": Reader("run/checkpoints/checkpoints.json", lambda f: _head(f / "run"), is_text=True),
+    "hub weights": Reader("run/model/model.safetensors", lambda f: _head(f / "run/model"), is_exact=True),
+    "hub configuration": Reader("run/model/config.json", lambda f: _head(f / "run/model"), is_text=True),
+    "training state": Reader(
+        "training.safetensors",
+        lambda f: [*vars(read_state(f / "training.safetensors"))["tensors"].values()],
+        is_exact=True,
+    ),
+    "index file": Reader("index.safetensors", lambda f: _index(f / "index.safetensors"), is_exact=True),
+    "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_known(f / "run")), is_text=True),
+    "metrics": Reader("run/metrics.json", lambda f: (read_metrics(f / "run"), read_known(f / "run")), is_text=True),
+    "history": Reader("run/history.jsonl", lambda f: read_history(f / "run"), is_text=True),
+    "run configuration": Reader("run/config.yaml", lambda f: load_config(f / "run/config.yaml"), is_text=True),
+    "compared runs": Reader(
+        "kit/runs/head/metrics.json",
+        lambda f: compare(f / "kit/runs/head", f / "kit/runs/head", method_a="knn"),
+        is_text=True,
+    ),
+    "rows of experiments": Reader("kit/runs/ablations/rows.parquet", lambda f: read_rows(f / "kit/runs/ablations")),
+    "experiments": Reader("e.yaml", lambda f: read_experiments(str(f / "e.yaml")), is_text=True),
+    "grid": Reader("g.yaml", lambda f: read_grid(str(f / "g.yaml")), is_text=True),
+    "manifest": Reader("m.parquet", lambda f: read_manifest(f / "m.parquet").sha256),
+    "image vectors": Reader("i.npy", lambda f: _import(f, images="i.npy", texts="i.npy"), scratch="imported"),
+    "table of vectors": Reader(
+        "v.parquet", lambda f: _import(f, images="v.parquet", texts="i.npy"), scratch="imported"
+    ),
+    "instances": Reader("instances.json", lambda f: read_instances(f / "instances.json"), is_text=True),
+    "Karpathy split": Reader("dataset_coco.json", lambda f: read_karpathy(f / "dataset_coco.json"), is_text=True),
+    "captions in JSON": Reader("c.jsonl", lambda f: gather([], None, f / "c.jsonl"), is_text=True),
+    "captions in CSV": Reader("c.csv", lambda f: gather([], None, f / "c.csv")),
+    "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
+    "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
+    "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The mutations of each reader as one test."""
+    if "mutations_each" in metafunc.fixturenames:
+        each = -(-metafunc.config.getoption("--mutations") // len(READERS))
+        metafunc.parametrize("mutations_each", [each], ids=[str(each)])
+
+
+@pytest.fixture(scope="module")
+def folder(made: Path, miniature, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every file that is read, small and whole."""
+    folder = tmp_path_factory.mktemp("mutations")
+    store = next((made / "data" / "cache").iterdir())
+    shutil.copytree(store, folder / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmcli.cache.checked.SETTLED_NS", 0)
+        _whole(folder / "store")  # leaves a note of what was found whole
+    shutil.copytree(store, folder / "bare")
+    (folder / "bare" / "manifest.json").unlink()
+    run = shutil.copytree(next((made / "runs").iterdir()), folder / "run")
+    best = best_checkpoint(run)
+    best.with_name("BEST").symlink_to(best.name)
+    build(open_run(run), folder / "index.safetensors")
+    state = TrainingState(
+        epoch=2, history=[{"epoch": 1.0}], tensors={"a": torch.ones(5)}, precision="float32", scaler={}
+    )
+    write_state(folder / "training.safetensors", state)
+    reports.make_kit(folder / "kit")
+    grids = Path(reports.__file__).parents[2] / "pipeline" / "ablation" / "grids"
+    shutil.copy(grids / "miniature.yaml", folder / "e.yaml")
+    shutil.copy(grids / "plan.yaml", folder / "g.yaml")
+    shutil.copy(miniature.data / "manifest.parquet", folder / "m.parquet")
+    listing = read_manifest(folder / "m.parquet")
+    vectors = np.random.default_rng(0).standard_normal((len(listing), 4)).astype(np.float32)
+    np.save(folder / "i.npy", vectors)
+    columns = {"image_id": listing.image_ids, "v_img": pa.array(vectors.tolist(), pa.list_(pa.float32()))}
+    pq.write_table(pa.table(columns), folder / "v.parquet")
+    shutil.copy(miniature.data / "dataset_coco.json", folder)
+    shutil.copy(next((miniature.data / "annotations").glob("instances_val*.json")), folder / "instances.json")
+    lines = [{"path": f"{at}.jpg", "caption": f"a {at}"} for at in range(5)]
+    (folder / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "c.csv").write_text('path,caption\na.jpg,"a, b"\nb.jpg,c\n')
+    (folder / "prompts.txt").write_text("a photo of a {}.\na {}\n")
+    picture = Image.open(next((miniature.data / "val2014").glob("*.jpg")))
+    picture.save(folder / "a.jpg")
+    picture.resize((40, 30)).save(folder / "a.png")
+    return folder
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """Damage as disks, transfers and programs do it."""
+    damaged = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        size = max(1, len(damaged))
+        at, length = int(rng.integers(size)), int(rng.integers(1, max(2, min(size, 200))))
+        kind = rng.choice(["bit", "byte", "cut", "double", "zero", "insert", "swap", "drop", "number"])
+        if kind == "bit" and damaged:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif kind == "byte" and damaged:
+            damaged[at] = int(rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))]))
+        elif kind == "cut":
+            del damaged[at:]
+        elif kind == "double":
+            damaged[at:at] = damaged[at : at + length]
+        elif kind == "zero":
+            damaged[at : at + length] = bytes(len(damaged[at : at + length]))
+        elif kind == "insert":
+            damaged[at:at] = rng.bytes(length)
+        elif kind == "swap":
+            other = int(rng.integers(size))
+            damaged[at : at + length], damaged[other : other + length] = (
+                damaged[other : other + length],
+                damaged[at : at + length],
+            )
+        elif kind == "drop":
+            del damaged[at : at + length]
+        else:  # a number of a header: lengths and counts mostly stand in front
+            place = int(rng.integers(min(size, 300)))
+            value = (0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 10**12)[int(rng.integers(7))]
+            damaged[place : place + 8] = value.to_bytes(8, "little")
+    return bytes(damaged)
+
+
+VALUES = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e999",
+    "NaN",
+    "9" * 5000,
+    "1.5",
+    '""',
+    '"a"',
+    "[]",
+    "{}",
+    "[" * 3000,
+    '{"a": ' * 3000,
+    "[[1]]",
+    '"\\ud800"',
+    '"' + "x" * 100_000 + '"',
+    "2024-13-45",
+    "-9223372036854775809",
+    "*a",
+    "!!python/name:x",
+]
+
+
+def exchange(data: bytes, rng: np.random.Generator) -> bytes:
+    """A text with one of its values, keys or lines exchanged for another."""
+    text = data.decode()
+    tokens = [(at, at + len(token)) for at, token in _tokens(text)]
+    start, stop = tokens[int(rng.integers(len(tokens)))]
+    return (text[:start] + VALUES[int(rng.integers(len(VALUES)))] + text[stop:]).encode()
+
+
+def _tokens(text: str) -> list[tuple[int, str]]:
+    return [(found.start(), found[0]) for found in re.finditer(r'"[^"\n]*"|[-+.\w]+', text)] or [(0, text)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other) if not isinstance(one, pa.Array | pa.Table) else one.equals(other)
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"a reader that takes more than {SECONDS} seconds")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", READERS)
+def test_damage_is_one_line_or_what_was_written(folder: Path, name: str, mutations_each: int) -> None:
+    reader = READERS[name]
+    path = (folder / reader.file).resolve()
+    data, wanted = path.read_bytes(), reader.read(folder)
+    refused = 0
+    before = signal.signal(signal.SIGALRM, _too_long)
+    try:
+        for number in range(mutations_each):
+            rng = np.random.default_rng([number, sum(name.encode())])
+            damaged = exchange(data, rng) if reader.is_text and number % 2 else mutate(data, rng)
+            shutil.rmtree(folder / reader.scratch, ignore_errors=True) if reader.scratch else None
+            path.write_bytes(damaged)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            try:
+                found, line = reader.read(folder), ""
+            except InputError as error:
+                line = str(error)
+            except BaseException as error:
+                raise AssertionError(f"mutation {number} of {name}: {type(error).__name__}: {error}"[:400]) from error
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            refused += bool(line)
+            assert "\n" not in line
+            assert len(line) < LONGEST_LINE
+            same = bool(line) or not reader.is_exact or _same(found, wanted)
+            assert same, f"mutation {number} of {name} changed what is read"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        path.write_bytes(data)
+        shutil.rmtree(folder / reader.scratch, ignore_errors=True) if reader.scratch else None
+    assert refused or not reader.refuses or mutations_each < 10
+    assert not reader.is_exact or _same(reader.read(folder), wanted)
+    shutil.rmtree(folder / reader.scratch, ignore_errors=True) if reader.scratch else None
