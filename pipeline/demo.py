@@ -15,7 +15,7 @@ from .. import __version__
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
-from ..cache.sweep import discard
+from ..cache.folder import discard
 from ..errors import InputError
 from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config

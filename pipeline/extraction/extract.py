@@ -392,7 +392,7 @@ def _devices(config: Config, processes: int | None) -> list[str]:
 def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
     """The plan of one process: a stripe of the stripe that the plan is for."""
     whole = plan.stripe or Stripe(0, 1)
-    return replace(plan, stripe=Stripe(whole.at + at * whole.n, whole.n * n))
+    return replace(plan, stripe=Stripe(whole.number + at * whole.n, whole.n * n))
 
 
 def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
@@ -405,7 +405,7 @@ def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool)
     hardware = config.hardware.model_copy(update={"device": device})
     config = config.model_copy(update={"hardware": hardware, "data": data})
     assert plan.stripe is not None
-    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
+    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.number + 1}/{plan.stripe.n}"))
 
 
 class _Labelled(ConsoleProgress):

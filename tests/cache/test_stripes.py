@@ -24,7 +24,7 @@ def test_stripes_of_stripes_still_cover_every_shard_once(n, data) -> None:
     cut = [data.draw(st.integers(1, 5)) for _ in range(n)]
     parts = [Stripe(at + k * n, n * m) for at, m in enumerate(cut) for k in range(m)]
     for shard in range(60):
-        assert sum(shard % part.n == part.at for part in parts) == 1
+        assert sum(shard % part.n == part.number for part in parts) == 1
 
 
 def test_the_last_one_finishes_in_any_order(kit, tmp_path):
