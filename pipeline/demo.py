@@ -12,10 +12,10 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from .. import __version__
+from ..cache.folder import discard
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
-from ..cache.folder import discard
 from ..errors import InputError
 from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config

@@ -101,9 +101,6 @@ READERS = {
     "store index": Reader("store/index.parquet", lambda f: _whole(f / "store"), is_exact=True),
     "store images": Reader("store/image-00000.h5", lambda f: _whole(f / "store"), is_exact=True),
     "store texts": Reader("store/text-00001.h5", lambda f: _whole(f / "store"), is_exact=True),
-    "store notes": Reader(
-        "store/.checked.json", lambda f: _whole(f / "store"), is_exact=True, is_text=True, refuses=False
-    ),
     "shard alone": Reader("bare/image-00000.h5", lambda f: verify(f / "bare").problems, refuses=False),
     "key alone": Reader("bare/key.json", lambda f: verify(f / "bare").problems, is_text=True, refuses=False),
     "train codes": Reader("run/codes/train.safetensors", lambda f: _codes(f / "run"), is_exact=True),
@@ -168,9 +165,6 @@ def folder(made: Path, miniature, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("mutations")
     store = next((made / "data" / "cache").iterdir())
     shutil.copytree(store, folder / "store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmcli.cache.checked.SETTLED_NS", 0)
-        _whole(folder / "store")  # leaves a note of what was found whole
     shutil.copytree(store, folder / "bare")
     (folder / "bare" / "manifest.json").unlink()
     run = shutil.copytree(next((made / "runs").iterdir()), folder / "run")

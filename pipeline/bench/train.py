@@ -60,8 +60,7 @@ class LoadTimes:
         n_bytes: Of all shards.
         plain_s: Plain reading, with the files in the system's memory.
         ours_s: ``Store.load``, likewise.
-        first_s: The first ``Store.load`` of all: with every checksum, where no note of checked shards was there.
-        was_noted: Whether one was there.
+        first_s: The first ``Store.load`` of all.
         cold_plain_s: Plain reading after the system was asked to forget the files.
         cold_ours_s: ``Store.load`` after that.
     """
@@ -70,16 +69,14 @@ class LoadTimes:
     plain_s: float
     ours_s: float
     first_s: float
-    was_noted: bool
     cold_plain_s: float
     cold_ours_s: float
 
     def case(self) -> Case:
         """Both as megabytes a second."""
         size = self.n_bytes / 1e6
-        first = "which checked no checksum" if self.was_noted else "with all checksums"
         note = (
-            f"plain: read, one file after another; the first time {self.first_s:.2f} s, {first}; from the disk"
+            f"plain: read, one file after another; the first time {self.first_s:.2f} s; from the disk"
             f" {size / self.cold_plain_s:,.0f} and {size / self.cold_ours_s:,.0f} MB/s"
         )
         return Case(
@@ -106,7 +103,6 @@ def time_loading(folder: Path, repeats: int) -> LoadTimes:
         raise InputError("cannot time a remote store", where=folder, wanted="a folder of this machine")
     store = Store.open(folder)
     paths = [store.folder / entry.file for entry in store.manifest.shards]
-    was_noted = store.is_noted
 
     def read() -> None:
         read_plainly(paths)
@@ -125,7 +121,6 @@ def time_loading(folder: Path, repeats: int) -> LoadTimes:
         plain_s=best["plain"],
         ours_s=best["ours"],
         first_s=first_s,
-        was_noted=was_noted,
         cold_plain_s=cold["plain"],
         cold_ours_s=cold["ours"],
     )

@@ -60,12 +60,10 @@ def test_embeddings_tell_something_of_their_labels_and_not_all() -> None:
 
 
 def test_loading_is_timed(folder) -> None:
-    (folder / ".checked.json").unlink(missing_ok=True)
     times = bench_loading.time_loading(folder, 2)
     store = Store.open(folder)
     paths = [folder / entry.file for entry in store.manifest.shards]
     assert times.n_bytes == sum(path.stat().st_size for path in paths) == bench_loading.read_plainly(paths)
-    assert not times.was_noted
     case = times.case()
     assert case.ratio_plain == pytest.approx(times.plain_s / times.ours_s)
     assert "with all checksums" in case.note
