@@ -13,12 +13,12 @@ MOST_QUOTED, MOST_NAMED, MOST_WHOLE = 200, 1000, 3000
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def quoted(text: object, most: int = MOST_QUOTED) -> str:
-    r"""A text as it can be shown in one line of any stream that takes UTF-8.
+def visible(text: object, keep: str = "\t\n") -> str:
+    r"""A text as it can be shown on a terminal, and in any stream that takes UTF-8.
 
     Args:
         text: Whatever was found.
-        most: Letters at most; a longer text ends in ``...``.
+        keep: Control characters that stay.
 
     Returns:
         The text with control characters as escapes; a byte of a name that is not UTF-8 is ``\xNN``.
@@ -26,10 +26,16 @@ def quoted(text: object, most: int = MOST_QUOTED) -> str:
 
     def escape(match: re.Match[str]) -> str:
         code = ord(match[0])
+        if match[0] in keep:
+            return match[0]
         return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(match[0])[1:-1]
 
-    whole = str(text)
-    shown = UNPRINTABLE.sub(escape, whole[: most + 1])
+    return UNPRINTABLE.sub(escape, str(text))
+
+
+def quoted(text: object, most: int = MOST_QUOTED) -> str:
+    """A text as :func:`visible` shows it, in one line; one of more than ``most`` letters ends in ``...``."""
+    shown = visible(str(text)[: most + 1], keep="")
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...errors import InputError
-from ..core.config import Config
-from ..core.config_rules import settle
+from ..core.config import Config, resolve
 from ..data.protocols import lists_digest
 from ..evaluation.sweep import own_search
 from ..finetuning.settings import settle_finetune
@@ -376,7 +375,7 @@ class _Builder:
 def _settled(config: Config, towers: str) -> Config:
     """The configuration as the stage that trains it will have it."""
     if towers == FROZEN:
-        return settle(config)
+        return resolve(config)
     return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
 
 

@@ -5,7 +5,6 @@ and a control character in one is shown and not sent to the terminal.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
@@ -18,17 +17,12 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from ...errors import visible
+
 # Wide enough for any table: where no terminal sets a limit, nothing is folded.
 WIDEST = 10_000
 # A column of text may be folded to so many characters; where even that is too wide, the table becomes a list.
 NARROWEST_TEXT = 12
-# Control characters but line feed and tab, half surrogates, and what turns the direction of the text around it.
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """A text whose control characters are spelled out as in Python's source, and not sent as they are."""
-    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def make_console(file: IO[str] | None = None) -> Console:

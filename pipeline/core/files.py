@@ -50,6 +50,18 @@ def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) ->
     check_file(path, f"no {kind}" if is_missing else f"cannot read the {kind}", wanted=wanted, do=do)
 
 
+def check_name(path: str | Path) -> None:
+    """Refuse a path that is not UTF-8: files that say where something lies could not be written.
+
+    Raises:
+        InputError: It is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError("a name that is not UTF-8", where=path, wanted="a folder with another name") from None
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder to write into, with its parents.
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,67 @@ from ...errors import InputError
 from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
 MARK, LOCK = "run.json", ".lock"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where everything lies in the folder of a run."""
+
+    folder: Path
+
+    @property
+    def mark(self) -> Path:
+        """``run.json``: what the run is, and whether it is finished."""
+        return self.folder / MARK
+
+    @property
+    def config(self) -> Path:
+        """``config.yaml``: the resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """``environment.json``: versions, device, seed and git state."""
+        return self.folder / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """``metrics.json``: the figures."""
+        return self.folder / "metrics.json"
+
+    @property
+    def history(self) -> Path:
+        """``history.jsonl``: one record an epoch."""
+        return self.folder / "history.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``checkpoints/``: the best heads, and ``checkpoints.json``, which lists them."""
+        return self.folder / "checkpoints"
+
+    @property
+    def towers(self) -> Path:
+        """``towers/``: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it."""
+        return self.folder / "towers"
+
+    @property
+    def model(self) -> Path:
+        """``model/``: the best head as a folder for the hub."""
+        return self.folder / "model"
+
+    def codes(self, split: str) -> Path:
+        """``codes/SPLIT.safetensors``: the codes of a split."""
+        return self.folder / "codes" / f"{split}.safetensors"
+
+    def scores(self, method: str, split: str) -> Path:
+        """``scores/METHOD-SPLIT.safetensors``: what a method scored the images of a split."""
+        return self.folder / "scores" / f"{method}-{split}.safetensors"
+
+    def per_class(self, method: str, split: str) -> Path:
+        """``per_class/METHOD-SPLIT.json``: the figures of every class."""
+        return self.folder / "per_class" / f"{method}-{split}.json"
+
+
 # A run that was being thrown away when its process was killed.
 REPLACED = "replaced"
 # Every file that stages write into a run folder, by its exact name; whatever else lies there is somebody's own.

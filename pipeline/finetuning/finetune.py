@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...heads.model import BaseHead
-from ..core.config import Config
-from ..core.config_rules import notices
+from ..core.config import Config, notices
 from ..core.device import is_memory_shortage
 from ..core.metrics_file import read_metrics
 from ..core.progress import Progress

@@ -116,7 +116,7 @@ class TrainingRun:
         saturates = config.hash.activation == "tanh"
         self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior, n_val=len(splits["val"]))
         if resume:
-            self._keeper.take_up(0 if state is None else state.epoch)
+            self._keeper.resume(0 if state is None else state.epoch)
             write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
         self.member = Member(
             head=head,

@@ -9,8 +9,7 @@ import torch
 
 from ...errors import InputError
 from ...heads.model import BaseHead, Head, make_head
-from ..core.config import Config
-from ..core.config_rules import check_frozen, settle
+from ..core.config import Config, check_frozen
 from ..core.device import device_line, pick_device, seed_everything
 from ..core.progress import Progress
 from ..data.protocols import chosen
@@ -48,7 +47,7 @@ class Prepared:
             InputError: As of :func:`prepare_training`, but for the store.
         """
         check_frozen(config)
-        config = settle(resolve_config(config, self.labelled))
+        config = resolve_config(config, self.labelled)
         check_splits(self.splits, config, self.labelled.store.folder)
         return replace(self, config=config)
 
@@ -85,7 +84,7 @@ def prepare_training(
     labelled = read_store(folder, config, reading)
     where = device_line(device, Step.autocast_of(device, config).name)
     progress.say(f"training from {folder} on {where}" + ("" if store else " (the newest store)"))
-    config = settle(resolve_config(config, labelled))
+    config = resolve_config(config, labelled)
     splits = place_splits(labelled, config, device)
     check_splits(splits, config, folder)
     return Prepared(config=config, labelled=labelled, splits=splits, device=device)

@@ -12,8 +12,7 @@ from typing import Any, Self
 from rich.console import RenderableType
 
 from ...errors import InputError
-from ..core.config import Config, load_config
-from ..core.config_rules import notices
+from ..core.config import Config, load_config, notices
 from ..core.console import spread_table
 from ..core.cores import PROCESSES
 from ..core.interrupts import Interrupted

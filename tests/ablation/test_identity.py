@@ -5,8 +5,7 @@ import pytest
 
 from mmcli import InputError
 from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
-from mmcli.pipeline.core.config import load_config
-from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.core.config import load_config, resolve
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.training.train_head import train_head
 
@@ -64,7 +63,7 @@ def some_slow(cases, n: int):
 
 
 def pair(others, key, *values):
-    return [settle(load_config(options=SMALL | others | {key: value})) for value in values]
+    return [resolve(load_config(options=SMALL | others | {key: value})) for value in values]
 
 
 def codes(configs, made, tmp_path):
@@ -152,4 +151,4 @@ def test_lists_of_a_protocol_count_by_what_they_say(tmp_path) -> None:
     ]
     assert found[0] == found[1] != found[2]
     with pytest.raises(InputError):
-        settle(load_config(options={"head": "mlp", "hash.bits": 8}))
+        resolve(load_config(options={"head": "mlp", "hash.bits": 8}))

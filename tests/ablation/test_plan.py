@@ -12,8 +12,7 @@ from mmcli import InputError
 from mmcli.pipeline.ablation.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
 from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
 from mmcli.pipeline.ablation.plan import Base, make_plan, restrict, training_key
-from mmcli.pipeline.core.config import GridConfig, dump_config, load_config
-from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.core.config import GridConfig, dump_config, load_config, resolve
 
 SEEDS = (42, 43)
 FROM_STORE = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4", "M0", "M1", "M2", "base")
@@ -183,7 +182,7 @@ def test_a_saved_configuration_has_the_key_of_its_plan(name, preset) -> None:
             saved = yaml.safe_load(dump_config(one.config))
             saved["data"]["num_workers"], saved["hardware"]["device"], saved["preset"] = 3, "cuda:1", "plan"
             again = load_config(options=_flat(saved))
-            assert training_key(settle(again), one.store) == one.key
+            assert training_key(resolve(again), one.store) == one.key
 
 
 def _flat(tree, prefix=""):

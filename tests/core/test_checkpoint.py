@@ -13,8 +13,7 @@ from mmcli import InputError, load_head
 from mmcli.cache import Store
 from mmcli.heads.model import BaseHead, MlpBaseline, make_head
 from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint, write_model_folder
-from mmcli.pipeline.core.config import Config, load_config
-from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.core.config import Config, load_config, resolve
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import Run, RunInfo, now, start_run
 
@@ -24,7 +23,7 @@ METRICS = {"method": "classifier", "split": "test", "mAP": 0.51234, "P@5": float
 
 
 def make_config(head: str) -> Config:
-    return settle(load_config(options={"head": head, "fusion.mlp_dims": [8, 6], "classifier.num_classes": 3}))
+    return resolve(load_config(options={"head": head, "fusion.mlp_dims": [8, 6], "classifier.num_classes": 3}))
 
 
 def make(config: Config, seed: int = 0) -> BaseHead:

@@ -244,10 +244,10 @@ def test_heads_without_bits_and_of_images_alone(made, miniature, tmp_path) -> No
         "knn.K": 3,
         "hardware.device": "cpu",
     }
-    from mmcli.pipeline.core.config_rules import settle
+    from mmcli.pipeline.core.config import resolve
 
     store = next((made / "data" / "cache").iterdir())
-    run = train_head(settle(load_config(options=options)), store=store, out=tmp_path / "run").run
+    run = train_head(resolve(load_config(options=options)), store=store, out=tmp_path / "run").run
     tagger = Tagger.load(run.folder, device="cpu")
     images, _, _ = pairs(miniature, "test")
     found = tagger.predict(images)

@@ -694,7 +694,7 @@ def test_checkpoints_wait_for_a_state_before_they_go(tmp_path: Path) -> None:
     for epoch, value in ((3, 0.5), (6, 0.6), (7, 0.1)):
         keeper.offer(head, epoch=epoch, val_mAP=value)
     again = CheckpointKeeper(tmp_path, config, width=D)
-    again.take_up(5)
+    again.resume(5)
     assert [one.epoch for one in again.kept] == [3]
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-003.safetensors"]
     again.offer(head, epoch=6, val_mAP=0.55)
@@ -702,7 +702,7 @@ def test_checkpoints_wait_for_a_state_before_they_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-006.safetensors"]
     (tmp_path / "epoch-008.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="damaged checkpoint"):
-        again.take_up(9)
+        again.resume(9)
 
 
 def test_the_norm_of_the_fusions_gradient_is_its_own() -> None:
