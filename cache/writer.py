@@ -51,7 +51,7 @@ class Sizes(TypedDict, total=False):
 
 
 # How many captions and rows a new store has where nobody says; ``batch_tokens`` 0 says that nobody knows.
-_USUAL = {"n_captions_max": 5, "shard_rows": 1024, "batch_tokens": 0}
+_USUAL: dict[str, int] = {"n_captions_max": 5, "shard_rows": 1024, "batch_tokens": 0}
 
 
 class StoreWriter:
@@ -99,7 +99,7 @@ class StoreWriter:
             raise StoreMismatch("a key of another format", got=key.format_version, wanted=FORMAT_VERSION)
         self._ids = check_index(index)
         try:
-            self.layout = Layout(n_images=len(self._ids), dtype=key.dtype, **{**_USUAL, **sizes})
+            self.layout = Layout(n_images=len(self._ids), dtype=key.dtype, **_USUAL | dict(sizes))
             # Through JSON and back, so that what is kept is what will be read.
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
         except (TypeError, ValueError) as error:

@@ -294,7 +294,7 @@ def command(
             if kind is Settings:
                 parameters += [_key_parameter(key, default, is_list=key in listed) for key in keys]
                 parameters += _FILE_PARAMETERS if file else []
-            elif is_dataclass(kind):
+            elif isinstance(kind, type) and is_dataclass(kind):
                 groups[parameter.name] = kind
                 (last if kind is Output else parameters).extend(_field_parameters(kind))
             else:

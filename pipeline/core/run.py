@@ -265,13 +265,13 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
                 usable.append(Run(folder=folder, info=info))
     newest = max(usable, key=lambda run: run.info.created, default=None)
     created = 0.0 if newest is None else datetime.fromisoformat(newest.info.created).timestamp()
-    for changed, error in unreadable:
+    for changed, problem in unreadable:
         if changed > created:  # the file is written again when its run ends, so an older time means an older run
             raise InputError(
                 "cannot read a run that may be the newest",
-                where=error.where,
-                got=error.got,
-                wanted=error.wanted,
+                where=problem.where,
+                got=problem.got,
+                wanted=problem.wanted,
                 do="mend or remove it, or name a run with --run",
             ) from None
     if newest is None:

@@ -127,7 +127,7 @@ class _Checker:
         return splits
 
     def _image_ids(self) -> npt.NDArray[np.int64]:
-        ids = self._cast("image_id").to_numpy()
+        ids: npt.NDArray[np.int64] = self._cast("image_id").to_numpy()
         order = np.argsort(ids, kind="stable")
         again = order[1:][np.diff(ids[order]) == 0]
         if len(again):

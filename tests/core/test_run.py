@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,58 @@ def test_newest_finished_run_of_the_kind(tmp_path: Path) -> None:
         open_run(unfinished.folder)
     with pytest.raises(InputError, match="zero-shot"):
         open_run(other.folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "fifo", "denied", "EIO"])
+def test_a_newest_run_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, damage: str) -> None:
+    """Nobody who asks for the newest run is to get an older one without a word."""
+    older, newer = (finish_run(start(tmp_path), [{"method": "m", "mAP": 0.5}]) for _ in range(2))
+    mark = newer.folder / "run.json"
+    if damage == "truncated":
+        mark.write_text(mark.read_text()[:-20])
+    elif damage == "fifo":
+        mark.unlink()
+        os.mkfifo(mark)
+    else:
+        number, read = (errno.EACCES if damage == "denied" else errno.EIO), Path.read_bytes
+
+        def refuse(path: Path) -> bytes:
+            if path == mark:
+                raise OSError(number, os.strerror(number), str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=f"cannot read a run that may be the newest: {mark}: .*--run") as caught:
+        newest_run(tmp_path)
+    assert "\n" not in str(caught.value)
+    os.utime(mark, (0, 0))  # one that was written before the older run began is no newest run
+    assert newest_run(tmp_path).folder == older.folder
+    mark.unlink()
+    mark.touch()
+    assert newest_run(tmp_path).folder == older.folder
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    with pytest.raises(InputError, match=r"a name that is not UTF-8: .*caf\\xe9"):
+        start_run(make_info(), Config(), out=tmp_path / name, **options)
+    with pytest.raises(InputError, match="a name that is not UTF-8"):
+        start_run(replace(make_info(), store=f"data/{name}"), Config(), out=None, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_git_never_decides_whether_a_run_starts(tmp_path: Path, monkeypatch) -> None:
+    """Git gives the names of files as bytes of any encoding."""
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\nprintf '?? caf\\351\\n'\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent), prepend=os.pathsep)
+    state = environment("cpu", 1)["git"]
+    assert state["dirty"] is True
+    git.write_text("#!/bin/sh\nexit 1\n")
+    assert environment("cpu", 1)["git"] is None
 
 
 def test_a_run_describes_itself(tmp_path: Path) -> None:
