@@ -142,9 +142,8 @@ def test_leftovers_of_a_killed_training_go_and_others_stay(tmp_path: Path) -> No
     (out / "checkpoints").mkdir()
     ours = [
         ".history.jsonl.0a1b2c3d.host-1.tmp",
-        "checkpoints/.epoch-001.safetensors.abcd_123.tmp",
-        ".model.abcd_123/new/x",
-        "codes/.tmpAbC123",
+        "checkpoints/.epoch-001.safetensors.0a1b2c3d.host-1.tmp",
+        ".model.0a1b2c3d.host-1.tmp/new/x",
     ]
     theirs = [
         ".notes.txt.0a1b2c3d.host-1.tmp",

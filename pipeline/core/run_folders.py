@@ -102,8 +102,6 @@ FILES = re.compile(
     """,
     re.VERBOSE,
 )
-# What safetensors left of a killed process before it wrote into scratch folders: under a name of its own.
-SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 LINKS = re.compile(r"wandb/.+")
 FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
 
@@ -203,9 +201,6 @@ def clean_up(folder: Path) -> None:
         place = folder / name
         if place.is_dir() and (not name or not place.is_symlink()):
             remove_leftovers(place, partial(_is_written, f"{name}/" if name else ""), alone=True)
-            for path in place.iterdir():
-                if SAFETENSORS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                    path.unlink(missing_ok=True)
 
 
 def is_run(folder: Path) -> bool:
