@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from functools import reduce
 from typing import Any
 
@@ -19,9 +20,9 @@ key. `mmcli train-head --print-config` prints what a command line resolves to, w
 keeps it as `config.yaml`. A choice may be written in any case; `null` is written where it is a value.
 
 A file is UTF-8 and at most 256 KiB, nested at most 20 deep, with at most ten aliases. A key that stands twice or is no
-text, a merge key `<<`, a tag such as `!!python/name`, a whole number beyond 64 bits, a truth value (`yes`, `on`, `true`)
-where a number belongs, and a number that YAML 1.1 reads in another base (`010`, `1:30`) are refused in one line with
-their place; a date is text. Files of experiments and grids are read in the same way.
+text, a merge key `<<`, a tag such as `!!python/name`, a whole number beyond 64 bits, and one that YAML 1.1 reads in
+another base (`010`, `1:30`) are refused in one line with their place, and so is a truth value (`yes`, `on`, `true`)
+where a number belongs; a date is text. Files of experiments and grids are read in the same way.
 
 This page is written from the schema: `python -m mmcli.pipeline.core.config_reference > docs/configuration.md`.
 """
@@ -48,6 +49,7 @@ def _sections(schema: dict[str, Any], section: dict[str, Any], path: str) -> lis
     rows = [_row(path + name, field) for name, field in fields.items()]
     title = f"`{path.rstrip('.')}`" if path else "At the top"
     text = " ".join(section["description"].split()).replace("``", "`") if path else "Beside the sections."
+    text = re.sub(r" \(SPEC section \d+\)", "", text)
     table = "\n".join(["| key | type | default | range | what |", "|---|---|---|---|---|", *rows])
     parts = [f"## {title}\n\n{text}\n\n{table}\n"]
     for name, field in section["properties"].items():
