@@ -67,7 +67,7 @@ class FolderState:
 
     manifest: StoreManifest | None
     identity: tuple[StoreKey, Layout] | None
-    damaged: tuple[DamagedShard, ...]
+    damaged: tuple[DamagedShard, ...] = ()
 
 
 def key_digest(key: StoreKey, shard: Shard) -> str:

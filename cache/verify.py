@@ -1,7 +1,9 @@
 """Checks everything in a store, and lists every problem instead of stopping at the first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from .places import place
 from .reader import EXTRACT
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
 
+Document = TypeVar("Document")
 _MOST_NAMED = 3
 
 
@@ -56,8 +59,12 @@ def verify(folder: Path) -> VerifyReport:
     if not folder.is_dir() or not looks_like_store(folder):
         raise StoreMissing("not a store", where=folder, do=EXTRACT)
     problems: list[str] = []
-    manifest = _try_manifest(folder, problems)
-    identity = _try_key(folder, manifest, problems)
+    manifest = _try(read_manifest, folder / MANIFEST, "absent, the store is unfinished", problems)
+    written = _try(read_key, folder / KEY, "absent", problems)
+    identity = (manifest.key, manifest.layout) if manifest else written
+    if identity and written and written != identity:
+        difference = "; ".join(written[0].diff(identity[0]))
+        problems.append(f"{KEY}: it does not agree with {MANIFEST}: {difference}")
     n_shards = 0
     if identity is not None:
         key, layout = identity
@@ -88,29 +95,16 @@ def norm_tolerance(norms: NDArray[np.float32], layout: Layout) -> NDArray[np.flo
     return np.asarray(norms.astype(np.float64) * (relative + 2.0**-22) + np.sqrt(layout.width) * absolute + 2.0**-140)
 
 
-def _try_manifest(folder: Path, problems: list[str]) -> StoreManifest | None:
+def _try(
+    read: Callable[[Path], Document], folder: Path, name: str, absent: str, problems: list[str]
+) -> Document | None:
     try:
-        return read_manifest(folder)
+        return read(folder)
     except FileNotFoundError:
-        problems.append(f"{MANIFEST}: absent, the store is unfinished")
+        problems.append(f"{name}: {absent}")
     except StoreError as error:
-        problems.append(f"{MANIFEST}: {error.what}: {error.got}")
+        problems.append(f"{name}: {error.what}: {error.got}")
     return None
-
-
-def _try_key(folder: Path, manifest: StoreManifest | None, problems: list[str]) -> tuple[StoreKey, Layout] | None:
-    identity = (manifest.key, manifest.layout) if manifest else None
-    try:
-        written = read_key(folder)
-    except FileNotFoundError:
-        problems.append(f"{KEY}: absent")
-    except StoreError as error:
-        problems.append(f"{KEY}: {error.what}: {error.got}")
-    else:
-        if identity is not None and written != identity:
-            problems.append(f"{KEY}: it does not agree with {MANIFEST}: {'; '.join(written[0].diff(identity[0]))}")
-        identity = identity or written
-    return identity
 
 
 def _check_index(

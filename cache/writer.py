@@ -50,10 +50,6 @@ class Sizes(TypedDict, total=False):
     batch_tokens: int
 
 
-# How many captions and rows a new store has where nobody says; ``batch_tokens`` 0 says that nobody knows.
-_USUAL: dict[str, int] = {"n_captions_max": 5, "shard_rows": 1024, "batch_tokens": 0}
-
-
 class StoreWriter:
     """Fills one store, or a stripe of it; a context manager that holds the store's lock while it is open.
 
@@ -99,7 +95,8 @@ class StoreWriter:
             raise StoreMismatch("a key of another format", got=key.format_version, wanted=FORMAT_VERSION)
         self._ids = check_index(index)
         try:
-            self.layout = Layout(n_images=len(self._ids), dtype=key.dtype, **_USUAL | dict(sizes))
+            usual: Sizes = {"n_captions_max": 5, "shard_rows": 1024, **sizes}
+            self.layout = Layout(n_images=len(self._ids), dtype=key.dtype, **usual)
             # Through JSON and back, so that what is kept is what will be read.
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -254,7 +251,7 @@ class StoreWriter:
             if not all((self.folder / shard.name).is_file() for shard in every):
                 return False
             # All of them again: where stripes were cut differently, another writer may own one of ours.
-            state = FolderState(manifest=None, identity=(self.key, self.layout), damaged=())
+            state = FolderState(manifest=None, identity=(self.key, self.layout))
             self._whole, _ = sort_shards(self.folder, self.key, self.layout, self._ids, state, every)
         return len(self._whole) == len(every)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..core.defaults import DATA
 from .options import Engine, Force, Images, OnError, Output, Settings, Store, StoreOut, command, option
 
 
@@ -154,9 +155,8 @@ def cache_import(
     revision: Annotated[
         str | None, option("--revision", "Revision of that model [default: hash of the content].")
     ] = None,
-    manifest: Annotated[Path, option("--manifest FILE", "Manifest of their images, in their order.")] = Path(
-        "data/coco/manifest.parquet"
-    ),
+    manifest: Annotated[Path, option("--manifest FILE", "Manifest of their images, in their order.")] = DATA
+    / "manifest.parquet",
     out: StoreOut = None,
     dtype: Annotated[
         Literal["float16", "float32"] | None, option("--dtype", "How they are stored [default: as they are].")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.defaults import ABLATIONS, RUNS
 from .options import Engine, Force, Images, Output, Settings, Store, command, option
 
 
@@ -57,9 +58,7 @@ def ablate(
     workers: Annotated[int, option("--workers", "Processes, each with its share of threads.", "How", min=1)] = 1,
     seeds: Annotated[int, option("--seeds N", "Rows of N seeds, from --seed on.", "Device and seed", min=1)] = 1,
     store: Store = None,
-    out: Annotated[Path, option("--out DIR", "Folder of rows.parquet, scores and runs.", "Store and run")] = Path(
-        "runs/ablations"
-    ),
+    out: Annotated[Path, option("--out DIR", "Folder of rows.parquet, scores and runs.", "Store and run")] = ABLATIONS,
     force: Force = False,
 ) -> None:
     """Experiments: train what they need once, evaluate the rest from it; one table of rows, resumable at any moment.
@@ -99,7 +98,7 @@ def ablate(
 @command()
 def report(
     output: Output,
-    runs: Annotated[Path, option("--runs DIR", "Folder of the runs.")] = Path("runs"),
+    runs: Annotated[Path, option("--runs DIR", "Folder of the runs.")] = RUNS,
     ablations: Annotated[
         Path | None,
         option("--ablations DIR", "Folder of the experiments' rows.parquet [default: ablations below --runs]."),

@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 
 from ...errors import InputError
 from ..core.config import Config, KeyOption, dump_config, load_config, parse_settings
+from ..core.defaults import DATA
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -170,7 +171,7 @@ class Images:
         """The folder as the stages take it: with ``--follow-links`` its images may be links."""
         from ..core.files import LinkedFolder
 
-        folder = self.data or Path("data/coco")
+        folder = self.data or DATA
         return LinkedFolder(folder) if self.follow_links else folder
 
 

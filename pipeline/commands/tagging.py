@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import InputError, read_text
+from ..core.defaults import RUNS
 from .options import Force, Images, OnError, Output, RunDir, Settings, command, option
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def find_run(run: Path | None) -> "Run":
     """The run that was named, or the newest finished one of ``train-head``."""
     from ..core.run import newest_run, open_run
 
-    return newest_run(Path("runs")) if run is None else open_run(run)
+    return newest_run(RUNS) if run is None else open_run(run)
 
 
 def _default(run: Path | None) -> Path:

@@ -24,6 +24,7 @@ from .run import read_info, run_identity
 from .run_folders import MARK, RunPaths
 
 INDEX = "checkpoints.json"
+TRAIN_AGAIN = "train the head again with `mmcli train-head`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +78,7 @@ class CheckpointKeeper:
                 note = read_about(path)
                 kept = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
             except (OSError, KeyError, ValueError) as error:
-                raise InputError(
-                    "damaged checkpoint",
-                    where=path,
-                    got=reason(error),
-                    wanted="what mmcli wrote",
-                    do="train again, from the start",
-                ) from None
+                raise _unusable("damaged checkpoint", path, reason(error), "what mmcli wrote") from None
             if kept.epoch <= epoch:
                 earlier.append(kept)
             else:
@@ -153,17 +148,13 @@ def describe_head(run: Path) -> dict[str, Any]:
     """
     info = read_info(run)
     # Towers that were trained with the head are another encoder than the one they were.
-    encoder = (
-        f"{info.model}, finetuned with this head"
-        if info.kind == "finetune" and RunPaths(run).towers.is_dir()
-        else info.model
-    )
+    is_finetuned = info.kind == "finetune" and RunPaths(run).towers.is_dir()
     return {
         "mmcli": __version__,
         "preset": info.preset,
         "seed": info.seed,
         "config_digest": info.config_digest,
-        "encoder": encoder,
+        "encoder": f"{info.model}, finetuned with this head" if is_finetuned else info.model,
         "patches": info.patches,
         "data": f"manifest {info.manifest_sha256[:12]}",
         "category_names": list(info.category_names),
@@ -171,23 +162,23 @@ def describe_head(run: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) -> Head | MlpBaseline:
-    wanted, do = "a checkpoint of mmcli", "train the head again with `mmcli train-head`"
+    wanted = "a checkpoint of mmcli"
     try:
         tensors, note = load_tensors(path, str(device))
         for name, mine in ({} if run is None else run_identity(run)).items():
             if note.get(name, mine) != mine:
-                raise InputError(f"a checkpoint of another {name}", where=path, got=note[name], wanted=mine, do=do)
+                raise _unusable(f"a checkpoint of another {name}", path, note[name], mine)
         build: dict[str, Any] = parse_json(note["build"])
         # Checkpoints of 0.1.0 do not say their kind.
         return restore(HEADS[build.get("head", "fusion")], build, tensors)
     except FileNotFoundError:
-        raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
+        raise _unusable("no checkpoint", path, "no file", wanted) from None
     except OSError as error:
-        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=do) from None
+        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=TRAIN_AGAIN) from None
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise InputError("damaged checkpoint", where=path, got=reason(error), wanted=wanted, do=do) from None
+        raise _unusable("damaged checkpoint", path, reason(error), wanted) from None
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -204,17 +195,14 @@ def best_checkpoint(run: Path) -> Path:
             raise ValueError("a list that does not begin with the best")
     except OSError as error:
         what = "no checkpoint" if error.errno in NOT_THERE else "cannot read the list of checkpoints"
-        do = "train the head again with `mmcli train-head`"
-        raise cannot_read(what, path, error, wanted="a list of at least one", do=do) from None
+        raise cannot_read(what, path, error, wanted="a list of at least one", do=TRAIN_AGAIN) from None
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(
-            "no checkpoint",
-            where=path,
-            got="no list of checkpoints",
-            wanted="at least one",
-            do="train the head again with `mmcli train-head`",
-        ) from None
+        raise _unusable("no checkpoint", path, "no list of checkpoints", "at least one") from None
     return path.parent / first.file
+
+
+def _unusable(what: str, path: Path, got: object, wanted: str) -> InputError:
+    return InputError(what, where=path, got=got, wanted=wanted, do=TRAIN_AGAIN)
 
 
 def checkpoint_name(epoch: int) -> str:

@@ -21,62 +21,51 @@ from .files import final_name, make_folder, one_line, remove_leftovers, unwritab
 MARK, LOCK = "run.json", ".lock"
 
 
+class _Inside:
+    """A path inside a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, paths: "RunPaths", _owner: type) -> Path:
+        return paths.folder / self._name
+
+
 @dataclass(frozen=True)
 class RunPaths:
-    """Where everything lies in the folder of a run."""
+    """Where everything lies in the folder of a run.
+
+    Attributes:
+        folder: The folder.
+        config: The resolved configuration.
+        environment: Versions, device, seed and git state.
+        metrics: The figures.
+        history: One record an epoch.
+        checkpoints: The folder of the best heads, with ``checkpoints.json``, which lists them.
+        towers: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it.
+        model: The best head as a folder for the hub.
+    """
 
     folder: Path
 
-    @property
-    def mark(self) -> Path:
-        """``run.json``: what the run is, and whether it is finished."""
-        return self.folder / MARK
-
-    @property
-    def config(self) -> Path:
-        """``config.yaml``: the resolved configuration."""
-        return self.folder / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """``environment.json``: versions, device, seed and git state."""
-        return self.folder / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        """``metrics.json``: the figures."""
-        return self.folder / "metrics.json"
-
-    @property
-    def history(self) -> Path:
-        """``history.jsonl``: one record an epoch."""
-        return self.folder / "history.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """``checkpoints/``: the best heads, and ``checkpoints.json``, which lists them."""
-        return self.folder / "checkpoints"
-
-    @property
-    def towers(self) -> Path:
-        """``towers/``: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it."""
-        return self.folder / "towers"
-
-    @property
-    def model(self) -> Path:
-        """``model/``: the best head as a folder for the hub."""
-        return self.folder / "model"
+    config = _Inside("config.yaml")
+    environment = _Inside("environment.json")
+    metrics = _Inside("metrics.json")
+    history = _Inside("history.jsonl")
+    checkpoints = _Inside("checkpoints")
+    towers = _Inside("towers")
+    model = _Inside("model")
 
     def codes(self, split: str) -> Path:
-        """``codes/SPLIT.safetensors``: the codes of a split."""
+        """The codes of a split."""
         return self.folder / "codes" / f"{split}.safetensors"
 
     def scores(self, method: str, split: str) -> Path:
-        """``scores/METHOD-SPLIT.safetensors``: what a method scored the images of a split."""
+        """The scores that a method gave the images of a split."""
         return self.folder / "scores" / f"{method}-{split}.safetensors"
 
     def per_class(self, method: str, split: str) -> Path:
-        """``per_class/METHOD-SPLIT.json``: the figures of every class."""
+        """The figures of every class by one method on a split."""
         return self.folder / "per_class" / f"{method}-{split}.json"
 
 

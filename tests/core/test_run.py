@@ -209,7 +209,7 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
         old = start_run(make_info(), Config(), out=real, **options)
         (old.folder / "codes").mkdir()
         (old.folder / "codes" / "test.safetensors").write_text("old")
-        (old.folder / ".metrics.json.x1y2z3_4.tmp").write_text("half")
+        (old.folder / ".metrics.json.0a1b2c3d.host-1.tmp").write_text("half")
         if not (old.folder / "store").exists():
             (old.folder / "store").symlink_to(store, target_is_directory=True)
             (old.folder / "thesis.tex").write_text("years of work")
