@@ -21,14 +21,13 @@ REDO = "run `mmcli extract` again, it redoes only that shard"
 READERS = min(4, os.cpu_count() or 1)
 
 
-def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], *, check: bool) -> Arrays:
-    """Every dataset of a store but the image ids, in index order.
+def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64]) -> Arrays:
+    """Every dataset of a store but the image ids, in index order, with everything checked.
 
     Args:
         folder: The store.
         manifest: Its manifest.
         ids: Its image ids, ``(N,)`` int64.
-        check: Compare every file with its checksum, and look for NaN and infinities.
 
     Returns:
         Name of a dataset to its values, ``(N, ...)``, in the machine's byte order.
@@ -43,7 +42,7 @@ def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], *
                 arrays[name] = np.empty(shape, dtype.newbyteorder("="))
 
     def copy(entry: ShardEntry) -> None:
-        for name, values in _read(folder, manifest, ids, entry, check=check).items():
+        for name, values in _read(folder, manifest, ids, entry, check=True).items():
             if name != ID:
                 arrays[name][entry.shard.start : entry.shard.stop] = values
 

@@ -163,16 +163,13 @@ class Store:
         """What the writer kept beside the arrays: library versions, device and the like."""
         return self.manifest.extra
 
-    def load(self, *, check: bool = True) -> Embeddings:
-        """Every embedding, in index order.
-
-        Args:
-            check: Compare every file with its checksum, and look for NaN and infinities.
+    def load(self) -> Embeddings:
+        """Every embedding, in index order; every file is compared with its checksum and looked through for NaN.
 
         Raises:
             StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
         """
-        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids, check=check))
+        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids))
 
     def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
         """The shards of a part one after another, so that a store of any size is read in the memory of a few.

@@ -95,15 +95,13 @@ def norm_tolerance(norms: NDArray[np.float32], layout: Layout) -> NDArray[np.flo
     return np.asarray(norms.astype(np.float64) * (relative + 2.0**-22) + np.sqrt(layout.width) * absolute + 2.0**-140)
 
 
-def _try(
-    read: Callable[[Path], Document], folder: Path, name: str, absent: str, problems: list[str]
-) -> Document | None:
+def _try(read: Callable[[Path], Document], path: Path, absent: str, problems: list[str]) -> Document | None:
     try:
-        return read(folder)
+        return read(path.parent)
     except FileNotFoundError:
-        problems.append(f"{name}: {absent}")
+        problems.append(f"{path.name}: {absent}")
     except StoreError as error:
-        problems.append(f"{name}: {error.what}: {error.got}")
+        problems.append(f"{path.name}: {error.what}: {error.got}")
     return None
 
 

@@ -9,7 +9,13 @@ from ..core.defaults import ABLATIONS, RUNS
 from .options import Engine, Force, Images, Output, Settings, Store, command, option
 
 
-@command("hardware.device", "hardware.seed", "preset", "model.siglip2_variant")
+@command(
+    "hardware.device",
+    "hardware.seed",
+    "preset",
+    "model.siglip2_variant",
+    defaults={"model.siglip2_variant": "the store's"},
+)
 def ablate(
     settings: Settings,
     images: Images,

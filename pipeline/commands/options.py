@@ -271,18 +271,32 @@ class Settings:
         return base, sweep_of(checked, base.knn)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Configuration:
+    """The options of a configuration that has no option of its own for every key."""
+
+    config: Annotated[
+        Path | None, option("--config FILE", "YAML configuration; options override it.", "Configuration")
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        option("--set KEY=VALUE", "Any key of the configuration, as in optimizer.lr_hash=1e-3.", "Configuration"),
+    ] = None
+
+
 Command = Callable[..., None]
 
 
 def command(
-    *keys: str, file: bool = True, default: str | None = None, listed: Sequence[str] = ()
+    *keys: str, file: bool = True, defaults: Mapping[str, str] | None = None, listed: Sequence[str] = ()
 ) -> Callable[[Command], Command]:
     """Let a function be a command: the fields of its dataclass parameters become options, ``--json`` and so on last.
 
     Args:
         keys: Keys of the configuration that have an option here; the function takes them as ``settings``.
         file: Whether it has ``--config`` and ``--set`` too.
-        default: What applies where an option of ``keys`` is not given, when that is not the configuration's default.
+        defaults: By key, what applies where its option is not given and the configuration's default does not; ``""``
+            is for every other key.
         listed: Those of ``keys`` whose option takes several values between commas.
     """
 
@@ -293,8 +307,8 @@ def command(
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             kind = parameter.annotation
             if kind is Settings:
-                parameters += [_key_parameter(key, default, is_list=key in listed) for key in keys]
-                parameters += _FILE_PARAMETERS if file else []
+                parameters += [_key_parameter(key, defaults or {}, is_list=key in listed) for key in keys]
+                parameters += _field_parameters(_Configuration) if file else []
             elif isinstance(kind, type) and is_dataclass(kind):
                 groups[parameter.name] = kind
                 (last if kind is Output else parameters).extend(_field_parameters(kind))
@@ -341,11 +355,11 @@ def _name(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _key_parameter(key: str, default: str | None, *, is_list: bool) -> inspect.Parameter:
+def _key_parameter(key: str, defaults: Mapping[str, str], *, is_list: bool) -> inspect.Parameter:
     """The option of a key: everything about it is read from its field."""
     of = KeyOption(key)
     flags = f"{of.flag}/--no-{of.flag.removeprefix('--')}" if of.type is bool else of.flag
-    shown = default or of.default
+    shown = defaults.get(key, defaults.get("", of.default))
     info = option(
         f"{flags} {'VALUE,..' if is_list else of.metavar}".rstrip(),
         f"{of.help}{f' [default: {shown}]' if shown else ''}.",
@@ -358,27 +372,6 @@ def _key_parameter(key: str, default: str | None, *, is_list: bool) -> inspect.P
         default=None,
         annotation=Annotated[Optional[kind], info],  # noqa: UP045
     )
-
-
-_FILE_PARAMETERS = [
-    inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            Path | None, option("--config FILE", "YAML configuration; options override it.", "Configuration")
-        ],
-    ),
-    inspect.Parameter(
-        "set_",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            list[str] | None,
-            option("--set KEY=VALUE", "Any key of the configuration, as in optimizer.lr_hash=1e-3.", "Configuration"),
-        ],
-    ),
-]
 
 
 def refuse_with_resume(given: Mapping[str, Any], beside: str) -> None:

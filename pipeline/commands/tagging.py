@@ -28,7 +28,7 @@ def index_build(
     output.finish(build(find_run(run), out, force=force))
 
 
-@command("model.siglip2_variant", "hardware.device", file=False, default="the run's")
+@command("model.siglip2_variant", "hardware.device", file=False, defaults={"": "the run's", "hardware.device": "auto"})
 def index_add(
     settings: Settings,
     images: Images,
@@ -122,7 +122,7 @@ def _parse_ids(text: str, where: object) -> list[int]:
     "model.siglip2_variant",
     "hardware.device",
     file=False,
-    default="the run's",
+    defaults={"": "the run's", "hardware.device": "auto"},
 )
 def predict(
     settings: Settings,

@@ -50,6 +50,7 @@ from .options import (
     "data.split_type",
     "data.protocol_lists",
     "model.siglip2_variant",
+    defaults={"model.siglip2_variant": "the store's"},
 )
 def train_head(
     settings: Settings,
@@ -99,7 +100,15 @@ def train_head(
 _LISTED = ("knn.K", "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta")
 
 
-@command(*_LISTED, "knn.predictor", "knn.ties", "knn.index", "hardware.device", listed=_LISTED)
+@command(
+    *_LISTED,
+    "knn.predictor",
+    "knn.ties",
+    "knn.index",
+    "hardware.device",
+    listed=_LISTED,
+    defaults={"": "the run's", "hardware.device": "auto"},
+)
 def knn_eval(
     settings: Settings,
     output: Output,
@@ -140,7 +149,14 @@ def knn_eval(
     output.finish(result)
 
 
-@command("data.split_type", "data.protocol_lists", "model.siglip2_variant", "model.revision", "hardware.device")
+@command(
+    "data.split_type",
+    "data.protocol_lists",
+    "model.siglip2_variant",
+    "model.revision",
+    "hardware.device",
+    defaults={"model.siglip2_variant": "the store's"},
+)
 def zero_shot(
     settings: Settings,
     output: Output,

@@ -134,10 +134,7 @@ FOOTNOTE = (
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per method under a title, with the ceilings of P@5 and R@5 where they are known."""
-    table = FittingTable()
-    table.add_column("method", style="bold")
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+    table = _figures("method")
     for row in rows:
         table.add_row(str(row["method"]), *cells(row))
     ceilings = {"P@5": rows[0].get("P@5_ceiling"), "R@5": rows[0].get("R@5_ceiling")}
@@ -145,6 +142,15 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTy
         table.add_section()
         table.add_row("ceiling", *["" if ceilings.get(n) is None else f"{ceilings[n]:.3f}" for n, _, _ in COLUMNS])
     return Group(Text(title, "bold"), table, Text(FOOTNOTE, "dim"))
+
+
+def _figures(first: str) -> FittingTable:
+    """A table without rows: a first column and one for every figure."""
+    table = FittingTable()
+    table.add_column(first, style="bold")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    return table
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -162,10 +168,7 @@ def _interval(row: Mapping[str, Any], key: str) -> str:
 
 def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per seed of one method, then mean and standard deviation of every column."""
-    table = FittingTable()
-    table.add_column("seed", style="bold")
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+    table = _figures("seed")
     for row in rows:
         table.add_row(str(row["seed"]), *cells(row))
     table.add_section()
