@@ -323,9 +323,9 @@ def norms(analysis: RunAnalysis) -> Figure | None:
 
 def threshold_curves(analysis: RunAnalysis, *, method: str) -> Figure | None:
     """Micro precision, recall and F1 by the threshold, and the one that val chose; None without scores or labels."""
-    scores, chosen = analysis.scores, analysis.threshold
-    if method == "classifier":
-        scores, chosen = analysis.classifier, analysis.classifier_threshold
+    is_classifier = method == "classifier"
+    scores = analysis.classifier if is_classifier else analysis.scores
+    chosen = analysis.classifier_threshold if is_classifier else analysis.threshold
     if scores is None or not analysis.query.labels.any():
         return None
     thresholds = np.linspace(0, 1, 201)[1:]

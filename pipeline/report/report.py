@@ -149,7 +149,7 @@ def report(plan: ReportPlan, progress: Progress | None = None) -> ReportResult:
 
     Args:
         plan: What is reported, and where to.
-        progress: Progress bars and messages; the default shows them on stderr.
+        progress: Progress bars and messages; silent when not given.
 
     Raises:
         InputError: Nothing to report, a run or a data folder that cannot be used, or a folder that is in use.
@@ -292,7 +292,8 @@ def _files(plan: ReportPlan, document: Document) -> dict[str, bytes]:
     drawings = {figure.name: draw_figure(figure) for figure in document.blocks(Figure)}
     files = {f"figures/{name}.svg": _encoded(drawing.svg) for name, drawing in drawings.items()}
     files |= {f"figures/{name}.png": drawing.png for name, drawing in drawings.items()}
-    cards = [card for kind in (Query, ClassFailures) for block in document.blocks(kind) for card in block.cards]
+    blocks: list[Query | ClassFailures] = [*document.blocks(Query), *document.blocks(ClassFailures)]
+    cards = [card for block in blocks for card in block.cards]
     pictures = [document.pictures.picture(card.image_id, card.side) for card in cards]
     files |= {f"pictures/{picture.file}": picture.webp for picture in pictures if picture is not None}
     if plan.latex:
