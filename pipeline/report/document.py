@@ -1,6 +1,6 @@
 """What a page holds, as plain data: sections of answers, tables, figures, image cards and text.
 
-:mod:`.sections` fills it, and :mod:`.html`, :mod:`.markdown` and :mod:`.latex` write it out without computing anything.
+:mod:`.sections` fills it, and :mod:`.render` writes it out without computing anything.
 """
 
 from collections.abc import Iterator, Mapping

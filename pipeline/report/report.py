@@ -1,7 +1,7 @@
 """``mmcli report``: from run folders and the rows of the experiments to one page, Markdown with figures, LaTeX tables.
 
 Three passes: :mod:`.collect` reads files into one table; :mod:`.analysis`, :mod:`.answers`, :mod:`.tables` and
-:mod:`.figures` compute every number and :mod:`.sections` lays them out; :mod:`.html`, :mod:`.markdown`, :mod:`.latex`
+:mod:`.figures` compute every number and :mod:`.sections` lays them out; :mod:`.render`
 and :mod:`.plots` write the result without computing any.
 
 No stage is run, and neither a tower nor a store is read. Everything is written beside the folder and put in place when
@@ -40,10 +40,8 @@ from ..core.progress import Progress
 from .analysis import analyse
 from .collect import choose_run, collect
 from .document import Answer, ClassFailures, Document, Figure, Query
-from .html import to_html
-from .latex import to_latex
-from .markdown import to_markdown
 from .plots import draw_figure
+from .render import to_html, to_latex, to_markdown
 from .sections import TITLE, build
 
 Ids = npt.NDArray[np.int64]

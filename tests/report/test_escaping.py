@@ -14,10 +14,8 @@ from mmcli.pipeline.core.files import command
 from mmcli.pipeline.core.run import mark, open_run, read_info
 from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.report.document import Cell, Commands, Document, Section, Table, Text
-from mmcli.pipeline.report.html import to_html
-from mmcli.pipeline.report.latex import to_latex
-from mmcli.pipeline.report.markdown import to_markdown
 from mmcli.pipeline.report.plots import SERIES, draw, for_page
+from mmcli.pipeline.report.render import to_html, to_latex, to_markdown
 
 NAMES = (
     "</td><script>alert(1)</script>",
