@@ -7,7 +7,7 @@ seeds' ratios, each of which was measured once. The verdict is what the interval
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 
 import numpy as np
@@ -56,17 +56,17 @@ class Question:
     equal: str = "Not distinguishable at this size: {gain}, {what}."
 
 
+def _fusions(A: str, B: str, what: str) -> tuple[Contrast, ...]:
+    """Two fusions of experiment A1, in both of its scales."""
+    scales = {"rms": "blocks of equal scale", "none": "plain blocks"}
+    return tuple(Contrast("A1", f"{A} / {key}", f"{B} / {key}", f"{what}, {words}") for key, words in scales.items())
+
+
 MAGNITUDE = Question(
     name="magnitude",
     text="Does the magnitude help?",
     contrasts=(
-        Contrast(
-            "A1",
-            "hadamard_magnitude / rms",
-            "hadamard / rms",
-            "with magnitude against without, blocks of equal scale",
-        ),
-        Contrast("A1", "hadamard_magnitude / none", "hadamard / none", "with magnitude against without, plain blocks"),
+        *_fusions("hadamard_magnitude", "hadamard", "with magnitude against without"),
         Contrast("M2", "true m", "shuffled m", "true magnitude against that of another image"),
         Contrast("M2", "true m", "no m", "true magnitude against none"),
     ),
@@ -74,10 +74,7 @@ MAGNITUDE = Question(
 HADAMARD = Question(
     name="hadamard",
     text="Does the Hadamard product help?",
-    contrasts=(
-        Contrast("A1", "hadamard / rms", "concat / rms", "with the product against without, blocks of equal scale"),
-        Contrast("A1", "hadamard / none", "concat / none", "with the product against without, plain blocks"),
-    ),
+    contrasts=_fusions("hadamard", "concat", "with the product against without"),
 )
 NEIGHBOURS = Question(
     name="neighbours",
@@ -120,16 +117,14 @@ def answers(inputs: Inputs, analysis: RunAnalysis | None, pairs: Pairs) -> tuple
         )
         for answer in every
     ]
-    scales = _scales([c for answer in every for c in answer.comparisons])
+    intervals = [c for answer in every for c in answer.comparisons if c.low is not None and c.high is not None]
+    # All drawings of a unit share one scale, so that they can be compared.
+    scales = {
+        unit: 1.06 * max((abs(end) for c in intervals if c.unit == unit for end in (c.low, c.high)), default=0.0)
+        for unit in ("mAP", "AP")
+    }
     return tuple(
-        replace(
-            answer,
-            table=comparison_table(
-                f"answer-{answer.name}-table", answer.question, answer.comparisons, sides=answer.sides, scales=scales
-            ),
-        )
-        if answer.comparisons
-        else answer
+        replace(answer, table=comparison_table(answer.name, answer.question, answer.comparisons, answer.sides, scales))
         for answer in every
     )
 
@@ -138,12 +133,11 @@ def comparison_table(
     name: str,
     title: str,
     comparisons: Sequence[Comparison],
-    *,
     sides: tuple[str, str] = ("A", "B"),
     scales: Mapping[str, float] | None = None,
     note: str = "",
-) -> Table:
-    """Comparisons as a table.
+) -> Table | None:
+    """Comparisons as a table; None where there are none.
 
     Args:
         name: Name of the table.
@@ -153,6 +147,8 @@ def comparison_table(
         scales: By unit, the largest end of an interval that a drawing of it shows; other intervals are not drawn.
         note: What a reader has to know.
     """
+    if not comparisons:
+        return None
     A, B = sides
     has_spread = any(c.spread is not None for c in comparisons)
     has_p = any(c.p_holm is not None for c in comparisons)
@@ -208,15 +204,6 @@ def speed_ratio(hamming: Arm, cosine: Arm) -> Comparison | None:
     )
 
 
-def _scales(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """The largest end of an interval by unit: all drawings of a unit share one scale, so that they can be compared."""
-    scales: dict[str, float] = {}
-    for c in comparisons:
-        if c.unit != "times" and c.low is not None and c.high is not None:
-            scales[c.unit] = max(scales.get(c.unit, 0.0), 1.06 * abs(c.low), 1.06 * abs(c.high))
-    return scales
-
-
 def _drawn_interval(c: Comparison, scale: float) -> tuple[float, float, float] | None:
     """Low end, difference and high end as shares of the drawing's width, 0 in its middle."""
     if c.low is None or c.high is None or not scale:
@@ -230,18 +217,8 @@ def _compare(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
     paired = pairs.difference(a, b)
     if paired is None:
         return None
-    return Comparison(
-        what=what,
-        A=paired.A,
-        B=paired.B,
-        difference=paired.difference,
-        low=paired.low,
-        high=paired.high,
-        p=paired.p,
-        seeds=(len(a.samples), len(b.samples)),
-        spread=paired.spread,
-        verdict=paired.verdict,
-    )
+    seeds = (len(a.samples), len(b.samples))
+    return Comparison(what=what, difference=paired.difference, seeds=seeds, verdict=paired.verdict, **asdict(paired))
 
 
 def _answer(question: Question, inputs: Inputs, pairs: Pairs) -> Answer:

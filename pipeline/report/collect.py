@@ -78,6 +78,11 @@ class Pictures:
     def __bool__(self) -> bool:
         return self._manifest is not None
 
+    @property
+    def shown(self) -> list[Picture]:
+        """All pictures that were asked for and could be read."""
+        return [picture for picture in self._pictures.values() if picture is not None]
+
     def caption(self, image_id: int) -> str:
         """The first caption, by which val and test are tagged; empty for an unknown image."""
         row = self._row.get(image_id)
@@ -107,21 +112,12 @@ class Pictures:
 class FinishedRun:
     """A finished run: its rows of test, its history by epoch, its environment and its configuration as text."""
 
-    run: Run
+    folder: Path
+    info: RunInfo
     rows: tuple[Row, ...]
     history: tuple[Row, ...]
     environment: Row
     config: str
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run."""
-        return self.run.folder
-
-    @property
-    def info(self) -> RunInfo:
-        """What ``run.json`` says of the run."""
-        return self.run.info
 
     @property
     def best_val(self) -> float:
@@ -291,7 +287,8 @@ def read_finished_run(folder: Path) -> FinishedRun:
     except ValueError:
         environment = None
     return FinishedRun(
-        run=Run(folder=folder, info=info),
+        folder=folder,
+        info=info,
         rows=tuple(row for row in read_metrics(folder) if row["split"] == SPLIT),
         history=tuple(read_history(folder)),
         environment=environment if isinstance(environment, dict) else {},
@@ -349,7 +346,9 @@ def read_codes_of(run: FinishedRun, reason: str) -> ChosenRun:
             wanted="what mmcli wrote",
             do="remove the file, and `mmcli knn-eval` writes it again",
         ) from None
-    return ChosenRun(finished=run, reason=reason, codes=Evaluated.of(run.run, SPLIT), knn=knn)
+    return ChosenRun(
+        finished=run, reason=reason, codes=Evaluated.of(Run(folder=run.folder, info=run.info), SPLIT), knn=knn
+    )
 
 
 def _best(runs: list[FinishedRun], which: str) -> tuple[FinishedRun, str] | None:

@@ -203,11 +203,6 @@ class Query:
     AP: float
     neighbours: tuple[ImageCard, ...]
 
-    @property
-    def cards(self) -> tuple[ImageCard, ...]:
-        """The image and its neighbours."""
-        return (self.image, *self.neighbours)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFailures:
@@ -220,11 +215,6 @@ class ClassFailures:
     n_false_negative: int
     false_positives: tuple[ImageCard, ...]
     false_negatives: tuple[ImageCard, ...]
-
-    @property
-    def cards(self) -> tuple[ImageCard, ...]:
-        """All images of the class that are shown."""
-        return (*self.false_positives, *self.false_negatives)
 
 
 Block = Table | Figure | Text | Commands | Answer | Query | ClassFailures

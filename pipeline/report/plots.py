@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .document import Figure
@@ -24,40 +25,7 @@ DPI = 200
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--rule", PAPER: "--paper"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
-# Nothing of a user's matplotlibrc counts: TeX would run over the names of categories.
-STYLE: Any = {
-    "text.usetex": False,
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mmcli",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": PAPER,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "axes.titlesize": 9,
-}
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 # Characters that XML has no way to write.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -81,7 +49,7 @@ def canvas(size: tuple[float, float], **options: Any) -> Iterator["Canvas"]:  # 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
+    with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
         figure = Canvas(figsize=size, layout="constrained", **options)
         FigureCanvasAgg(figure)

@@ -39,7 +39,7 @@ from ..core.files import (
 from ..core.progress import Progress
 from .analysis import analyse
 from .collect import choose_run, collect
-from .document import Answer, ClassFailures, Document, Figure, Query
+from .document import Answer, Document, Figure
 from .plots import draw_figure
 from .render import to_html, to_latex, to_markdown
 from .sections import TITLE, build
@@ -51,11 +51,6 @@ RUNS, OUT = Path("runs"), Path("report")
 # The list of the files of a report, in its folder: what it does not list is somebody's own.
 INVENTORY, LOCK = ".report.json", ".lock"
 FORMAT = "mmcli-report"
-# Files of a report of before it had a list.
-_OLDER = re.compile(
-    r"report\.(html|md)|figures/[a-z0-9_-]+\.(svg|png)|pictures/[0-9]+-[0-9]+\.webp|tables/[a-z0-9_-]+\.tex"
-)
-_OLDER_TITLE = "– mmcli report</title>"
 # A page of Markdown begins with its title, a paragraph or two, and the command that wrote it.
 _PAGE_START = re.compile(rf"# {re.escape(TITLE)}\n\n[^\n]+\n\n(?:[^\n]+\n\n)?Written by `+ ?mmcli report")
 # Files that a desktop leaves in every folder that is looked at.
@@ -231,12 +226,7 @@ def _inside(out: Path) -> Contents:
         listed = frozenset({INVENTORY, *record["files"]}) if record["format"] == FORMAT else frozenset()
     except (ValueError, LookupError, TypeError):
         listed = frozenset()
-    older = not listed and _OLDER_TITLE in _start(out / PAGE)
-
-    def is_ours(name: str) -> bool:
-        return (out / name).is_file() and (name in listed or (older and _OLDER.fullmatch(name) is not None))
-
-    inside = contents(out, is_ours)
+    inside = contents(out, lambda name: name in listed and (out / name).is_file())
     passing = _DESKTOP | {LOCK, LOCK + SOFT}
     foreign = (name for name in inside.foreign if not final_name(name.partition("/")[0]))
     return Contents(inside.ours, tuple(name for name in foreign if Path(name).name not in passing))
@@ -290,13 +280,11 @@ def _files(plan: ReportPlan, document: Document) -> dict[str, bytes]:
     drawings = {figure.name: draw_figure(figure) for figure in document.blocks(Figure)}
     files = {f"figures/{name}.svg": _encoded(drawing.svg) for name, drawing in drawings.items()}
     files |= {f"figures/{name}.png": drawing.png for name, drawing in drawings.items()}
-    blocks: list[Query | ClassFailures] = [*document.blocks(Query), *document.blocks(ClassFailures)]
-    cards = [card for block in blocks for card in block.cards]
-    pictures = [document.pictures.picture(card.image_id, card.side) for card in cards]
-    files |= {f"pictures/{picture.file}": picture.webp for picture in pictures if picture is not None}
+    pages = {MARKDOWN: _encoded(to_markdown(document)), PAGE: _encoded(to_html(document, drawings))}
+    files |= {f"pictures/{picture.file}": picture.webp for picture in document.pictures.shown}
     if plan.latex:
         files |= {f"tables/{name}.tex": _encoded(text) for name, text in to_latex(document).items()}
-    return files | {MARKDOWN: _encoded(to_markdown(document)), PAGE: _encoded(to_html(document, drawings))}
+    return files | pages
 
 
 def _encoded(text: str) -> bytes:

@@ -25,6 +25,19 @@ from .figures import (
 from .tables import READING, arms_by_hand, arms_table, experiment_tables, points
 
 TITLE = "Multi-label tagging with learned hash codes"
+# Names and titles of the sections in their order.
+SECTIONS = {
+    "answers": "Answers",
+    "methods": "Methods",
+    "experiments": "Experiments",
+    "curves": "Learning curves",
+    "classes": "Classes",
+    "costs": "Quality against cost",
+    "inside": "Bits, magnitudes, thresholds",
+    "queries": "Queries and their neighbours",
+    "failures": "Failures",
+    "again": "How to make it again",
+}
 MANY_IMAGES = 1000  # below so many test images a note says how little their differences show
 ALL = ("base", "A1", "A2", "A3", "M1", "M2", "C1", "C2", "C3", "C4")
 NO_PICTURES = Text(
@@ -42,32 +55,36 @@ def build(inputs: Inputs, analysis: RunAnalysis | None, *, command: str, with_im
         with_images: Include figures and images; without them only answers, tables and commands are made.
     """
     pairs = Pairs()
-    sections = [_answers(inputs, analysis, pairs), _methods(inputs, pairs), _experiments(inputs, pairs)]
+    every = answers(inputs, analysis, pairs)
+    blocks = {
+        "answers": (*every, _about(every)),
+        "methods": _methods(inputs, pairs),
+        "experiments": _experiments(inputs, pairs),
+        "classes": (NO_CODES,) if analysis is None else _classes(analysis, with_figure=with_images),
+        "again": _again(inputs, analysis, command, with_config=with_images),
+    }
     if with_images:
-        sections.append(_curves(inputs, analysis))
-    sections.append(_classes(analysis, with_figure=with_images))
-    if with_images:
-        sections += [
-            _costs(inputs),
-            _inside(analysis),
-            _queries(analysis, inputs),
-            _failures(analysis, inputs),
-        ]
-    sections.append(_again(inputs, analysis, command, with_config=with_images))
+        blocks |= {"curves": _curves(inputs, analysis), "costs": _costs(inputs)}
+        for name, of_run in {"inside": _inside, "queries": _queries, "failures": _failures}.items():
+            blocks[name] = (NO_CODES,) if analysis is None else of_run(analysis, inputs)
     commands: tuple[str, ...] = ()
     if analysis is not None:
         named = "" if "--run " in command else f" --run {shlex.quote(analysis.run.folder.as_posix())}"
         commands = (command + named,)
-    compared = [c for block in sections[0].blocks if isinstance(block, Answer) for c in block.comparisons]
-    compared = [c for c in compared if c.unit == "mAP"]
-    note = "mAP; paired 95% bootstrap intervals over test images, not corrected for their number"
     return Document(
         title=TITLE,
         subtitle=_subtitle(inputs, analysis),
         facts=_facts(inputs, analysis),
         notes=_notes(inputs, analysis, command),
-        sections=tuple(sections),
-        summary=comparison_table("table-answers", "Answers", compared, note=note) if compared else None,
+        sections=tuple(
+            Section(name=name, title=SECTIONS[name], blocks=blocks[name]) for name in SECTIONS if name in blocks
+        ),
+        summary=comparison_table(
+            "table-answers",
+            "Answers",
+            [c for answer in every for c in answer.comparisons if c.unit == "mAP"],
+            note="mAP; paired 95% bootstrap intervals over test images, not corrected for their number",
+        ),
         commands=commands,
         pictures=inputs.pictures,
     )
@@ -111,8 +128,8 @@ def _facts(inputs: Inputs, analysis: RunAnalysis | None) -> tuple[tuple[str, str
     return tuple(facts.items())
 
 
-def _answers(inputs: Inputs, analysis: RunAnalysis | None, pairs: Pairs) -> Section:
-    every = answers(inputs, analysis, pairs)
+def _about(every: Sequence[Answer]) -> Text:
+    """How the answers are to be read."""
     n = sum(c.p is not None for answer in every for c in answer.comparisons)
     text = (
         "Every difference is paired over the test images: 1,000 bootstrap resamples, the same images for both sides and"
@@ -121,10 +138,10 @@ def _answers(inputs: Inputs, analysis: RunAnalysis | None, pairs: Pairs) -> Sect
         f" {_count(n, 'comparison')} of mAP {'is' if n == 1 else 'are'} made here, and intervals are not corrected for"
         " their number; p after Holm's correction stands beside them."
     )
-    return Section(name="answers", title="Answers", blocks=(*every, Text(text=text)))
+    return Text(text=text)
 
 
-def _methods(inputs: Inputs, pairs: Pairs) -> Section:
+def _methods(inputs: Inputs, pairs: Pairs) -> tuple[Block, ...]:
     has_base = "base" in inputs.experiments
     by_hand = arms_by_hand(inputs)
     arms = [arm for arm in inputs.arms("base") if arm.samples] or by_hand
@@ -142,20 +159,20 @@ def _methods(inputs: Inputs, pairs: Pairs) -> Section:
         "Captions name the objects: published COCO-80 tables use the image alone, and are not to be set beside"
         " figures that were made with captions."
     )
-    return Section(name="methods", title="Methods", blocks=(*blocks, Text(text=text)))
+    return (*blocks, Text(text=text))
 
 
-def _experiments(inputs: Inputs, pairs: Pairs) -> Section:
+def _experiments(inputs: Inputs, pairs: Pairs) -> tuple[Block, ...]:
     blocks: list[Block] = list(experiment_tables(inputs, pairs))
     if blocks:
         blocks.insert(0, Text(text="One thing is varied at a time, from the base configuration. " + READING))
     missing = [name for name in ALL if name not in inputs.experiments]
     if missing:
         blocks.append(Text(text=f"Not made: {', '.join(missing)}", command=inputs.ablate(*missing)))
-    return Section(name="experiments", title="Experiments", blocks=tuple(blocks))
+    return tuple(blocks)
 
 
-def _curves(inputs: Inputs, analysis: RunAnalysis | None) -> Section:
+def _curves(inputs: Inputs, analysis: RunAnalysis | None) -> tuple[Block, ...]:
     groups: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
     for arm in inputs.arms("base"):
         for row in arm.rows:
@@ -165,22 +182,18 @@ def _curves(inputs: Inputs, analysis: RunAnalysis | None) -> Section:
     groups = groups or {name: [run.history] for name, run in inputs.runs.items() if run.history}
     terms = None if analysis is None else loss_terms(analysis.run.history, f"Run {analysis.name}.")
     blocks = _present(terms, val_curves(groups, ("mmcli train-head",)))
-    no_run = Text(text="No run was trained", command="mmcli train-head")
-    return Section(name="curves", title="Learning curves", blocks=blocks or (no_run,))
+    return blocks or (Text(text="No run was trained", command="mmcli train-head"),)
 
 
-def _classes(analysis: RunAnalysis | None, *, with_figure: bool) -> Section:
-    blocks: tuple[Block, ...] = (NO_CODES,)
-    if analysis is not None:
-        figure = class_scatter(analysis) if with_figure else None
-        blocks = _present(figure, class_table(analysis), confusion_table(analysis))
-    return Section(name="classes", title="Classes", blocks=blocks)
+def _classes(analysis: RunAnalysis, *, with_figure: bool) -> tuple[Block, ...]:
+    figure = class_scatter(analysis) if with_figure else None
+    return _present(figure, class_table(analysis), confusion_table(analysis))
 
 
-def _costs(inputs: Inputs) -> Section:
+def _costs(inputs: Inputs) -> tuple[Block, ...]:
     missing = [name for name in ("A2", "C1", "C2") if not inputs.arms(name)]
     gap = Text(text="Bits, K and distances were not varied", command=inputs.ablate(*(missing or ALL)))
-    blocks = _present(
+    return _present(
         quality_by_setting(
             "bits",
             "mAP against bits",
@@ -215,52 +228,42 @@ def _costs(inputs: Inputs) -> Section:
         ),
         gap if missing else None,
     )
-    return Section(name="costs", title="Quality against cost", blocks=blocks)
 
 
-def _inside(analysis: RunAnalysis | None) -> Section:
-    blocks: tuple[Block, ...] = (NO_CODES,)
-    if analysis is not None:
-        text = f"Norms are not kept in {analysis.name}, which an earlier version trained"
-        blocks = _present(
-            bit_balance(analysis),
-            bit_correlation(analysis),
-            norms(analysis),
-            calibration(analysis),
-            threshold_curves(analysis, method="neighbours"),
-            threshold_curves(analysis, method="classifier"),
-            Text(text=text, command="mmcli train-head") if analysis.query.norm_img is None else None,
-        )
-    return Section(name="inside", title="Bits, magnitudes, thresholds", blocks=blocks)
+def _inside(analysis: RunAnalysis, _: Inputs) -> tuple[Block, ...]:
+    text = f"Norms are not kept in {analysis.name}, which an earlier version trained"
+    return _present(
+        bit_balance(analysis),
+        bit_correlation(analysis),
+        norms(analysis),
+        calibration(analysis),
+        threshold_curves(analysis, method="neighbours"),
+        threshold_curves(analysis, method="classifier"),
+        Text(text=text, command="mmcli train-head") if analysis.query.norm_img is None else None,
+    )
 
 
-def _queries(analysis: RunAnalysis | None, inputs: Inputs) -> Section:
-    blocks: tuple[Block, ...] = (NO_CODES,)
-    if analysis is not None:
-        knn = analysis.knn
-        tau = f", tau {knn.tau:g}" if knn.voting_strategy == "softmax" else ""
-        text = (
-            "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest"
-            f" of the {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's"
-            f" share of the vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is"
-            " marked by whether the query has it."
-        )
-        blocks = _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *queries(analysis))
-    return Section(name="queries", title="Queries and their neighbours", blocks=blocks)
+def _queries(analysis: RunAnalysis, inputs: Inputs) -> tuple[Block, ...]:
+    knn = analysis.knn
+    tau = f", tau {knn.tau:g}" if knn.voting_strategy == "softmax" else ""
+    text = (
+        "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of the"
+        f" {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share of the"
+        f" vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by whether"
+        " the query has it."
+    )
+    return _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *queries(analysis))
 
 
-def _failures(analysis: RunAnalysis | None, inputs: Inputs) -> Section:
-    blocks: tuple[Block, ...] = (NO_CODES,)
-    if analysis is not None:
-        text = (
-            "By class, the lowest AP first: images with the surest wrong tags and those with the least sure missed"
-            " ones, with the score of the class and the tags that the image has."
-        )
-        blocks = _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *failures(analysis))
-    return Section(name="failures", title="Failures", blocks=blocks)
+def _failures(analysis: RunAnalysis, inputs: Inputs) -> tuple[Block, ...]:
+    text = (
+        "By class, the lowest AP first: images with the surest wrong tags and those with the least sure missed ones,"
+        " with the score of the class and the tags that the image has."
+    )
+    return _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *failures(analysis))
 
 
-def _again(inputs: Inputs, analysis: RunAnalysis | None, command: str, *, with_config: bool) -> Section:
+def _again(inputs: Inputs, analysis: RunAnalysis | None, command: str, *, with_config: bool) -> tuple[Block, ...]:
     blocks: list[Block] = [Commands(title="This report", lines=(command,))]
     if inputs.experiments:
         ablate = inputs.ablate(*inputs.experiments, seeds=len({row["seed"] for row in inputs.rows}))
@@ -272,7 +275,7 @@ def _again(inputs: Inputs, analysis: RunAnalysis | None, command: str, *, with_c
             blocks.append(Commands(title="Its configuration", lines=tuple(analysis.run.config.splitlines())))
     if inputs.n_unfinished:
         blocks.append(Text(text=f"{_count(inputs.n_unfinished, 'folder')} with an unfinished or damaged run left out."))
-    return Section(name="again", title="How to make it again", blocks=tuple(blocks))
+    return tuple(blocks)
 
 
 def _environment(run: FinishedRun) -> tuple[str, ...]:
