@@ -37,7 +37,7 @@ from mmcli.pipeline.evaluation.prompts import read_prompts
 from mmcli.pipeline.evaluation.search import Evaluated
 from mmcli.pipeline.extraction.images import load_image
 from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
-from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index import build
 from mmcli.pipeline.tagging.index_file import read_index
 from mmcli.pipeline.tagging.predict import gather
@@ -125,8 +125,10 @@ READERS = {
         is_exact=True,
     ),
     "index file": Reader("index.safetensors", lambda f: _index(f / "index.safetensors"), is_exact=True),
-    "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_known(f / "run")), is_text=True),
-    "metrics": Reader("run/metrics.json", lambda f: (read_metrics(f / "run"), read_known(f / "run")), is_text=True),
+    "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_finished_run(f / "run")), is_text=True),
+    "metrics": Reader(
+        "run/metrics.json", lambda f: (read_metrics(f / "run"), read_finished_run(f / "run")), is_text=True
+    ),
     "history": Reader("run/history.jsonl", lambda f: read_history(f / "run"), is_text=True),
     "run configuration": Reader("run/config.yaml", lambda f: load_config(f / "run/config.yaml"), is_text=True),
     "compared runs": Reader(

@@ -18,7 +18,7 @@ from mmcli.pipeline.ablation.records import read_rows, write_rows
 from mmcli.pipeline.core.metrics_file import read_history, read_metrics
 from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.data.manifest import read_manifest
-from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index_file import read_index
 from mmcli.pipeline.tagging.predict import gather
 
@@ -136,7 +136,7 @@ def test_a_history_that_makes_no_sense_is_one_line(run: Path, line: str) -> None
     whole = path.read_text()
     path.write_text(f"{line}\n{whole}")
     with pytest.raises(InputError, match=r"damaged history: .*history\.jsonl, line [01]:"):
-        read_known(run)
+        read_finished_run(run)
     path.write_text(whole + line)  # what is still written has no end
     assert len(read_history(run)) == len(whole.splitlines())
 

@@ -13,6 +13,7 @@ import pytest
 from kit.reports import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.report import report as stage
+from mmcli.pipeline.report.document import Figure, Table
 from mmcli.pipeline.report.report import ReportPlan, report
 
 VOID = {"meta", "link", "img", "br", "input", "circle", "line", "use", "path", "image", "rect", "stop", "clippath"}
@@ -108,7 +109,7 @@ def test_markdown_names_files_that_are_there_and_its_tables_are_whole(made) -> N
     assert len(named) > 80
     assert all((out / name).is_file() for name in named)
     assert {path.name for path in (out / "figures").iterdir()} == {
-        f"{figure.name}.{ending}" for figure in result.document.figures for ending in ("svg", "png")
+        f"{figure.name}.{ending}" for figure in result.document.blocks(Figure) for ending in ("svg", "png")
     }
     width = None
     for line in text.splitlines():
@@ -122,7 +123,7 @@ def test_markdown_names_files_that_are_there_and_its_tables_are_whole(made) -> N
 def test_latex_tables_are_whole(made) -> None:
     out, result = made
     names = {path.stem for path in (out / "tables").iterdir()}
-    assert names == {"table-answers", *(table.name for table in result.document.tables)}
+    assert names == {"table-answers", *(table.name for table in result.document.blocks(Table))}
     for path in (out / "tables").iterdir():
         text = path.read_text()
         columns = len(re.search(r"begin\{tabular\}\{([lr]+)\}", text)[1])
@@ -239,7 +240,7 @@ def test_damaged_scores_are_named(kit: Kit, tmp_path: Path) -> None:
 
 def test_a_path_of_the_manifest_never_leaves_the_data_folder(kit: Kit, tmp_path: Path) -> None:
     from mmcli.pipeline.data.manifest import read_manifest
-    from mmcli.pipeline.report.document import Pictures
+    from mmcli.pipeline.report.collect import Pictures
 
     shutil.copytree(kit.data, tmp_path / "data")
     listing = read_manifest(tmp_path / "data" / "manifest.parquet")
