@@ -276,7 +276,7 @@ def knn_eval(
         ),
     ] = None,
     index: Annotated[
-        Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"] | None,
+        Literal["auto", "flat", "fastscan", "torch", "gpu"] | None,
         typer.Option("--index", help="How packed codes are searched [default: auto, the fastest that is exact]."),
     ] = None,
     protocol: Annotated[

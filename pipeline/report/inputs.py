@@ -20,7 +20,6 @@ from ...errors import InputError
 from ...heads.config import KnnConfig
 from ...heads.metrics import tune_thresholds
 from ...heads.ranking import average_precision
-from ...heads.voting import shared_weights, weights
 from ..ablation.experiments import DEFAULT, read_experiments
 from ..ablation.records import ROWS, read_rows
 from ..core.config import load_config
@@ -32,7 +31,7 @@ from ..core.run_folders import MARK
 from ..data.manifest import Manifest, read_manifest
 from ..evaluation.compare import Arm, Sample
 from ..evaluation.metrics import scores_path
-from ..evaluation.search import Evaluated, Searcher
+from ..evaluation.search import Evaluated, NeighbourSearch
 from .document import Pictures
 
 SPLIT = "test"
@@ -358,24 +357,19 @@ def look_into(known: Known, why: str) -> Depth:
     usable = max(1, len(found.base) - 1)  # a query that is in the index itself is left out
     update = {"distance_metric": metric, "ties": ties, "K": min(knn.K, usable), "index": "auto"}
     knn = knn.model_copy(update=update)
-    searcher = Searcher(found.base, knn)
-    test, val = searcher.find(found.query, knn.K), searcher.find(found.val, knn.K)
-    scores, on_val = searcher.score(test, knn), searcher.score(val, knn)
+    search = NeighbourSearch(found, [knn])
+    scores, on_val, _ = search.vote(knn)
     labelled = bool(found.val.labels.any())
     probabilities, val_probabilities = found.query.probabilities, found.val.probabilities
-    if ties == "average":
-        w = shared_weights(test.neighbours, knn, searcher.boundary(test, knn.K))
-    else:
-        w = weights(test.neighbours.similarity, knn.voting_strategy, tau=knn.tau, theta=knn.theta)
     return Depth(
         known=known,
         why=why,
         knn=knn,
         base=found.base,
         query=found.query,
-        neighbours=test.neighbours.index,
-        distance=test.neighbours.distance,
-        weight=w,
+        neighbours=search.voters.neighbours.index,
+        distance=search.voters.neighbours.distance,
+        weight=search.weights(knn),
         scores=scores,
         threshold=tune_thresholds(on_val, found.val.labels).overall if labelled else None,
         classifier=probabilities,

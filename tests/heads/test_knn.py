@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.heads import cosine, knn
+from mmcli.heads import knn, neighbours
 from mmcli.heads.cosine import normalise
 from mmcli.heads.knn import Neighbours, build_index
 
@@ -108,7 +108,7 @@ def test_hamming_equals_the_reference(seed: int, n: int, n_queries: int, width: 
 
 @pytest.mark.parametrize("margins", [(32, 1024), (1, 2)])  # the second: straight to looking at every row
 def test_cosine_order_is_similarity_then_index_with_equal_rows(monkeypatch: pytest.MonkeyPatch, margins) -> None:
-    monkeypatch.setattr(cosine, "MARGINS", margins)
+    monkeypatch.setattr(neighbours, "MARGINS", margins)
     rng = np.random.default_rng(0)
     distinct = rng.normal(size=(40, 24)).astype(np.float32)
     soft = distinct[rng.integers(0, 40, 3001)]  # some 75 of each
