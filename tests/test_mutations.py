@@ -33,14 +33,14 @@ from mmcli.pipeline.data.coco import read_instances, read_karpathy
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.evaluation.metrics import read_scores
-from mmcli.pipeline.evaluation.search import Evaluated
 from mmcli.pipeline.evaluation.prompts import read_prompts
+from mmcli.pipeline.evaluation.search import Evaluated
 from mmcli.pipeline.extraction.images import load_image
 from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
 from mmcli.pipeline.report.inputs import read_known
 from mmcli.pipeline.tagging.index import build
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 from mmcli.pipeline.training.state import TrainingState, read_state, write_state
 
 SECONDS = 10
@@ -147,8 +147,8 @@ READERS = {
     ),
     "instances": Reader("instances.json", lambda f: read_instances(f / "instances.json"), is_text=True),
     "Karpathy split": Reader("dataset_coco.json", lambda f: read_karpathy(f / "dataset_coco.json"), is_text=True),
-    "captions in JSON": Reader("c.jsonl", lambda f: gather([], None, f / "c.jsonl"), is_text=True),
-    "captions in CSV": Reader("c.csv", lambda f: gather([], None, f / "c.csv")),
+    "captions in JSON": Reader("c.jsonl", lambda f: read_requests([], None, f / "c.jsonl"), is_text=True),
+    "captions in CSV": Reader("c.csv", lambda f: read_requests([], None, f / "c.csv")),
     "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
     "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
     "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),

@@ -203,12 +203,12 @@ def predict(
     force: Force = False,
 ) -> None:
     """Tag images with their captions, and show the neighbours that voted for every tag."""
-    from ..tagging.predict import gather
+    from ..tagging.requests import read_requests
 
     notes: list[str] = []
-    requests = gather(images or [], caption, captions, follow_links=follow_links, notes=notes)
+    requests = read_requests(images or [], caption, captions, follow_links=follow_links, notes=notes)
     found = find_run(run)
-    options = {
+    knn_options = {
         "knn.K": k,
         "knn.distance_metric": metric,
         "knn.voting_strategy": vote,
@@ -216,8 +216,9 @@ def predict(
         "knn.theta": theta,
         "knn.ties": ties,
     }
-    resolved = read_config(found.folder / "config.yaml", None, options)
+    resolved = read_config(found.folder / "config.yaml", None, knn_options)
     from ..tagging.explain import check_panel
+    from ..tagging.predict import PredictOptions
     from ..tagging.predict import predict as stage
     from ..tagging.tagger import Tagger
 
@@ -225,9 +226,7 @@ def predict(
     progress = make_progress(quiet)
     progress.say(f"tagging with {found.folder}")
     tagger = Tagger.load(found.folder, index=index, device=device or "auto", model=model, knn=resolved.knn)
-    result = stage(
-        tagger,
-        requests,
+    options = PredictOptions(
         top=top,
         data=data_folder(data, follow_links),
         on_error=on_error,
@@ -235,7 +234,6 @@ def predict(
         panel=panel,
         force=force,
         index=index,
-        notes=notes,
-        progress=progress,
     )
+    result = stage(tagger, requests, options, notes=notes, progress=progress)
     finish(result.to_json(), json_, *result.summary())

@@ -1,6 +1,6 @@
 """Tag images with their captions, from Python: a run's encoder and head, and an index whose samples vote."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -15,10 +15,11 @@ from ...errors import InputError
 from ...heads.config import KnnConfig
 from ..core.checkpoint import load_head
 from ..core.config import load_config
+from ..core.progress import Progress
 from ..core.results import read_codes
 from ..core.run import Run, open_run
 from ..data.manifest import read_manifest
-from .encode import BATCH, Picture, RunEncoder, encoder_digest, head_digest
+from .encode import Picture, RunEncoder, encoder_digest, head_digest
 from .index_file import Origin, TagIndex, check_origin, read_index
 from .voting import Query, Tagging, Voters
 
@@ -85,6 +86,7 @@ class Tagger:
         *,
         image_ids: Sequence[int | None] | None = None,
         unreadable: dict[int, str] | None = None,
+        progress: Progress | None = None,
     ) -> list[Tagging]:
         """Tag images.
 
@@ -96,6 +98,7 @@ class Tagger:
             image_ids: Ids of images that may be in the index; their own samples do not vote.
             unreadable: Where given, an image that cannot be read is noted here by its place in ``images``, with the
                 reason, and left out of what is returned.
+            progress: Progress bars; none are shown when not given.
 
         Returns:
             Q taggings, in order. What an image gets does not depend on the others.
@@ -111,24 +114,15 @@ class Tagger:
         ids = [None] * len(images) if image_ids is None else list(image_ids)
         if len(ids) != len(images):
             raise InputError("one image id an image", got=f"{len(images)} images, {len(ids)} ids")
-        queries = [Query(_name(image), text, id_) for image, text, id_ in zip(images, texts, ids, strict=True)]
-        found = []
-        for start in range(0, len(images), BATCH):
-            part = slice(start, start + BATCH)
-            bad: dict[int, str] | None = None if unreadable is None else {}
-            coded = self.encoder.encode(images[part], texts[part], unreadable=bad)
-            found += self.voters.tag(coded.without(bad or {}), _without(queries[part], bad or {}), k=k, top=top)
-            if unreadable is not None and bad:
-                unreadable |= {start + row: reason for row, reason in bad.items()}
-        return found
-
-
-def _name(image: Picture) -> str | None:
-    return str(image) if isinstance(image, str | PathLike) else None
-
-
-def _without(queries: Sequence[Query], rows: Collection[int]) -> list[Query]:
-    return [query for row, query in enumerate(queries) if row not in rows]
+        if not images:
+            return []
+        unread: dict[int, str] = {} if unreadable is None else unreadable
+        coded = self.encoder.encode(
+            images, texts, unreadable=None if unreadable is None else unread, progress=progress
+        ).without(unread)
+        names = [str(image) if isinstance(image, str | PathLike) else None for image in images]
+        queries = [Query(*query) for row, query in enumerate(zip(names, texts, ids, strict=True)) if row not in unread]
+        return self.voters.tag(coded, queries, k=k, top=top)
 
 
 def run_knn(run: Run, index: TagIndex) -> KnnConfig:

@@ -166,6 +166,14 @@ def test_mistakes_are_one_line(mmcli, here, words, line) -> None:
     assert line in err
 
 
+def test_a_caption_with_an_unquoted_comma_is_one_line(mmcli, here) -> None:
+    (here / "c.csv").write_text("path,caption\nx.jpg,a dog, on a sofa\n")
+    code, out, err = mmcli("predict", "--captions", "c.csv", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "c.csv, line 2" in err
+    assert "put a caption with a comma into quotes" in err
+
+
 def colours(path: Path) -> set[str]:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)

@@ -113,8 +113,7 @@ def test_paths_arrays_and_pillow_images_are_the_same_picture(miniature, tagger) 
 def test_batches_change_nothing(miniature, tagger, monkeypatch) -> None:
     images, captions, _ = pairs(miniature, "test")
     together = tagger.predict(images, captions)
-    monkeypatch.setattr("mmcli.pipeline.tagging.tagger.BATCH", 3)
-    monkeypatch.setattr("mmcli.pipeline.tagging.encode.CHUNK", 2)
+    monkeypatch.setattr("mmcli.pipeline.tagging.encode.BATCH", 3)
     for one, other in zip(together, tagger.predict(images, captions), strict=True):
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
     assert tagger.predict([], []) == []
