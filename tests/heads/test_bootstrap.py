@@ -98,7 +98,6 @@ def test_what_is_undefined_is_left_out_and_counted() -> None:
 
 def test_the_interval_is_of_percentiles() -> None:
     assert interval(np.arange(1001.0))[:2] == pytest.approx((25.0, 975.0))
-    assert interval(np.arange(1001.0), level=0.5)[:2] == pytest.approx((250.0, 750.0))
 
 
 def test_the_interval_holds_the_figure_where_classes_are_rare() -> None:
