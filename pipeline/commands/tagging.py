@@ -65,17 +65,14 @@ def index_add(
 ) -> None:
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
     found = find_run(run)
-    from ..tagging.index import NAME, add
+    from ..tagging.index import NAME, AddOptions, add
 
     result = add(
         index or found.folder / NAME,
         found,
         manifest=manifest,
         data=data_folder(data, follow_links),
-        device=device or "auto",
-        model=model,
-        on_error=on_error,
-        force=force,
+        options=AddOptions(device=device or "auto", model=model, on_error=on_error, force=force),
         progress=make_progress(quiet),
     )
     finish(result.to_json(), json_, *result.summary())
