@@ -13,7 +13,7 @@ from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.evaluation.prompts import TEMPLATES, read_prompts
-from mmcli.pipeline.evaluation.zero_shot import _own_patches
+from mmcli.pipeline.evaluation.zero_shot import _patches
 
 
 def store_of(folder: Path) -> Path:
@@ -179,5 +179,5 @@ def test_patches_of_a_fixed_checkpoint_are_its_own() -> None:
     class Dynamic:
         model_type = "siglip2"
 
-    assert _own_patches(Fixed) == 196
-    assert _own_patches(Dynamic) == 256
+    assert _patches(Fixed) == 196
+    assert _patches(Dynamic) == 256
