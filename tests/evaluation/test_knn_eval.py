@@ -232,7 +232,7 @@ def test_a_database_of_its_own_is_what_votes(mmcli, here: Path) -> None:
     assert ask(mmcli, "--k", 49, "--protocol", "karpathy")["K"] == 49
 
 
-def test_a_run_of_a_device_that_is_not_here_is_evaluated_all_the_same(mmcli, here: Path) -> None:
+def test_a_run_of_a_missing_device_is_evaluated_all_the_same(mmcli, here: Path) -> None:
     file = run_of(here) / "config.yaml"
     text = file.read_text()
     assert "device: cpu" in text

@@ -49,7 +49,7 @@ def test_order_is_similarity_then_index_where_nearly_all_ties(monkeypatch, margi
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.sampled_from([1, 4, 8, 9, 16, 64]), st.data())
-def test_similarity_is_the_cosine_of_the_soft_query_with_the_hard_code(seed: int, n: int, width: int, data) -> None:
+def test_similarity_is_the_cosine_of_soft_query_and_hard_code(seed: int, n: int, width: int, data) -> None:
     rng = np.random.default_rng(seed)
     packed = rng.integers(0, 256, (n, width), dtype=np.uint8)
     soft = np.tanh(3 * rng.normal(size=(5, 8 * width))).astype(np.float32)

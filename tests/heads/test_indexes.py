@@ -126,7 +126,7 @@ def test_torch_on_a_gpu_is_exact(width: int) -> None:
     assert_same(index.search(packed=codes[:50], K=100), reference(codes[:50], codes, 100))
 
 
-def test_the_fast_scan_is_taken_only_where_faiss_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_scan_is_taken_where_faiss_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = np.zeros((40, 8), np.uint8)
     assert fastscan.keeps_order()
     assert build_index("hamming", packed=codes).kind == "fastscan"

@@ -53,7 +53,7 @@ def test_average_precision_is_scikit_learns(case) -> None:
 
 
 @given(cases)
-def test_sample_average_precision_is_the_mean_over_images_with_a_label(case) -> None:
+def test_map_sample_is_the_mean_over_images_with_a_label(case) -> None:
     scores, labels = make_case(case)
     each = [sk.average_precision_score(y, s) for y, s in zip(labels, scores, strict=True) if y.any()]
     got = evaluate(scores, labels)["mAP_sample"]
@@ -313,7 +313,7 @@ def test_no_loop_over_images(count_calls) -> None:
 
 
 @pytest.mark.realdata
-def test_spec10_11_precision_at_5_on_karpathy_test_has_a_ceiling_just_above_one_half(realdata: Path) -> None:
+def test_spec10_11_the_ceiling_of_p_at_5_on_karpathy_test(realdata: Path) -> None:
     """With 2.8 tags an image; the labels at hand lack some positives, so the last digit is theirs."""
     stored = np.load(realdata / "full" / "labels.npz")
     ids = json.loads(gzip.decompress((realdata / "full" / "karpathy_ids.json.gz").read_bytes()))["test"]

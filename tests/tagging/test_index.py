@@ -194,7 +194,7 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch, step) -> None
     assert [one.name for one in tmp_path.iterdir()] == ["i.safetensors"]
 
 
-def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path) -> None:
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path) -> None:
     path, a, b = (tmp_path / name for name in ("i.safetensors", "a", "b"))
     indexes = make(4000, seed=1), make(4000, seed=2, names=("c", "d"))
     for place, index in zip((a, b), indexes, strict=True):

@@ -181,7 +181,7 @@ def colours(path: Path) -> set[str]:
     return {"#{:02X}{:02X}{:02X}".format(*colour) for colour, count in zip(found, counts, strict=True) if count > 1000}
 
 
-def test_the_panel_draws_what_is_there_and_boxes_for_what_is_not(tmp_path) -> None:
+def test_the_panel_draws_boxes_for_missing_pictures(tmp_path) -> None:
     Image.new("RGB", (60, 30), (10, 200, 30)).save(tmp_path / "a.jpg")
     secret = tmp_path / "outside.png"
     Image.new("RGB", (60, 30), (1, 2, 3)).save(secret)

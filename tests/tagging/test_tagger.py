@@ -71,7 +71,7 @@ def test_a_train_image_with_its_id_does_not_vote_for_itself(miniature, tagger) -
     assert len(without.neighbours) == len(alone.neighbours) == 5
 
 
-def test_every_tag_is_told(miniature, tagger) -> None:
+def test_every_tag_has_its_voters(miniature, tagger) -> None:
     images, captions, _ = pairs(miniature, "test")
     train_paths, train_captions, train_ids = pairs(miniature, "train")
     listing = read_manifest(miniature.data / "manifest.parquet")
