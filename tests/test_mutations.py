@@ -40,7 +40,7 @@ from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
 from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index import build
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 from mmcli.pipeline.training.state import TrainingState, read_state, write_state
 
 SECONDS = 10
@@ -146,8 +146,8 @@ READERS = {
     ),
     "instances": Reader("instances.json", lambda f: read_instances(f / "instances.json"), is_text=True),
     "Karpathy split": Reader("dataset_coco.json", lambda f: read_karpathy(f / "dataset_coco.json"), is_text=True),
-    "captions in JSON": Reader("c.jsonl", lambda f: gather([], None, f / "c.jsonl"), is_text=True),
-    "captions in CSV": Reader("c.csv", lambda f: gather([], None, f / "c.csv")),
+    "captions in JSON": Reader("c.jsonl", lambda f: read_requests([], None, f / "c.jsonl"), is_text=True),
+    "captions in CSV": Reader("c.csv", lambda f: read_requests([], None, f / "c.csv")),
     "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
     "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
     "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...cache.key import digest_of
-from ...heads.config import APPROXIMATE_KINDS, LossConfig
+from ...heads.config import LossConfig
 from ..core.config import Config
 from ..data.protocols import lists_digest
 
@@ -111,8 +111,7 @@ def evaluation_idle(config: Config, method: str) -> dict[str, str]:
     if method not in {"knn", "hybrid"}:
         return {f"knn.{key}": f"the method {method} has no neighbours" for key in type(config.knn).model_fields}
     idle = _vote_idle(config)
-    if config.knn.index not in APPROXIMATE_KINDS:
-        idle["knn.index"] = "every exact index finds the same neighbours"
+    idle["knn.index"] = "every index finds the same neighbours"
     if config.knn.distance_metric != "hamming":
         idle["knn.ties"] = "only Hamming distances tie"
     return idle

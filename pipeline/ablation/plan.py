@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...errors import InputError
 from ..core.config import Config, resolve
 from ..data.protocols import lists_digest
-from ..evaluation.sweep import own_search
+from ..evaluation.sweep import search_key
 from ..finetuning.settings import settle_finetune
 from .experiments import Choice
 from .identity import (
@@ -169,16 +169,12 @@ def restrict(plan: Plan, wanted: Callable[[Row], bool]) -> Plan:
     )
 
 
-def search_of(evaluation: Evaluation) -> tuple[str, str, int] | None:
-    """What has to be searched for an evaluation: metric and index, and K where the K nearest depend on it.
+def search_of(evaluation: Evaluation) -> tuple[str, int] | None:
+    """The search that serves an evaluation, as of :func:`~mmcli.pipeline.evaluation.sweep.search_key`.
 
-    None where nothing votes. An exact search for more neighbours begins with those for fewer; then K is 0.
+    None where nothing votes.
     """
-    if evaluation.method not in {"knn", "hybrid"}:
-        return None
-    knn = evaluation.config.knn
-    index = str(evaluation_identity(evaluation.config, evaluation.method).get("knn.index", ""))
-    return knn.distance_metric, index, own_search(knn)
+    return search_key(evaluation.config.knn) if evaluation.method in {"knn", "hybrid"} else None
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -15,7 +15,7 @@ from rich.console import RenderableType
 
 from ...errors import InputError
 from ...heads.config import IndexKind, KnnConfig
-from ...heads.knn import build_hamming
+from ...heads.knn import build_index
 from ...heads.neighbours import Index, Neighbours, Packed, Rows, load_faiss
 from ...heads.voting import vote
 from ..core.console import FittingTable
@@ -179,8 +179,7 @@ SINGLE, WARM_UP = 200, 20
 MOST_QUERIES, PAIRS = 5000, 1 << 30  # so that a batch of a large index ends
 LOOP_QUERIES = 500
 LABELLED = 1_000_000  # labels of more rows are those of row % LABELLED: a vote costs the same
-HNSW_MOST = 200_000
-KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "hnsw", "multihash")
+KINDS: tuple[IndexKind, ...] = ("auto", "flat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +276,7 @@ def bench_knn(
             reference = plain_index(setting.base)
             cases += _cases(setting, reference, device)
             wanted = reference.search(setting.queries, K)[1]
-            rows += _indexes(setting, kinds, wanted, device, notes, progress)
+            rows += _indexes(setting, kinds, wanted, device, progress)
             rows += _rivals(setting, wanted, notes, progress) if rivals else []
     lines = ("ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it", *notes)
     facts = {"indexes": rows, "notes": notes, "K": K}
@@ -286,7 +285,7 @@ def bench_knn(
 
 def _cases(setting: _Size, reference: Any, device: str) -> list[Case]:  # noqa: ANN401 - faiss has no types
     """The whole batch, and one query at a time, each beside the loop and beside FAISS's search alone."""
-    index = build_hamming(setting.base, "auto", device)
+    index = build_index("hamming", packed=setting.base, device=device)
     K, queries, labels = setting.knn.K, setting.queries, setting.labels
     some, one = queries[:LOOP_QUERIES], queries[: min(SINGLE, len(queries))]
     ways: dict[str, Callable[[], Any]] = {
@@ -324,15 +323,12 @@ def _one_by_one(search: Callable[[Packed], Any], queries: Packed) -> None:
 
 
 def _indexes(
-    setting: _Size, kinds: Sequence[IndexKind], wanted: Rows, device: str, notes: list[str], progress: Progress
+    setting: _Size, kinds: Sequence[IndexKind], wanted: Rows, device: str, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     for kind in kinds:
-        if kind == "hnsw" and len(setting.base) > HNSW_MOST:
-            notes.append(f"hnsw left out above {HNSW_MOST:,} codes: built on one thread, it would take too long")
-            continue
         progress.say(f"  index {kind}")
         started = time.perf_counter()
-        index = build_hamming(setting.base, kind, device)
+        index = build_index("hamming", packed=setting.base, kind=kind, device=device)
         build_s = time.perf_counter() - started
         search = partial(_rows, index, setting.knn.K)
         name = f"auto ({index.kind})" if kind == "auto" else kind

@@ -73,9 +73,7 @@ def bench_knn(
     output: Output,
     sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M",
     bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128",
-    index: Annotated[
-        str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu, ivf, hnsw, multihash.")
-    ] = "auto,flat,ivf,hnsw,multihash",
+    index: Annotated[str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu.")] = "auto,flat",
     k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20,
     queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000,
     repeats: Repeats = 3,

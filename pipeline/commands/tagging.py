@@ -41,17 +41,19 @@ def index_add(
 ) -> None:
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
     source = find_run(run)
-    from ..tagging.index import NAME, add
+    from ..tagging.index import NAME, AddOptions, add
 
     result = add(
         index or source.folder / NAME,
         source,
         manifest=manifest,
         data=images.folder,
-        device=settings.options.get("hardware.device", "auto"),
-        model=settings.options.get("model.siglip2_variant"),
-        on_error=on_error,
-        force=force,
+        options=AddOptions(
+            device=settings.options.get("hardware.device", "auto"),
+            model=settings.options.get("model.siglip2_variant"),
+            on_error=on_error,
+            force=force,
+        ),
         progress=output.progress,
     )
     output.finish(result)
@@ -152,14 +154,15 @@ def predict(
 ) -> None:
     """Tag images with their captions, and show the neighbours that voted for every tag."""
     from ..core.run_folders import RunPaths
-    from ..tagging.predict import gather
+    from ..tagging.requests import read_requests
 
     notes: list[str] = []
-    requests = gather(images or [], caption, captions, follow_links=files.follow_links, notes=notes)
+    requests = read_requests(images or [], caption, captions, follow_links=files.follow_links, notes=notes)
     source = find_run(run).folder
     votes = {key: value for key, value in settings.options.items() if key.startswith("knn.")}
     config = Settings(options=votes).load(file=RunPaths(source).config)
     from ..tagging.explain import check_panel
+    from ..tagging.predict import PredictOptions
     from ..tagging.predict import predict as stage
     from ..tagging.tagger import Tagger
 
@@ -172,9 +175,7 @@ def predict(
         model=settings.options.get("model.siglip2_variant"),
         knn=config.knn,
     )
-    result = stage(
-        tagger,
-        requests,
+    options = PredictOptions(
         top=top,
         data=files.folder,
         on_error=on_error,
@@ -182,7 +183,5 @@ def predict(
         panel=panel,
         force=force,
         index=index,
-        notes=notes,
-        progress=output.progress,
     )
-    output.finish(result)
+    output.finish(stage(tagger, requests, options, notes=notes, progress=output.progress))

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from ...heads.config import KnnConfig
 from ...heads.metrics import per_class, tune_thresholds
 from ...heads.ranking import average_precision
-from ...heads.voting import shared_weights, weights
 from ..core.results import Codes
-from ..evaluation.search import Searcher
+from ..evaluation.search import NeighbourSearch
 from .collect import ChosenRun, FinishedRun
 from .document import Cell, ClassFailures, ImageCard, Query, Table, Tag, number
 
@@ -94,28 +93,23 @@ def analyse(chosen: ChosenRun) -> RunAnalysis:
         "index": "auto",
     }
     knn = chosen.knn.model_copy(update=update)
-    searcher = Searcher(base, knn)
-    test, tuning = searcher.find(query, knn.K), searcher.find(val, knn.K)
-    scores = searcher.score(test, knn)
-    if knn.ties == "average":
-        weight = shared_weights(test.neighbours, knn, searcher.boundary(test, knn.K))
-    else:
-        weight = weights(test.neighbours.similarity, knn.voting_strategy, tau=knn.tau, theta=knn.theta)
+    search = NeighbourSearch(chosen.codes, [knn])
+    votes = search.vote(knn)
     return RunAnalysis(
         run=chosen.finished,
         reason=chosen.reason,
         knn=knn,
         base=base,
         query=query,
-        neighbours=test.neighbours.index,
-        distance=test.neighbours.distance,
-        weight=weight,
-        scores=scores,
-        threshold=_best_threshold(searcher.score(tuning, knn), val),
+        neighbours=search.voters.neighbours.index,
+        distance=search.voters.neighbours.distance,
+        weight=search.weights(knn),
+        scores=votes.scores,
+        threshold=_best_threshold(votes.on_val, val),
         classifier=query.probabilities,
         classifier_threshold=_best_threshold(val.probabilities, val),
-        image_AP=average_precision(scores.T, query.labels.T.astype(bool)),
-        class_AP=average_precision(scores, query.labels),
+        image_AP=average_precision(votes.scores.T, query.labels.T.astype(bool)),
+        class_AP=average_precision(votes.scores, query.labels),
     )
 
 

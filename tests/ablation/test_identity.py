@@ -107,7 +107,6 @@ def test_what_is_kept_changes_numbers(others, key, a, b, made, tmp_path) -> None
         ({}, "knn.tau", 0.1, 0.2, False),
         ({"knn.voting_strategy": "rank"}, "knn.tau", 0.1, 0.2, True),
         ({}, "knn.index", "flat", "fastscan", True),
-        ({}, "knn.index", "flat", "hnsw", False),
         ({}, "knn.ties", "index", "average", False),
         ({"knn.distance_metric": "cosine"}, "knn.ties", "index", "average", True),
         ({}, "knn.top_n_tags", 3, 9, True),

@@ -10,7 +10,6 @@ from mmcli import InputError
 from mmcli.heads.config import KnnConfig
 from mmcli.heads.knn import build_index
 from mmcli.heads.voting import vote
-from mmcli.pipeline.bench import knn as bench_knn
 from mmcli.pipeline.bench import knn as bench_rivals
 from mmcli.pipeline.bench.knn import (
     loop,
@@ -24,7 +23,6 @@ from mmcli.pipeline.bench.knn import (
 
 
 def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_knn, "HNSW_MOST", 1500)
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     code, out, err = mmcli(
         "bench",
@@ -50,13 +48,12 @@ def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.Monk
         assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
         assert case["ratio_ceiling"] == pytest.approx(case["ours_per_s"] / case["ceiling_per_s"])
     rows = {(row["n_codes"], row["index"]): row for row in result["indexes"]}
-    names = ("auto (fastscan)", "flat", "ivf", "hnsw", "multihash", "scikit-learn")
-    assert set(rows) == {(n, name) for n in (1000, 2000) for name in names} - {(2000, "hnsw")}
+    names = ("auto (fastscan)", "flat", "scikit-learn")
+    assert set(rows) == {(n, name) for n in (1000, 2000) for name in names}
     for (_, name), row in rows.items():
         assert row["p50_ms"] <= row["p95_ms"]
         assert row["recall"] == 1 if name in ("auto (fastscan)", "flat") else 0 < row["recall"] <= 1
-    assert len(result["notes"]) == len(set(result["notes"])) == 2
-    assert any("hnsw left out above 1,500" in note for note in result["notes"])
+    assert len(result["notes"]) == len(set(result["notes"])) == 1
     assert any("mmcli[usearch]" in note for note in result["notes"])
     code, out, _ = mmcli(
         "bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-rivals", "--repeats", 1, "--quiet"
@@ -110,7 +107,7 @@ def test_usearch_searches_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> Non
         (("--sizes", "many"), ("--sizes", "many")),
         (("--sizes", "10"), ("--sizes", "at least 20")),
         (("--bits", "12"), ("--bits", "multiples of 8")),
-        (("--index", "flat,tree"), ("--index", "tree", "multihash")),
+        (("--index", "flat,tree"), ("--index", "tree", "fastscan")),
         (("--sizes", "900000M"), ("memory", "smaller size")),
     ],
 )

@@ -20,7 +20,7 @@ from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 
 BROKEN = {
     "nothing": "",
@@ -147,7 +147,7 @@ def test_a_history_that_makes_no_sense_is_one_line(run: Path, line: str) -> None
 def test_captions_that_make_no_sense_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"bad captions: .*c\.jsonl, line 1"):
-        gather([], None, tmp_path / "c.jsonl")
+        read_requests([], None, tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("header", ["[" * 99999, "null", '{"format": "mmcli-index", "version": 1}', '{"a": NaN}'])

@@ -51,7 +51,7 @@ def best_by_hand(s: np.ndarray, y: np.ndarray) -> float:
     return float(max(t for t, value in f1.items() if value > max(f1.values()) - 1e-12))
 
 
-def test_thresholds_per_class_are_vals_and_a_class_without_positive_keeps_the_overall_one() -> None:
+def test_thresholds_per_class_are_tuned_on_val() -> None:
     scores, labels = make(0)
     on_val, val = make(1)
     val[:, 2] = 0
