@@ -1,17 +1,17 @@
-"""``mmcli bench knn``: search and vote beside the plan's loop, scikit-learn and USearch; every index with its recall.
+"""``mmcli bench knn``: search and vote, beside the plain loop and scikit-learn; every index with its recall.
 
 Symbols: N codes of the index, Q queries, K neighbours, B bits.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import RenderableType
+from sklearn.neighbors import NearestNeighbors
 
 from ...errors import InputError
 from ...heads.config import IndexKind, KnnConfig
@@ -24,11 +24,131 @@ from .harness import BenchResult, Case, best_of
 
 Search = Callable[[Packed], Rows]
 
+KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "hnsw", "multihash")
 TAU = 0.07
 # scikit-learn compares floats; a pair costs it about a hundred times what a popcount costs.
 SKLEARN_PAIRS = 50_000_000
 SKLEARN_MOST = 200_000
-USEARCH_MOST = 200_000
+MEMORY_A_BYTE = 5  # of codes: themselves, FAISS's copies and what stands beside them
+SINGLE, WARM_UP = 200, 20
+MOST_QUERIES, PAIRS = 5000, 1 << 30  # so that a batch of a large index ends
+LOOP_QUERIES = 500
+LABELLED = 1_000_000  # labels of more rows are those of row % LABELLED: a vote costs the same
+HNSW_MOST = 200_000
+# A single query that takes longer is measured a few times only.
+SLOW_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One size of index, with its queries and labels."""
+
+    base: Packed
+    queries: Packed
+    labels: npt.NDArray[np.uint8]
+    knn: KnnConfig
+    repeats: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        """The size in words."""
+        return f"{len(self.base):,} codes of {8 * self.base.shape[1]} bits"
+
+    def tag(self, index: Index, queries: Packed) -> npt.NDArray[np.float32]:
+        """Scores ``(Q, C)``, by search and vote."""
+        neighbours = index.search(packed=queries, K=self.knn.K)
+        if len(self.base) > len(self.labels):
+            rows = neighbours.index % len(self.labels)
+            neighbours = Neighbours(rows, neighbours.similarity, neighbours.distance)
+        return vote(neighbours, self.labels, self.knn)
+
+
+def bench_knn(
+    *,
+    sizes: Sequence[int],
+    bits: Sequence[int],
+    kinds: Sequence[IndexKind] = KINDS,
+    K: int = 20,
+    queries: int = MOST_QUERIES,
+    repeats: int = 3,
+    baselines: bool = True,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Time search and vote on generated codes.
+
+    Args:
+        sizes: N of each index.
+        bits: B of each.
+        kinds: Indexes.
+        K: Neighbours.
+        queries: Q at most; fewer for a large index.
+        repeats: Rounds; the best of each way counts.
+        baselines: Whether to time scikit-learn too.
+        device: Where ``auto`` and ``torch`` search.
+        progress: Progress bars and messages; silent by default.
+
+    Returns:
+        Two cases for each size and number of bits, a batch of queries and one at a time; as facts a row for every index
+        and for scikit-learn.
+
+    Raises:
+        InputError: A size that does not fit into the memory, K, or bits that are no whole bytes.
+    """
+    progress = progress or Progress()
+    check_sizes(sizes, bits, K)
+    cases: list[Case] = []
+    rows: list[dict[str, Any]] = []
+    for N in sizes:
+        for B in bits:
+            progress.say(f"{N:,} codes of {B} bits")
+            setting = Setting(
+                base=make_codes(N, B, 0),
+                queries=make_codes(max(10, min(queries, PAIRS // N)), B, 1),
+                labels=make_labels(min(N, LABELLED)),
+                knn=KnnConfig(K=K),
+                repeats=repeats,
+                device=device,
+            )
+            exact = plain_index(setting.base)
+            cases += _cases(setting, exact)
+            wanted = exact.search(setting.queries, K)[1]
+            rows += [_index_row(setting, kind, wanted, progress) for kind in kinds if kind != "hnsw" or N <= HNSW_MOST]
+            if baselines and N <= SKLEARN_MOST:
+                rows.append(_sklearn_row(setting, wanted, progress))
+    lines = [
+        "ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it",
+        f"left out above {HNSW_MOST:,} codes, where it would take too long: hnsw, which is built on one thread,"
+        " and scikit-learn",
+    ]
+    return BenchResult(
+        title=f"search and vote, K {K}",
+        cases=tuple(cases),
+        facts={"indexes": rows, "K": K},
+        lines=tuple(lines[: 1 + (max(sizes) > HNSW_MOST)]),
+        tables=(index_table(rows),),
+    )
+
+
+def index_table(rows: Sequence[dict[str, Any]]) -> FittingTable:
+    """A line for every index, and for scikit-learn."""
+    table = FittingTable(title="every index beside the exact one")
+    for name in ("codes", "bits", "index", "queries/s", "p50 ms", "p95 ms", "build s", "MB", "recall"):
+        table.add_column(name, justify="left" if name == "index" else "right")
+    for row in rows:
+        table.add_row(
+            f"{row['n_codes']:,}",
+            str(row["bits"]),
+            row["index"],
+            f"{row['queries_per_s']:,.0f}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"{row['build_s']:.2f}",
+            "-" if row["n_bytes"] is None else f"{1e-6 * row['n_bytes']:,.1f}",
+            f"{row['recall']:.4f}",
+        )
+    return table
 
 
 def make_codes(n: int, bits: int, seed: int, *, centres: int = 2000, spread: float = 0.55) -> Packed:
@@ -40,10 +160,9 @@ def make_codes(n: int, bits: int, seed: int, *, centres: int = 2000, spread: flo
     rng = np.random.default_rng(seed)
     codes = np.empty((n, bits // 8), np.uint8)
     for start in range(0, n, 1 << 16):
-        rows = slice(start, min(n, start + (1 << 16)))
-        size = (rows.stop - start, bits)
-        noise = rng.standard_normal(size, dtype=np.float32)
-        codes[rows] = np.packbits(middle[rng.integers(0, centres, size[0])] + spread * noise > 0, axis=1)
+        rows = codes[start : start + (1 << 16)]
+        noise = rng.standard_normal((len(rows), bits), dtype=np.float32)
+        rows[:] = np.packbits(middle[rng.integers(0, centres, len(rows))] + spread * noise > 0, axis=1)
     return codes
 
 
@@ -60,7 +179,7 @@ def plain_index(packed: Packed) -> Any:  # noqa: ANN401 - faiss has no types
 
 
 def loop(index: Any, queries: Packed, labels: npt.NDArray[np.uint8], K: int) -> npt.NDArray[np.float64]:  # noqa: ANN401
-    """The plan's loop: one search a query, then a NumPy vote over its neighbours, in scores ``(Q, C)``."""
+    """The plain way: one search a query, then a NumPy vote over its neighbours, in scores ``(Q, C)``."""
     scores = np.zeros((len(queries), labels.shape[1]))
     for row in range(len(queries)):
         distance, neighbours = index.search(queries[row : row + 1], K)
@@ -72,71 +191,135 @@ def loop(index: Any, queries: Packed, labels: npt.NDArray[np.uint8], K: int) -> 
     return scores
 
 
-def sklearn_search(packed: Packed, K: int, Q: int) -> Search | str:
-    """Brute force of scikit-learn over unpacked bits; a note in its place where it would take too long."""
-    try:
-        from sklearn.neighbors import NearestNeighbors
-    except ImportError:
-        return "scikit-learn is not installed"
-    if len(packed) > SKLEARN_MOST:
-        return f"scikit-learn left out above {SKLEARN_MOST:,} codes: it would take too long"
+def sklearn_search(packed: Packed, K: int) -> Search:
+    """Brute force of scikit-learn over unpacked bits, of as many queries as end soon: a rate is a rate."""
     index = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="hamming").fit(np.unpackbits(packed, axis=1))
-    few = min(Q, max(10, SKLEARN_PAIRS // len(packed)))
-    return _first(lambda queries: index.kneighbors(np.unpackbits(queries, axis=1), return_distance=False), few)
+    few = max(10, SKLEARN_PAIRS // len(packed))
+
+    def search(queries: Packed) -> Rows:
+        rows: Rows = index.kneighbors(np.unpackbits(queries[:few], axis=1), return_distance=False)
+        return rows
+
+    return search
 
 
-def usearch_search(packed: Packed, K: int, *, exact: bool) -> Search | str:
-    """USearch over packed bits: exhaustive, or its graph; a note in its place where it is absent or too slow."""
-    try:
-        from usearch.index import Index, MetricKind, search
-    except ImportError:
-        return "USearch is not installed (pip install 'mmcli[usearch]')"
-    if exact:
-        return lambda queries: np.asarray(search(packed, queries, K, MetricKind.Hamming, exact=True).keys, np.int64)
-    if len(packed) > USEARCH_MOST:
-        return f"USearch's graph left out above {USEARCH_MOST:,} codes: it would take too long to build"
-    index = Index(ndim=8 * packed.shape[1], metric=MetricKind.Hamming, dtype="b1")
-    index.add(np.arange(len(packed)), packed)
-    return lambda queries: np.asarray(index.search(queries, K).keys, np.int64).reshape(len(queries), -1)
+def _cases(setting: Setting, exact: Any) -> list[Case]:  # noqa: ANN401 - faiss has no types
+    """The whole batch, and one query at a time, each beside the loop and beside FAISS's search alone."""
+    index = build_hamming(setting.base, "auto", setting.device)
+    K, queries, labels = setting.knn.K, setting.queries, setting.labels
+    some, single = queries[:LOOP_QUERIES], queries[:SINGLE]
+    best = best_of(
+        {
+            "plain": partial(loop, exact, some, labels, K),
+            "ours": partial(setting.tag, index, queries),
+            "faiss": partial(exact.search, queries, K),
+            "single": partial(_one_by_one, partial(setting.tag, index), single),
+            "faiss single": partial(_one_by_one, lambda query: exact.search(query, K), single),
+        },
+        repeats=setting.repeats,
+    )
+    plain, note = len(some) / best["plain"], f"index {index.kind}"
+    return [
+        Case(
+            name=f"{setting.name}, {len(queries):,} queries",
+            unit="queries",
+            plain=plain,
+            ours=len(queries) / best["ours"],
+            ceiling=len(queries) / best["faiss"],
+            note=f"{note}; {best['ours'] / best['faiss']:.2f} of the time of FAISS's search alone",
+        ),
+        Case(
+            name=f"{setting.name}, one at a time",
+            unit="queries",
+            plain=plain,
+            ours=len(single) / best["single"],
+            ceiling=len(single) / best["faiss single"],
+            note=note,
+        ),
+    ]
 
 
-def _first(search: Search, few: int) -> Search:
-    """Only the first queries, so that it ends; a rate is a rate."""
-    return lambda queries: search(queries[:few])
+def _one_by_one(search: Callable[[Packed], Any], queries: Packed) -> None:
+    for row in range(len(queries)):
+        search(queries[row : row + 1])
 
 
-MEMORY_A_BYTE = 5  # of codes: themselves, FAISS's copies and what stands beside them
+def _index_row(setting: Setting, kind: IndexKind, wanted: Rows, progress: Progress) -> dict[str, Any]:
+    progress.say(f"  index {kind}")
+    started = time.perf_counter()
+    index = build_hamming(setting.base, kind, setting.device)
+    built = {"build_s": time.perf_counter() - started, "n_bytes": index.n_bytes}
+    name = f"auto ({index.kind})" if kind == "auto" else kind
+    return _row(setting, name, partial(_rows, index, setting.knn.K), wanted, setting.repeats) | built
+
+
+def _sklearn_row(setting: Setting, wanted: Rows, progress: Progress) -> dict[str, Any]:
+    progress.say("  scikit-learn")
+    started = time.perf_counter()
+    search = sklearn_search(setting.base, setting.knn.K)
+    built = {"build_s": time.perf_counter() - started, "n_bytes": None}
+    return _row(setting, "scikit-learn", search, wanted, 1) | built
+
+
+def _rows(index: Index, K: int, queries: Packed) -> Rows:
+    return index.search(packed=queries, K=K).index
+
+
+def _row(setting: Setting, name: str, search: Search, wanted: Rows, repeats: int) -> dict[str, Any]:
+    """Batched and single queries of one index; recall is the share of the exact rows, ties by index."""
+    rows = search(setting.queries[:LOOP_QUERIES])
+    shared = sum(len(set(a) & set(b)) for a, b in zip(rows.tolist(), wanted.tolist(), strict=False))
+    answered = len(search(setting.queries))
+    batch_s = best_of({"batch": partial(search, setting.queries)}, repeats=repeats)["batch"]
+    slow = batch_s / answered > SLOW_S
+    times = []
+    for number in range(5 if slow else WARM_UP + SINGLE):
+        row = number % len(setting.queries)
+        started = time.perf_counter()
+        search(setting.queries[row : row + 1])
+        times.append(1e3 * (time.perf_counter() - started))
+    kept = np.array(times if slow else times[WARM_UP:])
+    return {
+        "n_codes": len(setting.base),
+        "bits": 8 * setting.base.shape[1],
+        "index": name,
+        "queries_per_s": answered / batch_s,
+        "p50_ms": float(np.percentile(kept, 50)),
+        "p95_ms": float(np.percentile(kept, 95)),
+        "mean_ms": float(kept.mean()),
+        "recall": shared / rows.size,
+    }
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     """``113287,1M,10M`` as numbers.
 
     Raises:
-        InputError: One is not a number.
+        InputError: A part is not a number.
     """
-    found = []
+    numbers = []
     for part in text.split(","):
         word = part.strip().lower().replace("_", "")
         scale = {"k": 1000, "m": 1_000_000}.get(word[-1:], 1)
         digits = word if scale == 1 else word[:-1]
         if not digits.isdecimal():
             raise InputError("not a number", where=option, got=repr(part), wanted="numbers such as 113287,1M")
-        found.append(int(digits) * scale)
-    return tuple(dict.fromkeys(found))
+        numbers.append(int(digits) * scale)
+    return tuple(dict.fromkeys(numbers))
 
 
 def parse_kinds(text: str) -> tuple[IndexKind, ...]:
     """Names of indexes.
 
     Raises:
-        InputError: One is unknown.
+        InputError: A name is unknown.
     """
-    names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-    known: dict[str, IndexKind] = {kind: kind for kind in get_args(IndexKind)}
-    unknown = [name for name in names if name not in known]
+    names = dict.fromkeys(part.strip().lower() for part in text.split(","))
+    unknown = [name for name in names if name not in get_args(IndexKind)]
     if unknown:
-        raise InputError("no such index", where="--index", got=", ".join(unknown), wanted=", ".join(known))
-    return tuple(known[name] for name in names)
+        wanted = ", ".join(get_args(IndexKind))
+        raise InputError("no such index", where="--index", got=", ".join(unknown), wanted=wanted)
+    return tuple(cast("IndexKind", name) for name in names)
 
 
 def check_sizes(sizes: Sequence[int], bits: Sequence[int], K: int) -> None:
@@ -169,229 +352,7 @@ def free_bytes() -> int | None:
     """Memory that is free, where the system says so."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as stream:  # noqa: PTH123
-            found = [line.split()[1] for line in stream if line.startswith("MemAvailable")]
+            lines = [line.split()[1] for line in stream if line.startswith("MemAvailable")]
     except OSError:
-        found = []
-    return 1024 * int(found[0]) if found else None
-
-
-SINGLE, WARM_UP = 200, 20
-MOST_QUERIES, PAIRS = 5000, 1 << 30  # so that a batch of a large index ends
-LOOP_QUERIES = 500
-LABELLED = 1_000_000  # labels of more rows are those of row % LABELLED: a vote costs the same
-HNSW_MOST = 200_000
-KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "hnsw", "multihash")
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnnBenchResult(BenchResult):
-    """Cases, and one line for every index and rival."""
-
-    def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
-        table = FittingTable(title="every index beside the exact one")
-        for name in ("codes", "bits", "index", "queries/s", "p50 ms", "p95 ms", "build s", "MB", "recall"):
-            table.add_column(name, justify="left" if name == "index" else "right")
-        for row in self.facts["indexes"]:
-            table.add_row(
-                f"{row['n_codes']:,}",
-                str(row["bits"]),
-                row["index"],
-                f"{row['queries_per_s']:,.0f}",
-                f"{row['p50_ms']:.3f}",
-                f"{row['p95_ms']:.3f}",
-                _or_dash(row["build_s"], "{:.2f}"),
-                _or_dash(row["n_bytes"], "{:,.1f}", 1e-6),
-                f"{row['recall']:.4f}",
-            )
-        first, *rest = super().summary()
-        return [first, table, *rest]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    """One size of index with its queries."""
-
-    base: Packed
-    queries: Packed
-    labels: npt.NDArray[np.uint8]
-    knn: KnnConfig
-    repeats: int
-
-    @property
-    def name(self) -> str:
-        return f"{len(self.base):,} codes of {8 * self.base.shape[1]} bits"
-
-    def tag(self, index: Index, queries: Packed) -> npt.NDArray[np.float32]:
-        """Search and vote."""
-        found = index.search(packed=queries, K=self.knn.K)
-        if len(self.base) > len(self.labels):
-            found = Neighbours(found.index % len(self.labels), found.similarity, found.distance)
-        return vote(found, self.labels, self.knn)
-
-
-def bench_knn(
-    *,
-    sizes: Sequence[int],
-    bits: Sequence[int],
-    kinds: Sequence[IndexKind] = KINDS,
-    K: int = 20,
-    queries: int = MOST_QUERIES,
-    repeats: int = 3,
-    rivals: bool = True,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> KnnBenchResult:
-    """Time search and vote on generated codes.
-
-    Args:
-        sizes: N of each index.
-        bits: B of each.
-        kinds: Indexes.
-        K: Neighbours.
-        queries: Q at most; fewer for a large index.
-        repeats: Rounds; the best of each way counts.
-        rivals: Whether to time scikit-learn and USearch too.
-        device: Where ``auto`` and ``torch`` search.
-        progress: Who to tell.
-
-    Raises:
-        InputError: A size that does not fit into the memory, K, or bits that are no whole bytes.
-    """
-    progress = progress or Progress()
-    check_sizes(sizes, bits, K)
-    cases: list[Case] = []
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for N in sizes:
-        for B in bits:
-            progress.say(f"{N:,} codes of {B} bits")
-            few = max(10, min(queries, PAIRS // N))
-            setting = _Size(
-                base=make_codes(N, B, 0),
-                queries=make_codes(few, B, 1),
-                labels=make_labels(min(N, LABELLED)),
-                knn=KnnConfig(K=K),
-                repeats=repeats,
-            )
-            reference = plain_index(setting.base)
-            cases += _cases(setting, reference, device)
-            wanted = reference.search(setting.queries, K)[1]
-            rows += _indexes(setting, kinds, wanted, device, notes, progress)
-            rows += _rivals(setting, wanted, notes, progress) if rivals else []
-    lines = ("ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it", *notes)
-    facts = {"indexes": rows, "notes": notes, "K": K}
-    return KnnBenchResult(title=f"search and vote, K {K}", cases=tuple(cases), facts=facts, lines=lines)
-
-
-def _cases(setting: _Size, reference: Any, device: str) -> list[Case]:  # noqa: ANN401 - faiss has no types
-    """The whole batch, and one query at a time, each beside the loop and beside FAISS's search alone."""
-    index = build_hamming(setting.base, "auto", device)
-    K, queries, labels = setting.knn.K, setting.queries, setting.labels
-    some, one = queries[:LOOP_QUERIES], queries[: min(SINGLE, len(queries))]
-    ways: dict[str, Callable[[], Any]] = {
-        "loop": partial(loop, reference, some, labels, K),
-        "ours": partial(setting.tag, index, queries),
-        "faiss": partial(reference.search, queries, K),
-        "single": partial(_one_by_one, partial(setting.tag, index), one),
-        "faiss single": partial(_one_by_one, lambda query: reference.search(query, K), one),
-    }
-    best = best_of(ways, repeats=setting.repeats)
-    plain = len(some) / best["loop"]
-    return [
-        Case(
-            name=f"{setting.name}, {len(queries):,} queries",
-            unit="queries",
-            plain=plain,
-            ours=len(queries) / best["ours"],
-            ceiling=len(queries) / best["faiss"],
-            note=f"index {index.kind}; {best['ours'] / best['faiss']:.2f} of the time of FAISS's search alone",
-        ),
-        Case(
-            name=f"{setting.name}, one at a time",
-            unit="queries",
-            plain=plain,
-            ours=len(one) / best["single"],
-            ceiling=len(one) / best["faiss single"],
-            note=f"index {index.kind}",
-        ),
-    ]
-
-
-def _one_by_one(search: Callable[[Packed], Any], queries: Packed) -> None:
-    for row in range(len(queries)):
-        search(queries[row : row + 1])
-
-
-def _indexes(
-    setting: _Size, kinds: Sequence[IndexKind], wanted: Rows, device: str, notes: list[str], progress: Progress
-) -> Iterator[dict[str, Any]]:
-    for kind in kinds:
-        if kind == "hnsw" and len(setting.base) > HNSW_MOST:
-            notes.append(f"hnsw left out above {HNSW_MOST:,} codes: built on one thread, it would take too long")
-            continue
-        progress.say(f"  index {kind}")
-        started = time.perf_counter()
-        index = build_hamming(setting.base, kind, device)
-        build_s = time.perf_counter() - started
-        search = partial(_rows, index, setting.knn.K)
-        name = f"auto ({index.kind})" if kind == "auto" else kind
-        yield _row(setting, name, search, wanted, setting.repeats) | {"build_s": build_s, "n_bytes": index.n_bytes}
-
-
-def _rows(index: Index, K: int, queries: Packed) -> Rows:
-    return index.search(packed=queries, K=K).index
-
-
-def _rivals(setting: _Size, wanted: Rows, notes: list[str], progress: Progress) -> Iterator[dict[str, Any]]:
-    K = setting.knn.K
-    ways: dict[str, Callable[[], Search | str]] = {
-        "scikit-learn": partial(sklearn_search, setting.base, K, len(setting.queries)),
-        "USearch, exact": partial(usearch_search, setting.base, K, exact=True),
-        "USearch, graph": partial(usearch_search, setting.base, K, exact=False),
-    }
-    for name, build in ways.items():
-        progress.say(f"  {name}")
-        started = time.perf_counter()
-        search = build()
-        build_s = time.perf_counter() - started
-        if isinstance(search, str):
-            if search not in notes:
-                notes.append(search)
-            continue
-        yield _row(setting, name, search, wanted, 1) | {"build_s": build_s, "n_bytes": None}
-
-
-def _row(setting: _Size, name: str, search: Search, wanted: Rows, repeats: int) -> dict[str, Any]:
-    """Batched and single queries of one index; recall is the share of the exact rows, ties by index."""
-    found = search(setting.queries[:LOOP_QUERIES])
-    Q = len(found)
-    shared = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), wanted[:Q].tolist(), strict=True))
-    counts: list[int] = []
-
-    def batch() -> None:
-        counts.append(len(search(setting.queries)))
-
-    best = best_of({"batch": batch}, repeats=repeats)
-    times = []
-    slow = best["batch"] / counts[0] > 0.02
-    for at in range(5 if slow else WARM_UP + SINGLE):
-        row = at % len(setting.queries)
-        started = time.perf_counter()
-        search(setting.queries[row : row + 1])
-        times.append(1e3 * (time.perf_counter() - started))
-    kept = np.array(times if slow else times[WARM_UP:])
-    return {
-        "n_codes": len(setting.base),
-        "bits": 8 * setting.base.shape[1],
-        "index": name,
-        "queries_per_s": counts[0] / best["batch"],
-        "p50_ms": float(np.percentile(kept, 50)),
-        "p95_ms": float(np.percentile(kept, 95)),
-        "mean_ms": float(kept.mean()),
-        "recall": shared / (Q * wanted.shape[1]),
-    }
-
-
-def _or_dash(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else form.format(scale * value)
+        lines = []
+    return 1024 * int(lines[0]) if lines else None

@@ -1,13 +1,13 @@
-"""Training as a first script writes it, which ``mmcli bench train`` is measured against.
+"""Training as a first script writes it, which ``mmcli bench train`` and ``mmcli bench finetune`` are measured against.
 
-A ``Dataset`` of arrays in memory, a ``DataLoader``, torch's own dropout and AdamW, and the losses of SPEC section 6 as
-their formulas stand, each classifier by itself, with autograd finding every gradient. The same maths as ours.
+A ``DataLoader`` with worker processes, torch's own dropout and AdamW, and the losses as their formulas stand
+(docs/method.md), each classifier by itself, with autograd finding every gradient. The same maths as ours.
 
 Symbols: N images of a batch, C classes, B bits, x logits, y labels, h soft code.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ from ...heads.model import BaseHead, HeadOutput
 from ..core.config import Config
 from ..training.data import Split
 
+WORKERS = 4
 
-class _Items(Dataset[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]):
-    """One image, one of its captions, its labels."""
+
+class Items(Dataset[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]):
+    """A split whose items are one image, one of its captions at random, and its labels."""
 
     def __init__(self, split: Split) -> None:
         self._rows = split.rows.cpu().numpy()
@@ -34,15 +36,15 @@ class _Items(Dataset[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, at: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
         v_img, v_txt, n_captions, labels = self._arrays
-        row = self._rows[at]
+        row = self._rows[index]
         caption = np.random.randint(n_captions[row])  # noqa: NPY002
         return v_img[row].astype(np.float32), v_txt[row, caption].astype(np.float32), labels[row].astype(np.float32)
 
 
-def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, workers: int) -> Iterator[None]:
-    """Steps of the plain loop, epoch after epoch, without end.
+def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, workers: int = WORKERS) -> Iterator[None]:
+    """Steps of the plain loop over a store, epoch after epoch, without end.
 
     Args:
         head: Trained in place, in ``train()`` mode; its dropout becomes torch's.
@@ -51,41 +53,51 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
         batch: Images of a step.
         workers: Processes of the loader.
     """
-    use_own_dropout(head)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=config.optimizer.weight_decay)
-    # As many workers as the plain way takes, however few cores there are.
-    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-    loader: DataLoader[Any] = DataLoader(
-        _Items(train),
-        batch_size=batch,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=config.data.pin_memory and train.device.type == "cuda",
-    )
+    use_torch_dropout(head)
+    pin = config.data.pin_memory and train.device.type == "cuda"
+    loader = make_loader(Items(train), batch, workers=workers, pin_memory=pin)
+    step = plain_step(list(head.parameters()), config, rate=3e-4)
     while True:
-        for given in loader:
-            v_img, v_txt, y = (part.to(train.device) for part in given)
-            loss = plain_loss(config.loss, head(v_img, v_txt), y)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-            optimizer.step()
-            loss.item()
+        for arrays in loader:
+            v_img, v_txt, y = (array.to(train.device) for array in arrays)
+            step(head(v_img, v_txt), y)
             yield
 
 
-def use_own_dropout(module: nn.Module) -> None:
+def make_loader(items: Any, batch: int, *, workers: int = WORKERS, **options: Any) -> "DataLoader[Any]":  # noqa: ANN401
+    """A shuffling ``DataLoader`` whose worker processes stay; as many as asked for, however few cores there are."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    return DataLoader(
+        items, batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0, **options
+    )
+
+
+def plain_step(parameters: Sequence[Tensor], config: Config, *, rate: float) -> Callable[[HeadOutput, Tensor], None]:
+    """The function that updates parameters after each forward pass, from the head's output and the labels."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.optimizer.weight_decay)
+
+    def step(output: HeadOutput, y: Tensor) -> None:
+        loss = plain_loss(config.loss, output, y)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def use_torch_dropout(module: nn.Module) -> None:
     """Put torch's dropout in the place of ours, everywhere in a module."""
     for name, child in module.named_children():
         if isinstance(child, Dropout):
             setattr(module, name, nn.Dropout(child.p))
         else:
-            use_own_dropout(child)
+            use_torch_dropout(child)
 
 
 def plain_loss(config: LossConfig, output: HeadOutput, y: Tensor) -> Tensor:
-    """The whole loss, as :func:`~mmcli.heads.losses.total_loss` without weights of classes."""
+    """The same loss as :func:`~mmcli.heads.losses.total_loss`, without weights of classes."""
     total = config.bce_weight * plain_label_loss(config, output.logits, y)
     if output.fused_logits is not None:
         total = total + config.fused_weight * plain_label_loss(config, output.fused_logits, y)

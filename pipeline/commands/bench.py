@@ -53,7 +53,6 @@ def bench_train(
         typer.Option("--n-train", min=2048, help="Train images of the made store [default: COCO's 113,287]."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of a round at batch 64.")] = 150,
-    replicas: Annotated[int, typer.Option("--replicas", min=2, help="Heads that train in one pass.")] = 5,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
     preset: PresetName = None,
     store: Annotated[
@@ -66,7 +65,7 @@ def bench_train(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Training images a second: a plain DataLoader loop, ours, the products alone; loading, and the first step."""
+    """Training images a second: a plain DataLoader loop, ours, the matrix products alone."""
     options = {"preset": preset, "hash.bits": bits, "hardware.device": device}
     resolved = read_config(config, set_, options)
     from ..bench.train import bench_train as stage
@@ -77,7 +76,6 @@ def bench_train(
         n_train=n_train,
         steps=steps,
         repeats=repeats,
-        replicas=replicas,
         progress=make_progress(quiet),
     )
     finish(result.to_json(), json_, *result.summary())
@@ -97,12 +95,12 @@ def bench_knn(
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours.")] = 20,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Queries of a batch at most.")] = 5000,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
-    rivals: Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time scikit-learn and USearch too.")] = True,
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Time scikit-learn too.")] = True,
     device: Device = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     from ..bench.knn import bench_knn as stage
     from ..bench.knn import parse_kinds, parse_numbers
     from ..core.device import pick_device
@@ -114,7 +112,7 @@ def bench_knn(
         K=k,
         queries=queries,
         repeats=repeats,
-        rivals=rivals,
+        baselines=baselines,
         device=str(pick_device(device or "auto")),
         progress=make_progress(quiet),
     )

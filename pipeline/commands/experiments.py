@@ -27,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..ablation.request import Told
+    from ..ablation.request import ConfigSource
 
 
 def ablate(
@@ -139,10 +139,10 @@ def ablate(
     if ray_address is not None and engine != "ray":
         raise InputError("--ray-address without Ray", got=ray_address, wanted="--engine ray", do="give both or neither")
     options = {"preset": preset, "model.siglip2_variant": model, "hardware.device": device, "hardware.seed": seed}
-    from ..ablation.request import Order, parse_duration
+    from ..ablation.request import Request, parse_duration
     from ..extraction.stores import find_store
 
-    order = Order(
+    request = Request(
         names=tuple(experiments or ()),
         grid=grid,
         experiments=file,
@@ -150,11 +150,7 @@ def ablate(
         only=tuple(only or ()),
         seeds=seeds,
         store=find_store(store),
-        told=_told(config, set_, options),
-    )
-    from ..ablation import ablate as stage
-
-    means = stage.Means(
+        source=_config_source(config, set_, options),
         out=out,
         data=data,
         force=force,
@@ -163,7 +159,9 @@ def ablate(
         engine=engine,
         address=ray_address,
     )
-    result: Any = stage.dry_run(order, means) if dry_run else stage.ablate(order, means, make_progress(quiet))
+    from ..ablation import ablate as stage
+
+    result: Any = stage.dry_run(request) if dry_run else stage.ablate(request, make_progress(quiet))
     finish(result.to_json(), json_, *result.summary())
     if not dry_run and result.counted["failed"]:
         raise typer.Exit(1)
@@ -204,12 +202,12 @@ def bench_ablate(
 ) -> None:
     """Experiments on a store of COCO's size: seconds of planning, training, evaluating, beside a loop that shares nothing."""
     options = {"preset": preset, "hardware.device": device, "training.num_epochs": epochs}
-    told = _told(config, set_, options)
+    source = _config_source(config, set_, options)
     from ..bench.ablate import NAMES
     from ..bench.ablate import bench_ablate as stage
 
     result = stage(
-        told,
+        source,
         names=names or NAMES,
         store=store,
         n_train=n_train,
@@ -221,15 +219,15 @@ def bench_ablate(
     finish(result.to_json(), json_, *result.summary())
 
 
-def _told(file: Path | None, settings: list[str] | None, options: dict[str, Any]) -> "Told":
+def _config_source(file: Path | None, settings: list[str] | None, options: dict[str, Any]) -> "ConfigSource":
     """The configuration as it was given; it is resolved for every row."""
-    from ..ablation.request import Told
+    from ..ablation.request import ConfigSource
     from ..core.config import parse_settings
 
     given = {key: value for key, value in options.items() if value is not None}
     parsed = parse_settings(settings or [])
     flags = {key: FLAGS[key] for key in given} | {key: f"--set {key}" for key in parsed}
-    return Told(file=file, options={**given, **parsed}, flags=flags, tree={})
+    return ConfigSource(file=file, options={**given, **parsed}, flags=flags)
 
 
 def compare(

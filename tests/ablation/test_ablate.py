@@ -205,6 +205,7 @@ def test_a_dry_run_loads_no_torch(here: Path) -> None:
         (["--grid", "nowhere.yaml"], "cannot read experiments"),
         (["A1", "--set", "model.max_num_patches=512"], "experiment B3 varies it"),
         (["A1", "--seed", str(2**32 - 1), "--seeds", "2"], "no such seeds"),
+        (["B1", "--seeds", "4000000000", "--dry-run"], "too many rows"),
         (["A1", "--ray-address", "x"], "give both or neither"),
     ],
 )

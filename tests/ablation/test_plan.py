@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mmcli import InputError
 from mmcli.pipeline.ablation.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
-from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
-from mmcli.pipeline.ablation.plan import Base, make_plan, restrict, training_key
+from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity, training_key
+from mmcli.pipeline.ablation.plan import Base, make_plan, restrict
 from mmcli.pipeline.core.config import GridConfig, dump_config, load_config
 from mmcli.pipeline.core.config_rules import settle
 
@@ -251,6 +251,7 @@ def test_a_wrong_grid_is_told(tmp_path: Path) -> None:
         ("a: 1", "no section grid_search"),
         ("grid_search: {bits: [1]}", "bits"),
         ("grid_search: {hash_bits: [a]}", "no grid"),
+        (f"grid_search: {{tau: {list(range(1, 1001))}, K_neighbors: {list(range(1, 1001))}}}", "too many rows"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):

@@ -1,7 +1,6 @@
 """bench knn runs whole, small; its ways give the same answers; its ratios are of its own figures."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from mmcli.heads.config import KnnConfig
 from mmcli.heads.knn import build_index
 from mmcli.heads.voting import vote
 from mmcli.pipeline.bench import knn as bench_knn
-from mmcli.pipeline.bench import knn as bench_rivals
 from mmcli.pipeline.bench.knn import (
     loop,
     make_codes,
@@ -19,13 +17,11 @@ from mmcli.pipeline.bench.knn import (
     parse_numbers,
     plain_index,
     sklearn_search,
-    usearch_search,
 )
 
 
-def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_knn_gives_ratios_and_recall(mmcli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_knn, "HNSW_MOST", 1500)
-    monkeypatch.setitem(sys.modules, "usearch.index", None)
     code, out, err = mmcli(
         "bench",
         "knn",
@@ -55,11 +51,8 @@ def test_bench_knn_gives_ratios_recall_and_notes(mmcli, monkeypatch: pytest.Monk
     for (_, name), row in rows.items():
         assert row["p50_ms"] <= row["p95_ms"]
         assert row["recall"] == 1 if name in ("auto (fastscan)", "flat") else 0 < row["recall"] <= 1
-    assert len(result["notes"]) == len(set(result["notes"])) == 2
-    assert any("hnsw left out above 1,500" in note for note in result["notes"])
-    assert any("mmcli[usearch]" in note for note in result["notes"])
     code, out, _ = mmcli(
-        "bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-rivals", "--repeats", 1, "--quiet"
+        "bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-baselines", "--repeats", 1, "--quiet"
     )
     assert code == 0
     assert "recall" in out
@@ -82,26 +75,11 @@ def test_generated_codes_tie_as_learned_ones_do() -> None:
     assert make_labels(2000).sum(axis=1).mean() == pytest.approx(2.9, abs=0.2)
 
 
-def test_rivals_search_the_same_codes_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scikit_learn_searches_the_same_codes() -> None:
     base, queries = make_codes(300, 64, 0), make_codes(7, 64, 1)
     wanted = plain_index(base).search(queries, 5)[0]
-    search = sklearn_search(base, 5, 7)
-    np.testing.assert_array_equal(np.bitwise_count(queries[:, None] ^ base[search(queries)]).sum(-1), wanted)
-    monkeypatch.setattr(bench_rivals, "SKLEARN_MOST", 299)
-    assert "above 299 codes" in sklearn_search(base, 5, 7)
-    monkeypatch.setitem(sys.modules, "usearch.index", None)
-    assert "not installed" in usearch_search(base, 5, exact=True)
-
-
-def test_usearch_searches_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("usearch.index")
-    base, queries = make_codes(300, 64, 0), make_codes(7, 64, 1)
-    wanted = plain_index(base).search(queries, 5)[0]
-    for exact in (True, False):
-        found = usearch_search(base, 5, exact=exact)(queries)
-        np.testing.assert_array_equal(np.bitwise_count(queries[:, None] ^ base[found]).sum(-1), wanted)
-    monkeypatch.setattr(bench_rivals, "USEARCH_MOST", 299)
-    assert "above 299 codes" in usearch_search(base, 5, exact=False)
+    rows = sklearn_search(base, 5)(queries)
+    np.testing.assert_array_equal(np.bitwise_count(queries[:, None] ^ base[rows]).sum(-1), wanted)
 
 
 @pytest.mark.parametrize(
