@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,7 +19,7 @@ from .worker import Unit, Worker, Workplace
 
 Stop = Callable[[], bool]
 # Every record as soon as it is kept; and a unit with None when it is done.
-Results = Iterator[tuple[Unit, Record | None]]
+Results = Generator[tuple[Unit, Record | None], None, None]
 # A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
 ATTEMPTS = 2
 RESTARTS = 3

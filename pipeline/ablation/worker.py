@@ -120,9 +120,11 @@ class Worker:
             if folder is None and training.kind != "prior":
                 folder = self._make(training)
             for result in self._measure(training, folder, unit.evaluations):
-                evaluation, error = result if isinstance(result, tuple) else (result.evaluation, None)
-                record = self._place.fail(evaluation, error) if error else self._keep(training, folder, result)
-                pending.pop(evaluation.key, None)
+                if isinstance(result, tuple):
+                    record = self._place.fail(*result)
+                else:
+                    record = self._keep(training, folder, result)
+                pending.pop(record.key, None)
                 yield record
         except Exception as error:  # noqa: BLE001 - a failed training or damaged codes fail every row that is left
             for evaluation in pending.values():

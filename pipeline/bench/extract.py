@@ -130,12 +130,12 @@ def _measure(setting: Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str
     pieces, decode_s = _read_all(setting)
     ids = setting.encoder.tokenize(setting.captions).to(setting.device)
     clocks: list[Clock] = []
-    images = {
+    images: dict[str, Callable[[], object]] = {
         "plain": partial(_plain_images, setting),
         "ours": lambda: clocks.append(_extract_images(setting)),
         "ceiling": partial(_towers_alone, setting, pieces),
     }
-    captions = {
+    captions: dict[str, Callable[[], object]] = {
         "plain": partial(_plain_captions, setting),
         "ours": partial(_extract_captions, setting),
         "ceiling": partial(_text_alone, setting, ids),

@@ -63,14 +63,12 @@ class BenchResult:
         cases: The cases.
         facts: Further keys of the JSON object.
         lines: Lines below the table, for a person.
-        tables: Further tables, for a person.
     """
 
     title: str
     cases: tuple[Case, ...]
     facts: Mapping[str, Any]
     lines: tuple[str, ...]
-    tables: tuple[RenderableType, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, with the cases, the machine and the facts."""
@@ -87,7 +85,7 @@ class BenchResult:
             row += ["" if case.ceiling is None else f"{case.ceiling:,.1f}", f"{ratios['ratio_plain']:.2f}"]
             table.add_row(*row, "" if case.ceiling is None else f"{ratios['ratio_ceiling']:.2f}")
         notes = [f"{case.name}: {case.note}" for case in self.cases if case.note]
-        return [table, *self.tables, *notes, *self.lines, f"on {machine()}"]
+        return [table, *notes, *self.lines, f"on {machine()}"]
 
 
 def machine() -> str:

@@ -1,12 +1,14 @@
-"""``mmcli bench knn``: search and vote, beside the plain loop and scikit-learn; every index with its recall.
+"""``mmcli bench knn``: search and vote, beside the plain loop, FAISS alone and scikit-learn.
 
 Symbols: N codes of the index, Q queries, K neighbours, B bits.
 """
 
+import itertools
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -15,28 +17,20 @@ from sklearn.neighbors import NearestNeighbors
 
 from ...errors import InputError
 from ...heads.config import IndexKind, KnnConfig
-from ...heads.knn import build_hamming
+from ...heads.knn import build_index
 from ...heads.neighbours import Index, Neighbours, Packed, Rows, load_faiss
 from ...heads.voting import vote
-from ..core.console import FittingTable
 from ..core.progress import Progress
 from .harness import BenchResult, Case, best_of
 
-Search = Callable[[Packed], Rows]
-
-KINDS: tuple[IndexKind, ...] = ("auto", "flat", "ivf", "hnsw", "multihash")
+KINDS: tuple[IndexKind, ...] = ("auto", "flat")
 TAU = 0.07
 # scikit-learn compares floats; a pair costs it about a hundred times what a popcount costs.
-SKLEARN_PAIRS = 50_000_000
-SKLEARN_MOST = 200_000
+SKLEARN_PAIRS, SKLEARN_MOST = 20_000_000, 200_000
 MEMORY_A_BYTE = 5  # of codes: themselves, FAISS's copies and what stands beside them
-SINGLE, WARM_UP = 200, 20
 MOST_QUERIES, PAIRS = 5000, 1 << 30  # so that a batch of a large index ends
-LOOP_QUERIES = 500
+SINGLE, LOOP_QUERIES = 200, 500
 LABELLED = 1_000_000  # labels of more rows are those of row % LABELLED: a vote costs the same
-HNSW_MOST = 200_000
-# A single query that takes longer is measured a few times only.
-SLOW_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +41,22 @@ class Setting:
     queries: Packed
     labels: npt.NDArray[np.uint8]
     knn: KnnConfig
-    repeats: int
-    device: str
 
     @property
     def name(self) -> str:
         """The size in words."""
         return f"{len(self.base):,} codes of {8 * self.base.shape[1]} bits"
+
+    @cached_property
+    def exact(self) -> Any:  # noqa: ANN401 - faiss has no types
+        """FAISS's exhaustive index with its defaults."""
+        return plain_index(self.base)
+
+    def recall(self, index: Index) -> float:
+        """Share of the exact neighbours that an index finds, ties by index."""
+        some, K = self.queries[:LOOP_QUERIES], self.knn.K
+        rows, wanted = index.search(packed=some, K=K).index, self.exact.search(some, K)[1]
+        return sum(len(set(a) & set(b)) for a, b in zip(rows.tolist(), wanted.tolist(), strict=True)) / rows.size
 
     def tag(self, index: Index, queries: Packed) -> npt.NDArray[np.float32]:
         """Scores ``(Q, C)``, by search and vote."""
@@ -90,8 +93,8 @@ def bench_knn(
         progress: Progress bars and messages; silent by default.
 
     Returns:
-        Two cases for each size and number of bits, a batch of queries and one at a time; as facts a row for every index
-        and for scikit-learn.
+        Two cases for each size, number of bits and index: a batch of queries, and one query at a time. As facts the
+        build time, bytes and recall of every index, and the rate of scikit-learn.
 
     Raises:
         InputError: A size that does not fit into the memory, K, or bits that are no whole bytes.
@@ -100,55 +103,86 @@ def bench_knn(
     check_sizes(sizes, bits, K)
     cases: list[Case] = []
     rows: list[dict[str, Any]] = []
-    for N in sizes:
-        for B in bits:
-            progress.say(f"{N:,} codes of {B} bits")
-            setting = Setting(
-                base=make_codes(N, B, 0),
-                queries=make_codes(max(10, min(queries, PAIRS // N)), B, 1),
-                labels=make_labels(min(N, LABELLED)),
-                knn=KnnConfig(K=K),
-                repeats=repeats,
-                device=device,
-            )
-            exact = plain_index(setting.base)
-            cases += _cases(setting, exact)
-            wanted = exact.search(setting.queries, K)[1]
-            rows += [_index_row(setting, kind, wanted, progress) for kind in kinds if kind != "hnsw" or N <= HNSW_MOST]
-            if baselines and N <= SKLEARN_MOST:
-                rows.append(_sklearn_row(setting, wanted, progress))
-    lines = [
-        "ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it",
-        f"left out above {HNSW_MOST:,} codes, where it would take too long: hnsw, which is built on one thread,"
-        " and scikit-learn",
-    ]
+    for N, B in itertools.product(sizes, bits):
+        progress.say(f"{N:,} codes of {B} bits")
+        setting = Setting(
+            base=make_codes(N, B, 0),
+            queries=make_codes(max(10, min(queries, PAIRS // N)), B, 1),
+            labels=make_labels(min(N, LABELLED)),
+            knn=KnnConfig(K=K),
+        )
+        indexes = {}
+        for kind in kinds:
+            started = time.perf_counter()
+            indexes[kind] = build_index("hamming", packed=setting.base, kind=kind, device=device)
+            built = {"build_s": time.perf_counter() - started, "n_bytes": indexes[kind].n_bytes}
+            rows.append({"n_codes": N, "bits": B, "index": _label(kind, indexes[kind]), **built})
+            rows[-1]["recall"] = setting.recall(indexes[kind])
+        cases += _cases(setting, indexes, repeats)
+        if baselines and N <= SKLEARN_MOST:
+            rows.append({"n_codes": N, "bits": B, "index": "scikit-learn", **_sklearn_rate(setting)})
+    lines = ("ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it",)
     return BenchResult(
         title=f"search and vote, K {K}",
         cases=tuple(cases),
         facts={"indexes": rows, "K": K},
-        lines=tuple(lines[: 1 + (max(sizes) > HNSW_MOST)]),
-        tables=(index_table(rows),),
+        lines=(*lines, *map(_line, rows)),
     )
 
 
-def index_table(rows: Sequence[dict[str, Any]]) -> FittingTable:
-    """A line for every index, and for scikit-learn."""
-    table = FittingTable(title="every index beside the exact one")
-    for name in ("codes", "bits", "index", "queries/s", "p50 ms", "p95 ms", "build s", "MB", "recall"):
-        table.add_column(name, justify="left" if name == "index" else "right")
-    for row in rows:
-        table.add_row(
-            f"{row['n_codes']:,}",
-            str(row["bits"]),
-            row["index"],
-            f"{row['queries_per_s']:,.0f}",
-            f"{row['p50_ms']:.3f}",
-            f"{row['p95_ms']:.3f}",
-            f"{row['build_s']:.2f}",
-            "-" if row["n_bytes"] is None else f"{1e-6 * row['n_bytes']:,.1f}",
-            f"{row['recall']:.4f}",
-        )
-    return table
+def _cases(setting: Setting, indexes: Mapping[IndexKind, Index], repeats: int) -> list[Case]:
+    """The whole batch and one query at a time, with every index, each beside the loop and FAISS's search alone."""
+    K, queries, exact = setting.knn.K, setting.queries, setting.exact
+    some, single = queries[:LOOP_QUERIES], queries[:SINGLE]
+    ways: dict[str, Callable[[], object]] = {
+        "plain": partial(loop, exact, some, setting.labels, K),
+        "faiss": partial(exact.search, queries, K),
+        "faiss single": partial(_one_by_one, lambda query: exact.search(query, K), single),
+    }
+    for kind, index in indexes.items():
+        ways[kind] = partial(setting.tag, index, queries)
+        ways[f"{kind} single"] = partial(_one_by_one, partial(setting.tag, index), single)
+    best = best_of(ways, repeats=repeats)
+    cases = []
+    for kind, index in indexes.items():
+        for way, n, what in (
+            ("", len(queries), f"{len(queries):,} queries"),
+            (" single", len(single), "one at a time"),
+        ):
+            case = Case(
+                name=f"{setting.name}, {what}" + ("" if kind == "auto" else f", {kind}"),
+                unit="queries",
+                plain=len(some) / best["plain"],
+                ours=n / best[f"{kind}{way}"],
+                ceiling=n / best[f"faiss{way}"],
+                note=f"index {index.kind}",
+            )
+            cases.append(case)
+    return cases
+
+
+def _one_by_one(search: Callable[[Packed], object], queries: Packed) -> None:
+    for row in range(len(queries)):
+        search(queries[row : row + 1])
+
+
+def _sklearn_rate(setting: Setting) -> dict[str, float]:
+    """Queries a second of scikit-learn's brute force, of as many queries as end soon: a rate is a rate."""
+    search = sklearn_search(setting.base, setting.knn.K)
+    queries = setting.queries[: max(10, SKLEARN_PAIRS // len(setting.base))]
+    return {"queries_per_s": len(queries) / best_of({"search": partial(search, queries)}, repeats=1)["search"]}
+
+
+def _label(kind: IndexKind, index: Index) -> str:
+    return f"auto ({index.kind})" if kind == "auto" else kind
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """What is said of an index, or of scikit-learn, below the table."""
+    start = f"{row['n_codes']:,} codes of {row['bits']} bits, {row['index']}:"
+    if "queries_per_s" in row:
+        return f"{start} {row['queries_per_s']:,.0f} queries/s"
+    return f"{start} built in {row['build_s']:.2f} s, {1e-6 * row['n_bytes']:,.1f} MB, recall {row['recall']:.4f}"
 
 
 def make_codes(n: int, bits: int, seed: int, *, centres: int = 2000, spread: float = 0.55) -> Packed:
@@ -191,104 +225,15 @@ def loop(index: Any, queries: Packed, labels: npt.NDArray[np.uint8], K: int) -> 
     return scores
 
 
-def sklearn_search(packed: Packed, K: int) -> Search:
-    """Brute force of scikit-learn over unpacked bits, of as many queries as end soon: a rate is a rate."""
+def sklearn_search(packed: Packed, K: int) -> Callable[[Packed], Rows]:
+    """Brute force of scikit-learn over unpacked bits: the function from queries to the rows of their neighbours."""
     index = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="hamming").fit(np.unpackbits(packed, axis=1))
-    few = max(10, SKLEARN_PAIRS // len(packed))
 
     def search(queries: Packed) -> Rows:
-        rows: Rows = index.kneighbors(np.unpackbits(queries[:few], axis=1), return_distance=False)
+        rows: Rows = index.kneighbors(np.unpackbits(queries, axis=1), return_distance=False)
         return rows
 
     return search
-
-
-def _cases(setting: Setting, exact: Any) -> list[Case]:  # noqa: ANN401 - faiss has no types
-    """The whole batch, and one query at a time, each beside the loop and beside FAISS's search alone."""
-    index = build_hamming(setting.base, "auto", setting.device)
-    K, queries, labels = setting.knn.K, setting.queries, setting.labels
-    some, single = queries[:LOOP_QUERIES], queries[:SINGLE]
-    best = best_of(
-        {
-            "plain": partial(loop, exact, some, labels, K),
-            "ours": partial(setting.tag, index, queries),
-            "faiss": partial(exact.search, queries, K),
-            "single": partial(_one_by_one, partial(setting.tag, index), single),
-            "faiss single": partial(_one_by_one, lambda query: exact.search(query, K), single),
-        },
-        repeats=setting.repeats,
-    )
-    plain, note = len(some) / best["plain"], f"index {index.kind}"
-    return [
-        Case(
-            name=f"{setting.name}, {len(queries):,} queries",
-            unit="queries",
-            plain=plain,
-            ours=len(queries) / best["ours"],
-            ceiling=len(queries) / best["faiss"],
-            note=f"{note}; {best['ours'] / best['faiss']:.2f} of the time of FAISS's search alone",
-        ),
-        Case(
-            name=f"{setting.name}, one at a time",
-            unit="queries",
-            plain=plain,
-            ours=len(single) / best["single"],
-            ceiling=len(single) / best["faiss single"],
-            note=note,
-        ),
-    ]
-
-
-def _one_by_one(search: Callable[[Packed], Any], queries: Packed) -> None:
-    for row in range(len(queries)):
-        search(queries[row : row + 1])
-
-
-def _index_row(setting: Setting, kind: IndexKind, wanted: Rows, progress: Progress) -> dict[str, Any]:
-    progress.say(f"  index {kind}")
-    started = time.perf_counter()
-    index = build_hamming(setting.base, kind, setting.device)
-    built = {"build_s": time.perf_counter() - started, "n_bytes": index.n_bytes}
-    name = f"auto ({index.kind})" if kind == "auto" else kind
-    return _row(setting, name, partial(_rows, index, setting.knn.K), wanted, setting.repeats) | built
-
-
-def _sklearn_row(setting: Setting, wanted: Rows, progress: Progress) -> dict[str, Any]:
-    progress.say("  scikit-learn")
-    started = time.perf_counter()
-    search = sklearn_search(setting.base, setting.knn.K)
-    built = {"build_s": time.perf_counter() - started, "n_bytes": None}
-    return _row(setting, "scikit-learn", search, wanted, 1) | built
-
-
-def _rows(index: Index, K: int, queries: Packed) -> Rows:
-    return index.search(packed=queries, K=K).index
-
-
-def _row(setting: Setting, name: str, search: Search, wanted: Rows, repeats: int) -> dict[str, Any]:
-    """Batched and single queries of one index; recall is the share of the exact rows, ties by index."""
-    rows = search(setting.queries[:LOOP_QUERIES])
-    shared = sum(len(set(a) & set(b)) for a, b in zip(rows.tolist(), wanted.tolist(), strict=False))
-    answered = len(search(setting.queries))
-    batch_s = best_of({"batch": partial(search, setting.queries)}, repeats=repeats)["batch"]
-    slow = batch_s / answered > SLOW_S
-    times = []
-    for number in range(5 if slow else WARM_UP + SINGLE):
-        row = number % len(setting.queries)
-        started = time.perf_counter()
-        search(setting.queries[row : row + 1])
-        times.append(1e3 * (time.perf_counter() - started))
-    kept = np.array(times if slow else times[WARM_UP:])
-    return {
-        "n_codes": len(setting.base),
-        "bits": 8 * setting.base.shape[1],
-        "index": name,
-        "queries_per_s": answered / batch_s,
-        "p50_ms": float(np.percentile(kept, 50)),
-        "p95_ms": float(np.percentile(kept, 95)),
-        "mean_ms": float(kept.mean()),
-        "recall": shared / rows.size,
-    }
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -337,22 +282,12 @@ def check_sizes(sizes: Sequence[int], bits: Sequence[int], K: int) -> None:
         raise InputError("no index of that size", where="--sizes", got=f"{list(sizes)}, K {K}", wanted=f"at least {K}")
     if not bits or any(B < 8 or B % 8 for B in bits):
         raise InputError("codes are whole bytes", where="--bits", got=f"{list(bits)}", wanted="multiples of 8")
-    free, largest = free_bytes(), max(sizes) * max(bits) // 8 * MEMORY_A_BYTE
-    if free is not None and largest > free:
+    memory, largest = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), max(sizes) * max(bits) // 8
+    if largest * MEMORY_A_BYTE > memory:
         raise InputError(
             "an index that does not fit into the memory",
             where="--sizes",
-            got=f"{largest / 1e9:.0f} GB for {max(sizes):,} codes",
-            wanted=f"at most {free / 1e9:.0f} GB, which is free",
+            got=f"{largest * MEMORY_A_BYTE / 1e9:.0f} GB for {max(sizes):,} codes",
+            wanted=f"at most {memory / 1e9:.0f} GB",
             do="give a smaller size",
         )
-
-
-def free_bytes() -> int | None:
-    """Memory that is free, where the system says so."""
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as stream:  # noqa: PTH123
-            lines = [line.split()[1] for line in stream if line.startswith("MemAvailable")]
-    except OSError:
-        lines = []
-    return 1024 * int(lines[0]) if lines else None

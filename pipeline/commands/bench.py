@@ -87,11 +87,8 @@ def bench_knn(
     ] = "113287,1M",
     bits: Annotated[str, typer.Option("--bits", metavar="B,..", help="Bits of a code.")] = "64,128",
     index: Annotated[
-        str,
-        typer.Option(
-            "--index", metavar="NAME,..", help="Indexes: auto, flat, fastscan, torch, gpu, ivf, hnsw, multihash."
-        ),
-    ] = "auto,flat,ivf,hnsw,multihash",
+        str, typer.Option("--index", metavar="NAME,..", help="Indexes: auto, flat, fastscan, torch, gpu.")
+    ] = "auto,flat",
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours.")] = 20,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Queries of a batch at most.")] = 5000,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,

@@ -9,7 +9,6 @@ from mmcli import InputError
 from mmcli.heads.config import KnnConfig
 from mmcli.heads.knn import build_index
 from mmcli.heads.voting import vote
-from mmcli.pipeline.bench import knn as bench_knn
 from mmcli.pipeline.bench.knn import (
     loop,
     make_codes,
@@ -20,8 +19,7 @@ from mmcli.pipeline.bench.knn import (
 )
 
 
-def test_bench_knn_gives_ratios_and_recall(mmcli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_knn, "HNSW_MOST", 1500)
+def test_bench_knn_gives_ratios_and_recall(mmcli) -> None:
     code, out, err = mmcli(
         "bench",
         "knn",
@@ -39,18 +37,19 @@ def test_bench_knn_gives_ratios_and_recall(mmcli, monkeypatch: pytest.MonkeyPatc
     )
     assert code == 0, err
     result = json.loads(out)
-    assert [case["case"] for case in result["cases"]] == [
-        f"{n} codes of 64 bits, {what}" for n in ("1,000", "2,000") for what in ("50 queries", "one at a time")
-    ]
+    assert {case["case"] for case in result["cases"]} == {
+        f"{n} codes of 64 bits, {what}{kind}"
+        for n in ("1,000", "2,000")
+        for what in ("50 queries", "one at a time")
+        for kind in ("", ", flat")
+    }
     for case in result["cases"]:
         assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
         assert case["ratio_ceiling"] == pytest.approx(case["ours_per_s"] / case["ceiling_per_s"])
     rows = {(row["n_codes"], row["index"]): row for row in result["indexes"]}
-    names = ("auto (fastscan)", "flat", "ivf", "hnsw", "multihash", "scikit-learn")
-    assert set(rows) == {(n, name) for n in (1000, 2000) for name in names} - {(2000, "hnsw")}
+    assert set(rows) == {(n, name) for n in (1000, 2000) for name in ("auto (fastscan)", "flat", "scikit-learn")}
     for (_, name), row in rows.items():
-        assert row["p50_ms"] <= row["p95_ms"]
-        assert row["recall"] == 1 if name in ("auto (fastscan)", "flat") else 0 < row["recall"] <= 1
+        assert row["queries_per_s"] > 0 if name == "scikit-learn" else row["recall"] == 1
     code, out, _ = mmcli(
         "bench", "knn", "--sizes", "500", "--bits", "8", "--index", "auto", "--no-baselines", "--repeats", 1, "--quiet"
     )
@@ -88,7 +87,7 @@ def test_scikit_learn_searches_the_same_codes() -> None:
         (("--sizes", "many"), ("--sizes", "many")),
         (("--sizes", "10"), ("--sizes", "at least 20")),
         (("--bits", "12"), ("--bits", "multiples of 8")),
-        (("--index", "flat,tree"), ("--index", "tree", "multihash")),
+        (("--index", "flat,tree"), ("--index", "tree", "fastscan")),
         (("--sizes", "900000M"), ("memory", "smaller size")),
     ],
 )
