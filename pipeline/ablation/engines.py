@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -39,9 +39,6 @@ def in_this_process(
         units: In the order in which they are done.
         stop: Asked before a unit is begun; after the first yes none is.
         progress: Shows the epochs of a training.
-
-    Yields:
-        Every record as soon as it is kept; and a unit with None when it is done.
     """
     worker = Worker(place, progress=progress)
     for unit in units:
@@ -63,61 +60,71 @@ def in_processes(
         stop: Asked before a unit is begun; after the first yes none is.
         workers: How many processes.
         devices: Taken by the processes in turn; by default each takes that of the configuration.
-
-    Yields:
-        The records of a unit when it is done, and then the unit with None.
     """
-    waiting, attempts = list(units), Counter[int]()
-    while waiting and not stop():
-        broken = False
-        for unit, records in _pooled(place, waiting, stop, workers, devices):
-            if records is None:
-                broken = True
-                attempts[id(unit)] += 1
-                if attempts[id(unit)] < ATTEMPTS:
-                    continue
-            waiting = [other for other in waiting if other is not unit]
-            for record in fail_killed(place, unit) if records is None else records:
-                yield unit, record
-            yield unit, None
-        if not broken:
-            return
-        workers = 1 if attempts else workers  # alone, a unit has all of the memory
-
-
-def _pooled(
-    place: Workplace, units: Sequence[Unit], stop: Stop, workers: int, devices: Sequence[str]
-) -> Iterator[tuple[Unit, list[Record] | None]]:
-    """The records of each unit, as they end; None where the processes died under it."""
-    threads = max(1, count_cores() // workers)
-    context = multiprocessing.get_context("spawn")
-    waiting, running = list(units), dict[Future[list[Record]], Unit]()
     environment = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, str(threads)))
-    siblings = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(place, threads, devices, context.Value("i", 0))
-    )
+    pool = _Pool(place, workers, devices)
     try:
-        while True:
-            while waiting and len(running) < workers and not stop():
-                running[pool.submit(_do, waiting[0])] = waiting[0]  # a pool that broke says so here
-                waiting.pop(0)
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                unit = running.pop(future)
-                died = isinstance(future.exception(), BrokenProcessPool)
-                yield unit, None if died else future.result()
-    except BrokenProcessPool:
-        for unit in [*running.values()] or waiting[:1]:
-            yield unit, None
+        yield from _drive(place, units, stop, pool, BrokenProcessPool)
     finally:
-        end_children(siblings)
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
         for name, value in environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _drive(
+    place: Workplace, units: Sequence[Unit], stop: Stop, workers: "_Pool | _Actors", died: type[BaseException]
+) -> Results:
+    """Keep workers busy; a unit is tried once more where its future raises that its worker died, then fails."""
+    waiting, attempts, running = deque(units), Counter[int](), dict[Future[list[Record]], Unit]()
+    while True:
+        while waiting and len(running) < workers.size and not stop():
+            unit = waiting.popleft()
+            running[workers.submit(unit)] = unit
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            unit = running.pop(future)
+            try:
+                records = future.result()
+            except died:
+                attempts[id(unit)] += 1
+                if attempts[id(unit)] < ATTEMPTS:
+                    waiting.appendleft(unit)
+                    continue
+                records = fail_killed(place, unit)
+            for record in records:
+                yield unit, record
+            yield unit, None
+
+
+class _Pool:
+    """Processes of this machine; when one is killed, and with it all, a single new one has all of the memory."""
+
+    def __init__(self, place: Workplace, size: int, devices: Sequence[str]) -> None:
+        self._place, self.size, self._devices = place, size, devices
+        self._siblings = multiprocessing.active_children()
+        self._open()
+
+    def submit(self, unit: Unit) -> "Future[list[Record]]":
+        """Give a unit to the pool; to a new one where the pool broke."""
+        try:
+            return self._executor.submit(_do, unit)
+        except BrokenProcessPool:
+            self.close()
+            self.size = 1
+            self._open()
+            return self._executor.submit(_do, unit)
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        end_children(self._siblings)
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _open(self) -> None:
+        threads, context = max(1, count_cores() // self.size), multiprocessing.get_context("spawn")
+        os.environ.update(dict.fromkeys(_THREADS, str(threads)))
+        arguments = (self._place, threads, self._devices, context.Value("i", 0))
+        self._executor = ProcessPoolExecutor(self.size, mp_context=context, initializer=_begin, initargs=arguments)
 
 
 def _begin(place: Workplace, threads: int, devices: Sequence[str], turn: Any) -> None:  # noqa: ANN401
@@ -168,6 +175,20 @@ class UnitActor:
         return list(self._worker.do(unit))
 
 
+class _Actors:
+    """Actors of a Ray cluster, which Ray starts again when they die."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors, self.size = actors, len(actors)
+        self._busy: dict[Any, Future[list[Record]]] = {}
+
+    def submit(self, unit: Unit) -> "Future[list[Record]]":
+        """Give a unit to a free actor."""
+        actor = next(actor for actor in self._actors if actor not in self._busy or self._busy[actor].done())
+        self._busy[actor] = actor.do.remote(unit).future()
+        return self._busy[actor]
+
+
 def on_ray(
     place: Workplace, units: Sequence[Unit], stop: Stop, config: Config, *, workers: int, address: str | None
 ) -> Results:
@@ -181,9 +202,6 @@ def on_ray(
         workers: How many actors; with 1, one a GPU, and one a machine on a cluster without.
         address: Address of the cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.
 
-    Yields:
-        The records of a unit when it is done, and then the unit with None.
-
     Raises:
         InputError: There is no Ray, no such cluster or no such device in it.
     """
@@ -191,24 +209,5 @@ def on_ray(
         shares = share_out(ray, config, workers if workers > 1 else None)
         remote = ray.remote(UnitActor).options(**shares.actor, max_restarts=RESTARTS)
         n = min(shares.actors, len(units))
-        free = [remote.remote(place, shares.threads, shares.device) for _ in range(n)]
-        waiting, attempts, running = list(units), Counter[int](), dict[Any, tuple[Any, Unit]]()
-        while True:
-            while waiting and free and not stop():
-                actor, unit = free.pop(), waiting.pop(0)
-                running[actor.do.remote(unit)] = actor, unit
-            if not running:
-                return
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            actor, unit = running.pop(done)
-            free.append(actor)
-            try:
-                records = ray.get(done)
-            except ray.exceptions.RayActorError:
-                attempts[id(unit)] += 1
-                if attempts[id(unit)] < ATTEMPTS:
-                    waiting.insert(0, unit)
-                    continue
-                records = fail_killed(place, unit)
-            yield from ((unit, record) for record in records)
-            yield unit, None
+        actors = _Actors([remote.remote(place, shares.threads, shares.device) for _ in range(n)])
+        yield from _drive(place, units, stop, actors, ray.exceptions.RayActorError)
