@@ -6,13 +6,14 @@ often as it has rows, and of every row's own search and evaluation.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import InputError
 from ..ablation.ablate import ablate, dry_run
 from ..ablation.request import ConfigSource, Request
-from ..ablation.tables import duration
+from ..ablation.tables import AblateResult, duration
 from ..core.progress import Progress
 from .data import N_TRAIN, make_full_store
 from .harness import BenchResult, Case
@@ -68,6 +69,10 @@ def bench_ablate(
         counted = dry_run(request).counted
         plan_s = time.perf_counter() - started
         result = ablate(request, progress)
+    return _timed(result, counted, plan_s, kept=out is not None)
+
+
+def _timed(result: AblateResult, counted: Mapping[str, Any], plan_s: float, *, kept: bool) -> BenchResult:
     rows = [row for row in result.rows if row.get("train_s") is not None]
     if not rows:
         note = next((row["note"] for row in result.rows), "no rows")
@@ -87,11 +92,11 @@ def bench_ablate(
             "train_s": train_s,
             "evaluate_s": evaluate_s,
             "plain_s": plain_s,
-            "table_path": None if out is None else str(result.path),
+            "table_path": str(result.path) if kept else None,
         },
         lines=(
             f"planning (a dry run) {duration(plan_s)}; everything {duration(result.seconds)}; epochs of training"
             f" {duration(train_s)}; votes, metrics and intervals {duration(evaluate_s)}",
-            *([] if out is None else [f"wrote {result.path}"]),
+            *([f"wrote {result.path}"] if kept else []),
         ),
     )

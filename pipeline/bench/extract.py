@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        """Where the towers run."""
+        """The device that the towers run on."""
         return self.encoder.device
 
 

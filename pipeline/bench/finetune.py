@@ -3,11 +3,8 @@
 import ctypes
 import gc
 import itertools
-import os
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +29,11 @@ from ..training.setup import draw_head
 from ..training.step import Step
 from .data import CAPTIONS, draw_photographs, make_base_checkpoint, write_captions
 from .extract import budget_of, process_images, tokenize
-from .harness import BenchResult, Case, best_of, chunks, synchronize
+from .harness import BenchResult, Case, best_of, chunks
 from .plain import make_loader, plain_step
 
 UNFROZEN = {"frozen": "none", "last-2": "last-2", "full": "all"}
 N_CLASSES = 80
-LOOK_EVERY_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,53 +137,34 @@ def _measure(setting: Setting, repeats: int) -> tuple[dict[str, float], dict[str
     """
     store, ours = _ours(setting)
     ways = {"plain": _plain(setting), "ours": ours}
-    peaks = {}
     with store:
         for way in ways.values():
             way()  # workers start, buffers are made
-        for name, way in ways.items():
-            with _peak(setting.device) as peak:
-                way()
-                synchronize(setting.device)
-            peaks[name] = peak[0]
+        peaks = {name: _peak_bytes(way, setting.device) for name, way in ways.items()}
         return best_of(ways, repeats=repeats, device=setting.device), peaks
 
 
-@contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
-    """The most memory that is taken inside: allocated on a GPU, resident on a CPU (looked at every 10 ms)."""
-    peak = [0]
+def _peak_bytes(way: Callable[[], None], device: torch.device) -> int:
+    """The most memory that a way takes: allocated on a GPU, resident on a CPU; 0 where the system does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    # Memory that one way has freed must not hide what the next one takes.
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    before, ended = _resident(), threading.Event()
-
-    def look() -> None:
-        while not ended.wait(LOOK_EVERY_S):
-            peak[0] = max(peak[0], _resident() - before)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
     try:
-        yield peak
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _resident() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that one way has freed must not hide what the next one takes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+        before = _peak_resident()
+        way()
+        return _peak_resident() - before
+    except (OSError, AttributeError):
         return 0
+
+
+def _peak_resident() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:

@@ -107,17 +107,12 @@ def best_of(
             keep_freed_memory(name != "plain")
             started = time.perf_counter()
             way()
-            synchronize(device)
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
             best[name] = min(best.get(name, seconds), seconds)
     keep_freed_memory()
     return best
-
-
-def synchronize(device: torch.device | None) -> None:
-    """Wait for the last kernel of a GPU."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The size in words."""
+        """The number of codes and bits, in words."""
         return f"{len(self.base):,} codes of {8 * self.base.shape[1]} bits"
 
     @cached_property
@@ -67,13 +67,49 @@ class Setting:
         return vote(neighbours, self.labels, self.knn)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is searched.
+
+    Attributes:
+        sizes: N of each index.
+        bits: B of each.
+        kinds: Indexes.
+        K: Neighbours.
+        queries: Q at most; fewer for a large index.
+
+    Raises:
+        InputError: Fewer codes than neighbours, bits that are no whole bytes, or codes that do not fit into the memory.
+    """
+
+    sizes: Sequence[int]
+    bits: Sequence[int]
+    kinds: Sequence[IndexKind] = KINDS
+    K: int = 20
+    queries: int = MOST_QUERIES
+
+    def __post_init__(self) -> None:
+        sizes, bits, K = self.sizes, self.bits, self.K
+        if not sizes or min(sizes) < K or K < 1:
+            got = f"{list(sizes)}, K {K}"
+            raise InputError("no index of that size", where="--sizes", got=got, wanted=f"at least {K}")
+        if not bits or any(B < 8 or B % 8 for B in bits):
+            raise InputError("codes are whole bytes", where="--bits", got=f"{list(bits)}", wanted="multiples of 8")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = max(sizes) * max(bits) // 8 * MEMORY_A_BYTE
+        if needed > memory:
+            raise InputError(
+                "an index that does not fit into the memory",
+                where="--sizes",
+                got=f"{needed / 1e9:.0f} GB for {max(sizes):,} codes",
+                wanted=f"at most {memory / 1e9:.0f} GB",
+                do="give a smaller size",
+            )
+
+
 def bench_knn(
+    workload: Workload,
     *,
-    sizes: Sequence[int],
-    bits: Sequence[int],
-    kinds: Sequence[IndexKind] = KINDS,
-    K: int = 20,
-    queries: int = MOST_QUERIES,
     repeats: int = 3,
     baselines: bool = True,
     device: str = "cpu",
@@ -82,11 +118,7 @@ def bench_knn(
     """Time search and vote on generated codes.
 
     Args:
-        sizes: N of each index.
-        bits: B of each.
-        kinds: Indexes.
-        K: Neighbours.
-        queries: Q at most; fewer for a large index.
+        workload: What is searched.
         repeats: Rounds; the best of each way counts.
         baselines: Whether to time scikit-learn too.
         device: Where ``auto`` and ``torch`` search.
@@ -95,24 +127,20 @@ def bench_knn(
     Returns:
         Two cases for each size, number of bits and index: a batch of queries, and one query at a time. As facts the
         build time, bytes and recall of every index, and the rate of scikit-learn.
-
-    Raises:
-        InputError: A size that does not fit into the memory, K, or bits that are no whole bytes.
     """
     progress = progress or Progress()
-    check_sizes(sizes, bits, K)
     cases: list[Case] = []
     rows: list[dict[str, Any]] = []
-    for N, B in itertools.product(sizes, bits):
+    for N, B in itertools.product(workload.sizes, workload.bits):
         progress.say(f"{N:,} codes of {B} bits")
         setting = Setting(
             base=make_codes(N, B, 0),
-            queries=make_codes(max(10, min(queries, PAIRS // N)), B, 1),
+            queries=make_codes(max(10, min(workload.queries, PAIRS // N)), B, 1),
             labels=make_labels(min(N, LABELLED)),
-            knn=KnnConfig(K=K),
+            knn=KnnConfig(K=workload.K),
         )
         indexes = {}
-        for kind in kinds:
+        for kind in workload.kinds:
             started = time.perf_counter()
             indexes[kind] = build_index("hamming", packed=setting.base, kind=kind, device=device)
             built = {"build_s": time.perf_counter() - started, "n_bytes": indexes[kind].n_bytes}
@@ -123,9 +151,9 @@ def bench_knn(
             rows.append({"n_codes": N, "bits": B, "index": "scikit-learn", **_sklearn_rate(setting)})
     lines = ("ceiling: FAISS's exhaustive search with its defaults, without a vote; a faster search passes it",)
     return BenchResult(
-        title=f"search and vote, K {K}",
+        title=f"search and vote, K {workload.K}",
         cases=tuple(cases),
-        facts={"indexes": rows, "K": K},
+        facts={"indexes": rows, "K": workload.K},
         lines=(*lines, *map(_line, rows)),
     )
 
@@ -265,29 +293,3 @@ def parse_kinds(text: str) -> tuple[IndexKind, ...]:
         wanted = ", ".join(get_args(IndexKind))
         raise InputError("no such index", where="--index", got=", ".join(unknown), wanted=wanted)
     return tuple(cast("IndexKind", name) for name in names)
-
-
-def check_sizes(sizes: Sequence[int], bits: Sequence[int], K: int) -> None:
-    """Refuse indexes that cannot be made here.
-
-    Args:
-        sizes: N of each.
-        bits: B of each.
-        K: Neighbours.
-
-    Raises:
-        InputError: Fewer codes than neighbours, bits that are no whole bytes, or codes that do not fit into the memory.
-    """
-    if not sizes or min(sizes) < K or K < 1:
-        raise InputError("no index of that size", where="--sizes", got=f"{list(sizes)}, K {K}", wanted=f"at least {K}")
-    if not bits or any(B < 8 or B % 8 for B in bits):
-        raise InputError("codes are whole bytes", where="--bits", got=f"{list(bits)}", wanted="multiples of 8")
-    memory, largest = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), max(sizes) * max(bits) // 8
-    if largest * MEMORY_A_BYTE > memory:
-        raise InputError(
-            "an index that does not fit into the memory",
-            where="--sizes",
-            got=f"{largest * MEMORY_A_BYTE / 1e9:.0f} GB for {max(sizes):,} codes",
-            wanted=f"at most {memory / 1e9:.0f} GB",
-            do="give a smaller size",
-        )

@@ -36,12 +36,12 @@ class Setting:
 
     @property
     def train(self) -> Split:
-        """The train split."""
+        """The split that all ways train on."""
         return self.prepared.splits["train"]
 
     @property
     def config(self) -> Config:
-        """The resolved configuration."""
+        """The configuration as the store resolves it."""
         return self.prepared.config
 
     def make_head(self) -> Any:  # noqa: ANN401

@@ -98,16 +98,19 @@ def bench_knn(
     quiet: Quiet = False,
 ) -> None:
     """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    from ..bench.knn import Workload, parse_kinds, parse_numbers
     from ..bench.knn import bench_knn as stage
-    from ..bench.knn import parse_kinds, parse_numbers
     from ..core.device import pick_device
 
-    result = stage(
+    workload = Workload(
         sizes=parse_numbers(sizes, "--sizes"),
         bits=parse_numbers(bits, "--bits"),
         kinds=parse_kinds(index),
         K=k,
         queries=queries,
+    )
+    result = stage(
+        workload,
         repeats=repeats,
         baselines=baselines,
         device=str(pick_device(device or "auto")),
