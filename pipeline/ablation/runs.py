@@ -7,12 +7,9 @@ from ...cache import Store, list_stores
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from ..core.config import load_config
-from ..core.metrics_file import read_metrics
 from ..core.results import SPLITS, codes_path
 from ..core.run import RunInfo, open_run, read_info
 from ..core.run_folders import MARK
-from ..data.protocols import lists_digest
-from ..evaluation.prompts import TEMPLATES
 from .identity import FROZEN, Kind, training_key
 from .plan import Training
 
@@ -82,16 +79,14 @@ def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Pat
 
 
 def _key_of_run(folder: Path, trainings: Mapping[str, Training]) -> str:
-    """The key of the training that a run is; empty where it is unfinished, incomplete or of another store."""
+    """The key of the training that a run is; empty where it is no training, not complete, or of another store."""
     info = read_info(folder)
     _, store = _origin(folder, info)
-    if info.status != "finished" or store not in {training.store for training in trainings.values()}:
+    wanted = info.status == "finished" and info.kind in _TRAINED
+    if not wanted or store not in {training.store for training in trainings.values()}:
         return ""
     open_run(folder, kind=info.kind)
-    if info.kind == RUN_KINDS["zero-shot"]:
-        return _zero_shot_key(folder, info, trainings)
-    complete = all(codes_path(folder, split).is_file() for split in SPLITS)
-    return _trained_key(folder, info) if info.kind in _TRAINED and complete else ""
+    return _trained_key(folder, info) if all(codes_path(folder, split).is_file() for split in SPLITS) else ""
 
 
 def _trained_key(folder: Path, info: RunInfo) -> str:
@@ -105,18 +100,3 @@ def _origin(folder: Path, info: RunInfo) -> tuple[str, str]:
         return FROZEN, info.store_digest
     record = parse_json((folder / "finetune.json").read_bytes())
     return str(record["unfreeze"]), str(record["base"]["store_digest"])
-
-
-def _zero_shot_key(folder: Path, info: RunInfo, trainings: Mapping[str, Training]) -> str:
-    """A zero-shot run with the default prompts, on the images alone, is the baseline of every seed."""
-    rows = [row for row in read_metrics(folder) if row["split"] == "test"]
-    if not rows or rows[0].get("inputs") != "image" or tuple(rows[0].get("prompts", ())) != TEMPLATES:
-        return ""
-    data = load_config(folder / "config.yaml").data
-    lists = info.lists_digest or lists_digest(data)
-    for training in trainings.values():
-        wanted = training.config.data
-        same_data = (wanted.split_type, lists_digest(wanted)) == (data.split_type, lists)
-        if training.kind == "zero-shot" and training.store == info.store_digest and same_data:
-            return training.key
-    return ""

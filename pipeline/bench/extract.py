@@ -2,8 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..extraction.images import Resizer, image_size, read_patches
 from ..extraction.reader import ImageReader, Piece
 from ..extraction.shards import CAPTIONS, Clock, ShardJobs, Unreadable
 from .data import draw_photographs, make_base_checkpoint, write_captions
-from .harness import BenchResult, Case, best_of, chunks
+from .harness import BenchResult, Case, chunks, time_case
 
 PLAIN_BATCH = 32
 FULL_IMAGES, FULL_CAPTIONS = 123_287, 616_767
@@ -129,55 +128,37 @@ def _set_up(
 def _measure(setting: Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str, Any]]:
     pieces, decode_s = _read_all(setting)
     ids = setting.encoder.tokenize(setting.captions).to(setting.device)
-    clocks: list[Clock] = []
-    images: dict[str, Callable[[], object]] = {
+    few, clocks = setting.paths[: 2 * PLAIN_BATCH], list[Clock]()
+    images = {
         "plain": partial(_plain_images, setting),
         "ours": lambda: clocks.append(_extract_images(setting)),
         "ceiling": partial(_towers_alone, setting, pieces),
     }
-    captions: dict[str, Callable[[], object]] = {
+    captions = {
         "plain": partial(_plain_captions, setting),
         "ours": partial(_extract_captions, setting),
         "ceiling": partial(_text_alone, setting, ids),
     }
-    few = setting.paths[: 2 * PLAIN_BATCH]
-    plain_work, cut = partial(_process, setting, few), partial(_cut, setting, few)
+    work = {"plain": partial(_process, setting, few), "ours": partial(_cut, setting, few, "pillow")}
+    torch_work = work | {"ours": partial(_cut, setting, few, "torch")}
     n_images, n_captions = len(setting.paths), len(setting.captions)
-
-    def case(name: str, unit: str, count: int, ways: dict[str, Callable[[], object]], note: str) -> Case:
-        seconds = best_of(ways, repeats=repeats, device=setting.device)
-        return Case(name=name, unit=unit, note=note, **{way: count / value for way, value in seconds.items()})
-
-    work_note = "plain: Image.open and the image processor; ours: the same numbers as uint8 patches"
-    cases = (
-        case("images", "images", n_images, images, f"plain: AutoProcessor, DataLoader, {PLAIN_BATCH} a padded batch"),
-        case(
-            "captions",
-            "captions",
-            n_captions,
-            captions,
-            f"plain: tokenizer and get_text_features, {PLAIN_BATCH} a batch",
-        ),
-        case(
-            "image work, one core", "images", len(few), {"plain": plain_work, "ours": partial(cut, "pillow")}, work_note
-        ),
-        case(
-            "image work, --resizer torch", "images", len(few), {"plain": plain_work, "ours": partial(cut, "torch")}, ""
-        ),
-    )
-    clock = clocks[-1]
+    timed = partial(time_case, repeats=repeats, device=setting.device)
+    cases = [timed("images", "images", n_images, images, note=f"plain: AutoProcessor, {PLAIN_BATCH} a padded batch")]
+    cases.append(timed("captions", "captions", n_captions, captions, note=f"plain: {PLAIN_BATCH} a batch"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    note = "plain: Image.open and the image processor; ours: the same numbers as uint8 patches"
+    cases.append(timed("image work, one core", "images", len(few), work, note=note))
+    cases.append(timed("image work, --resizer torch", "images", len(few), torch_work))
+    torch.set_num_threads(threads)
     facts = {
         "decode_per_s": n_images / decode_s,
         "decode_workers": count_cores(),
         "n_images": n_images,
         "n_captions": n_captions,
-        "batch_tokens": setting.encoder.batch_tokens,
-        "bottleneck": clock.bottleneck,
-        "read_s": clock.read_s,
-        "compute_s": clock.compute_s,
-        "write_s": clock.write_s,
+        "bottleneck": clocks[-1].bottleneck,
     }
-    return cases, facts
+    return tuple(cases), facts
 
 
 def _read_all(setting: Setting) -> tuple[list[Piece], float]:
@@ -280,23 +261,13 @@ def tokenize(processor: Any, texts: Sequence[str]) -> torch.Tensor:  # noqa: ANN
 
 def _process(setting: Setting, paths: Sequence[str]) -> None:
     budget = budget_of(setting.model, setting.encoder.spec.budget)
-    with _one_thread():
-        for part in chunks(paths, PLAIN_BATCH):
-            process_images(setting.processor, budget, [str(setting.data / path) for path in part])
+    for part in chunks(paths, PLAIN_BATCH):
+        process_images(setting.processor, budget, [str(setting.data / path) for path in part])
 
 
 def _cut(setting: Setting, paths: Sequence[str], resizer: Resizer) -> None:
     spec = replace(setting.encoder.spec, resizer=resizer)
     out = np.empty((spec.most_tokens, spec.width), np.uint8)
-    with _one_thread():
-        for path in paths:
-            grid = spec.grid(*image_size(setting.data / path))
-            read_patches(setting.data / path, grid, spec, out[: grid.tokens])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    for path in paths:
+        grid = spec.grid(*image_size(setting.data / path))
+        read_patches(setting.data / path, grid, spec, out[: grid.tokens])

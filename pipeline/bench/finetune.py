@@ -29,7 +29,7 @@ from ..training.setup import draw_head
 from ..training.step import Step
 from .data import CAPTIONS, draw_photographs, make_base_checkpoint, write_captions
 from .extract import budget_of, process_images, tokenize
-from .harness import BenchResult, Case, best_of, chunks
+from .harness import BenchResult, Case, chunks, time_case
 from .plain import make_loader, plain_step
 
 UNFROZEN = {"frozen": "none", "last-2": "last-2", "full": "all"}
@@ -100,11 +100,8 @@ def bench_finetune(
             section = config.finetune.model_copy(update={"unfreeze": UNFROZEN[label]})
             config = config.model_copy(update={"finetune": section})
             setting = Setting(config=config, checkpoint=name, listing=listing, data=data, device=device)
-            seconds, peaks = _measure(setting, repeats)
-            memory[label] = {f"{way}_peak_bytes": peak for way, peak in peaks.items()}
-            note = "ours: the first epoch, later ones run no tower at all" if label == "frozen" else ""
-            rates = {way: n_images / value for way, value in seconds.items()}
-            cases.append(Case(name=label, unit="images", note=note, **rates))
+            case, memory[label] = _measure(setting, label, repeats)
+            cases.append(case)
     lines = [
         f"peak memory beyond the weights, {label}: plain {peaks['plain_peak_bytes'] / 2**20:,.0f} MiB,"
         f" ours {peaks['ours_peak_bytes'] / 2**20:,.0f} MiB"
@@ -130,18 +127,20 @@ def _listing(data: Path, captions: Sequence[str]) -> Manifest:
     )
 
 
-def _measure(setting: Setting, repeats: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds of the best round, and bytes beyond the weights, of each way; both have their weights in memory.
+def _measure(setting: Setting, label: str, repeats: int) -> tuple[Case, dict[str, int]]:
+    """A case, and the peak of each way beyond the weights; both ways have their weights in memory.
 
     The peak has a round of its own, because freed memory is given back before it.
     """
     store, ours = _ours(setting)
     ways = {"plain": _plain(setting), "ours": ours}
+    note = "ours: the first epoch, later ones run no tower at all" if label == "frozen" else ""
     with store:
         for way in ways.values():
             way()  # workers start, buffers are made
-        peaks = {name: _peak_bytes(way, setting.device) for name, way in ways.items()}
-        return best_of(ways, repeats=repeats, device=setting.device), peaks
+        peaks = {f"{name}_peak_bytes": _peak_bytes(way, setting.device) for name, way in ways.items()}
+        n_images = len(setting.listing.paths)
+        return time_case(label, "images", n_images, ways, repeats=repeats, device=setting.device, note=note), peaks
 
 
 def _peak_bytes(way: Callable[[], None], device: torch.device) -> int:

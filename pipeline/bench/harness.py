@@ -115,6 +115,21 @@ def best_of(
     return best
 
 
+def time_case(
+    name: str,
+    unit: str,
+    count: int,
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device | None = None,
+    note: str = "",
+) -> Case:
+    """Time the ways ``plain``, ``ours`` and perhaps ``ceiling``, each of which does ``count`` units."""
+    seconds = best_of(ways, repeats=repeats, device=device)
+    return Case(name=name, unit=unit, note=note, **{way: count / value for way, value in seconds.items()})
+
+
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """A sequence cut into parts of one size; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]

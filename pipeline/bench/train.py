@@ -20,7 +20,7 @@ from ..training.replicas import Replicas
 from ..training.setup import Prepared, prepare_training
 from ..training.step import Step, count_batches
 from .data import N_TRAIN, make_full_store
-from .harness import BenchResult, Case, best_of
+from .harness import BenchResult, Case, time_case
 from .plain import WORKERS, plain_steps
 
 PLAIN_BATCH, LARGE_BATCH = 64, 1024
@@ -119,10 +119,9 @@ def _case(setting: Setting, batch: int, steps: int, repeats: int) -> Case:
     ways = {name: partial(_take, loop, steps) for name, loop in loops.items()}
     for way in ways.values():
         way()  # workers start, buffers are made, graphs are captured
-    seconds = best_of(ways, repeats=repeats, device=setting.prepared.device)
-    rates = {name: steps * batch / value for name, value in seconds.items()}
     note = f"plain: Dataset, DataLoader with {WORKERS} workers, eager float32; ceiling: products and update alone"
-    return Case(name=f"training, batch {batch:,}", unit="images", note=note, **rates)
+    device, name = setting.prepared.device, f"training, batch {batch:,}"
+    return time_case(name, "images", steps * batch, ways, repeats=repeats, device=device, note=note)
 
 
 def _take(loop: Iterator[None], steps: int) -> None:
