@@ -26,7 +26,7 @@ from ..extraction.images import Resizer, image_size, read_patches
 from ..extraction.reader import ImageReader, Piece
 from ..extraction.shards import CAPTIONS, Clock, ShardJobs, Unreadable
 from .data import draw_photographs, make_base_checkpoint, write_captions
-from .harness import BenchResult, Case, chunks, time_case
+from .harness import BenchResult, Case, Way, chunks, time_case
 
 PLAIN_BATCH = 32
 FULL_IMAGES, FULL_CAPTIONS = 123_287, 616_767
@@ -129,12 +129,12 @@ def _measure(setting: Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str
     pieces, decode_s = _read_all(setting)
     ids = setting.encoder.tokenize(setting.captions).to(setting.device)
     few, clocks = setting.paths[: 2 * PLAIN_BATCH], list[Clock]()
-    images = {
+    images: dict[str, Way] = {
         "plain": partial(_plain_images, setting),
         "ours": lambda: clocks.append(_extract_images(setting)),
         "ceiling": partial(_towers_alone, setting, pieces),
     }
-    captions = {
+    captions: dict[str, Way] = {
         "plain": partial(_plain_captions, setting),
         "ours": partial(_extract_captions, setting),
         "ceiling": partial(_text_alone, setting, ids),

@@ -18,6 +18,7 @@ from ..core.cores import count_cores
 from ..core.device import keep_freed_memory
 
 T = TypeVar("T")
+Way = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,7 @@ def machine() -> str:
     return f"{cpu_name()}, {count_cores()} cores{gpu}, torch {torch.__version__}"
 
 
-def best_of(
-    ways: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device | None = None
-) -> dict[str, float]:
+def best_of(ways: Mapping[str, Way], *, repeats: int, device: torch.device | None = None) -> dict[str, float]:
     """Seconds of the best round of each way, until its last kernel has ended; the ways take turns.
 
     The way called ``plain`` is that of a first script: the C library handles its memory as it does by default.
@@ -119,7 +118,7 @@ def time_case(
     name: str,
     unit: str,
     count: int,
-    ways: Mapping[str, Callable[[], object]],
+    ways: Mapping[str, Way],
     *,
     repeats: int,
     device: torch.device | None = None,

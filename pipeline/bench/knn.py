@@ -21,7 +21,7 @@ from ...heads.knn import build_index
 from ...heads.neighbours import Index, Neighbours, Packed, Rows, load_faiss
 from ...heads.voting import vote
 from ..core.progress import Progress
-from .harness import BenchResult, Case, best_of
+from .harness import BenchResult, Case, Way, best_of
 
 KINDS: tuple[IndexKind, ...] = ("auto", "flat")
 TAU = 0.07
@@ -162,7 +162,7 @@ def _cases(setting: Setting, indexes: Mapping[IndexKind, Index], repeats: int) -
     """The whole batch and one query at a time, with every index, each beside the loop and FAISS's search alone."""
     K, queries, exact = setting.knn.K, setting.queries, setting.exact
     some, single = queries[:LOOP_QUERIES], queries[:SINGLE]
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Way] = {
         "plain": partial(loop, exact, some, setting.labels, K),
         "faiss": partial(exact.search, queries, K),
         "faiss single": partial(_one_by_one, lambda query: exact.search(query, K), single),
