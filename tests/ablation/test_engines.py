@@ -147,7 +147,9 @@ def test_ray_makes_the_same_table(here: Path, monkeypatch) -> None:
         result = ablate(replace(request, out=here / "ray", engine="ray", workers=2))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    figures = [[(row["value"], row["seed"], row["status"], row["mAP"]) for row in one.rows] for one in (plain, result)]
+    figures = [
+        [(row["value"], row["seed"], row["status"], row["mAP"]) for row in table.rows] for table in (plain, result)
+    ]
     assert figures[0] == figures[1]
     assert len(read_rows(here / "ray")) == 8
 

@@ -67,16 +67,16 @@ def test_a_row_of_few_neighbours_is_that_of_a_lone_search(here: Path, mmcli) -> 
     import mmcli.heads.knn as knn
     import mmcli.pipeline.evaluation.sweep as plan
 
-    found = []
+    rows = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn, "HYBRID_CANDIDATES", 8)
         patch.setattr(plan, "HYBRID_CANDIDATES", 8)
         for values, out in (("C1=3", "few"), ("C1=3,30", "many")):
-            code, told, err = mmcli(*words, "--set-values", values, "--out", out, *SET)
+            code, output, err = mmcli(*words, "--set-values", values, "--out", out, *SET)
             assert code == 0, err
-            found.append(json.loads(told)["rows"][0])
-    assert found[0]["key"] == found[1]["key"]
-    assert found[0]["mAP"] == found[1]["mAP"]
+            rows.append(json.loads(output)["rows"][0])
+    assert rows[0]["key"] == rows[1]["key"]
+    assert rows[0]["mAP"] == rows[1]["mAP"]
 
 
 def test_scores_that_cannot_be_kept_cost_their_own_row(here: Path, mmcli, monkeypatch) -> None:
@@ -127,7 +127,7 @@ def test_a_pool_that_breaks_leaves_no_unit_undone(monkeypatch, tmp_path: Path) -
     assert [id(unit) for unit in done] == [id(unit) for unit in units]
 
 
-def test_a_run_that_cannot_be_gone_on_with_is_made_anew(here: Path, mmcli, monkeypatch) -> None:
+def test_a_run_that_cannot_be_resumed_is_made_anew(here: Path, mmcli, monkeypatch) -> None:
     words = ("ablate", "A2", "--only", "A2=32", "--out", "out", "--json", *SET)
     whole = train_head.train_head
 
@@ -158,7 +158,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_made_anew(here: Path, mmcli, monke
         ("extends: y.yaml", "extend themselves"),
     ],
 )
-def test_what_no_experiment_can_be_is_told(tmp_path: Path, monkeypatch, text: str, message: str) -> None:
+def test_what_no_experiment_can_be_is_refused(tmp_path: Path, monkeypatch, text: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(text)
     Path("y.yaml").write_text("extends: x.yaml")
@@ -168,7 +168,7 @@ def test_what_no_experiment_can_be_is_told(tmp_path: Path, monkeypatch, text: st
 
 def test_towers_are_spelled_as_a_run_spells_them(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("B1: {varies: towers, values: [LAST-1, full, false, true]}")
-    assert [one.towers for one in read_experiments(str(tmp_path / "x.yaml"))["B1"].choices] == [
+    assert [choice.towers for choice in read_experiments(str(tmp_path / "x.yaml"))["B1"].choices] == [
         "last-1",
         "all",
         "last-2",

@@ -59,9 +59,9 @@ def test_bench_knn_gives_ratios_and_recall(mmcli) -> None:
 
 def test_the_loop_and_ours_give_the_same_scores() -> None:
     base, queries, labels = make_codes(500, 64, 0), make_codes(20, 64, 1), make_labels(500)
-    found = build_index("hamming", packed=base).search(packed=queries, K=20)
+    neighbours = build_index("hamming", packed=base).search(packed=queries, K=20)
     np.testing.assert_allclose(
-        vote(found, labels, KnnConfig(K=20)), loop(plain_index(base), queries, labels, 20), atol=1e-5
+        vote(neighbours, labels, KnnConfig(K=20)), loop(plain_index(base), queries, labels, 20), atol=1e-5
     )
 
 
@@ -69,8 +69,8 @@ def test_generated_codes_tie_as_learned_ones_do() -> None:
     base, queries = make_codes(20_000, 64, 0), make_codes(100, 64, 1)
     np.testing.assert_array_equal(base, make_codes(20_000, 64, 0))
     assert not np.array_equal(queries, base[:100])
-    found = build_index("hamming", packed=base).search(packed=queries, K=20)
-    assert 5 < np.median(found.distance[:, -1]) < 25
+    neighbours = build_index("hamming", packed=base).search(packed=queries, K=20)
+    assert 5 < np.median(neighbours.distance[:, -1]) < 25
     assert make_labels(2000).sum(axis=1).mean() == pytest.approx(2.9, abs=0.2)
 
 

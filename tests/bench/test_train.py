@@ -15,7 +15,7 @@ from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.extraction.images import image_size
 
 
-def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) -> None:
+def test_bench_extract_gives_ratios_and_the_bottleneck(mmcli, miniature) -> None:
     code, out, err = mmcli(
         "bench",
         "extract",
@@ -49,7 +49,7 @@ def test_bench_extract_gives_ratios_and_says_what_bounds_it(mmcli, miniature) ->
     assert "cores" in result["machine"]
 
 
-def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> None:
+def test_bench_train_gives_ratios_and_the_epoch(mmcli, here) -> None:
     code, out, err = mmcli(
         "bench",
         "train",
@@ -75,6 +75,18 @@ def test_bench_train_gives_ratios_and_says_what_an_epoch_takes(mmcli, here) -> N
         assert case["ratio_plain"] == pytest.approx(case["ours_per_s"] / case["plain_per_s"])
     assert result["epoch_s"] == pytest.approx(40 / cases["training, batch 64"]["ours_per_s"])
     assert result["validation_share"] == pytest.approx(result["validation_s"] / result["epoch_s"])
+
+
+def test_bench_ablate_gives_ratios(mmcli, here) -> None:
+    store = next((here / "data" / "cache").iterdir())
+    small = ("--set", "fusion.mlp_dims=[32, 16]", "--set", "knn.K=5", "--epochs", 1, "--device", "cpu")
+    code, out, err = mmcli("bench", "ablate", "A3", "--store", store, *small, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    (case,) = result["cases"]
+    assert case["ratio_plain"] == pytest.approx(result["plain_s"] / result["wall_s"])
+    assert case["ratio_ceiling"] == pytest.approx(result["train_s"] / result["wall_s"])
+    assert (result["n_rows"], result["n_trainings"], result["table_path"]) == (3, 1, None)
 
 
 def test_the_ceiling_multiplies_in_the_precision_of_a_step(here, monkeypatch) -> None:
