@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
 from ..core.metrics_file import read_metrics
 from ..core.run import Run
 from ..evaluation.metrics import check_predictor, classifier_row
@@ -27,11 +26,11 @@ class Measured:
     """What an evaluation gave.
 
     Attributes:
-        evaluation: Which.
-        figures: A row as of ``metrics.json``.
-        scores: ``(N, C)``, probabilities in class order.
-        image_id: ``(N,)``.
-        labels: ``(N, C)``.
+        evaluation: The evaluation.
+        figures: A row of the form that ``metrics.json`` has.
+        scores: Probabilities in class order ``(N, C)``.
+        image_id: Ids of the images ``(N,)``.
+        labels: Labels of the images ``(N, C)``.
         facts: Seconds and bytes.
     """
 
@@ -49,9 +48,9 @@ def evaluate_run(
     """Every evaluation of a run, in any order; one that fails does not stop the others.
 
     Args:
-        run: Finished, with codes.
-        evaluations: Of its training.
-        split: Whose images are tagged.
+        run: A finished run with codes.
+        evaluations: Evaluations of its training.
+        split: The split whose images are tagged.
         device: Where to search.
 
     Raises:
@@ -59,33 +58,29 @@ def evaluate_run(
     """
     codes = Evaluated.of(run, split)
     searches: dict[tuple[str, int], list[Evaluation]] = {}
-    for one in evaluations:
-        found = search_of(one)
-        if found is None:
-            try:
-                yield _of_classifier(one, codes, run)
-            except Exception as error:  # noqa: BLE001 - kept with its row
-                yield one, error
-        else:
-            try:
-                codes.check_k(one.config.knn.K, run)
-            except InputError as error:
-                yield one, error
+    for evaluation in evaluations:
+        search_key = search_of(evaluation)
+        try:
+            if search_key is None:
+                yield _of_classifier(evaluation, codes, run)
                 continue
-            searches.setdefault(found, []).append(one)
+            codes.check_k(evaluation.config.knn.K, run)
+            searches.setdefault(search_key, []).append(evaluation)
+        except Exception as error:  # noqa: BLE001 - kept with its row
+            yield evaluation, error
     retrieval: dict[str, Any] = {}
     for parts in searches.values():
         try:
             search = _Search(codes, parts, run, device)
             retrieval = retrieval or codes.retrieval()
         except Exception as error:  # noqa: BLE001 - kept with its rows
-            yield from ((one, error) for one in parts)
+            yield from ((evaluation, error) for evaluation in parts)
             continue
-        for one in parts:
+        for evaluation in parts:
             try:
-                yield search.measure(one, retrieval)
+                yield search.measure(evaluation, retrieval)
             except Exception as error:  # noqa: BLE001 - kept with its row
-                yield one, error
+                yield evaluation, error
 
 
 class _Search:
@@ -134,8 +129,8 @@ def _of_classifier(evaluation: Evaluation, codes: Evaluated, run: Run) -> Measur
     started = time.perf_counter()
     query, val = codes.query, codes.val
     check_predictor("classifier", query, val, run)
-    known = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", codes.split)]
-    row = dict(known[0]) if known and "ci" in known[0] else classifier_row(codes.split, query, val=val)
+    rows = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", codes.split)]
+    row = dict(rows[0]) if rows and "ci" in rows[0] else classifier_row(codes.split, query, val=val)
     row = {**row, "method": evaluation.method}
     facts = {"eval_s": time.perf_counter() - started}
     if "query_latency_ms" in row:

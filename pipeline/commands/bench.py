@@ -47,11 +47,10 @@ def bench_train(
     output: Output,
     n_train: _NTrain = None,
     steps: Annotated[int, option("--steps", "Steps of a round at batch 64.", min=2)] = 150,
-    replicas: Annotated[int, option("--replicas", "Heads that train in one pass.", min=2)] = 5,
     repeats: Repeats = 3,
     store: _Store = None,
 ) -> None:
-    """Training images a second: a plain DataLoader loop, ours, the products alone; loading, and the first step."""
+    """Training images a second: a plain DataLoader loop, ours, the matrix products alone."""
     config = settings.load()
     from ..bench.train import bench_train as stage
 
@@ -61,7 +60,6 @@ def bench_train(
         n_train=n_train,
         steps=steps,
         repeats=repeats,
-        replicas=replicas,
         progress=output.progress,
     )
     output.finish(result)
@@ -77,22 +75,25 @@ def bench_knn(
     k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20,
     queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000,
     repeats: Repeats = 3,
-    rivals: Annotated[bool, option("--rivals/--no-rivals", "Time scikit-learn and USearch too.")] = True,
+    baselines: Annotated[bool, option("--baselines/--no-baselines", "Time scikit-learn too.")] = True,
 ) -> None:
-    """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     config = settings.load()
+    from ..bench.knn import Workload, parse_kinds, parse_numbers
     from ..bench.knn import bench_knn as stage
-    from ..bench.knn import parse_kinds, parse_numbers
     from ..core.device import pick_device
 
-    result = stage(
+    workload = Workload(
         sizes=parse_numbers(sizes, "--sizes"),
         bits=parse_numbers(bits, "--bits"),
         kinds=parse_kinds(index),
         K=k,
         queries=queries,
+    )
+    result = stage(
+        workload,
         repeats=repeats,
-        rivals=rivals,
+        baselines=baselines,
         device=str(pick_device(config.hardware.device)),
         progress=output.progress,
     )
@@ -157,12 +158,12 @@ def bench_ablate(
     out: Annotated[Path | None, option("--out DIR", "Keep the table and its runs here [default: thrown away].")] = None,
 ) -> None:
     """Experiments on a store of COCO's size: seconds of planning, training, evaluating, and a loop without sharing."""
-    from ..ablation.request import Told
+    from ..ablation.request import ConfigSource
     from ..bench.ablate import NAMES
     from ..bench.ablate import bench_ablate as stage
 
     result = stage(
-        Told(file=settings.file, options=settings.given, flags=settings.flags, tree={}),
+        ConfigSource(file=settings.file, options=settings.given, flags=settings.flags),
         names=names or NAMES,
         store=store,
         n_train=n_train,

@@ -71,10 +71,10 @@ def ablate(
 
     A run below `runs` that was made by hand with the same configuration is used in the place of a new training.
     """
-    from ..ablation.request import Order, Told, parse_duration
+    from ..ablation.request import ConfigSource, Request, parse_duration
     from ..extraction.stores import find_store
 
-    order = Order(
+    request = Request(
         names=tuple(experiments or ()),
         grid=grid,
         experiments=file,
@@ -82,11 +82,7 @@ def ablate(
         only=tuple(only or ()),
         seeds=seeds,
         store=find_store(store),
-        told=Told(file=settings.file, options=settings.given, flags=settings.flags, tree={}),
-    )
-    from ..ablation import ablate as stage
-
-    means = stage.Means(
+        source=ConfigSource(file=settings.file, options=settings.given, flags=settings.flags),
         out=out,
         data=images.folder,
         force=force,
@@ -95,7 +91,9 @@ def ablate(
         engine=engine.engine,
         address=engine.ray_address,
     )
-    result: Any = stage.dry_run(order, means) if dry_run else stage.ablate(order, means, output.progress)
+    from ..ablation import ablate as stage
+
+    result: Any = stage.dry_run(request) if dry_run else stage.ablate(request, output.progress)
     output.finish(result)
     if not dry_run and result.counted["failed"]:
         raise typer.Exit(1)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from kit.plain_losses import plain_asymmetric, plain_focal, plain_hash_losses, plain_loss
 from mmcli.heads.config import HashRegConfig, LossConfig
 from mmcli.heads.label_losses import asymmetric_loss, bce_loss, focal_loss
 from mmcli.heads.losses import balance_loss, decorrelation_loss, quantisation_loss, total_loss
 from mmcli.heads.model import HeadOutput
-from mmcli.pipeline.bench.plain import plain_asymmetric, plain_focal, plain_hash_losses, plain_loss
 
 seeds = st.integers(0, 2**31 - 1)
 WEIGHTS = torch.tensor([0.5, 1.0, 3.0, 7.0])
