@@ -8,6 +8,7 @@ attention mask and pools the last position (Tschannen et al. 2025, arXiv 2502.14
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,29 @@ def tokens_of_a_pass(device: torch.device) -> int:
     """Patches or text tokens that one forward pass of a device takes best."""
     caches = int(torch.cpu.get_capabilities().get("l2_cache_size", 0)) if device.type == "cpu" else 0
     return BATCH_TOKENS[device.type] * (2 if caches >= LARGE_CACHE_BYTES else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """What a store is filled by, without the weights: it may be described on another machine than it runs on.
+
+    Attributes:
+        identity: Names for the key of a store.
+        device: Where the encoder computes.
+        spec: What is done to an image before the tower sees it.
+        width: Embedding width D.
+        batch_tokens: Most tokens of a forward pass.
+        logit_scale: SigLIP's learned scale, already exponentiated.
+        logit_bias: SigLIP's learned bias.
+    """
+
+    identity: Identity
+    device: torch.device
+    spec: PatchSpec
+    width: int
+    batch_tokens: int
+    logit_scale: float
+    logit_bias: float
 
 
 class EncoderParts(NamedTuple):
@@ -99,6 +123,11 @@ class Encoder:
         self._image = ImageTower(model.vision_model, parts.scale, dtype)
         self._text = TextTower(model.text_model, dtype)
         self.tokenize = parts.captions
+
+    @property
+    def facts(self) -> EncoderFacts:
+        """Everything but the weights."""
+        return EncoderFacts(**{field.name: getattr(self, field.name) for field in fields(EncoderFacts)})
 
     @classmethod
     def load(

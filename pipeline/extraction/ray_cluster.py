@@ -19,8 +19,7 @@ from ..core.cores import count_cores
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2
 CONNECT_S = 10.0
-# A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15), and
-# would warn of every actor of Ray Data's own, on a level that only `fatal` hides.
+# A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15).
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -51,13 +50,13 @@ class Shares:
 
 
 def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
-    """The module ``ray`` with ``ray.data``.
+    """The module ``ray``.
 
     Args:
-        joins: Whether it is for a cluster of other machines; else what is started here listens on loopback alone.
+        joins: Whether a running cluster is joined; otherwise what is started listens on loopback alone.
 
     Raises:
-        InputError: It is not installed.
+        InputError: Ray is not installed.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -65,7 +64,6 @@ def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
         _protect()
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise InputError(
             "Ray is not installed", where="--engine ray", got=error, do="pip install -c constraints.txt -e '.[ray]'"
@@ -165,7 +163,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noqa: ANN401
-    """Decide how many actors there are and what each asks for.
+    """Decide how many actors there are and what Ray reserves for each.
 
     Args:
         ray: A connected Ray.
@@ -176,17 +174,17 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
         InputError: A device that the cluster does not have, or that Ray cannot give.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus, wanted = int(sum(node.get("GPU", 0) for node in nodes)), config.hardware.device
-    if wanted not in {"auto", "cpu", "cuda"} or (wanted == "cuda" and not gpus) or not nodes:
+    n_gpus, device = int(sum(node.get("GPU", 0) for node in nodes)), config.hardware.device
+    if device not in {"auto", "cpu", "cuda"} or (device == "cuda" and not n_gpus) or not nodes:
         raise InputError(
             "no such device in the cluster",
             where="--device",
-            got=wanted,
+            got=device,
             wanted="auto, cpu, or cuda where it has GPUs",
             do="use --device auto; Ray places the processes",
         )
-    if gpus and wanted != "cpu":
-        actors = min(processes or gpus, gpus)  # for another one no GPU would ever be free
+    if n_gpus and device != "cpu":
+        actors = min(processes or n_gpus, n_gpus)  # for another one no GPU would ever be free
         return Shares(device="cuda", actors=actors, threads=1, actor={"num_gpus": 1}, reader={"num_cpus": 1})
     actors = processes or len(nodes)
     cores, together = max(node["CPU"] for node in nodes), -(-actors // len(nodes))
@@ -199,12 +197,3 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
         actor={"num_cpus": float(int(share)) if share > 1 else share},
         reader={"num_cpus": min(1.0, READER_SHARE * cores)},
     )
-
-
-def quiet_data(ray: Any) -> None:  # noqa: ANN401
-    """Keep Ray Data quiet but for warnings; progress is told here."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
