@@ -241,17 +241,21 @@ class ImageReader:
             )
         workers_of_headers = min(len(lists), math.ceil(self._workers * WORKERS_OF_HEADERS))
         with closing(self._load(read_headers, lists, workers_of_headers, 1)) as headers:  # type: ignore[type-var]
-            works = (
-                work
-                for number, (paths, grids) in enumerate(zip(lists, headers, strict=True))
-                for work in plan_pieces(number, paths, grids, tokens, None if boxes is None else boxes[number])
-            )
-            for piece in self._load(read_piece, works, self._workers, self._prefetch_factor):
+
+            def works() -> Iterator[Work | InputError]:
+                try:
+                    for number, (paths, grids) in enumerate(zip(lists, headers, strict=True)):
+                        yield from plan_pieces(number, paths, grids, tokens, boxes and boxes[number])
+                except InputError as error:  # raised behind the pieces before it: a DataLoader cannot stop half-begun
+                    yield error
+
+            for piece in self._load(read_piece, works(), self._workers, self._prefetch_factor):
                 yield piece._replace(pixels=piece.pixels.numpy())
 
     def _load(self, function: Callable[..., Any], items: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
         """What a function makes of every item, in order."""
         parallel: dict[str, Any] = {}
+        results: Iterator[Any] | None = None
         if workers:
             methods = multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -286,6 +290,8 @@ class ImageReader:
                 wanted=f"room for {workers} of them",
                 do="give fewer --workers; what was finished is kept",
             ) from None
+        finally:
+            results = None  # its processes end here, and not when the traceback of an error is thrown away
 
 
 class _Calls(Dataset[Any]):
@@ -296,7 +302,7 @@ class _Calls(Dataset[Any]):
 
     def __getitem__(self, item: Any) -> Any:  # noqa: ANN401
         try:
-            return self._function(item)
+            return item if isinstance(item, InputError) else self._function(item)
         except InputError as error:
             return error
 
