@@ -21,19 +21,7 @@ SCAN, JFIF, ADOBE, APPLICATION, COMMENT = 0xDA, 0xE0, 0xEE, range(0xE0, 0xF0), 0
 JFIF_BYTES = 18  # of the whole segment, without a thumbnail
 # TIFF: description, maker, model, resolutions, page, software, date, artist, host, XMP, copyright, IPTC, Photoshop,
 # EXIF, ICC, GPS and interoperability.
-TIFF_METADATA = {
-    269,
-    270,
-    271,
-    272,
-    282,
-    283,
-    285,
-    286,
-    287,
-    296,
-    297,
-    305,
+TIFF_METADATA = {269, 270, 271, 272, 282, 283, 285, 286, 287, 296, 297, 305} | {
     306,
     315,
     316,

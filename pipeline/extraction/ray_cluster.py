@@ -1,4 +1,4 @@
-"""A Ray cluster to work on: a running one or one of this machine, kept quiet, and how its machines are shared out."""
+"""A Ray cluster to work on, a running one or one of this machine, and how its machines are shared out."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
+from .native_output import without_native_output
 
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2
@@ -73,13 +74,14 @@ def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected; a connection that was made here ends with the block, and a cluster that was started here too.
+    """Ray, connected; the connection ends with the block, and so does a cluster that was started for it.
 
     A cluster of this machine listens on loopback alone and asks for a token that only this process and its workers
     have. A process that has started one joins no other: Ray reads such settings once.
 
     Args:
-        address: A running cluster's; when not given, or ``local``, one of this machine, whatever ``RAY_ADDRESS`` says.
+        address: The address of a running cluster; when not given, or ``local``, one is started on this machine,
+            whatever ``RAY_ADDRESS`` says.
 
     Raises:
         InputError: Ray is not installed, or no cluster answers.
@@ -92,11 +94,11 @@ def cluster(address: str | None) -> Iterator[Any]:
     options: dict[str, Any] = {}
     if address is None:
         address, options = "local", {"include_dashboard": False, "num_cpus": count_cores()}
-    _answers(address)
+    _check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with _without_stderr():
+            with without_native_output():  # lines of Ray's C++ half; errors are exceptions
                 # Actors send the warnings that they have for the user with their results.
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -110,10 +112,10 @@ def cluster(address: str | None) -> Iterator[Any]:
 
 def ignored_address(address: str | None) -> str | None:
     """A line for the user where ``RAY_ADDRESS`` names a cluster that is not joined, because no option names it."""
-    named = os.environ.get("RAY_ADDRESS")
-    if address is not None or not named:
+    ignored = os.environ.get("RAY_ADDRESS")
+    if address is not None or not ignored:
         return None
-    return f"note: RAY_ADDRESS is {named}, but only --ray-address joins a cluster; Ray is started on this machine"
+    return f"note: RAY_ADDRESS is {ignored}, but only --ray-address joins a cluster; Ray is started on this machine"
 
 
 def _protect() -> None:
@@ -127,8 +129,8 @@ def _protect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _answers(address: str) -> None:
-    """Knock at ``host:port``: Ray itself would knock for minutes."""
+def _check_address(address: str) -> None:
+    """Refuse a ``host:port`` where nothing listens: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdecimal():
         return
@@ -146,20 +148,6 @@ def _no_cluster(address: str, error: Exception) -> InputError:
         wanted="the address of a running one",
         do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address out",
     )
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keep the lines back that Ray's C++ half writes when it starts, past every logger; errors are exceptions."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noqa: ANN401
