@@ -64,7 +64,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls) -> "Vocabulary":
-        """The vocabulary of ``assets/scenes.json``."""
+        """Read the vocabulary that stands in ``assets/scenes.json``."""
         content = json.loads((ASSETS / "scenes.json").read_text("utf-8"))
         themes = [Theme(**theme) for theme in content.pop("themes")]
         return cls(themes={theme.name: theme for theme in themes}, **content)

@@ -19,21 +19,10 @@ PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JPEG: start of scan, JFIF's own segment, the one that names the colours, and the first of each range of others.
 SCAN, JFIF, ADOBE, APPLICATION, COMMENT = 0xDA, 0xE0, 0xEE, range(0xE0, 0xF0), 0xFE
 JFIF_BYTES = 18  # of the whole segment, without a thumbnail
-# TIFF: description, maker, model, resolutions, page, software, date, artist, host, XMP, copyright, IPTC, Photoshop,
-# EXIF, ICC, GPS and interoperability.
-TIFF_METADATA = {269, 270, 271, 272, 282, 283, 285, 286, 287, 296, 297, 305} | {
-    306,
-    315,
-    316,
-    700,
-    33432,
-    33723,
-    34377,
-    34665,
-    34675,
-    34853,
-    40965,
-}
+# TIFF: description, maker, model, resolutions, page, software, date, artist and host.
+TIFF_TEXTS = {*range(269, 273), 282, 283, *range(285, 288), 296, 297, 305, 306, 315, 316}
+# TIFF: XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS and interoperability.
+TIFF_METADATA = TIFF_TEXTS | {700, 33432, 33723, 34377, 34665, 34675, 34853, 40965}
 # An entry of no meaning: one byte under the last of the numbers that are free for private use.
 TIFF_NOTHING = (65535, 1, 1, 0)
 WEBP_METADATA, WEBP_FLAGS = {b"EXIF", b"XMP ", b"ICCP"}, 0x20 | 0x08 | 0x04

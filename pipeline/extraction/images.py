@@ -130,8 +130,8 @@ def _read(path: Path, use: Callable[[Image.Image, int, IO[bytes]], T]) -> T:
                 if stripped is None:
                     raise
             data, orientation = stripped
-            with io.BytesIO(data) as stream, Image.open(stream) as image:
-                return use(image, orientation or _orientation(image), stream)
+            with io.BytesIO(data) as copy, Image.open(copy) as image:
+                return use(image, orientation or _orientation(image), copy)
     except Exception as error:  # noqa: BLE001 - decoders raise whatever the damage leads to
         raise _refusal(path, error) from None
 

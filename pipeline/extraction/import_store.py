@@ -49,7 +49,7 @@ class Embedded:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The width of the vectors, D."""
         return self.vectors.shape[-1]
 
     def read(self, start: int, stop: int, n_places: int) -> npt.NDArray[np.float32]:

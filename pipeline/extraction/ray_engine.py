@@ -113,9 +113,9 @@ class EncodeShards:
             jobs = ShardJobs(self._encoder, job.listing, writer, unreadable, progress=Progress(), clock=self._clock)
             with Progress().task("", 0) as task:
                 for shard in writer.missing("image"):
-                    # Copies: the object store's memory is read-only.
-                    own = (piece._replace(pixels=piece.pixels.copy()) for piece in pieces)
-                    jobs.encode_pieces(own, shard, behind, task)
+                    # The object store's memory is read-only.
+                    copies = (piece._replace(pixels=piece.pixels.copy()) for piece in pieces)
+                    jobs.encode_pieces(copies, shard, behind, task)
             behind.finish()
             jobs.encode_captions(writer.missing("text"))
         return unreadable.reasons
@@ -260,7 +260,7 @@ def _stream(
 
 
 def _with_absolute_paths(config: Config, plan: ExtractPlan) -> tuple[Config, ExtractPlan]:
-    """The same with absolute paths: actors work in other folders."""
+    """The same configuration and plan with absolute paths: actors work in other folders."""
     model = config.model.model_copy(update={"siglip2_variant": model_path(config.model.siglip2_variant)})
     return config.model_copy(update={"model": model}), replace(
         plan,

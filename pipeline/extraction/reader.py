@@ -9,7 +9,7 @@ import multiprocessing
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -196,7 +196,7 @@ class ImageReader:
     def __init__(self, data: Path, spec: PatchSpec, *, tokens: int, workers: int, prefetch_factor: int = 2) -> None:
         self._data, self._spec, self._tokens = data, spec, tokens
         self._workers, self._prefetch_factor = workers, prefetch_factor
-        self._reading: Iterator[Piece] | None = None
+        self._reading: Generator[Piece, None, None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +205,7 @@ class ImageReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._reading is not None:
-            self._reading.close()  # type: ignore[attr-defined] - a generator
+            self._reading.close()
 
     def headers(self, paths: Sequence[str]) -> Iterator[list[Grid | str]]:
         """The grids of the next images, or why there is none, some images at a time.
@@ -234,25 +234,27 @@ class ImageReader:
 
     def _read(
         self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None, tokens: int
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         if self._workers:
             _check_shared_memory(
                 (self._workers * self._prefetch_factor + 1) * max(tokens, self._spec.most_tokens) * self._spec.width
             )
         workers_of_headers = min(len(lists), math.ceil(self._workers * WORKERS_OF_HEADERS))
-        with closing(self._load(read_headers, lists, workers_of_headers, 1)) as headers:  # type: ignore[type-var]
+        with closing(self._load(read_headers, lists, workers_of_headers, 1)) as headers:
 
             def works() -> Iterator[Work | InputError]:
                 try:
                     for number, (paths, grids) in enumerate(zip(lists, headers, strict=True)):
-                        yield from plan_pieces(number, paths, grids, tokens, boxes and boxes[number])
+                        yield from plan_pieces(number, paths, grids, tokens, boxes[number] if boxes else None)
                 except InputError as error:  # raised behind the pieces before it: a DataLoader cannot stop half-begun
                     yield error
 
             for piece in self._load(read_piece, works(), self._workers, self._prefetch_factor):
                 yield piece._replace(pixels=piece.pixels.numpy())
 
-    def _load(self, function: Callable[..., Any], items: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
+    def _load(
+        self, function: Callable[..., Any], items: Iterable[Any], workers: int, ahead: int
+    ) -> Generator[Any, None, None]:
         """What a function makes of every item, in order."""
         parallel: dict[str, Any] = {}
         results: Iterator[Any] | None = None
@@ -309,7 +311,9 @@ class _Calls(Dataset[Any]):
 
 def _to_tensor(result: Any) -> Any:  # noqa: ANN401
     """Pixels as a tensor, which travels through shared memory and not through a pipe."""
-    return result._replace(pixels=torch.from_numpy(result.pixels)) if isinstance(result, Piece) else result
+    if not isinstance(result, Piece):
+        return result
+    return Piece(**result._asdict() | {"pixels": torch.from_numpy(result.pixels)})
 
 
 def _begin(_worker: int) -> None:

@@ -101,7 +101,7 @@ class Clock:
     _last: float = field(default_factory=time.perf_counter, repr=False)
 
     def start(self) -> None:
-        """Begin to count here."""
+        """Begin to count seconds at this moment."""
         self._last = time.perf_counter()
 
     def lap(self, part: ClockPart) -> None:
