@@ -101,7 +101,7 @@ class _Mlp:
 
 
 class _Layer:
-    """One encoder layer."""
+    """One frozen encoder layer, attention and MLP."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
         attention = layer.self_attn
@@ -120,7 +120,7 @@ class _Layer:
         return self._qkv(self._norm1(x))
 
     def attend(self, x: Tensor, qkv: Tensor) -> Tensor:
-        """The layer's output ``(n, T, D)``, where its queries, keys and values are known."""
+        """The layer's output ``(n, T, D)`` from its queries, keys and values."""
         q, k, v = self._by_head(qkv, 3)
         return self._finish(x, q, k, v)
 
@@ -128,10 +128,10 @@ class _Layer:
         x = x + self._out(_attend(q, k, v))
         return x + self._mlp(self._norm2(x))
 
-    def _by_head(self, made: Tensor, parts: int) -> Tensor:
+    def _by_head(self, projected: Tensor, parts: int) -> Tensor:
         """``(n, T, parts D)`` to ``(parts, n, H, T, D / H)``."""
-        n, T, _ = made.shape
-        return made.view(n, T, parts, self._heads, -1).permute(2, 0, 3, 1, 4)
+        n, T, _ = projected.shape
+        return projected.view(n, T, parts, self._heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class _LastLayer(_Layer):

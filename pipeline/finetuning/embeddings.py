@@ -98,9 +98,9 @@ class LiveStore:
         wanted = self._config.data.num_workers
         workers = reader_count(wanted, self.team.device)
         workers = workers if wanted is not None else -(-workers // self.team.size)
-        ahead = max(2, workers * self._config.data.prefetch_factor)
+        ahead = self._config.data.prefetch_factor
         tokens = max(self.encoder.batch_tokens, self._config.finetune.batch_tokens or 0)
-        self._reader = ImageReader(self.data, self.encoder.spec, tokens=tokens, workers=workers, ahead=ahead)
+        self._reader = ImageReader(self.data, self.encoder.spec, tokens=tokens, workers=workers, prefetch_factor=ahead)
         self._reader.__enter__()
         return self
 

@@ -218,7 +218,7 @@ class RunEncoder:
                 unreadable[row] = str(error)
             else:
                 grid = spec.grid(image.height, image.width)
-                cuts[row] = grid, cut(resize(image, grid, spec), grid, spec.side)
+                cuts[row] = grid, cut(resize(np.asarray(image), grid, spec), grid, spec.side)
         grids = [cuts[row][0] if row in cuts else None for row in rows]
         for batch in plan(grids, tokens=self.encoder.batch_tokens):
             chosen = [rows[place] for place in batch.rows]
