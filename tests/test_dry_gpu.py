@@ -49,13 +49,8 @@ LAUNCHES = {
     "deterministic": 260,
     "monitor": 260,
     "monitor of the classifier": 260,
-    "3 replicas": 326,
-    "3 replicas, plan": 255,
-    "3 replicas, small": 306,
-    "3 replicas, average": 351,
-    "3 replicas, adapter": 394,
-    "3 replicas, focal": 332,
 }
+AVERAGED = ("average", "accumulation")
 # Of a step of towers and head.
 TOWER_LAUNCHES = {
     "last-2": 893,
@@ -129,12 +124,11 @@ def test_a_step_of_a_head_runs_on_a_gpu_without_a_fault(dry: Dry) -> None:
 
 
 def test_a_step_of_a_head_never_waits_for_the_gpu(dry: Dry) -> None:
-    """But for the first, which puts constants there, and those of float16, whose scaler asks whether anything is inf."""
+    """But for those of float16, whose scaler asks whether anything is inf, and torch's average, which sends its count."""
     for name, result in dry("heads").items():
-        first, *others = result["steps"]
-        assert sum(first["waits"].values()) <= 1, (name, first)
-        waits = {place for step in others for place in step["waits"]}
-        assert all("a number is fetched" in place for place in waits) if name == "float16" else not waits, (name, waits)
+        waits = {place.partition(" at ")[0] for step in result["steps"] for place in step["waits"]}
+        allowed = {"float16": {"a number is fetched"}} | dict.fromkeys(AVERAGED, {"host to device"})
+        assert waits <= allowed.get(name, set()), (name, waits)
 
 
 def test_every_size_of_batch_warms_up_and_is_then_replayed(dry: Dry) -> None:
@@ -148,7 +142,9 @@ def test_every_size_of_batch_warms_up_and_is_then_replayed(dry: Dry) -> None:
             how = [step["how"] for step in result["steps"] if tuple(step["sizes"]) == size]
             assert how[:4] == ["eager"] * 3 + ["captured"], (name, how)
             assert set(how[4:]) == {"replayed"}, (name, how)
-        assert not any(step["on_default_stream"] for step in result["steps"]), name
+        # Outside the graph are the learning rates, one of each group of parameters, and the average.
+        outside = max(step["on_default_stream"] for step in result["steps"][1:])
+        assert outside <= (32 if name in AVERAGED else 3), (name, outside)
 
 
 def test_a_step_of_a_head_launches_no_more_than_it_did(dry: Dry) -> None:

@@ -26,7 +26,7 @@ from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
 from ..extraction.siglip import local_digest
 from ..training.data import Diverged, Split
-from ..training.loop import KEEP_EVERY_S, FitResult, Hooks, Record, fit
+from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
 from ..training.run import TrainingRun, TrainResult, read_fit
 from ..training.state import STATE, TrainingState, check_precision, read_state
@@ -295,7 +295,7 @@ class _Training:
             on_epoch=on_epoch,
             # To keep a state of shards all processes have to be there, at moments that do not depend on a clock.
             keep=keep if hooks is not None or sharded else None,
-            keep_every_s=0.0 if sharded else KEEP_EVERY_S,
+            keep_every_s=0.0 if sharded else None,
             keep_within_s=math.inf if sharded else KEEP_WITHIN_S,
         )
 
