@@ -152,10 +152,8 @@ class Worker:
             zero_shot(config, store=store, out=folder, force=True, progress=progress)
             return folder
         prepared = self._prepare(training)
-        if not self._resumed(
-            folder, training, lambda: resume_training(folder, store=store, progress=progress, prepared=prepared)
-        ):
-            train_head(config, store=store, out=folder, force=True, progress=progress, prepared=prepared)
+        if not self._resumed(folder, training, lambda: resume_training(folder, store=prepared, progress=progress)):
+            train_head(config, store=prepared, out=folder, force=True, progress=progress)
         return folder
 
     def _finetune(self, training: Training, folder: Path) -> None:

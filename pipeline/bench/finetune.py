@@ -24,7 +24,6 @@ from ..finetuning.batches import Feed, TowerStep
 from ..finetuning.distributed import Team
 from ..finetuning.embeddings import LiveStore
 from ..finetuning.towers import Towers
-from ..training.replicas import Replicas
 from ..training.setup import draw_head
 from ..training.step import Step
 from .data import CAPTIONS, draw_photographs, make_base_checkpoint, write_captions
@@ -181,11 +180,10 @@ def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
     )
     train, head = store.whole, setting.make_head(store.encoder.width)
     steps = -(-len(train) // config.training.batch_size)
-    members = Replicas([head], stacked=False)
     step: Step = (
-        TowerStep(members, train, config, steps=steps, feed=Feed(towers, store, config))
+        TowerStep(head, train, config, steps=steps, feed=Feed(towers, store, config))
         if towers.sides
-        else Step(members, train, config, steps=steps)
+        else Step(head, train, config, steps=steps)
     )
     numbers = itertools.count(1)
 
@@ -195,7 +193,7 @@ def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
             store.embed_captions(store.used, None)
         order = torch.randperm(len(train)).to(setting.device)
         step.begin(next(numbers), order, torch.zeros_like(order))
-        members.train()
+        head.train()
         for part in torch.tensor_split(order, steps):
             step.run((len(part),))
 

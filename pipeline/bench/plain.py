@@ -72,9 +72,9 @@ def plain_step(parameters: Sequence[Tensor], config: Config, *, rate: float) -> 
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.optimizer.weight_decay)
 
     def step(output: HeadOutput, y: Tensor) -> None:
-        loss = total_loss(config.loss, output, y).total
+        loss = total_loss(config.loss, output, y).loss
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         loss.item()

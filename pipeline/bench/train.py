@@ -16,7 +16,6 @@ from ..core.config import Config
 from ..core.progress import Progress
 from ..training.data import Split
 from ..training.monitor import Monitor
-from ..training.replicas import Replicas
 from ..training.setup import Prepared, prepare_training
 from ..training.step import Step, count_batches
 from .data import N_TRAIN, make_full_store
@@ -46,12 +45,12 @@ class Setting:
 
     def make_head(self) -> Any:  # noqa: ANN401
         """A new head on the device."""
-        return self.prepared.make_head(self.config, self.train)
+        return self.prepared.make_head(self.train)
 
     @property
     def precision(self) -> str:
         """The name of the precision that a step computes its products in."""
-        return Step(Replicas([self.make_head()], stacked=False), self.train, self.config, steps=1).precision
+        return self.prepared.precision
 
 
 def bench_train(
@@ -131,12 +130,12 @@ def _take(loop: Iterator[None], steps: int) -> None:
 
 def our_steps(setting: Setting, batch: int) -> Iterator[None]:
     """Steps of our loop, epoch after epoch, without end."""
-    members = Replicas([setting.make_head()], stacked=False)
+    head = setting.make_head()
     train, device = setting.train, setting.prepared.device
     n = len(train)
-    batches = count_batches(members.heads[0], n, batch)
-    step = Step(members, train, setting.config, steps=batches)
-    members.train()
+    batches = count_batches(head, n, batch)
+    step = Step(head, train, setting.config, steps=batches)
+    head.train()
     for epoch in itertools.count(1):
         caption = (torch.rand(n).to(device) * train.captions_of).long()
         step.begin(epoch, torch.randperm(n).to(device), caption)

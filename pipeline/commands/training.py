@@ -80,10 +80,10 @@ def train_head(
     if print_config:
         output.show_config(config)
         return
-    from ..extraction.stores import Reading, find_store
+    from ..extraction.stores import Reading
 
     # Torch takes a second or two to import, and so does a large store to read.
-    reading = None if resume is not None or seeds > 1 else Reading(find_store(store), config)
+    reading = None if resume is not None or seeds > 1 else Reading(store, config)
     from ..training import train_head as stage
 
     logged: dict[str, Any] = {**vars(trackers), "progress": output.progress}
@@ -93,7 +93,7 @@ def train_head(
     elif seeds > 1:
         result = stage.train_replicas(config, seeds=seeds, store=store, out=out, force=force, **logged)
     else:
-        result = stage.train_head(config, store=store, out=out, force=force, reading=reading, **logged)
+        result = stage.train_head(config, store=reading, out=out, force=force, **logged)
     output.finish(result)
 
 

@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...heads.model import BaseHead
 from ..core.config import Config
 from ..core.device import autocast, to_device
 from ..extraction.images import Box, Grid, Pixels
 from ..extraction.reader import Piece
 from ..training.data import Split
-from ..training.replicas import Replicas
-from ..training.step import Group, Step
+from ..training.step import Step
 from .distributed import Shards
 from .embeddings import LiveStore, refuse_unreadable
 from .towers import PARTS, Towers
@@ -275,17 +275,16 @@ class TowerStep(Step):
     """As :class:`~mmcli.pipeline.training.step.Step`, its batches made by towers that are trained with the head.
 
     Args:
-        members: One head.
+        head: The head.
         train: The train split.
         config: As of ``Step``, and the finetune section; a batch is a whole optimiser step.
         steps: Optimiser steps in an epoch.
         feed: Makes the batches.
     """
 
-    def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int, feed: Feed) -> None:
-        assert not members.stacked
+    def __init__(self, head: BaseHead, train: Split, config: Config, *, steps: int, feed: Feed) -> None:
         self._feed, self._towers, self._shards = feed, feed.towers, feed.shards
-        super().__init__(members, train, config, steps=steps)
+        super().__init__(head, train, config, steps=steps)
 
     @classmethod
     def autocast_of(cls, device: torch.device, config: Config) -> autocast:
@@ -305,7 +304,7 @@ class TowerStep(Step):
         """What this process has of it."""
         return self._shards.part(name, whole)
 
-    def _more_groups(self) -> Sequence[Group]:
+    def _more_groups(self) -> Sequence[dict[str, Any]]:
         return self._towers.groups(self._config.optimizer, self._shards.local)
 
     def _over_all(self, group: str, square: Tensor) -> Tensor:
@@ -321,11 +320,11 @@ class TowerStep(Step):
         batches = [part.numpy() for part in torch.tensor_split(rows, self._steps)]
         self._feed.begin(epoch, batches[done:])
 
-    def run(self, sizes: tuple[int, ...]) -> None:
-        """One step, launched piece by piece: every batch has other grids, so there is no graph to replay."""
-        self._body(sizes)
+    def _uses_graphs(self) -> bool:
+        """Every batch has other grids, so there is no graph to replay."""
+        return False
 
-    def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
-        self._backward_of(self._feed.embed(self._train, at, caption), at, parts)
+    def _backward(self, places: Tensor, caption: Tensor, parts: int) -> None:
+        self._backward_of(self._feed.embed(self._train, places, caption), places, parts)
         self._feed.backward()
         self._shards.take_gradients()

@@ -5,6 +5,7 @@ rest goes through the towers in every step (:mod:`~mmcli.pipeline.finetuning.bat
 to look at val.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +25,12 @@ from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
 from ..extraction.siglip import local_digest
 from ..training.data import Diverged, Split
-from ..training.loop import FitResult, Member, Record, fit
+from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
 from ..training.run import TrainingRun, TrainResult, read_fit
 from ..training.state import STATE, TrainingState, check_precision, read_state
 from ..training.step import Step
-from ..training.train_head import Place, Work
+from ..training.train_head import Place, RunSession
 from .batches import Feed, TowerStep
 from .checkpoint import TowerKeeper, base_of, save_towers, write_record
 from .distributed import device_here, open_team
@@ -168,7 +169,7 @@ def finetune(
             head = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
             name = f"{head}-{config.finetune.unfreeze}"
             run = work.start(describe(KIND, live), live.config, place, name=name, device=str(live.team.device))
-        return _Training(work, live, run).finish(None, resume=False)
+        return _Training(work, live, run).finish(None)
 
 
 def resume_finetuning(
@@ -217,18 +218,18 @@ def resume_finetuning(
         state = read_state(folder / STATE)
         live.team.wait()  # nobody reads it while the first process writes it anew
         if live.team.first:
-            run, state = work.take_up(run)
-        return _Training(work, live, run if live.team.first else None).finish(state, resume=True)
+            run, state = work.resume(run)
+        return _Training(work, live, run if live.team.first else None).finish(state)
 
 
 @contextmanager
 def _at_work(
     config: Config, data: Path, progress: Progress | None, *, tensorboard: bool, wandb: bool, held: Run | None = None
-) -> Iterator[tuple[Work, Live]]:
+) -> Iterator[tuple[RunSession, Live]]:
     """The processes are together, a run to go on with is held by the first of them, and everything is loaded."""
     with open_team(config.hardware.device) as team:
         told = (progress or Progress()) if team.first else Progress()
-        with Work(told, tensorboard=tensorboard, wandb=wandb) as work:
+        with RunSession(told, tensorboard=tensorboard, wandb=wandb) as work:
             if held is not None and team.first:
                 work.hold(held)
             with set_up(config, data, team, told) as live:
@@ -238,19 +239,18 @@ def _at_work(
 class _Training:
     """One finetuning, as one of its processes goes through it; that of the first has the run."""
 
-    def __init__(self, work: Work, live: Live, run: Run | None) -> None:
+    def __init__(self, work: RunSession, live: Live, run: Run | None) -> None:
         self._work, self._live, self._run = work, live, run
         self._team, self._config = live.team, live.config
         self._folder = Path(live.team.tell("" if run is None else str(run.folder)))
         self._keeper = TowerKeeper(self._folder / "checkpoints", live.shards, writes=live.team.first)
         self._writer: TrainingRun | None = None
 
-    def finish(self, state: TrainingState | None, *, resume: bool) -> TrainResult:
+    def finish(self, state: TrainingState | None) -> TrainResult:
         """Train, embed everything with the best towers, and write all that a run has."""
         live, team = self._live, self._team
         live.embed()
-        member = self._member(state, resume=resume)
-        fitted = self._fit(member)
+        fitted = self._fit(state)
         team.wait()
         if live.towers.trained:
             self._keeper.restore(fitted.best_epoch)
@@ -269,66 +269,49 @@ class _Training:
         team.wait()
         return result or _read_result(self._folder, self._config)
 
-    def _member(self, state: TrainingState | None, *, resume: bool) -> Member:
-        live, config = self._live, self._config
-        splits = live.splits()
-        inner = Monitor(config, splits["train"], splits["val"])
-        head = live.first_head(inner)
+    def _hooks(self, head: BaseHead, splits: Mapping[str, Split], inner: Monitor, state: TrainingState | None) -> Hooks:
+        live = self._live
         monitor = LiveMonitor(live, head, inner, self._work.progress)
         self._keeper.take_up(_best_epoch(state))
-        if self._run is None:
-            member = Member(head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=_nothing, resumed=state)
-        else:
-            member = self._begin_writing(self._run, head, splits, monitor, state, resume=resume)
-        record, keep = member.on_epoch, member.keep
-        values = [float(one["val_mAP"]) for one in (() if state is None else state.history)]
+        hooks = None if self._run is None else self._begin_writing(self._run, splits, monitor, state)
+        values = [float(record["val_mAP"]) for record in (() if state is None else state.history)]
 
-        def on_epoch(head: BaseHead, told: Record) -> None:
-            record(head, told)
+        def on_epoch(head: BaseHead, record: Record) -> None:
+            if hooks is not None:
+                hooks.on_epoch(head, record)
             if live.towers.trained:
-                self._keeper.offer(int(told["epoch"]), best=told["val_mAP"] > max(values, default=-1.0))
-            values.append(told["val_mAP"])
+                self._keeper.offer(int(record["epoch"]), best=record["val_mAP"] > max(values, default=-1.0))
+            values.append(record["val_mAP"])
 
-        def on_keep(state: TrainingState) -> None:
-            if keep is not None:
-                keep(state)
+        def keep(state: TrainingState) -> None:
+            if hooks is not None and hooks.keep is not None:
+                hooks.keep(state)
                 self._keeper.sweep()
 
-        member.on_epoch = on_epoch
-        # To keep a state of shards all processes have to be there.
-        member.keep = on_keep if keep is not None or live.shards.sharded else None
-        return member
+        sharded = live.shards.sharded
+        return Hooks(
+            monitor=monitor,
+            on_epoch=on_epoch,
+            # To keep a state of shards all processes have to be there, at moments that do not depend on a clock.
+            keep=keep if hooks is not None or sharded else None,
+            keep_every_s=0.0 if sharded else None,
+            keep_within_s=math.inf if sharded else KEEP_WITHIN_S,
+        )
 
     def _begin_writing(
-        self,
-        run: Run,
-        head: BaseHead,
-        splits: Mapping[str, Split],
-        monitor: LiveMonitor,
-        state: TrainingState | None,
-        *,
-        resume: bool,
-    ) -> Member:
+        self, run: Run, splits: Mapping[str, Split], monitor: LiveMonitor, state: TrainingState | None
+    ) -> Hooks:
         live, config = self._live, self._config
         identity = live.towers.parts.identity
         base = {"model": run.info.model, "revision": identity.revision, "store_digest": digest_of(live, identity)}
         write_record(self._folder, config, live.towers, base)
-        after = (0 if state is None else state.epoch) if resume else None
+        trackers = self._work.trackers(run, config, state)
         self._writer = TrainingRun(
-            run,
-            config,
-            head,
-            splits,
-            width=live.store.encoder.width,
-            progress=self._work.progress,
-            resume=resume,
-            state=state,
-            monitor=monitor,
-            trackers=self._work.trackers(run, config, after=after),
+            run, config, splits, monitor, trackers=trackers, progress=self._work.progress, state=state
         )
-        return self._writer.member
+        return self._writer.hooks
 
-    def _fit(self, member: Member) -> FitResult:
+    def _fit(self, state: TrainingState | None) -> FitResult:
         """Train; a batch is all that one optimiser step sees."""
         live, config = self._live, self._config
         training = config.training
@@ -337,12 +320,13 @@ class _Training:
         make_step: Any = Step
         if live.changing:
             make_step = partial(TowerStep, feed=Feed(live.towers, live.store, self._config, live.shards))
-        train = self._writer.splits["train"] if self._writer is not None else live.splits()["train"]
-        # Processes that keep a state together do so at moments that do not depend on a clock.
-        kept: dict[str, Any] = {"keep_every_s": 0.0} if live.shards.sharded else {"keep_within_s": KEEP_WITHIN_S}
+        splits = live.splits()
+        inner = Monitor(config, splits["train"], splits["val"])
+        head = live.first_head(inner)
+        hooks = self._hooks(head, splits, inner, state)
         try:
             with self._work.progress.task("epochs", training.num_epochs) as task:
-                return fit([member], train, config, task=task, make_step=make_step, **kept)[0]
+                return fit(head, splits["train"], config, hooks, task=task, resumed=state, make_step=make_step)
         except Diverged:
             if self._run is not None:
                 mark(self._run, "failed")
@@ -371,7 +355,3 @@ def _read_result(folder: Path, config: Config) -> TrainResult:
 def _best_epoch(state: TrainingState | None) -> int:
     best = max(state.history if state else (), key=lambda record: record["val_mAP"], default=None)
     return 0 if best is None else int(best["epoch"])
-
-
-def _nothing(head: BaseHead, record: Record) -> None:
-    """Other processes than the first write nothing."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...cache import StoreKey
 from ...errors import InputError
-from ...heads.model import BaseHead, Head
+from ...heads.model import BaseHead
 from ..core.checkpoint import load_head
 from ..core.config import Config, DataConfig, load_config
 from ..core.device import autocast, device_line
@@ -162,9 +162,8 @@ class Live:
         config, width = self.config, self.store.encoder.width
         head = draw_head(config, width=width, device=self.team.device)
         if config.finetune.start is None:
-            if isinstance(head, Head):
-                known = monitor.voters if self.changing else self.splits()["train"]
-                head.fusion.fit_log_norms(known.log_norms())
+            seen = monitor.voters if self.changing else self.splits()["train"]
+            head.fit_log_norms(seen.log_norms())
             return head
         start = Path(config.finetune.start)
         warm = load_head(start, self.team.device)

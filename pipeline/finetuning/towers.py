@@ -18,7 +18,6 @@ from ..core.config import FinetuneConfig, OptimizerConfig
 from ..extraction.encoder import EncoderParts
 from ..extraction.images import Grid
 from ..extraction.towers import ImageTower, PixelScale, TextTower, resize_positions
-from ..training.step import Group
 
 # Of tokens ``(S, D)``: how many images or texts of how many tokens each follow each other.
 Shapes = Sequence[tuple[int, int]]
@@ -237,7 +236,7 @@ class Towers:
         named = self.parts.model.named_parameters()
         self.trained: dict[str, nn.Parameter] = {name: one for name, one in named if one.requires_grad}
 
-    def groups(self, optimizer: OptimizerConfig, local: Mapping[str, Tensor] | None = None) -> list[Group]:
+    def groups(self, optimizer: OptimizerConfig, local: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
         """Trained parameters by learning rate and weight decay.
 
         Where ``local`` has a part of a parameter, that part is stepped on, in a group of ``PARTS``.
@@ -252,12 +251,12 @@ class Towers:
             kind = "" if own is parameter else PARTS
             found.setdefault((tower, self._below_top(name, tower), parameter.ndim > 1, kind), []).append(own)
         return [
-            Group(
-                name=f"{tower} -{below}{kind}",
-                parameters=parameters,
-                rate=optimizer.lr_towers * self._config.layer_decay**below,
-                decay=optimizer.weight_decay if decays else 0.0,
-            )
+            {
+                "name": f"{tower} -{below}{kind}",
+                "params": parameters,
+                "lr": optimizer.lr_towers * self._config.layer_decay**below,
+                "weight_decay": optimizer.weight_decay if decays else 0.0,
+            }
             for (tower, below, decays, kind), parameters in found.items()
         ]
 
