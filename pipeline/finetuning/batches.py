@@ -260,7 +260,7 @@ class Feed:
         device, pin = self.team.device, self._pin_memory
         with self._precision:
             found: Tensor = (
-                tower([(to_device(patches, device, pin=pin), grid) for patches, grid in part.images])
+                tower.encode_pack([(to_device(patches, device, pin=pin), grid) for patches, grid in part.images])
                 if part.ids is None
                 else tower(to_device(part.ids, device, pin=pin))
             )

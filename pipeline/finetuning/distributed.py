@@ -26,6 +26,7 @@ from ...errors import InputError
 from ..core.cores import PROCESSES, count_cores
 from ..core.device import pick_device
 from ..core.interrupts import INTERRUPTED, Interrupted
+from ..extraction.towers import TextTower
 from .towers import Towers
 
 # The exit code of a process whose others have gone: they have said why.
@@ -499,9 +500,8 @@ def _shard(towers: Towers, team: Team) -> list[Any]:
     mesh = init_device_mesh(team.device.type, (team.size,))
     units: list[Any] = []
     for side in towers.sides.values():
-        units += list(side.blocks)  # type: ignore[arg-type]
-        tokens = getattr(side.embeddings, "token_embedding", None)
-        units += [] if tokens is None else [tokens]
+        units += list(side.blocks)
+        units += [side.embeddings.token_embedding] if isinstance(side, TextTower) and side.trains_embeddings else []
     for unit in units:
         # Each block is a root of its own, and a root stays whole after its forward pass unless it is told otherwise.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)

@@ -165,7 +165,7 @@ def _need(config: Config, parts: Any, checkpointing: bool, room: int) -> Need:  
 
     def image(n: int) -> Tensor:
         patches = torch.zeros((n, grid.tokens, spec.width), dtype=torch.uint8, device=device)
-        made: Tensor = sides["image"]([(patches, grid)])
+        made: Tensor = sides["image"](patches, grid)
         return made
 
     def caption(n: int) -> Tensor:

@@ -163,7 +163,7 @@ def test_embeddings_and_gradients_are_those_of_transformers(miniature, unfreeze:
     towers = Towers(parts_of(miniature.model), section)
     ids = Encoder(towers.parts).tokenize(["a dog", "Two cats on a sofa", "x", "a bus"])
     pack = [(torch.from_numpy(patches), grid) for patches, grid in zip(pieces, grids, strict=True)]
-    ours = towers.sides["image"](pack), towers.sides["text"](ids)
+    ours = towers.sides["image"].encode_pack(pack), towers.sides["text"](ids)
     plain = parts_of(miniature.model).model
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in towers.trained)

@@ -153,7 +153,7 @@ def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
         towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
         shards = Shards(towers, Team(cpu), sharded=True)
         side = towers.sides["image"]
-        made = side([(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))])
+        made = side(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))
         blocks = {name for name in towers.trained if name.startswith("vision_model.encoder.")}
         now = dict(towers.parts.model.named_parameters())
         assert blocks
