@@ -14,7 +14,7 @@ from ..core.config import Config
 from ..core.config_rules import settle
 from ..data.protocols import lists_digest
 from ..evaluation.sweep import own_search
-from ..finetuning.settings import settle_finetune
+from ..finetuning.settings import resolve_finetune
 from .experiments import Choice
 from .identity import (
     FROZEN,
@@ -377,7 +377,7 @@ def _settled(config: Config, towers: str) -> Config:
     """The configuration as the stage that trains it will have it."""
     if towers == FROZEN:
         return settle(config)
-    return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
+    return resolve_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
 
 
 def _collapsed(found: _Candidate) -> Row:

@@ -26,8 +26,8 @@ from ..core.device import autocast, pick_device
 from ..core.progress import Progress
 from ..data.manifest import Manifest
 from ..extraction.encoder import Encoder
-from ..finetuning.batches import Feed, TowerStep
-from ..finetuning.distributed import Team
+from ..finetuning.batches import TowerBatches, TowerStep
+from ..finetuning.distributed import ProcessGroup
 from ..finetuning.embeddings import LiveStore
 from ..finetuning.towers import Towers
 from ..training.replicas import Replicas
@@ -215,19 +215,25 @@ def _resident() -> int:
 
 def _ours(setting: _Setting, unfreeze: str) -> tuple[LiveStore, Callable[[], None]]:
     """An epoch of ours; of frozen towers embedding everything and a step a batch."""
-    config, team = setting.config, Team(setting.device)
+    config, group = setting.config, ProcessGroup(setting.device)
     section = config.finetune.model_copy(update={"unfreeze": unfreeze})
     config = config.model_copy(update={"finetune": section})
     parts = Encoder.parts(setting.checkpoint, patches=config.model.max_num_patches, device=setting.device)
     towers = Towers(parts, section)
     store = LiveStore(
-        setting.listing, setting.data, parts, config, captions=1 if towers.sides else 5, team=team, progress=Progress()
+        setting.listing,
+        setting.data,
+        parts,
+        config,
+        captions=1 if towers.sides else 5,
+        group=group,
+        progress=Progress(),
     )
     train, head = store.whole, _head(setting, store.encoder.width)
     steps = -(-len(train) // config.training.batch_size)
     members = Replicas([head], stacked=False)
     step: Step = (
-        TowerStep(members, train, config, steps=steps, feed=Feed(towers, store, config))
+        TowerStep(members, train, config, steps=steps, batches=TowerBatches(towers, store, config))
         if towers.sides
         else Step(members, train, config, steps=steps)
     )
@@ -235,8 +241,8 @@ def _ours(setting: _Setting, unfreeze: str) -> tuple[LiveStore, Callable[[], Non
 
     def epoch() -> None:
         if not towers.sides:
-            store.embed_images(store.used, None)
-            store.embed_captions(store.used, None)
+            store.embed("image", store.used, quiet=True)
+            store.embed("text", store.used, quiet=True)
         order = torch.randperm(len(train)).to(setting.device)
         step.begin(next(numbers), order, torch.zeros_like(order))
         members.train()

@@ -286,9 +286,10 @@ def finetune(
     }
     told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": make_progress(quiet)}
     if num_processes > 1:
-        from ..finetuning.distributed import launch
+        from ..finetuning.distributed import launch, read_launch
 
-        raise typer.Exit(launch(num_processes))
+        if read_launch().size == 1:  # the processes that it starts are given the same command line
+            raise typer.Exit(launch(num_processes))
     if resume is not None:
         kept = {FLAGS[key]: value for key, value in options.items() if key not in {*_MEMORY, "hardware.device"}}
         others = {"--config": config, "--set": set_, "--out": out, "--force": force or None, "--from": start}
@@ -342,7 +343,7 @@ def _resolve(
     config: Path | None, settings: list[str] | None, options: Mapping[str, Any], start: Path | None
 ) -> "Config":
     """The configuration; a run to begin with gives what goes with its head, under everything that is given."""
-    from ..finetuning.settings import settle_finetune, start_config, unfreeze_of
+    from ..finetuning.settings import resolve_finetune, start_config
 
     base = read_config(config, settings, options)
     begun = start or (None if base.finetune.start is None else Path(base.finetune.start))
@@ -351,8 +352,7 @@ def _resolve(
         if "siglip2_variant" in asked.model_fields_set and asked.siglip2_variant != kept["model"]["siglip2_variant"]:
             del kept["model"]["revision"]  # it is one of the run's checkpoint
         base = read_config(config, settings, options, under=kept)
-    unfreeze = unfreeze_of(base, options["finetune.unfreeze"])
-    return settle_finetune(base, unfreeze=unfreeze, towers=base.finetune.towers, start=begun)
+    return resolve_finetune(base, start=begun)
 
 
 def _refuse_with_resume(given: Mapping[str, Any]) -> None:

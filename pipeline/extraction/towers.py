@@ -434,7 +434,8 @@ class TextTower(_Tower):
         token, position = self.embeddings.token_embedding, self.embeddings.position_embedding.weight[: ids.shape[1]]
         # Only trained embeddings may be sharded, and their module gathers them when it is called.
         tokens: Tensor = token(ids) if self.trains_embeddings else F.embedding(ids, token.weight)
-        return (tokens.float() + position).flatten(0, 1)
+        embedded: Tensor = tokens.float() + position
+        return embedded.flatten(0, 1)
 
     def _project_first(self, x: Tensor, ids: Tensor) -> list[Tensor]:
         """Queries, keys and values of the first block, those of the padding computed once."""
