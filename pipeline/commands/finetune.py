@@ -174,7 +174,7 @@ def finetune(
             min=1,
             metavar="N",
             rich_help_panel="Device and seed",
-            help="Processes of this machine that share every batch, one a GPU (install the extra finetune); `accelerate launch -m mmcli finetune` for more machines and FSDP.",
+            help="Processes of this machine that share every batch, one a GPU; `torchrun ... -m mmcli finetune` starts them on several machines.",
         ),
     ] = 1,
     workers: Annotated[

@@ -41,6 +41,8 @@ from .images import Grid
 # Resized position embeddings are kept for this many grids; COCO has about 35 at 1,024 patches.
 GRIDS_KEPT = 64
 
+# A module or configuration of ``transformers``, whose models have no types here.
+Module = Any
 # Of tokens ``(S, D)``: how many images or texts of how many tokens each follow each other.
 Shapes = Sequence[tuple[int, int]]
 
@@ -97,7 +99,7 @@ def _has_fast_onednn() -> bool:
     return available and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _linear(layer: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
+def _linear(layer: Module, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """A layer as it is where its weights are trained (no ``dtype``), else its frozen product."""
     return layer if dtype is None else _FrozenLinear(layer.weight, layer.bias, dtype)
 
@@ -124,7 +126,7 @@ class _Projections(nn.Module):
 class _FrozenMlp:
     """The MLP of a block with frozen weights."""
 
-    def __init__(self, mlp: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+    def __init__(self, mlp: Module, dtype: torch.dtype) -> None:
         self._fc1, self._fc2 = _linear(mlp.fc1, dtype), _linear(mlp.fc2, dtype)
         self._activation = ACT2FN[mlp.config.hidden_act]
 
@@ -132,7 +134,7 @@ class _FrozenMlp:
         return self._fc2(self._activation(self._fc1(x)))
 
 
-def _mlp(mlp: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:  # noqa: ANN401
+def _mlp(mlp: Module, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     return mlp if dtype is None else _FrozenMlp(mlp, dtype)
 
 
@@ -146,14 +148,7 @@ class _Block(nn.Module):
         pools_last: Whether only the last token of every text is wanted.
     """
 
-    def __init__(
-        self,
-        layer: Any,  # noqa: ANN401
-        dtype: torch.dtype | None,
-        *,
-        checkpointing: bool,
-        pools_last: bool,
-    ) -> None:
+    def __init__(self, layer: Module, dtype: torch.dtype | None, *, checkpointing: bool, pools_last: bool) -> None:
         super().__init__()
         attention = layer.self_attn
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
@@ -216,7 +211,7 @@ class _ImagePool(nn.Module):
     ``sum_p a_p (W_v x_p + b_v) = W_v (sum_p a_p x_p) + b_v``.
     """
 
-    def __init__(self, vision: Any, dtype: torch.dtype | None) -> None:  # noqa: ANN401
+    def __init__(self, vision: Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         head = vision.head
         self._head, self._last_norm, self._norm = head, vision.post_layernorm, head.layernorm
@@ -271,14 +266,7 @@ class _Tower(nn.Module):
     __call__: Callable[..., Tensor]
     _pool: Callable[[Tensor, Shapes], Tensor]
 
-    def __init__(
-        self,
-        tower: Any,  # noqa: ANN401
-        dtype: torch.dtype,
-        trained: TrainedPart | None,
-        *,
-        pools_last: bool,
-    ) -> None:
+    def __init__(self, tower: Module, dtype: torch.dtype, trained: TrainedPart | None, *, pools_last: bool) -> None:
         super().__init__()
         depth = len(tower.encoder.layers)
         first = depth if trained is None else trained.first_block
@@ -322,11 +310,7 @@ class ImageTower(_Tower):
     """
 
     def __init__(
-        self,
-        vision: Any,  # noqa: ANN401
-        scale: PixelScale,
-        dtype: torch.dtype,
-        trained: TrainedPart | None = None,
+        self, vision: Module, scale: PixelScale, dtype: torch.dtype, trained: TrainedPart | None = None
     ) -> None:
         super().__init__(vision, dtype, trained, pools_last=False)
         patch, position = self.embeddings.patch_embedding, self.embeddings.position_embedding.weight.detach()
@@ -368,7 +352,7 @@ class ImageTower(_Tower):
         return self._positions(grid)
 
 
-def _flat_weight(patch_embedding: Any) -> Tensor:  # noqa: ANN401
+def _flat_weight(patch_embedding: Module) -> Tensor:
     """The weight of a patch embedding ``(D, 3 p^2)``, channels last.
 
     A convolution whose stride is its kernel is a product with patches.
@@ -408,7 +392,7 @@ class TextTower(_Tower):
         trained: What is trained; nothing when not given.
     """
 
-    def __init__(self, text: Any, dtype: torch.dtype, trained: TrainedPart | None = None) -> None:  # noqa: ANN401
+    def __init__(self, text: Module, dtype: torch.dtype, trained: TrainedPart | None = None) -> None:
         super().__init__(text, dtype, trained, pools_last=True)
         self._norm, self._head = text.final_layer_norm, _linear(text.head, self._dtype_above)
 

@@ -47,8 +47,7 @@ class TowerKeeper:
         tensors = self._shards.wholes()
         if self._writes:
             write_whole(
-                self._path(epoch),
-                lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)}),
+                self._path(epoch), lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)})
             )
         self._best_epoch, self._best_value = epoch, val_map
 

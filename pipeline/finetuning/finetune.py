@@ -161,13 +161,7 @@ class _Training:
     """
 
     def __init__(
-        self,
-        work: Work,
-        setup: Setup,
-        run: Run | None,
-        *,
-        resume: bool = False,
-        state: TrainingState | None = None,
+        self, work: Work, setup: Setup, run: Run | None, *, resume: bool = False, state: TrainingState | None = None
     ) -> None:
         self._work, self._setup, self._run, self._config = work, setup, run, setup.config
         self._resume, self._state = resume, state
@@ -229,11 +223,7 @@ class _Training:
     ) -> TrainingRun:
         setup, config, state = self._setup, self._config, self._state
         identity = setup.towers.parts.identity
-        base = {
-            "model": run.info.model,
-            "revision": identity.revision,
-            "store_digest": setup.digest(identity),
-        }
+        base = {"model": run.info.model, "revision": identity.revision, "store_digest": setup.digest(identity)}
         write_record(self._folder, config, setup.towers, base)
         after = (0 if state is None else state.epoch) if self._resume else None
         return TrainingRun(

@@ -98,6 +98,13 @@ def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> N
     assert (none.needs, none.n_trained) == ((), head)
 
 
+def test_the_plan_has_the_memory_of_the_container(miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcli.pipeline.finetuning.memory.free_memory", lambda: 1 << 20)
+    config = load_config(options={"model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64})
+    planned = plan_memory(resolve_finetune(config, unfreeze="last-1"), data=miniature.data)
+    assert (planned.free_bytes, planned.fits) == (1 << 20, False)
+
+
 @pytest.mark.parametrize(
     ("tree", "option", "wanted"),
     [
