@@ -114,7 +114,8 @@ def _report(codes: Sequence[int | None], logs: Path) -> int:
     rank = min(failed, key=lambda rank: (codes[rank] or -1) < 0, default=0)
     code = codes[rank] or -1
     if code < 0:
-        sys.stderr.write(f"mmcli: process {rank} of {len(codes)} was ended by signal {-code}; what was kept stays\n")
+        name = signal.Signals(-code).name
+        sys.stderr.write(f"mmcli: process {rank} of {len(codes)} was ended by {name}; what was kept stays\n")
         return 1
     if rank:  # the first has shown its error
         sys.stderr.write((logs / str(rank)).read_text(encoding="utf-8", errors="replace"))
@@ -401,13 +402,12 @@ class Shards:
         for name, value in self.local.items():
             value.copy_(self.part(name, whole[name]))
 
-    def gather(self) -> None:
-        """Have every block whole, until :meth:`scatter`."""
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every block is whole in every process inside, as an encoder needs it; all processes enter together."""
         for unit in self._units:
             unit.unshard()
-
-    def scatter(self) -> None:
-        """Keep a part of every block again."""
+        yield
         for unit in self._units:
             unit.reshard()
 

@@ -175,16 +175,17 @@ class _Training:
     def train(self) -> TrainResult:
         """Train, embed everything with the best towers, and write all that a run has."""
         setup = self._setup
-        setup.embed()
+        store = setup.store
+        first = Monitor(setup.config, store.splits["train"], store.splits["val"]).rows
+        setup.embed({side: first if side in setup.changing else store.used for side in ("image", "text")})
         fitted = self._fit(self._member())
         setup.group.barrier()
         if setup.towers.trained:
             self._restore_best(fitted.best_epoch)
-        for side in setup.changing:
-            setup.store.embed(side, setup.store.used)
+        setup.embed(dict.fromkeys(setup.changing, store.used))
         result = None
         if self._writer is not None:
-            result = self._writer.finish(fitted, setup.store.image_ids)
+            result = self._writer.finish(fitted, store.image_ids)
             self._keeper.remove()
         setup.group.barrier()
         return result or _read_result(self._folder, self._config)
@@ -275,8 +276,6 @@ class _Training:
             run = self._writer.run
             self._writer.run = replace(run, info=replace(run.info, store_digest=setup.digest(identity)))
             write_info(self._writer.run)
-        setup.shards.gather()
-        setup.store.renew()
 
 
 def _read_result(folder: Path, config: Config) -> TrainResult:
@@ -310,11 +309,7 @@ class LiveMonitor:
         setup = self._setup
         if not setup.towers.sides:
             return self._take_figures(self._monitor(head))
-        setup.shards.gather()
-        setup.store.renew()
-        for side in sorted(setup.towers.sides):
-            setup.store.embed(side, self._monitor.rows, quiet=True)
-        setup.shards.scatter()
+        setup.embed(dict.fromkeys(setup.towers.sides, self._monitor.rows), quiet=True)
         figures = self._take_figures(self._monitor(head) | alikeness(setup.store.splits["val"]))
         self._warn(figures)
         return figures

@@ -139,11 +139,18 @@ class Setup:
         step = TowerStep if self.changing else Step
         return step.autocast_of(self.group.device, self.config).name
 
-    def embed(self) -> None:
-        """Embed what the first evaluation on val needs, and all of what never changes."""
-        rows = Monitor(self.config, self.store.splits["train"], self.store.splits["val"]).rows
-        for side in ("image", "text"):
-            self.store.embed(side, rows if side in self.changing else self.store.used)
+    def embed(self, rows: Mapping[str, Ids], *, quiet: bool = False) -> None:
+        """Embed with the towers as they are now.
+
+        Args:
+            rows: Rows of the manifest, ascending, of ``image`` and ``text``.
+            quiet: Show no progress bar.
+        """
+        with self.shards.gathered():
+            if self.towers.sides:
+                self.store.renew()
+            for side in sorted(rows):  # in one order in all processes
+                self.store.embed(side, rows[side], quiet=quiet)
 
     def splits(self) -> dict[str, Split]:
         """The splits as the head reads them, of what is embedded."""

@@ -188,13 +188,13 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
     """Else a rounding could let one of them stop, or take another epoch for the best, and the others would wait."""
     trained, looked_at = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
     local = {"whole": torch.nn.Parameter(torch.ones(2)), "part": torch.ones(2)}
-    nothing = SimpleNamespace(gather=lambda: None, scatter=lambda: None)
-    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part", **vars(nothing))
+    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part")
     val = SimpleNamespace(v_img=torch.rand(4, 3), v_txt=torch.rand(4, 2, 3), rows=torch.arange(4))
-    store = SimpleNamespace(splits={"val": val}, renew=lambda: None, embed=lambda side, rows, quiet: None)
+    store = SimpleNamespace(splits={"val": val})
     config = load_config()
     group = Second(torch.device("cpu"), Launch(rank=1, size=2))
     live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, group=group, config=config)
+    live.embed = lambda rows, quiet: None
 
     def inner(head) -> dict[str, float]:
         assert head is looked_at
@@ -216,8 +216,8 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
 # A process whose val mAP falls where the first one's rises; with the patience of one epoch it would stop by itself.
 UNLIKE = """
 import os
-from mmcli.pipeline import monitor, trainer
-trainer.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
+from mmcli.pipeline.training import loop, monitor
+loop.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
 def look(self, head):
     calls.append(head)
     return {"val_mAP": 0.5 + (-0.01 if rank else 0.01) * len(calls)}
