@@ -182,27 +182,20 @@ class _Work:
         return self._result(found, trained)
 
     def _units(self) -> list[Any]:
-        """What is to be done, in order; on a GPU together what can run in one pass."""
-        from .worker import Unit, pass_of
+        """What is to be done, in order."""
+        from .worker import Unit
 
         todo = [one for key, one in self._plan.evaluations.items() if key not in self._records]
         needed = {one.training for one in todo}
-        groups: dict[tuple[str, ...], list[Training]] = {}
-        together = self._on_gpu()
-        for key, one in self._plan.trainings.items():
-            if key in needed:
-                groups.setdefault(pass_of(one) if together else (key,), []).append(one)
-        units = []
-        for group in groups.values():
-            keys = {one.key for one in group}
-            units.append(
-                Unit(
-                    trainings=tuple(group),
-                    evaluations=tuple(one for one in todo if one.training in keys),
-                    runs={key: self._state.runs[key] for key in keys if key in self._state.runs},
-                )
+        return [
+            Unit(
+                trainings=(training,),
+                evaluations=tuple(one for one in todo if one.training == key),
+                runs={key: self._state.runs[key]} if key in self._state.runs else {},
             )
-        return units
+            for key, training in self._plan.trainings.items()
+            if key in needed
+        ]
 
     def _engine(self, units: Sequence[Any]) -> Generator[tuple[Any, Record | None]]:
         from .engines import in_processes, in_this_process

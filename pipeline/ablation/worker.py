@@ -7,7 +7,6 @@ kept as its result, and the next one is done; only the end of the process ends t
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -27,11 +26,11 @@ from ..core.run import Run, now, open_run
 from ..evaluation.metrics import metrics_row, read_scores
 from ..extraction.extract import ExtractPlan, extract_here
 from ..training.data import Diverged
-from ..training.run import read_fit, shape_of
+from ..training.run import read_fit
 from ..training.setup import Prepared, prepare_training
 from .evaluate import Measured, evaluate_run
 from .plan import Evaluation, Training, flat_config
-from .records import KINDS, STORES, Record, failed, is_finished, keep_scores, own_folder, resumable, write_record
+from .records import KINDS, STORES, Record, failed, keep_scores, own_folder, resumable, write_record
 from .request import check_source, model_of
 
 
@@ -170,16 +169,14 @@ def _faiss() -> str:
 
 
 BASE = "base"
-# Heads of one pass: each keeps five copies of its parameters, a few hundred megabytes for all.
-MOST_TOGETHER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Work that is done in one go: one training, or several that can run in one pass, and what is evaluated of them.
+    """Work that is done in one go: a training, and what is evaluated of it.
 
     Attributes:
-        trainings: That differ in the seed and in the weights of the loss's terms.
+        trainings: Done one after another.
         evaluations: That are still to be done.
         runs: Runs that are there, by key of the training.
     """
@@ -229,19 +226,11 @@ class Worker:
     def do(self, unit: Unit) -> Iterator[Record]:
         """Make what is missing, evaluate it; every record is kept before it is given."""
         unit, runs = self._here(unit), dict(unit.runs)
-        parts = deque(_together(unit.missing))
-        while parts:
-            part = parts.popleft()
+        for training in unit.missing:
             try:
-                runs |= self._make(part)
+                runs |= self._make(training)
             except Exception as error:  # noqa: BLE001 - kept with its rows, and the rest goes on
-                if len(part) == 1:
-                    yield from self._failed(unit, part[0], error)
-                    continue
-                # One of a pass must not fail the others: what did not end is made alone, and fails for its own reasons.
-                done = self._finished(part)
-                runs |= done
-                parts.extend([one] for one in part if one.key not in done)
+                yield from self._failed(unit, training, error)
         for training in unit.trainings:
             wanted = [one for one in unit.evaluations if one.training == training.key]
             if wanted and (training.key in runs or training.kind == "prior"):
@@ -257,47 +246,26 @@ class Worker:
             trainings.append(replace(one, config=one.config.model_copy(update={"hardware": hardware})))
         return replace(unit, trainings=tuple(trainings))
 
-    def _make(self, part: Sequence[Training]) -> dict[str, Path]:
-        """Train what goes in one pass; folders by key."""
-        from ..training.train_head import resume_training, train_head, train_together
+    def _make(self, training: Training) -> dict[str, Path]:
+        """Train; the folder by key."""
+        from ..training.train_head import resume_training, train_head
 
-        first = part[0]
-        if first.kind == "prior":
+        if training.kind == "prior":
             return {}
-        folder, told = own_folder(self._place.out, first), self._told
-        if first.kind == "zero-shot":
+        folder, told = own_folder(self._place.out, training), self._told
+        if training.kind == "zero-shot":
             from ..evaluation.zero_shot import zero_shot
 
-            zero_shot(first.config, store=self._store(first), out=folder, force=True, progress=told)
-        elif first.kind == "finetune":
-            self._finetune(first, folder)
-        elif len(part) > 1:
-            train_together(
-                [one.config for one in part],
-                [own_folder(self._place.out, one) for one in part],
-                store=self._store(first),
-                progress=told,
-                prepared=self._prepare(first),
-            )
+            zero_shot(training.config, store=self._store(training), out=folder, force=True, progress=told)
+        elif training.kind == "finetune":
+            self._finetune(training, folder)
         elif not self._gone_on(
             folder,
-            first,
-            lambda: resume_training(folder, store=self._store(first), progress=told, prepared=self._prepare(first)),
+            training,
+            lambda: resume_training(folder, store=self._prepare(training), progress=told),
         ):
-            train_head(
-                first.config,
-                store=self._store(first),
-                out=folder,
-                force=True,
-                progress=told,
-                prepared=self._prepare(first),
-            )
-        return {one.key: own_folder(self._place.out, one) for one in part}
-
-    def _finished(self, part: Sequence[Training]) -> dict[str, Path]:
-        """Which of the trainings of a pass ended well; folders by key."""
-        folders = {one.key: own_folder(self._place.out, one) for one in part}
-        return {key: folder for key, folder in folders.items() if is_finished(folder)}
+            train_head(training.config, store=self._prepare(training), out=folder, force=True, progress=told)
+        return {training.key: folder}
 
     def _gone_on(self, folder: Path, training: Training, resume: Callable[[], object]) -> bool:
         """Whether an interrupted run of a training was there and could be ended; else it is made anew."""
@@ -404,20 +372,6 @@ class Worker:
             self._prepared.clear()  # the arrays of one store fill enough memory
             self._prepared[key] = prepare_training(config, self._store(training), Progress())
         return self._prepared[key]
-
-
-def pass_of(training: Training) -> tuple[str, ...]:
-    """What trainings have in common that may run in one pass; what is no head runs by itself."""
-    if training.kind != "head":
-        return (training.key,)
-    return training.store, shape_of(training.config).model_dump_json()
-
-
-def _together(missing: Sequence[Training]) -> list[list[Training]]:
-    """Trainings cut into what one call makes."""
-    heads = [one for one in missing if one.kind == "head"]
-    parts = [heads[at : at + MOST_TOGETHER] for at in range(0, len(heads), MOST_TOGETHER)]
-    return [*parts, *([one] for one in missing if one.kind != "head")]
 
 
 def _relative(folder: Path, out: Path) -> str:

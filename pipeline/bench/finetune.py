@@ -30,7 +30,6 @@ from ..finetuning.batches import TowerBatches, TowerStep
 from ..finetuning.distributed import ProcessGroup
 from ..finetuning.embeddings import LiveStore
 from ..finetuning.towers import Towers
-from ..training.replicas import Replicas
 from ..training.setup import draw_head
 from ..training.step import Step
 from .data import draw_photographs, make_base_checkpoint, write_captions
@@ -231,11 +230,10 @@ def _ours(setting: _Setting, unfreeze: str) -> tuple[LiveStore, Callable[[], Non
     )
     train, head = store.whole, _head(setting, store.encoder.width)
     steps = -(-len(train) // config.training.batch_size)
-    members = Replicas([head], stacked=False)
     step: Step = (
-        TowerStep(members, train, config, steps=steps, batches=TowerBatches(towers, store, config))
+        TowerStep(head, train, config, steps=steps, batches=TowerBatches(towers, store, config))
         if towers.sides
-        else Step(members, train, config, steps=steps)
+        else Step(head, train, config, steps=steps)
     )
     numbers = itertools.count(1)
 
@@ -245,7 +243,7 @@ def _ours(setting: _Setting, unfreeze: str) -> tuple[LiveStore, Callable[[], Non
             store.embed("text", store.used, quiet=True)
         order = torch.randperm(len(train)).to(setting.device)
         step.begin(next(numbers), order, torch.zeros_like(order))
-        members.train()
+        head.train()
         for part in torch.tensor_split(order, steps):
             step.run((len(part),))
 
@@ -256,7 +254,7 @@ def _head(setting: _Setting, width: int) -> Head:
     classifier = setting.config.classifier.model_copy(update={"num_classes": N_CLASSES})
     head = draw_head(setting.config.model_copy(update={"classifier": classifier}), width=width, device=setting.device)
     assert isinstance(head, Head)
-    head.fusion.fit_log_norms(torch.randn(8, 2))
+    head.fit_log_norms(torch.randn(8, 2))
     return head
 
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from ...heads.config import LossConfig
-from ...heads.dropout import Dropout
 from ...heads.model import BaseHead, HeadOutput
 from ..core.config import Config
 from ..training.data import Split
@@ -45,13 +44,12 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
     """Steps of the plain loop, epoch after epoch, without end.
 
     Args:
-        head: Trained in place, in ``train()`` mode; its dropout becomes torch's.
+        head: Trained in place, in ``train()`` mode.
         train: The train split.
         config: Loss and optimiser sections are used.
         batch: Images of a step.
         workers: Processes of the loader.
     """
-    use_own_dropout(head)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=config.optimizer.weight_decay)
     # As many workers as the plain way takes, however few cores there are.
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -73,15 +71,6 @@ def plain_steps(head: BaseHead, train: Split, config: Config, batch: int, *, wor
             optimizer.step()
             loss.item()
             yield
-
-
-def use_own_dropout(module: nn.Module) -> None:
-    """Put torch's dropout in the place of ours, everywhere in a module."""
-    for name, child in module.named_children():
-        if isinstance(child, Dropout):
-            setattr(module, name, nn.Dropout(child.p))
-        else:
-            use_own_dropout(child)
 
 
 def plain_loss(config: LossConfig, output: HeadOutput, y: Tensor) -> Tensor:

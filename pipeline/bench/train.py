@@ -26,7 +26,6 @@ from ..core.config import Config
 from ..core.progress import Progress
 from ..training.data import Split
 from ..training.monitor import Monitor
-from ..training.replicas import Replicas
 from ..training.setup import Prepared, prepare_training
 from ..training.step import Step, count_batches
 from .data import make_full_store
@@ -42,9 +41,9 @@ from mmcli.pipeline.training.step import Step
 whole = Step.run
 def run(self, sizes):
     whole(self, sizes)
-    if self._device.type == "cuda":
+    if self.device.type == "cuda":
         import torch
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
     print({MARK!r}, flush=True)
     os._exit(0)
 Step.run = run
@@ -231,7 +230,6 @@ def bench_train(
     n_train: int | None,
     steps: int,
     repeats: int,
-    replicas: int,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time training in several ways in one run.
@@ -242,11 +240,10 @@ def bench_train(
         n_train: Train images of the made store; COCO's 113,287 when not given.
         steps: Steps of a round at batch 64.
         repeats: Rounds; the best of each way counts.
-        replicas: Heads of the case in which several train in one pass.
         progress: Who to tell.
 
     Returns:
-        A case for each size of batch, replicas in one pass against one after another, loading against plain reading;
+        A case for each size of batch, and loading against plain reading;
         as facts what validation costs of an epoch, and seconds from process start to the first step.
 
     Raises:
@@ -264,7 +261,7 @@ def bench_train(
         progress.say(f"timing {steps} steps of batch {PLAIN_BATCH}, {repeats} rounds of every way")
         cases = [_steps(setting, PLAIN_BATCH, steps, repeats)]
         cases += [_steps(setting, LARGE_BATCH, max(2, steps // LARGE_SHARE), repeats)]
-        cases += [_replicas(setting, replicas, repeats), loading.case()]
+        cases += [loading.case()]
         facts = _facts(setting, cases[0]) | {
             "import_torch_s": import_torch_seconds(),
             "first_step_s": time_to_first_step(store, config),
@@ -281,7 +278,7 @@ def bench_train(
 
 
 def _steps(setting: _Setting, batch: int, steps: int, repeats: int) -> Case:
-    ours, head = _ours(setting, batch, 1), _head(setting).train()
+    ours, head = _ours(setting, batch), _head(setting).train()
     plain = plain_steps(head, setting.train, setting.config, batch, workers=PLAIN_WORKERS)
     ways: dict[str, Callable[[], None]] = {
         "plain": plainly(partial(_take, plain, steps, setting.device)),
@@ -296,21 +293,6 @@ def _steps(setting: _Setting, batch: int, steps: int, repeats: int) -> Case:
     return Case(name=f"training, batch {batch:,}", unit="images", note=note, **rates)
 
 
-def _replicas(setting: _Setting, n: int, repeats: int) -> Case:
-    steps = max(2, setting.steps // n)
-    one, together = _ours(setting, PLAIN_BATCH, 1), _ours(setting, PLAIN_BATCH, n)
-    ways = {
-        "plain": partial(_take, one, n * steps, setting.device),
-        "ours": partial(_take, together, steps, setting.device),
-    }
-    for way in ways.values():
-        way()
-    rates = {name: n * steps * PLAIN_BATCH / value for name, value in best_of(ways, repeats=repeats).items()}
-    return Case(
-        name=f"{n} replicas in one pass", unit="images", note="plain: one after another, as fast as we can", **rates
-    )
-
-
 def _take(step: Iterator[None], n: int, device: torch.device) -> None:
     for _ in itertools.islice(step, n):
         pass
@@ -319,20 +301,18 @@ def _take(step: Iterator[None], n: int, device: torch.device) -> None:
 
 
 def _head(setting: _Setting) -> Any:  # noqa: ANN401
-    return setting.prepared.make_head(setting.config, setting.train)
+    return setting.prepared.make_head(setting.train)
 
 
-def _ours(setting: _Setting, batch: int, replicas: int) -> Iterator[None]:
+def _ours(setting: _Setting, batch: int) -> Iterator[None]:
     """Steps of our loop, epoch after epoch."""
-    members = Replicas([_head(setting) for _ in range(replicas)], stacked=replicas > 1)
-    n = len(setting.train)
-    batches = count_batches(members.heads[0], n, batch)
-    step = Step(members, setting.train, setting.config, steps=batches)
-    members.train()
-    shape = (replicas, n) if replicas > 1 else (n,)
+    head, n = _head(setting), len(setting.train)
+    batches = count_batches(head, n, batch)
+    step = Step(head, setting.train, setting.config, steps=batches)
+    head.train()
     for epoch in itertools.count(1):
-        order = torch.randperm(n).to(setting.device).expand(shape)
-        caption = (torch.rand(n).to(setting.device) * setting.train.captions_of).long().expand(shape)
+        order = torch.randperm(n).to(setting.device)
+        caption = (torch.rand(n).to(setting.device) * setting.train.captions_of).long()
         step.begin(epoch, order, caption)
         for part in torch.tensor_split(torch.empty(n), batches):
             step.run((len(part),))
@@ -390,4 +370,4 @@ def _facts(setting: _Setting, case: Case) -> dict[str, Any]:
 
 def _precision(setting: _Setting) -> str:
     """The name of the precision that a step computes its products in."""
-    return Step(Replicas([_head(setting)], stacked=False), setting.train, setting.config, steps=1).precision
+    return setting.prepared.precision

@@ -53,7 +53,6 @@ def bench_train(
         typer.Option("--n-train", min=2048, help="Train images of the made store [default: COCO's 113,287]."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of a round at batch 64.")] = 150,
-    replicas: Annotated[int, typer.Option("--replicas", min=2, help="Heads that train in one pass.")] = 5,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
     preset: PresetName = None,
     store: Annotated[
@@ -77,7 +76,6 @@ def bench_train(
         n_train=n_train,
         steps=steps,
         repeats=repeats,
-        replicas=replicas,
         progress=make_progress(quiet),
     )
     finish(result.to_json(), json_, *result.summary())

@@ -221,10 +221,10 @@ def train_head(
     if print_config:
         show_config(resolved, json_)
         return
-    from ..extraction.stores import Reading, find_store
+    from ..extraction.stores import Reading
 
     # Torch takes a second or two to import, and so does a large store to read.
-    reading = None if resume is not None or seeds > 1 else Reading(find_store(store), resolved)
+    reading = None if resume is not None or seeds > 1 else Reading(store, resolved)
     from ..training import train_head as stage
 
     told: dict[str, Any] = {"tensorboard": tensorboard, "wandb": wandb, "progress": make_progress(quiet)}
@@ -234,7 +234,7 @@ def train_head(
     elif seeds > 1:
         result = stage.train_replicas(resolved, seeds=seeds, store=store, out=out, force=force, **told)
     else:
-        result = stage.train_head(resolved, store=store, out=out, force=force, reading=reading, **told)
+        result = stage.train_head(resolved, store=reading, out=out, force=force, **told)
     finish(result.to_json(), json_, *result.summary())
 
 

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -98,6 +99,7 @@ def start_run(
     runs: Path,
     device: str,
     force: bool = False,
+    locks: ExitStack | None = None,
 ) -> Run:
     """Make a run folder and write what is known before the work starts.
 
@@ -109,6 +111,8 @@ def start_run(
         runs: The folder of all runs.
         device: Where it computes.
         force: Throw an existing run in ``out`` away first.
+        locks: Keeps the run's lock, so that no other process can replace or resume the run until the stack is closed;
+            when not given, the folder is held only while it is claimed.
 
     Raises:
         InputError: ``out`` holds something already and ``force`` is not given, is no run, or was taken by another
@@ -116,7 +120,12 @@ def start_run(
     """
     stamp, settings = datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), dump_config(config)
     record = json.dumps({**asdict(info), BEGUN_WITH: settings}, indent=1)
-    folder = claim_new(runs / f"{stamp}-{label}", record) if out is None else claim_named(out, record, force=force)
+    with ExitStack() as claim:
+        folder = (
+            claim_new(runs / f"{stamp}-{label}", record, locks or claim)
+            if out is None
+            else claim_named(out, record, locks or claim, force=force)
+        )
     run = Run(folder=folder, info=info)
     write_text(folder / CONFIG, settings)
     write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))

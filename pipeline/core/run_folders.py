@@ -7,7 +7,7 @@ be the first, and a folder with one can be gone on with.
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +46,13 @@ LINKS = re.compile(r"wandb/.+")
 FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
 
 
-def claim_new(folder: Path, record: str) -> Path:
+def claim_new(folder: Path, record: str, locks: ExitStack) -> Path:
     """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
 
     Args:
         folder: The name.
         record: The text of its ``run.json``.
+        locks: Keeps the folder's lock.
 
     Raises:
         InputError: It cannot be made.
@@ -61,6 +62,7 @@ def claim_new(folder: Path, record: str) -> Path:
     while True:
         try:
             free.mkdir()
+            locks.enter_context(hold(free, keep=False))
             write_new(free / MARK, record)
         except FileExistsError:
             number += 1
@@ -71,12 +73,13 @@ def claim_new(folder: Path, record: str) -> Path:
             return free
 
 
-def claim_named(folder: Path, record: str, *, force: bool) -> Path:
+def claim_named(folder: Path, record: str, locks: ExitStack, *, force: bool) -> Path:
     """Take a folder that was asked for; it is made when absent.
 
     Args:
         folder: The folder; a link to one, or the working folder, stays what it is.
         record: The text of its ``run.json``.
+        locks: Keeps the folder's lock: what is emptied here nobody else may take before the run is done.
         force: Throw an existing run away first. What runs write goes; the folder itself and all else in it stay.
 
     Returns:
@@ -91,10 +94,15 @@ def claim_named(folder: Path, record: str, *, force: bool) -> Path:
         with one_line(folder):
             if not all(_passes(path.name) for path in folder.iterdir()):
                 _check_replaceable(folder, force=force)
-                with hold(folder, keep=False):
-                    _empty(folder)
-                    write_text(folder / MARK, record)
+                locks.enter_context(hold(folder, keep=False))
+                _check_replaceable(folder, force=force)  # another run may have begun and ended meanwhile
+                _empty(folder)
+                write_text(folder / MARK, record)
                 return folder
+        try:
+            locks.enter_context(locked(folder / LOCK, keep=False))
+        except LockHeld:
+            raise FileExistsError from None
         write_new(folder / MARK, record)
     except (FileExistsError, FileNotFoundError):
         raise _in_use(folder, "a run that another process has just started") from None

@@ -71,13 +71,17 @@ class Reading:
     """A store that is read by a thread while the process does something else: importing torch takes as long.
 
     Args:
-        folder: The store.
+        folder: The store; the newest below ``data/cache`` when not given.
         config: As of :func:`read_store`.
+
+    Attributes:
+        folder: The store.
+        is_newest: Whether no store was named.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder = folder
-        self._store = Store.open(folder)
+    def __init__(self, folder: Path | None, config: Config) -> None:
+        self.folder, self.is_newest = find_store(folder), folder is None
+        self._store = Store.open(self.folder)
         _check_model(self._store, config)
         self._pool = ThreadPoolExecutor(1)
         self._embeddings = self._pool.submit(self._store.load)

@@ -19,14 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...heads.model import BaseHead
 from ..core.config import Config
 from ..core.device import autocast, to_device
 from ..extraction.images import Box, Grid, Pixels
 from ..extraction.reader import Piece
 from ..extraction.towers import ImageTower
 from ..training.data import Split
-from ..training.replicas import Replicas
-from ..training.step import Group, Step
+from ..training.step import Step
 from .distributed import Shards
 from .embeddings import LiveStore, Rows, refuse_unreadable
 from .towers import PARTS, Towers
@@ -243,17 +243,16 @@ class TowerStep(Step):
     """A :class:`~mmcli.pipeline.training.step.Step` on batches of towers that are trained with the head.
 
     Args:
-        members: One head.
+        head: The head, on the device of the split; trained in place.
         train: The train split.
-        config: As of ``Step``, and the finetune section; a batch is a whole optimiser step.
+        config: The configuration, in which a batch is a whole optimiser step.
         steps: Optimiser steps in an epoch.
         batches: The batches.
     """
 
-    def __init__(self, members: Replicas, train: Split, config: Config, *, steps: int, batches: TowerBatches) -> None:
-        assert not members.stacked
+    def __init__(self, head: BaseHead, train: Split, config: Config, *, steps: int, batches: TowerBatches) -> None:
         self._tower_batches, self._shards = batches, batches.shards
-        super().__init__(members, train, config, steps=steps)
+        super().__init__(head, train, config, steps=steps)
 
     @classmethod
     def autocast_of(cls, device: torch.device, config: Config) -> autocast:
@@ -273,7 +272,7 @@ class TowerStep(Step):
         """What this process has of what is shaped like a trained parameter."""
         return self._shards.part(name, whole)
 
-    def _more_groups(self) -> Sequence[Group]:
+    def _more_groups(self) -> Sequence[dict[str, Any]]:
         return self._tower_batches.towers.groups(self._config.optimizer, self._shards.local)
 
     def _over_all(self, group: str, square: Tensor) -> Tensor:
@@ -288,10 +287,10 @@ class TowerStep(Step):
         rows = self._train.rows[order].cpu()
         self._tower_batches.begin(epoch, [part.numpy() for part in torch.tensor_split(rows, self._steps)][done:])
 
-    def run(self, sizes: tuple[int, ...]) -> None:
-        """One step, launched kernel by kernel: every batch has other grids, so there is no graph to replay."""
-        self._body(sizes)
+    def _uses_graphs(self) -> bool:
+        """Every batch has other grids, so there is no graph to replay."""
+        return False
 
-    def _backward(self, at: Tensor, caption: Tensor, parts: int) -> None:
-        self._backward_of(self._tower_batches.embed(self._train, at, caption), at, parts)
+    def _backward(self, places: Tensor, caption: Tensor, parts: int) -> None:
+        self._backward_of(self._tower_batches.embed(self._train, places, caption), places, parts)
         self._tower_batches.backward()

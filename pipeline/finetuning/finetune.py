@@ -5,6 +5,7 @@ rest goes through the towers in every step (:mod:`~mmcli.pipeline.finetuning.bat
 evaluation on val.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,13 +24,14 @@ from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
 from ..extraction.siglip import local_digest
+from ..training import loop
 from ..training.data import Diverged, Split
-from ..training.loop import FitResult, Member, Record, fit
+from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
 from ..training.run import TrainingRun, TrainResult, read_fit
 from ..training.state import STATE, TrainingState, check_precision, read_state
 from ..training.step import Step
-from ..training.train_head import Place, Work
+from ..training.train_head import Place, RunSession
 from .batches import TowerBatches, TowerStep
 from .checkpoint import TowerKeeper, read_base, save_towers, write_record
 from .distributed import device_here, open_group
@@ -75,15 +77,15 @@ def finetune(
     """
     config = resolve_finetune(config, unfreeze=unfreeze, towers=towers, start=start)
     place = Place(out=options.get("out"), runs=options.get("runs", RUNS), force=options.get("force", False))
-    with _open_work(config, data, options) as (work, setup):
+    with _open_session(config, data, options) as (session, setup):
         for line in (*notices(setup.config), *setup.towers.summary()):
-            work.progress.say(line)
+            session.progress.say(line)
         run = None
         if setup.group.is_first:
             head = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
             name, device = f"{head}-{config.finetune.unfreeze}", str(setup.group.device)
-            run = work.start(setup.describe(KIND), setup.config, place, name=name, device=device)
-        return _Training(work, setup, run).train()
+            run = session.start(setup.describe(KIND), setup.config, place, name=name, device=device)
+        return _Training(session, setup, run).train()
 
 
 def resume_finetuning(
@@ -115,7 +117,7 @@ def resume_finetuning(
         hardware = config.hardware.model_copy(update={"device": device_here(config.hardware.device)})
         config = config.model_copy(update={"hardware": hardware})
     run: Run | None = Run(folder=folder, info=info)
-    with _open_work(config, data or Path(info.store).parent, options, held=run) as (work, setup):
+    with _open_session(config, data or Path(info.store).parent, options, held=run) as (session, setup):
         if setup.digest(setup.towers.parts.identity) != read_base(folder, info).get("store_digest"):
             raise InputError(
                 "cannot resume",
@@ -128,43 +130,39 @@ def resume_finetuning(
         state = read_state(folder / STATE)
         setup.group.barrier()  # nobody reads it while the first process writes it anew
         if run is not None and setup.group.is_first:
-            run, state = work.take_up(run)
+            run, state = session.resume(run)
         else:
             run = None
-        return _Training(work, setup, run, resume=True, state=state).train()
+        return _Training(session, setup, run, state).train()
 
 
 @contextmanager
-def _open_work(
+def _open_session(
     config: Config, data: Path, options: LogOptions, *, held: Run | None = None
-) -> Iterator[tuple[Work, Setup]]:
+) -> Iterator[tuple[RunSession, Setup]]:
     """The processes have met, a run to resume is held by the first of them, and everything is loaded."""
     with open_group(config.hardware.device) as group:
         progress = (options.get("progress") if group.is_first else None) or Progress()
         trackers = {name: bool(options.get(name)) for name in ("tensorboard", "wandb")}
-        with Work(progress, **trackers) as work:
+        with RunSession(progress, **trackers) as session:
             if held is not None and group.is_first:
-                work.hold(held)
+                session.hold(held)
             with set_up(config, data, group, progress) as setup:
-                yield work, setup
+                yield session, setup
 
 
 class _Training:
     """One finetuning, as one of its processes goes through it.
 
     Args:
-        work: Holds the run.
+        session: Holds the run.
         setup: What is trained, and on what.
         run: The run that this process writes; the first one alone does.
-        resume: Whether the run was begun before.
-        state: Where it stands; None at its start.
+        state: The state that the training resumes from; None begins it.
     """
 
-    def __init__(
-        self, work: Work, setup: Setup, run: Run | None, *, resume: bool = False, state: TrainingState | None = None
-    ) -> None:
-        self._work, self._setup, self._run, self._config = work, setup, run, setup.config
-        self._resume, self._state = resume, state
+    def __init__(self, session: RunSession, setup: Setup, run: Run | None, state: TrainingState | None = None) -> None:
+        self._session, self._setup, self._run, self._state = session, setup, run, state
         self._folder = Path(setup.group.broadcast_text("" if run is None else str(run.folder)))
         history = () if state is None else state.history
         self._keeper = TowerKeeper(
@@ -174,11 +172,10 @@ class _Training:
 
     def train(self) -> TrainResult:
         """Train, embed everything with the best towers, and write all that a run has."""
-        setup = self._setup
-        store = setup.store
+        setup, store = self._setup, self._setup.store
         first = Monitor(setup.config, store.splits["train"], store.splits["val"]).rows
         setup.embed({side: first if side in setup.changing else store.used for side in ("image", "text")})
-        fitted = self._fit(self._member())
+        fitted = self._fit()
         setup.group.barrier()
         if setup.towers.trained:
             self._restore_best(fitted.best_epoch)
@@ -188,74 +185,24 @@ class _Training:
             result = self._writer.finish(fitted, store.image_ids)
             self._keeper.remove()
         setup.group.barrier()
-        return result or _read_result(self._folder, self._config)
+        return result or _read_result(self._folder, setup.config)
 
-    def _member(self) -> Member:
-        """The head in training, and what is called on the way."""
-        setup, config = self._setup, self._config
-        splits = setup.splits()
-        evaluate = Monitor(config, splits["train"], splits["val"])
-        head = setup.first_head(evaluate)
-        monitor = LiveMonitor(setup, head, evaluate, self._work.progress)
-        member = Member(
-            head=head, seed=config.hardware.seed, monitor=monitor, on_epoch=lambda *_: None, resumed=self._state
-        )
-        if self._run is not None:
-            self._writer = self._begin_writing(self._run, head, splits, monitor)
-            member = self._writer.member
-        record, keep = member.on_epoch, member.keep
-
-        def on_epoch(head: BaseHead, record_of_epoch: Record) -> None:
-            record(head, record_of_epoch)
-            self._keeper.offer(int(record_of_epoch["epoch"]), record_of_epoch["val_mAP"])
-
-        def on_keep(state: TrainingState) -> None:
-            if keep is not None:
-                keep(state)
-                self._keeper.sweep()
-
-        member.on_epoch = on_epoch
-        # The state of shards is gathered from all processes.
-        member.keep = on_keep if keep is not None or setup.shards.sharded else None
-        return member
-
-    def _begin_writing(
-        self, run: Run, head: BaseHead, splits: Mapping[str, Split], monitor: "LiveMonitor"
-    ) -> TrainingRun:
-        setup, config, state = self._setup, self._config, self._state
-        identity = setup.towers.parts.identity
-        base = {"model": run.info.model, "revision": identity.revision, "store_digest": setup.digest(identity)}
-        write_record(self._folder, config, setup.towers, base)
-        after = (0 if state is None else state.epoch) if self._resume else None
-        return TrainingRun(
-            run,
-            config,
-            head,
-            splits,
-            width=setup.store.encoder.width,
-            progress=self._work.progress,
-            resume=self._resume,
-            state=state,
-            monitor=monitor,
-            trackers=self._work.trackers(run, config, after=after),
-        )
-
-    def _fit(self, member: Member) -> FitResult:
+    def _fit(self) -> FitResult:
         """Train; a batch is all that one optimiser step sees."""
-        setup, config = self._setup, self._config
-        training = config.training
+        setup, config = self._setup, self._setup.config
+        training, splits = config.training, setup.splits()
+        monitor = Monitor(config, splits["train"], splits["val"])
+        head = setup.first_head(monitor)
+        hooks = self._hooks(splits, LiveMonitor(setup, head, monitor, self._session.progress))
         whole = {"batch_size": training.batch_size * training.accumulation_steps, "accumulation_steps": 1}
         config = config.model_copy(update={"training": training.model_copy(update=whole)})
         make_step: Any = Step
         if setup.changing:
-            batches = TowerBatches(setup.towers, setup.store, self._config, setup.shards)
+            batches = TowerBatches(setup.towers, setup.store, setup.config, setup.shards)
             make_step = partial(TowerStep, batches=batches)
-        train = self._writer.splits["train"] if self._writer is not None else setup.splits()["train"]
-        # Processes that keep a state together do so at moments that do not depend on a clock.
-        kept: dict[str, Any] = {"keep_every_s": 0.0} if setup.shards.sharded else {"keep_within_s": KEEP_WITHIN_S}
         try:
-            with self._work.progress.task("epochs", training.num_epochs) as task:
-                return fit([member], train, config, task=task, make_step=make_step, **kept)[0]
+            with self._session.progress.task("epochs", training.num_epochs) as task:
+                return fit(head, splits["train"], config, hooks, task=task, resumed=self._state, make_step=make_step)
         except Diverged:
             if self._run is not None:
                 mark(self._run, "failed")
@@ -263,7 +210,42 @@ class _Training:
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_memory_shortage(error):
                 raise
-            raise short_of_memory(self._config, setup.group.device) from None
+            raise short_of_memory(setup.config, setup.group.device) from None
+
+    def _hooks(self, splits: Mapping[str, Split], monitor: "LiveMonitor") -> Hooks:
+        """What is called on the way; in other processes than the first, only what all of them do together."""
+        written = None if self._run is None else self._begin_writing(self._run, splits, monitor)
+
+        def on_epoch(head: BaseHead, record: Record) -> None:
+            if written is not None:
+                written.on_epoch(head, record)
+            self._keeper.offer(int(record["epoch"]), record["val_mAP"])
+
+        def keep(state: TrainingState) -> None:
+            if written is not None and written.keep is not None:
+                written.keep(state)
+                self._keeper.sweep()
+
+        # The state of shards is gathered from all processes, at moments that do not depend on a clock.
+        sharded = self._setup.shards.sharded
+        return Hooks(
+            monitor=monitor,
+            on_epoch=on_epoch,
+            keep=keep if written is not None or sharded else None,
+            keep_every_s=0.0 if sharded else loop.KEEP_EVERY_S,
+            keep_within_s=math.inf if sharded else KEEP_WITHIN_S,
+        )
+
+    def _begin_writing(self, run: Run, splits: Mapping[str, Split], monitor: "LiveMonitor") -> Hooks:
+        setup, progress = self._setup, self._session.progress
+        identity = setup.towers.parts.identity
+        base = {"model": run.info.model, "revision": identity.revision, "store_digest": setup.digest(identity)}
+        write_record(self._folder, setup.config, setup.towers, base)
+        trackers = self._session.trackers(run, setup.config, self._state)
+        self._writer = TrainingRun(
+            run, setup.config, splits, monitor, trackers=trackers, progress=progress, state=self._state
+        )
+        return self._writer.hooks
 
     def _restore_best(self, epoch: int) -> None:
         """Take the towers of the best epoch, and write them as a checkpoint that the run then names as its own."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...cache import StoreKey
 from ...errors import InputError
-from ...heads.model import BaseHead, Head
+from ...heads.model import BaseHead
 from ..core.checkpoint import load_head
 from ..core.config import Config, DataConfig, load_config
 from ..core.device import autocast, device_line
@@ -171,9 +171,8 @@ class Setup:
         config = self.config
         head = draw_head(config, width=self.store.encoder.width, device=self.group.device)
         if config.finetune.start is None:
-            if isinstance(head, Head):
-                embedded = monitor.voters if self.changing else self.splits()["train"]
-                head.fusion.fit_log_norms(embedded.log_norms())
+            embedded = monitor.voters if self.changing else self.splits()["train"]
+            head.fit_log_norms(embedded.log_norms())
             return head
         start = Path(config.finetune.start)
         warm = load_head(start, self.group.device)

@@ -11,7 +11,6 @@ from ...errors import InputError
 from ..core.config import FinetuneConfig, OptimizerConfig
 from ..extraction.encoder import EncoderParts
 from ..extraction.towers import ImageTower, TextTower, TrainedPart
-from ..training.step import Group
 
 # What the names of groups end with whose parameters are parts of larger ones.
 PARTS = ", parts"
@@ -55,8 +54,8 @@ class Towers:
         named = self.parts.model.named_parameters()
         self.trained: dict[str, nn.Parameter] = {name: value for name, value in named if value.requires_grad}
 
-    def groups(self, optimizer: OptimizerConfig, local: Mapping[str, Tensor] | None = None) -> list[Group]:
-        """Trained parameters by learning rate and weight decay.
+    def groups(self, optimizer: OptimizerConfig, local: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
+        """Trained parameters by learning rate and weight decay, as groups of an optimiser.
 
         The rate is ``lr_towers * layer_decay^k`` for what lies k blocks below the top (Clark et al. 2020, section 2;
         Bao et al. 2022); norms and biases do not decay.
@@ -73,12 +72,12 @@ class Towers:
             kind = "" if stepped is parameter else PARTS
             members.setdefault((side, self._below_top(name, side), parameter.ndim > 1, kind), []).append(stepped)
         return [
-            Group(
-                name=f"{side} -{below}{kind}",
-                parameters=parameters,
-                rate=optimizer.lr_towers * self._config.layer_decay**below,
-                decay=optimizer.weight_decay if decays else 0.0,
-            )
+            {
+                "name": f"{side} -{below}{kind}",
+                "params": parameters,
+                "lr": optimizer.lr_towers * self._config.layer_decay**below,
+                "weight_decay": optimizer.weight_decay if decays else 0.0,
+            }
             for (side, below, decays, kind), parameters in members.items()
         ]
 

@@ -1,4 +1,4 @@
-"""Who does the work: processes that are killed, a Ray cluster, and the seeds of one configuration together on a GPU."""
+"""Who does the work: processes that are killed, and a Ray cluster."""
 
 import importlib.util
 import json
@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmcli.pipeline.ablation.ablate import Means, ablate
 from mmcli.pipeline.ablation.engines import in_processes
@@ -123,57 +122,6 @@ def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
     (run,) = (here / "stopped" / "runs").iterdir()
     history = [json.loads(line)["epoch"] for line in (run / "history.jsonl").read_text().splitlines()]
     assert history == [1, 2, 3, 4, 5, 6]
-
-
-def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
-    """What a GPU does with heads of one shape, here on the CPU: the folders are where they are looked for."""
-    from mmcli.pipeline.ablation import ablate as stage
-    from mmcli.pipeline.training import train_head
-
-    calls = []
-    whole = train_head.train_together
-    monkeypatch.setattr(train_head, "train_together", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
-    means = Means(out=here / "out", runs=here / "nothing")
-    alone = ablate(order_of(here, "A2", only=("A2=32",), seeds=3), replace(means, out=here / "alone"))
-    monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
-    ablate(order_of(here, "A2", only=("A2=32",), seeds=1, options={"hardware.seed": 43}), means)
-    result = ablate(order_of(here, "A2", only=("A2=32",), seeds=4), means)
-    assert (calls, result.counted["trained"]) == ([3], 3)  # 43 was there: 42, 44 and 45 together
-    assert [row["mAP"] for row in result.rows[:3]] == [row["mAP"] for row in alone.rows]
-
-
-def test_one_of_a_pass_that_diverges_fails_alone(here: Path, monkeypatch) -> None:
-    """Weights of the loss train in one pass: what did not end in it is made alone."""
-    from mmcli.pipeline.ablation import ablate as stage
-    from mmcli.pipeline.training import train_head
-    from mmcli.pipeline.training.data import diverged
-
-    train, passes = train_head._Work.train, []
-
-    def broken(self, opened, prepared):
-        weights = [one.member.loss.hash_weight for one in opened]
-        passes.append(weights)
-        if 0.05 in weights:
-            raise diverged("the loss is no longer finite", got="nan")
-        return train(self, opened, prepared)
-
-    monkeypatch.setattr(train_head._Work, "train", broken)
-    monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
-    result = ablate(order_of(here, "B2"), Means(out=here / "out", runs=here / "nothing"))
-    failed = [row for row in result.rows if row["status"] == "failed"]
-    assert [row["value"] for row in failed] == ["gamma 0.05"]
-    assert "no longer finite" in failed[0]["note"]
-    assert len(result.rows) > 4
-    assert passes.count([0.05]) == 2  # in its place of the pass, and alone
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_seeds_train_together(here: Path) -> None:
-    means = Means(out=here / "out", runs=here / "nothing")
-    result = ablate(order_of(here, "A2", "C2", seeds=3, options={"hardware.device": "cuda"}), means)
-    assert (result.counted["trained"], result.counted["failed"]) == (12, 0)
-    assert {row["device"] for row in result.rows} == {"cuda"}
 
 
 @pytest.mark.slow

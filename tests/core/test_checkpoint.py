@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.cache import Store
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.model import BaseHead, MlpBaseline, make_head
 from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint, write_model_folder
 from mmcli.pipeline.core.config import Config, load_config
@@ -30,7 +31,7 @@ def make_config(head: str) -> Config:
 def make(config: Config, seed: int = 0) -> BaseHead:
     torch.manual_seed(seed)
     head = make_head(config.head, config.fusion, config.hash, config.classifier, width=D)
-    head.fit_statistics(torch.randn(50, D), torch.randn(50, D))
+    head.fit_log_norms(log_norms(torch.randn(50, D), torch.randn(50, D)))
     return head.eval()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmcli.cache import Store
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.model import make_head
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
@@ -92,7 +93,7 @@ def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, 
     for seed in seeds:
         torch.manual_seed(seed)
         head = make_head("fusion", config.fusion, config.hash, config.classifier, width=12)
-        head.fit_statistics(split.v_img.cpu(), split.v_txt[:, 0].cpu())
+        head.fit_log_norms(log_norms(split.v_img.cpu(), split.v_txt[:, 0].cpu()))
         members.append(
             Member(head=head.to(place), seed=seed, monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: 0)
         )

@@ -202,7 +202,7 @@ def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, 
         rows = train.rows[at].numpy()
         batches.begin(1, [rows])
         v_img, v_txt, y = batches.embed(train, at, caption)
-        total_loss(config.loss, head(v_img, v_txt), y).total.backward()
+        total_loss(config.loss, head(v_img, v_txt), y).loss.backward()
         batches.backward()
     plain = Encoder.parts(str(miniature.model), patches=64, device=cpu).model
     for name, parameter in plain.named_parameters():
@@ -213,7 +213,7 @@ def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, 
     assert len({tuple(shape) for shape in pixels["spatial_shapes"].tolist()}) > 1
     ids = store.encoder.tokenize([listing.captions[row][which] for row, which in zip(rows, caption, strict=True)])
     made = plain.get_image_features(**pixels).pooler_output, plain.get_text_features(input_ids=ids).pooler_output
-    total_loss(config.loss, plain_head(*made), y).total.backward()
+    total_loss(config.loss, plain_head(*made), y).loss.backward()
     reference = dict(plain.named_parameters())
     for name, parameter in towers.trained.items():
         slope = reference[name].grad

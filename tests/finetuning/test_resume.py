@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
     less = ("--batch-size", 4, "--accumulation", 2, "--gradient-checkpointing")
     code, _, err = mmcli("finetune", "--resume", "short", *less)
     assert code == 0, err
-    assert "going on after epoch 1" in err
+    assert "resuming after epoch 1" in err
     assert near(tmp_path / "short", tmp_path / "whole")
 
 
@@ -185,7 +185,7 @@ def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniatu
     assert again.returncode == 0, again.stderr
     code, _, err = mmcli("finetune", "--resume", "alone")
     assert code == 0, err
-    assert "going on after epoch" in err
+    assert "resuming after epoch" in err
     for name in ("killed", "alone"):
         assert near(tmp_path / name, tmp_path / "whole"), name
         towers = [load_file(tmp_path / one / "towers" / "model.safetensors") for one in ("whole", name)]

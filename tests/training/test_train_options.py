@@ -88,10 +88,9 @@ def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None
     words = {"tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s")}
     assert (stage.name, stage.words) == ("train_replicas", {"seeds": 3, **words})
     assert mmcli("train-head", *others)[0] == 0
-    assert (stage.name, stage.words) == ("train_head", {**words, "reading": ("read ahead", Path("s"))})
+    assert (stage.name, stage.words) == ("train_head", {**words, "store": ("read ahead", Path("s"))})
     assert mmcli("train-head")[0] == 0
-    plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": None}
-    plain["reading"] = ("read ahead", None)
+    plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": ("read ahead", None)}
     assert (stage.name, stage.words) == ("train_head", plain)
 
 
