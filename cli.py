@@ -126,7 +126,7 @@ cache_app.command("import")(data.cache_import)
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
     _prepare_streams()
     limit_threads()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...errors import InputError
 from ..core.config import Config, resolve
 from ..evaluation.sweep import search_key
-from ..finetuning.settings import settle_finetune
+from ..finetuning.settings import resolve_finetune
 from .experiments import Choice
 from .identity import (
     FROZEN,
@@ -292,7 +292,7 @@ def _settled(config: Config, towers: str) -> Config:
     """The configuration as the stage that trains it will have it."""
     if towers == FROZEN:
         return resolve(config)
-    return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
+    return resolve_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
 
 
 def _with_seed(config: Config, seed: int) -> Config:

@@ -20,8 +20,8 @@ from ..core.device import autocast, pick_device
 from ..core.progress import Progress
 from ..data.manifest import Manifest
 from ..extraction.encoder import Encoder
-from ..finetuning.batches import Feed, TowerStep
-from ..finetuning.distributed import Team
+from ..finetuning.batches import TowerBatches, TowerStep
+from ..finetuning.distributed import ProcessGroup
 from ..finetuning.embeddings import LiveStore
 from ..finetuning.towers import Towers
 from ..training.setup import draw_head
@@ -167,7 +167,7 @@ def _peak_resident() -> int:
 
 def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
     """An epoch of ours; of frozen towers embedding everything and a step a batch."""
-    config, team, parts = setting.config, Team(setting.device), setting.load_parts()
+    config, group, parts = setting.config, ProcessGroup(setting.device), setting.load_parts()
     towers = Towers(parts, config.finetune)
     store = LiveStore(
         setting.listing,
@@ -175,13 +175,13 @@ def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
         parts,
         config,
         captions=1 if towers.sides else CAPTIONS,
-        team=team,
+        group=group,
         progress=Progress(),
     )
     train, head = store.whole, setting.make_head(store.encoder.width)
     steps = -(-len(train) // config.training.batch_size)
     step: Step = (
-        TowerStep(head, train, config, steps=steps, feed=Feed(towers, store, config))
+        TowerStep(head, train, config, steps=steps, batches=TowerBatches(towers, store, config))
         if towers.sides
         else Step(head, train, config, steps=steps)
     )
@@ -189,8 +189,8 @@ def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
 
     def epoch() -> None:
         if not towers.sides:
-            store.embed_images(store.used, None)
-            store.embed_captions(store.used, None)
+            store.embed("image", store.used, quiet=True)
+            store.embed("text", store.used, quiet=True)
         order = torch.randperm(len(train)).to(setting.device)
         step.begin(next(numbers), order, torch.zeros_like(order))
         head.train()

@@ -74,7 +74,7 @@ def plain_step(parameters: Sequence[Tensor], config: Config, *, rate: float) -> 
     def step(output: HeadOutput, y: Tensor) -> None:
         loss = total_loss(config.loss, output, y).loss
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         loss.item()

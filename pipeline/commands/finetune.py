@@ -72,8 +72,8 @@ def finetune(
         int,
         option(
             "--num-processes N",
-            "Processes of this machine that share every batch, one a GPU (install the extra finetune);"
-            " `accelerate launch -m mmcli finetune` for more machines and FSDP.",
+            "Processes of this machine that share every batch, one a GPU; `torchrun ... -m mmcli finetune` starts them"
+            " on several machines.",
             "Device and seed",
             min=1,
         ),
@@ -89,9 +89,10 @@ def finetune(
 ) -> None:
     """Train head and towers from the images themselves, into a run like any other; needs no store."""
     if num_processes > 1:
-        from ..finetuning.distributed import launch
+        from ..finetuning.distributed import launch, read_launch
 
-        raise typer.Exit(launch(num_processes))
+        if read_launch().size == 1:  # the processes that it starts are given the same command line
+            raise typer.Exit(launch(num_processes))
     logged: dict[str, Any] = {**vars(trackers), "progress": output.progress}
     if resume is not None:
         _refuse(settings, {"--out": out, "--force": force, "--plan": plan})
@@ -166,7 +167,7 @@ def _resume(run: Path, settings: Settings, images: Images, logged: dict[str, Any
 
 def _resolve(settings: Settings) -> "Config":
     """The configuration; a run to begin with gives what goes with its head, under everything that is given."""
-    from ..finetuning.settings import settle_finetune, start_config, unfreeze_of
+    from ..finetuning.settings import resolve_finetune, start_config
 
     config = settings.load()
     start = None if config.finetune.start is None else Path(config.finetune.start)
@@ -175,5 +176,4 @@ def _resolve(settings: Settings) -> "Config":
         if "siglip2_variant" in asked.model_fields_set and asked.siglip2_variant != kept["model"]["siglip2_variant"]:
             del kept["model"]["revision"]  # it is one of the run's checkpoint
         config = settings.load(under=kept)
-    unfreeze = unfreeze_of(config, settings.options.get("finetune.unfreeze"))
-    return settle_finetune(config, unfreeze=unfreeze, towers=config.finetune.towers, start=start)
+    return resolve_finetune(config, start=start)
