@@ -117,10 +117,10 @@ def answers(inputs: Inputs, analysis: RunAnalysis | None, pairs: Pairs) -> tuple
         )
         for answer in every
     ]
-    intervals = [c for answer in every for c in answer.comparisons if c.low is not None and c.high is not None]
     # All drawings of a unit share one scale, so that they can be compared.
+    ends = [(c.unit, end) for answer in every for c in answer.comparisons for end in (c.low, c.high)]
     scales = {
-        unit: 1.06 * max((abs(end) for c in intervals if c.unit == unit for end in (c.low, c.high)), default=0.0)
+        unit: 1.06 * max((abs(end) for key, end in ends if key == unit and end is not None), default=0.0)
         for unit in ("mAP", "AP")
     }
     return tuple(

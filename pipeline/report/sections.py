@@ -56,7 +56,7 @@ def build(inputs: Inputs, analysis: RunAnalysis | None, *, command: str, with_im
     """
     pairs = Pairs()
     every = answers(inputs, analysis, pairs)
-    blocks = {
+    blocks: dict[str, tuple[Block, ...]] = {
         "answers": (*every, _about(every)),
         "methods": _methods(inputs, pairs),
         "experiments": _experiments(inputs, pairs),
@@ -247,10 +247,10 @@ def _queries(analysis: RunAnalysis, inputs: Inputs) -> tuple[Block, ...]:
     knn = analysis.knn
     tau = f", tau {knn.tau:g}" if knn.voting_strategy == "softmax" else ""
     text = (
-        "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of the"
-        f" {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share of the"
-        f" vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by whether"
-        " the query has it."
+        "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of"
+        f" the {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share"
+        f" of the vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by"
+        " whether the query has it."
     )
     return _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *queries(analysis))
 
