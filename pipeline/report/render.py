@@ -77,7 +77,7 @@ def to_latex(document: Document) -> dict[str, str]:
     return {table.name: _latex_file(table) for table in (*summary, *document.blocks(Table))}
 
 
-def _render(template: str, filters: dict[str, Callable[[str], str]], **values: object) -> str:
+def _render(template: str, filters: Mapping[str, Callable[[str], str]], **values: object) -> str:
     """Fill a template; a page's is escaped by the engine, the Markdown's by its filters."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -86,7 +86,7 @@ def _render(template: str, filters: dict[str, Callable[[str], str]], **values: o
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {**filters, "kind": _kind}
+    environment.filters.update(filters, kind=_kind)
     environment.tests["a"] = lambda block, kind: _kind(block) == kind
     return environment.get_template(template).render(**values)
 
