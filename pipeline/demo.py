@@ -18,14 +18,13 @@ from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
 from ..errors import InputError
-from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config
 from .core.console import metrics_table
 from .core.device import pick_device
 from .core.files import command, make_folder, one_line, remove_leftovers_of, write_folder, write_text
 from .core.interrupts import interruptible
 from .core.progress import Progress
-from .core.results import Codes, read_codes
+from .core.results import read_codes
 from .core.run import Run
 from .core.run_folders import LOCK, hold
 from .data.manifest import read_manifest
@@ -36,10 +35,8 @@ from .evaluation.zero_shot import zero_shot
 from .extraction.extract import ExtractPlan, extract
 from .extraction.miniature_model import STEPS, make_checkpoint
 from .report.report import ReportPlan, report
-from .tagging.encode import Coded
 from .tagging.explain import show
-from .tagging.tagger import run_index
-from .tagging.voting import Query, Voters
+from .tagging.tagger import Tagger
 from .training.train_head import train_head
 
 PATCHES = 64
@@ -118,7 +115,7 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
     _step(progress, 6, "let Hamming neighbours vote", command("knn-eval", "--run", trained.run.folder))
     voted = knn_eval(config, run=trained.run, progress=progress)
-    _explain(trained.run, data, config.knn, progress)
+    _explain(config, trained.run, data, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
     plan = ReportPlan(runs=runs, data=data, out=out / "report", force=True)
     _step(progress, 8, "one page of answers, tables, plots, queries and failures", plan.command)
@@ -167,12 +164,16 @@ def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progres
 
 def _check_folder(out: Path) -> None:
     """Refuse links, which lead to what is not the demo's, and a folder that holds files but no record of a demo."""
-    advice = {"where": out, "wanted": "a new folder, or one of a demo", "do": "give another --out"}
-    for name in (*FOLDERS, RECORD, "legend.png"):
-        if (out / name).is_symlink():
-            raise InputError("the folder is in use", got=f"a link, {name}", **advice)
-    if _read_record(out) is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir()):
-        raise InputError("the folder is in use", got="files that are not a demo's", **advice)
+    links = [name for name in (*FOLDERS, RECORD, "legend.png") if (out / name).is_symlink()]
+    is_foreign = _read_record(out) is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir())
+    if links or is_foreign:
+        raise InputError(
+            "the folder is in use",
+            where=out,
+            got=f"a link, {links[0]}" if links else "files that are not a demo's",
+            wanted="a new folder, or one of a demo",
+            do="give another --out",
+        )
 
 
 def _generate(config: Config, folder: Path, progress: Progress, check: Callable[[], None]) -> None:
@@ -237,22 +238,15 @@ def _step(progress: Progress, number: int, what: str, line: str | None) -> None:
         progress.show(Text(f"   $ {line}", "cyan"))
 
 
-def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
+def _explain(config: Config, run: Run, data: Path, progress: Progress) -> None:
     """Show the test image with several tags that the classifier is surest of, and the neighbours that voted."""
-    query, listing = read_codes(run.folder, "test"), read_manifest(data / "manifest.parquet")
-    row = _clearest_row(query)
-    listed = listing.image_ids.tolist().index(query.image_id[row])
-    image, caption = str(data / listing.paths[listed]), listing.captions[listed][0]
-    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
-    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
-    coded = Coded(query.soft[[row]], None if query.packed is None else query.packed[[row]])
-    (tagging,) = Voters(run_index(run), knn).tag(coded, [Query(image, caption)], top=knn.top_n_tags)
-    progress.show(show(tagging, truth=[listing.category_names[c] for c in np.flatnonzero(query.labels[row])]))
-
-
-def _clearest_row(query: Codes) -> int:
-    """The image with several tags whose classifier loss is the lowest."""
+    query, manifest = read_codes(run.folder, "test"), read_manifest(data / "manifest.parquet")
     assert query.logits is not None
     loss = np.logaddexp(0, query.logits).sum(1) - (query.logits * query.labels).sum(1)
-    several = query.labels.sum(1) >= 2
-    return int(np.argmin(np.where(several, loss, np.inf)))
+    row = int(np.argmin(np.where(query.labels.sum(1) >= 2, loss, np.inf)))
+    listed = manifest.image_ids.tolist().index(query.image_id[row])
+    image, caption = str(data / manifest.paths[listed]), manifest.captions[listed][0]
+    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
+    (tagging,) = Tagger.load(run.folder, device=config.hardware.device).predict([image], [caption])
+    progress.show(show(tagging, truth=[manifest.category_names[c] for c in np.flatnonzero(query.labels[row])]))

@@ -63,12 +63,12 @@ class RunAnalysis:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
+        """The name of the run's folder."""
         return self.run.folder.name
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes, in the order of the scores."""
         return self.run.info.category_names
 
     @property

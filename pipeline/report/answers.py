@@ -7,8 +7,9 @@ seeds' ratios, each of which was measured once. The verdict is what the interval
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -117,10 +118,10 @@ def answers(inputs: Inputs, analysis: RunAnalysis | None, pairs: Pairs) -> tuple
         )
         for answer in every
     ]
-    intervals = [c for answer in every for c in answer.comparisons if c.low is not None and c.high is not None]
     # All drawings of a unit share one scale, so that they can be compared.
+    ends = [(c.unit, end) for answer in every for c in answer.comparisons for end in (c.low, c.high)]
     scales = {
-        unit: 1.06 * max((abs(end) for c in intervals if c.unit == unit for end in (c.low, c.high)), default=0.0)
+        unit: 1.06 * max((abs(end) for key, end in ends if key == unit and end is not None), default=0.0)
         for unit in ("mAP", "AP")
     }
     return tuple(
@@ -217,8 +218,9 @@ def _compare(what: str, a: Arm, b: Arm, pairs: Pairs) -> Comparison | None:
     paired = pairs.difference(a, b)
     if paired is None:
         return None
-    seeds = (len(a.samples), len(b.samples))
-    return Comparison(what=what, difference=paired.difference, seeds=seeds, verdict=paired.verdict, **asdict(paired))
+    keys = ("A", "B", "difference", "low", "high", "p", "spread", "verdict")
+    figures: dict[str, Any] = {key: getattr(paired, key) for key in keys}
+    return Comparison(what=what, seeds=(len(a.samples), len(b.samples)), **figures)
 
 
 def _answer(question: Question, inputs: Inputs, pairs: Pairs) -> Answer:

@@ -4,18 +4,18 @@ Symbols: N images, B bits, C classes.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
 from ...heads.bootstrap import interval
-from ..evaluation.compare import Arm
 from .analysis import RunAnalysis
+from .collect import Inputs
 from .document import Figure, Mark
 from .plots import DASHES, INK, MARKERS, MUTED, SERIES
-from .tables import Point, pareto_front
+from .tables import cost_points, pareto_front
 
 Floats = npt.NDArray[np.float64]
 History = Sequence[Mapping[str, Any]]
@@ -37,6 +37,41 @@ TERMS = {
 }
 
 
+class Axis(NamedTuple):
+    """What mAP is plotted against: texts, the experiments that vary it, and for a cost its key in their rows."""
+
+    name: str
+    title: str
+    label: str
+    caption: str
+    experiments: tuple[str, ...]
+    key: str = ""
+
+
+SETTINGS = (
+    Axis("bits", "mAP against bits", "bits (0: no hash layer, cosine)", "What a shorter code costs.", ("A2",)),
+    Axis("neighbours", "mAP against K", "neighbours that vote, K", "How many neighbours should vote.", ("C1",)),
+)
+COSTS = (
+    Axis(
+        "latency",
+        "Latency against mAP",
+        "median time of a query, ms",
+        "Search and vote of one query, on the machine of the runs.",
+        ("A2", "C1", "C2"),
+        "query_latency_ms_p50",
+    ),
+    Axis(
+        "bytes",
+        "Bytes against mAP",
+        "bytes of the index",
+        "What the index keeps in memory.",
+        ("A2", "C2"),
+        "index_bytes",
+    ),
+)
+
+
 def mark(method: str, *args: object, **options: object) -> Mark:
     """Something to draw: a method of matplotlib's ``Axes`` and its arguments."""
     return Mark(method, args, options)
@@ -56,7 +91,7 @@ def loss_terms(history: History, run: str) -> Figure | None:
         caption=f"Means of every epoch, as logged, unweighted. {run}",
         alt=f"Line chart of loss terms over {len(epochs)} epochs, first to last: {ends}.",
         marks=tuple(
-            mark("plot", epochs, values, label=TERMS[key], color=_cycle(SERIES, i), linestyle=_cycle(DASHES, i))
+            mark("plot", epochs, values, label=TERMS[key], **_series(i, "linestyle"))
             for i, (key, values) in enumerate(lines.items())
         ),
         axes={"xlabel": "epoch", "ylabel": "loss term, log scale", "yscale": "log"},
@@ -80,14 +115,7 @@ def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...
         caption="mAP on val after every epoch; a line for every seed.",
         alt=f"Line chart of val mAP by epoch. {'; '.join(best)}.",
         marks=tuple(
-            mark(
-                "plot",
-                *curve.T,
-                color=SERIES[i],
-                linestyle=DASHES[i],
-                linewidth=1.2,
-                label=name if seed == 0 else None,
-            )
+            mark("plot", *curve.T, linewidth=1.2, label=name if seed == 0 else None, **_series(i, "linestyle"))
             for i, (name, seeds) in enumerate(shown.items())
             for seed, curve in enumerate(seeds)
         ),
@@ -97,11 +125,10 @@ def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...
     )
 
 
-def quality_by_setting(
-    name: str, title: str, arms: Sequence[Arm], *, setting: str, caption: str, commands: tuple[str, ...]
-) -> Figure | None:
+def quality_by_setting(inputs: Inputs, setting: Axis) -> Figure | None:
     """The mAP of the values of an experiment: means with their intervals, and every seed; None with fewer than two."""
-    measured = [(arm, mAP) for arm in arms if (mAP := arm.mean("mAP")) is not None]
+    (experiment,) = setting.experiments
+    measured = [(arm, mAP) for arm in inputs.arms(experiment) if (mAP := arm.mean("mAP")) is not None]
     if len(measured) < 2:
         return None
     names, means = [arm.name for arm, _ in measured], np.array([mAP for _, mAP in measured])
@@ -114,12 +141,11 @@ def quality_by_setting(
             np.arange(len(names)),
             means,
             yerr=np.abs(ends.T - means),
-            color=SERIES[0],
-            marker="o",
             capsize=3,
             linewidth=1.3,
             markersize=6,
             label="mean, 95% interval over images",
+            **_series(0, "marker"),
         )
     ]
     if seeds:
@@ -128,66 +154,47 @@ def quality_by_setting(
         )
     values = [f"{n}: {mAP:.3f} [{low:.3f}, {high:.3f}]" for n, mAP, (low, high) in zip(names, means, ends, strict=True)]
     return Figure(
-        name=name,
-        title=title,
-        caption=caption,
-        alt=f"mAP against {setting}. {'; '.join(values)}.",
+        name=setting.name,
+        title=setting.title,
+        caption=setting.caption,
+        alt=f"mAP against {setting.label}. {'; '.join(values)}.",
         marks=tuple(marks),
         axes={
             "xticks": range(len(names)),
             "xticklabels": names,
-            "xlabel": setting,
+            "xlabel": setting.label,
             "ylabel": "mAP on test",
             "xlim": (-0.4, len(names) - 0.6),
         },
-        commands=commands,
+        commands=(inputs.ablate(experiment),),
     )
 
 
-def quality_by_cost(
-    name: str, title: str, points: Sequence[Point], *, cost: str, caption: str, commands: tuple[str, ...]
-) -> Figure | None:
+def quality_by_cost(inputs: Inputs, cost: Axis) -> Figure | None:
     """The mAP of configurations against a cost, with the front of those that no other beats in both."""
-    points = [point for point in points if point.cost > 0]
+    points = [point for point in cost_points(inputs, cost.key) if point.cost > 0]
     if len(points) < 2:
         return None
     front = sorted(pareto_front(points), key=lambda point: point.cost)
+    x, y = [p.cost for p in front], [p.mAP for p in front]
     marks = [
         mark("margins", x=0.15, y=0.1),
-        mark(
-            "step",
-            [p.cost for p in front],
-            [p.mAP for p in front],
-            where="post",
-            color=MUTED,
-            linewidth=1,
-            zorder=1,
-        ),
+        mark("step", x, y, where="post", color=MUTED, linewidth=1, zorder=1),
     ]
     for i, group in enumerate(dict.fromkeys(point.group for point in points)):
-        marks.append(
-            mark(
-                "plot",
-                [p.cost for p in points if p.group == group],
-                [p.mAP for p in points if p.group == group],
-                linestyle="none",
-                marker=_cycle(MARKERS, i),
-                color=_cycle(SERIES, i),
-                label=group,
-                markersize=6.5,
-                alpha=0.9,
-            )
-        )
+        x, y = [p.cost for p in points if p.group == group], [p.mAP for p in points if p.group == group]
+        style = {"linestyle": "none", "markersize": 6.5, "alpha": 0.9, **_series(i, "marker")}
+        marks.append(mark("plot", x, y, label=group, **style))
     best = "; ".join(f"{p.name}: {p.cost:,.4g}, mAP {p.mAP:.3f}" for p in front)
     return Figure(
-        name=name,
-        title=title,
-        caption=f"{caption} The line joins what nothing else beats in both.",
-        alt=f"Scatter of mAP against {cost}, {len(points)} configurations. On the front: {best}.",
+        name=cost.name,
+        title=cost.title,
+        caption=f"{cost.caption} The line joins what nothing else beats in both.",
+        alt=f"Scatter of mAP against {cost.label}, {len(points)} configurations. On the front: {best}.",
         marks=tuple(marks),
-        axes={"xscale": "log", "xlabel": f"{cost}, log scale", "ylabel": "mAP on test"},
+        axes={"xscale": "log", "xlabel": f"{cost.label}, log scale", "ylabel": "mAP on test"},
         labels=tuple((p.name, p.cost, p.mAP) for p in [*reversed(front), *(p for p in points if p not in front)]),
-        commands=commands,
+        commands=(inputs.ablate(*cost.experiments),),
     )
 
 
@@ -262,16 +269,7 @@ def bit_correlation(analysis: RunAnalysis) -> Figure | None:
         caption="Bits that say the same waste room. The diagonal is left dark.",
         alt=f"Heat map of absolute correlations between {len(absolute)} bits on train: mean {mean:.3f}, largest"
         f" {largest:.3f}.",
-        marks=(
-            mark(
-                "imshow",
-                absolute,
-                cmap="cividis",
-                vmin=0,
-                vmax=max(0.2, float(absolute.max())),
-                interpolation="none",
-            ),
-        ),
+        marks=(mark("imshow", absolute, cmap="cividis", vmin=0, vmax=max(0.2, absolute.max()), interpolation="none"),),
         axes={"xlabel": "bit", "ylabel": "bit"},
         colorbar="|correlation|",
     )
@@ -298,11 +296,9 @@ def norms(analysis: RunAnalysis) -> Figure | None:
                 np.arange(1, BINS + 1) + 0.08 * (2 * i - 1),
                 means,
                 yerr=np.abs(ends.T - means),
-                color=SERIES[i],
-                marker=MARKERS[i],
-                linestyle=DASHES[i],
                 capsize=2.5,
                 label=f"norm of the {name}",
+                **_series(i, "linestyle", "marker"),
             )
         )
     if sure:
@@ -331,7 +327,7 @@ def threshold_curves(analysis: RunAnalysis, *, method: str) -> Figure | None:
     thresholds = np.linspace(0, 1, 201)[1:]
     curves = micro_curves(np.asarray(scores, float), analysis.query.labels, thresholds)
     marks = [
-        mark("plot", thresholds, values, color=SERIES[i], linestyle=DASHES[i], label=label)
+        mark("plot", thresholds, values, label=label, **_series(i, "linestyle"))
         for i, (label, values) in enumerate(zip(("precision", "recall", "F1"), curves, strict=True))
     ]
     if chosen is not None:
@@ -375,7 +371,7 @@ def calibration(analysis: RunAnalysis) -> Figure | None:
         marks=(
             mark("plot", [0, 1], [0, 1], color=MUTED, linewidth=1),
             *(
-                mark("plot", *curve, color=SERIES[i], marker=MARKERS[i], linestyle=DASHES[i], label=name)
+                mark("plot", *curve, label=name, **_series(i, "linestyle", "marker"))
                 for i, (name, curve) in enumerate(curves.items())
             ),
         ),
@@ -438,5 +434,7 @@ def _val_curve(history: History) -> Floats:
     return np.array([(line["epoch"], line["val_mAP"]) for line in history if line.get("val_mAP") is not None], float)
 
 
-def _cycle(values: Sequence[Any], i: int) -> Any:  # noqa: ANN401 - colours, markers and dashes
-    return values[i % len(values)]
+def _series(i: int, *keys: str) -> dict[str, Any]:
+    """Colour of the series i, and its ``linestyle`` and ``marker`` where they are named."""
+    styles: dict[str, Sequence[Any]] = {"color": SERIES, "linestyle": DASHES, "marker": MARKERS}
+    return {key: styles[key][i % len(styles[key])] for key in ("color", *keys)}

@@ -86,7 +86,7 @@ def _render(template: str, filters: Mapping[str, Callable[[str], str]], **values
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= filters | {"kind": _kind}
+    environment.filters.update(filters, kind=_kind)
     environment.tests["a"] = lambda block, kind: _kind(block) == kind
     return environment.get_template(template).render(**values)
 

@@ -11,6 +11,8 @@ from .answers import NO_CODES, answers, comparison_table
 from .collect import FinishedRun, Inputs
 from .document import Answer, Block, Commands, Document, Section, Text
 from .figures import (
+    COSTS,
+    SETTINGS,
     bit_balance,
     bit_correlation,
     calibration,
@@ -22,7 +24,7 @@ from .figures import (
     threshold_curves,
     val_curves,
 )
-from .tables import READING, arms_by_hand, arms_table, experiment_tables, points
+from .tables import READING, arms_by_hand, arms_table, experiment_tables
 
 TITLE = "Multi-label tagging with learned hash codes"
 # Names and titles of the sections in their order.
@@ -56,7 +58,7 @@ def build(inputs: Inputs, analysis: RunAnalysis | None, *, command: str, with_im
     """
     pairs = Pairs()
     every = answers(inputs, analysis, pairs)
-    blocks = {
+    blocks: dict[str, tuple[Block, ...]] = {
         "answers": (*every, _about(every)),
         "methods": _methods(inputs, pairs),
         "experiments": _experiments(inputs, pairs),
@@ -193,41 +195,9 @@ def _classes(analysis: RunAnalysis, *, with_figure: bool) -> tuple[Block, ...]:
 def _costs(inputs: Inputs) -> tuple[Block, ...]:
     missing = [name for name in ("A2", "C1", "C2") if not inputs.arms(name)]
     gap = Text(text="Bits, K and distances were not varied", command=inputs.ablate(*(missing or ALL)))
-    return _present(
-        quality_by_setting(
-            "bits",
-            "mAP against bits",
-            inputs.arms("A2"),
-            setting="bits (0: no hash layer, cosine)",
-            caption="What a shorter code costs.",
-            commands=(inputs.ablate("A2"),),
-        ),
-        quality_by_setting(
-            "neighbours",
-            "mAP against K",
-            inputs.arms("C1"),
-            setting="neighbours that vote, K",
-            caption="How many neighbours should vote.",
-            commands=(inputs.ablate("C1"),),
-        ),
-        quality_by_cost(
-            "latency",
-            "Latency against mAP",
-            points(inputs, "query_latency_ms_p50"),
-            cost="median time of a query, ms",
-            caption="Search and vote of one query, on the machine of the runs.",
-            commands=(inputs.ablate("A2", "C1", "C2"),),
-        ),
-        quality_by_cost(
-            "bytes",
-            "Bytes against mAP",
-            points(inputs, "index_bytes"),
-            cost="bytes of the index",
-            caption="What the index keeps in memory.",
-            commands=(inputs.ablate("A2", "C2"),),
-        ),
-        gap if missing else None,
-    )
+    settings = [quality_by_setting(inputs, setting) for setting in SETTINGS]
+    costs = [quality_by_cost(inputs, cost) for cost in COSTS]
+    return _present(*settings, *costs, gap if missing else None)
 
 
 def _inside(analysis: RunAnalysis, _: Inputs) -> tuple[Block, ...]:
@@ -247,10 +217,10 @@ def _queries(analysis: RunAnalysis, inputs: Inputs) -> tuple[Block, ...]:
     knn = analysis.knn
     tau = f", tau {knn.tau:g}" if knn.voting_strategy == "softmax" else ""
     text = (
-        "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of the"
-        f" {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share of the"
-        f" vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by whether"
-        " the query has it."
+        "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of"
+        f" the {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share"
+        f" of the vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by"
+        " whether the query has it."
     )
     return _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *queries(analysis))
 

@@ -113,7 +113,7 @@ def arms_by_hand(inputs: Inputs) -> list[Arm]:
     ]
 
 
-def points(inputs: Inputs, cost: str) -> list[Point]:
+def cost_points(inputs: Inputs, cost: str) -> list[Point]:
     """Configurations with a cost, each once: mean cost and mean mAP over seeds."""
     distinct: dict[tuple[str, ...], Point] = {}
     for experiment, (group, form) in COSTED.items():

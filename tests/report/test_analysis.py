@@ -131,7 +131,7 @@ def test_the_table_of_classes_is_sorted_and_sortable(analysis: RunAnalysis) -> N
     assert sorted(APs) == pytest.approx(sorted(wanted))
 
 
-def test_without_a_label_in_test_nothing_is_said_and_nothing_fails(tmp_path: Path) -> None:
+def test_a_test_split_without_labels_fails_nothing(tmp_path: Path) -> None:
     from mmcli.pipeline.core.results import read_codes, write_codes
     from mmcli.pipeline.report.report import ReportPlan, report
 

@@ -52,7 +52,7 @@ def test_each_question_has_its_verdict(inputs: Inputs) -> None:
     assert "ablate A1 M2 --seeds 3" in magnitude.gaps[0].command
 
 
-def test_a_difference_is_that_of_the_seeds_means_over_the_same_resamples(inputs: Inputs, kit: Kit) -> None:
+def test_a_difference_is_that_of_means_over_shared_resamples(inputs: Inputs, kit: Kit) -> None:
     both = arms(inputs, "A3")
     found = Pairs().difference(both["knn"], both["classifier"])
     figures, drawn = [], []
@@ -144,7 +144,7 @@ def test_rows_that_failed_have_no_figures_and_say_why(inputs: Inputs) -> None:
     assert arm.note.startswith("no store")
 
 
-def test_what_no_seed_changes_is_one_evaluation_and_shared_runs_are_compared_once(inputs: Inputs) -> None:
+def test_shared_evaluations_and_runs_count_once(inputs: Inputs) -> None:
     rows = [row for row in inputs.rows if row["experiment"] == "base"]
     first = next(row for row in rows if row["value"] == "zero-shot")
     rows = [first | {"seed": seed} for seed in SEEDS] + [row for row in rows if row["value"] == "full"]

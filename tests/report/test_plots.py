@@ -38,7 +38,7 @@ def drawing(name: str) -> Drawing:
     )
 
 
-def test_a_drawing_has_ids_of_its_own_and_the_colours_of_its_page() -> None:
+def test_a_drawing_has_unique_ids_and_the_colours_of_its_page() -> None:
     first, second = drawing("first"), drawing("second")
     ids = [set(re.findall(r'\bid="([^"]+)"', one.svg)) for one in (first, second)]
     assert not ids[0] & ids[1]

@@ -102,7 +102,7 @@ def test_what_is_drawn_has_words_and_ids_are_unique(page: Page) -> None:
     assert {one["href"][1:] for one in page.all("a")} <= set(ids)
 
 
-def test_markdown_names_files_that_are_there_and_its_tables_are_whole(made) -> None:
+def test_markdown_names_its_files_and_has_whole_tables(made) -> None:
     out, result = made
     text = (out / "report.md").read_text()
     named = re.findall(r"\]\(((?:figures|pictures)/[^)]+)\)", text)
@@ -183,7 +183,7 @@ def test_a_report_is_the_same_each_time_and_replaced_whole(made, kit: Kit, tmp_p
     assert (copy / "notes.txt").read_text() == "mine"
 
 
-def test_without_experiments_data_and_norms_the_sections_say_what_makes_them(tmp_path: Path, monkeypatch) -> None:
+def test_missing_inputs_are_named_with_their_commands(tmp_path: Path, monkeypatch) -> None:
     kit = make_kit(tmp_path, norms=False, rows=False)
     monkeypatch.chdir(tmp_path)
     result = report(ReportPlan(runs=kit.runs))
