@@ -110,7 +110,7 @@ def test_what_is_undefined_has_no_interval_and_is_counted() -> None:
 def test_with_intervals_changes_no_figure() -> None:
     scores, labels = make(0)
     row = {"method": "m", **evaluate(scores, labels)}
-    more = with_intervals(row, scores, labels, {"": 0.5}, n=50)
+    more = with_intervals(row, scores, labels, {"": 0.5})
     assert {key: more[key] for key in row} == row
     assert more["n_resamples"] == 50
 
