@@ -1,7 +1,7 @@
 """Stage 3: neighbours in the codes of a run vote for the tags of another split."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau", "tie
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """The run that was evaluated, where its metrics went, and the row of the predictor that was asked for."""
+    """The run that was evaluated, the file of its metrics, and the row of the predictor that was asked for."""
 
     run: Run
     metrics_path: Path
@@ -77,8 +77,8 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     Args:
         config: The knn section and the device are used.
         run: A finished run of ``train-head``.
-        split: Whose images are tagged; an image never votes for itself.
-        progress: Progress bars; pass Progress.quiet() to silence them.
+        split: The split whose images are tagged; an image never votes for itself.
+        progress: Progress bars and messages; none are shown when not given.
 
     Raises:
         InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, K larger than the
@@ -139,11 +139,24 @@ def _lines(row: dict[str, Any]) -> list[str]:
 
 FILE = "knn_table.json"
 VERSION = 1
+# Heading, key of a row and format of each column; the settings first.
+COLUMNS = (
+    ("metric", "distance_metric", "{}"),
+    ("K", "K", "{}"),
+    ("vote", "voting_strategy", "{}"),
+    ("tau", "tau", "{:g}"),
+    ("tau*B", "tau_bits", "{:.2f}"),
+    ("theta", "theta", "{:g}"),
+    ("mAP", "mAP", "{:.3f}"),
+    ("F1*", "F1_micro_tuned", "{:.3f}"),
+    ("P@5", "P@5", "{:.3f}"),
+    ("tied", "boundary_tied", "{:.0%}"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableResult:
-    """The run, where the table went, and its rows."""
+    """The run, the file of the table, and its rows."""
 
     run: Run
     path: Path
@@ -174,8 +187,8 @@ def knn_table(
         config: The knn section gives what the sweep does not; and the device.
         sweep: Values of K, metric, vote, tau and theta.
         run: A finished run of ``train-head``.
-        split: Whose images are tagged; an image never votes for itself.
-        progress: Progress bars; pass Progress.quiet() to silence them.
+        split: The split whose images are tagged; an image never votes for itself.
+        progress: Progress bars and messages; none are shown when not given.
 
     Raises:
         InputError: Damaged codes, a metric that the run does not serve, or K larger than the index.
@@ -225,39 +238,18 @@ def _idle(key: str, strategy: str) -> bool:
     return (key in ("tau", "tau_bits") and strategy != "softmax") or (key == "theta" and strategy != "threshold")
 
 
-def readable(rows: tuple[dict[str, Any], ...], split: str) -> FittingTable:
+def readable(rows: Sequence[Mapping[str, Any]], split: str) -> FittingTable:
     """The table that is printed, with one line an evaluation."""
-    bits = rows[0]["bits"]
-    table = FittingTable(
-        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer"
-    )
-    for name in ("metric", "K", "vote", "tau", "tau*B", "theta", "mAP", "F1*", "P@5", "tied"):
+    bits = f"{rows[0]['bits']} bits" if rows[0]["bits"] else "no hash layer"
+    table = FittingTable(title=f"Neighbours of {split}, {bits}")
+    for name, _, _ in COLUMNS:
         table.add_column(name, justify="left" if name in ("metric", "vote") else "right")
-    before = None
-    for row in rows:
-        group = (row["distance_metric"], row["K"])
-        if before is not None and group != before:
+    for row, before in zip(rows, [rows[0], *rows], strict=False):
+        if any(row[key] != before[key] for key in ("distance_metric", "K")):
             table.add_section()
-        before = group
-        table.add_row(
-            row["distance_metric"],
-            str(row["K"]),
-            row["voting_strategy"],
-            _cell(row, "tau", "{:g}"),
-            _cell(row, "tau_bits", "{:.2f}"),
-            _cell(row, "theta", "{:g}"),
-            _cell(row, "mAP", "{:.3f}"),
-            _cell(row, "F1_micro_tuned", "{:.3f}"),
-            _cell(row, "P@5", "{:.3f}"),
-            _cell(row, "boundary_tied", "{:.0%}"),
-        )
+        table.add_row(*("-" if row.get(key) is None else form.format(row[key]) for _, key, form in COLUMNS))
     return table
 
 
-def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if row.get(key) is not None else "-"
-
-
 def _named(row: Mapping[str, Any]) -> str:
-    keys = (("metric", "distance_metric"), ("K", "K"), ("vote", "voting_strategy"), ("tau", "tau"), ("theta", "theta"))
-    return ", ".join(f"{name} {row[key]}" for name, key in keys if key in row)
+    return ", ".join(f"{name} {row[key]}" for name, key, _ in COLUMNS[:6] if name != "tau*B" and key in row)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from ...errors import InputError
-from ...heads.bootstrap import RESAMPLES, SEED, Threshold, interval, resample
+from ...heads.bootstrap import RESAMPLES, Threshold, interval, resample
 from ...heads.config import Predictor
 from ...heads.metrics import evaluate, mean_average_precision, tune_thresholds
 from ...heads.sigmoid import sigmoid
@@ -84,13 +84,7 @@ def metrics_row(
 
 
 def with_intervals(
-    row: Mapping[str, Any],
-    scores: Scores,
-    labels: Labels,
-    thresholds: Mapping[str, Threshold],
-    *,
-    n: int = RESAMPLES,
-    seed: int = SEED,
+    row: Mapping[str, Any], scores: Scores, labels: Labels, thresholds: Mapping[str, Threshold]
 ) -> dict[str, Any]:
     """A row with the 95% percentile bootstrap interval of its figures under ``ci``.
 
@@ -102,19 +96,17 @@ def with_intervals(
         scores: ``(N, C)`` that it was computed from.
         labels: ``(N, C)``.
         thresholds: By the ending of its keys.
-        n: Resamples.
-        seed: Of their draws.
 
     Returns:
         The row, and ``ci``: ``{key: [low, high]}`` for every figure that it has and that is defined; ``n_resamples``;
         and where a figure is undefined in some resamples, which its interval leaves out, their number under
         ``ci_undefined``.
     """
-    resampled = resample(scores, labels, thresholds, n=n, seed=seed)
+    resampled = resample(scores, labels, thresholds)
     intervals = {k: interval(values, figure=row[k]) for k, values in resampled.items() if row.get(k) is not None}
-    ci = {key: [low, high] for key, (low, high, n_undefined) in intervals.items() if n_undefined < n}
+    ci = {key: [low, high] for key, (low, high, n_undefined) in intervals.items() if n_undefined < RESAMPLES}
     undefined = {key: n_undefined for key, (_, _, n_undefined) in intervals.items() if n_undefined}
-    return {**row, "n_resamples": n, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}
+    return {**row, "n_resamples": RESAMPLES, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}
 
 
 def classifier_row(split: str, codes: Codes, *, val: Codes, run: Run | None = None) -> dict[str, Any]:
@@ -150,11 +142,9 @@ def write_scores(
         scores: ``(N, C)``.
         labels: ``(N, C)``, where the run keeps no codes of the split, which hold them.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {"image_id": image_id, "scores": scores}
-    if labels is not None:
-        arrays["labels"] = labels
-    path = scores_path(run, method, split)
+    arrays = {"image_id": image_id, "scores": scores} | ({} if labels is None else {"labels": labels})
     whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    path = scores_path(run, method, split)
     about = {"method": method, "split": split, **run_identity(run)}
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, whole, about))
     return path

@@ -3,7 +3,6 @@
 Symbols: N pairs, D embedding width, F features of a soft code, B bits.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from ...cache import StoreKey
-from ...cache.key import canonical_json, digest_of
+from ...cache.key import digest_of
 from ...errors import InputError
 from ...heads.hashing import binarise, pack_codes
 from ...heads.model import BaseHead, Head, MlpBaseline
@@ -33,7 +32,7 @@ from ..extraction.images import UnreadableImage, cut, open_rgb, resize, upright_
 from ..extraction.reader import plan
 from ..extraction.stores import find_key
 from ..training.data import all_finite
-from .index_file import Origin, TagIndex
+from .index_file import Origin, TagIndex, digest_arrays
 
 Picture = str | PathLike[str] | Image.Image | npt.NDArray[Any]
 BATCH = 64  # pairs from pixels to codes at a time: 12 MiB of patches at 256 patches
@@ -265,13 +264,8 @@ class RunEncoder:
 
 
 def head_digest(head: BaseHead) -> str:
-    """SHA-256, in hex, of a head: what builds it, and every tensor by name, dtype, shape and bytes."""
-    digest = hashlib.sha256(canonical_json(head.build).encode())
-    for name, tensor in sorted(head.state_dict().items()):
-        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
-        digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
+    """SHA-256, in hex, of a head: its configuration, and every tensor by name, dtype, shape and bytes."""
+    return digest_arrays(head.build, {name: value.detach().cpu().numpy() for name, value in head.state_dict().items()})
 
 
 def encoder_digest(key: StoreKey) -> str:

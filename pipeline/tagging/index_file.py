@@ -95,16 +95,9 @@ class TagIndex:
     ) -> "TagIndex":
         """The codes of a split as an index; paths or captions that are not given are not known."""
         nothing = pa.array([""] * len(codes), pa.string())
-        return cls(
-            image_id=codes.image_id,
-            soft=codes.soft,
-            packed=codes.packed,
-            labels=codes.labels,
-            category_names=tuple(names),
-            paths=nothing if paths is None else paths,
-            captions=nothing if captions is None else captions,
-            origin=origin,
-        )
+        arrays = {name: getattr(codes, name) for name in ("image_id", "soft", "packed", "labels")}
+        texts = {"paths": nothing if paths is None else paths, "captions": nothing if captions is None else captions}
+        return cls(**arrays, **texts, category_names=tuple(names), origin=origin)
 
     def rows_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row of each of ``(n,)`` image ids, -1 where it is not here."""
@@ -164,20 +157,12 @@ class TagIndex:
         """
         absent = image_ids[self.rows_of(image_ids) < 0]
         if len(absent):
-            raise InputError(
-                "not in the index",
-                got=_some_ids(absent),
-                wanted="image ids that are there",
-                do="leave them out of --ids",
-            )
+            wanted, do = "image ids that are there", "leave them out of --ids"
+            raise InputError("not in the index", got=_some_ids(absent), wanted=wanted, do=do)
         kept = np.flatnonzero(~np.isin(self.image_id, image_ids))
         if not len(kept):
-            raise InputError(
-                "an index needs a sample",
-                got=f"all {len(self):,} to be removed",
-                wanted="at least one that stays",
-                do="delete the file instead",
-            )
+            got, wanted = f"all {len(self):,} to be removed", "at least one that stays"
+            raise InputError("an index needs a sample", got=got, wanted=wanted, do="delete the file instead")
         return self._rows(kept)
 
     def _rows(self, rows: npt.NDArray[np.int64]) -> "TagIndex":
@@ -243,7 +228,7 @@ def write_index(path: Path, index: TagIndex) -> str:
         "category_names": list(index.category_names),
         "origin": asdict(index.origin),
     }
-    checksum = _checksum(about, arrays)
+    checksum = digest_arrays(about, arrays)
     data = save(arrays, metadata={"mmcli_index": canonical_json({**about, "sha256": checksum})})
 
     def write(temporary: Path) -> None:
@@ -276,7 +261,7 @@ def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
         raise
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-    if _checksum({key: value for key, value in about.items() if key != "sha256"}, arrays) != about.get("sha256"):
+    if digest_arrays({key: about[key] for key in about if key != "sha256"}, arrays) != about.get("sha256"):
         raise _damaged(path, "a checksum that does not fit the content")
     try:
         return _index(arrays, about), about
@@ -319,21 +304,12 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     about = _parsed_header(metadata)
     version = about.get("version")
     if type(version) is not int or version < 1:
-        raise InputError(
-            "not an index",
-            where=path,
-            got="a safetensors file of another kind",
-            wanted="a file of `mmcli index build`",
-            do=REBUILD,
-        )
+        got, wanted = "a safetensors file of another kind", "a file of `mmcli index build`"
+        raise InputError("not an index", where=path, got=got, wanted=wanted, do=REBUILD)
     if version > FORMAT_VERSION:
-        raise InputError(
-            "an index of a newer format",
-            where=path,
-            got=f"version {version}",
-            wanted=f"at most version {FORMAT_VERSION}",
-            do="use the newer mmcli that wrote it",
-        )
+        got, wanted = f"version {version}", f"at most version {FORMAT_VERSION}"
+        do = "use the newer mmcli that wrote it"
+        raise InputError("an index of a newer format", where=path, got=got, wanted=wanted, do=do)
     return about
 
 
@@ -346,9 +322,9 @@ def _parsed_header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
 
 
-def _checksum(about: Mapping[str, Any], arrays: Arrays) -> str:
-    """SHA-256, in hex, of the header without it and of every array by name: dtype, shape and bytes."""
-    digest = hashlib.sha256(canonical_json(dict(about)).encode())
+def digest_arrays(header: Mapping[str, Any], arrays: Arrays) -> str:
+    """SHA-256, in hex, of a header, then of every array by name: dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json(dict(header)).encode())
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name])
         digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())

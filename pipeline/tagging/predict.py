@@ -61,7 +61,7 @@ class PredictResult:
 
     @property
     def K(self) -> int:  # noqa: N802 - as everywhere
-        """Neighbours that voted."""
+        """The number of neighbours that voted."""
         return self.tagger.voters.knn.K if self.options.k is None else self.options.k
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def predict(
         requests: Images and captions.
         options: See :class:`PredictOptions`.
         notes: Remarks on the requests, such as files of a folder that are left out.
-        progress: Progress bars; pass Progress.quiet() to silence them.
+        progress: Progress bars; none are shown when not given.
 
     Raises:
         InputError: An image cannot be read, a caption is missing, or k is larger than the index.

@@ -40,10 +40,6 @@ class Neighbour:
     weight: float
     labels: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The attributes as a JSON object."""
-        return {**asdict(self), "labels": list(self.labels)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tag:
@@ -58,10 +54,6 @@ class Tag:
     name: str
     score: float
     voters: tuple[Neighbour, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The tag, its score and its voters as a JSON object."""
-        return {"tag": self.name, "score": self.score, "neighbours": [voter.to_json() for voter in self.voters]}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,8 +88,11 @@ class Tagging:
         return {
             "image": self.image,
             "caption": self.caption,
-            "tags": [tag.to_json() for tag in self.tags],
-            "neighbours": [neighbour.to_json() for neighbour in self.neighbours],
+            "tags": [
+                {"tag": tag.name, "score": tag.score, "neighbours": [asdict(voter) for voter in tag.voters]}
+                for tag in self.tags
+            ],
+            "neighbours": [asdict(neighbour) for neighbour in self.neighbours],
             "scores": self.scores.tolist(),
         }
 

@@ -134,7 +134,7 @@ def test_a_file_whose_checksum_fits_is_looked_at_all_the_same(tmp_path, monkeypa
         )
     monkeypatch.setattr(
         index_file,
-        "_checksum",
+        "digest_arrays",
         lambda about, _: json.loads(safe_open(path, framework="np").metadata()["mmcli_index"])["sha256"],
     )
     with pytest.raises(InputError, match="a damaged index"):
