@@ -165,7 +165,7 @@ class _Work:
 
     def _results(self, units: "Sequence[Unit]", epochs: Progress) -> "Results":
         """The records of all units, by the engine that was asked for."""
-        from .engines import in_processes, in_this_process, on_ray
+        from .engines import Assignment, in_processes, in_this_process, on_ray
         from .worker import BASE, Workplace
 
         if not units:
@@ -179,18 +179,17 @@ class _Work:
             force=request.force,
         )
         place = self._extract_missing(units, place)
+        assignment = Assignment(place=place, units=units, stop=self._stop)
         if request.engine == "ray":
             from ..extraction.ray_cluster import ignored_address
 
             if (note := ignored_address(request.address)) is not None:
                 self._progress.say(note)
-            workers, address = request.workers, request.address
-            yield from on_ray(place, units, self._stop, self._config, workers=workers, address=address)
+            yield from on_ray(assignment, self._config, workers=request.workers, address=request.address)
         elif request.workers > 1:
-            workers = min(request.workers, len(units))
-            yield from in_processes(place, units, self._stop, workers=workers, devices=self._gpus())
+            yield from in_processes(assignment, workers=min(request.workers, len(units)), devices=self._gpus())
         else:
-            yield from in_this_process(place, units, self._stop, progress=epochs)
+            yield from in_this_process(assignment, progress=epochs)
 
     def _extract_missing(self, units: "Sequence[Unit]", place: "Workplace") -> "Workplace":
         """The workplace with every store that is needed; one that cannot be extracted fails the rows that need it."""

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError
@@ -17,7 +18,6 @@ from ..extraction.ray_cluster import cluster, share_out
 from .records import Record
 from .worker import Unit, Worker, Workplace
 
-Stop = Callable[[], bool]
 # Every record as soon as it is kept; and a unit with None when it is done.
 Results = Generator[tuple[Unit, Record | None], None, None]
 # A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
@@ -29,55 +29,55 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _worker: Worker | None = None
 
 
-def in_this_process(
-    place: Workplace, units: Sequence[Unit], stop: Stop, *, progress: Progress | None = None
-) -> Results:
-    """Do units one after another.
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What has to be done, by whatever engine.
 
-    Args:
-        place: Where everything is.
-        units: In the order in which they are done.
+    Attributes:
+        place: Where everything is; for a cluster, by paths that are the same on every machine.
+        units: The units in the order in which they are begun.
         stop: Asked before a unit is begun; after the first yes none is.
-        progress: Shows the epochs of a training.
     """
-    worker = Worker(place, progress=progress)
-    for unit in units:
-        if stop():
+
+    place: Workplace
+    units: Sequence[Unit]
+    stop: Callable[[], bool] = lambda: False
+
+
+def in_this_process(assignment: Assignment, *, progress: Progress | None = None) -> Results:
+    """Do units one after another; ``progress`` shows the epochs of each training."""
+    worker = Worker(assignment.place, progress=progress)
+    for unit in assignment.units:
+        if assignment.stop():
             return
         for record in worker.do(unit):
             yield unit, record
         yield unit, None
 
 
-def in_processes(
-    place: Workplace, units: Sequence[Unit], stop: Stop, *, workers: int, devices: Sequence[str] = ()
-) -> Results:
+def in_processes(assignment: Assignment, *, workers: int, devices: Sequence[str] = ()) -> Results:
     """Do units in several processes; a unit whose process is killed is tried once more, then fails.
 
     Args:
-        place: Where everything is.
-        units: In the order in which they are begun.
-        stop: Asked before a unit is begun; after the first yes none is.
+        assignment: What has to be done.
         workers: How many processes.
         devices: Taken by the processes in turn; by default each takes that of the configuration.
     """
     environment = {name: os.environ.get(name) for name in _THREADS}
-    pool = _Pool(place, workers, devices)
+    pool = _Pool(assignment.place, workers, devices)
     try:
-        yield from _drive(place, units, stop, pool, BrokenProcessPool)
+        yield from _drive(assignment, pool, BrokenProcessPool)
     finally:
         pool.close()
         for name, value in environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _drive(
-    place: Workplace, units: Sequence[Unit], stop: Stop, workers: "_Pool | _Actors", died: type[BaseException]
-) -> Results:
+def _drive(assignment: Assignment, workers: "_Pool | _Actors", died: type[BaseException]) -> Results:
     """Keep workers busy; a unit is tried once more where its future raises that its worker died, then fails."""
-    waiting, attempts, running = deque(units), Counter[int](), dict[Future[list[Record]], Unit]()
+    waiting, attempts, running = deque(assignment.units), Counter[int](), dict[Future[list[Record]], Unit]()
     while True:
-        while waiting and len(running) < workers.size and not stop():
+        while waiting and len(running) < workers.size and not assignment.stop():
             unit = waiting.popleft()
             running[workers.submit(unit)] = unit
         if not running:
@@ -91,7 +91,7 @@ def _drive(
                 if attempts[id(unit)] < ATTEMPTS:
                     waiting.appendleft(unit)
                     continue
-                records = fail_killed(place, unit)
+                records = fail_killed(assignment.place, unit)
             for record in records:
                 yield unit, record
             yield unit, None
@@ -189,15 +189,11 @@ class _Actors:
         return self._busy[actor]
 
 
-def on_ray(
-    place: Workplace, units: Sequence[Unit], stop: Stop, config: Config, *, workers: int, address: str | None
-) -> Results:
+def on_ray(assignment: Assignment, config: Config, *, workers: int, address: str | None) -> Results:
     """Do units in actors; one whose actor dies is tried once more, then fails.
 
     Args:
-        place: Where everything is, by paths that are the same on every machine.
-        units: In the order in which they are begun.
-        stop: Asked before a unit is begun; after the first yes none is.
+        assignment: What has to be done.
         config: Its device: ``auto`` takes the GPUs where the cluster has any.
         workers: How many actors; with 1, one a GPU, and one a machine on a cluster without.
         address: Address of the cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.
@@ -208,6 +204,6 @@ def on_ray(
     with cluster(address) as ray:
         shares = share_out(ray, config, workers if workers > 1 else None)
         remote = ray.remote(UnitActor).options(**shares.actor, max_restarts=RESTARTS)
-        n = min(shares.actors, len(units))
-        actors = _Actors([remote.remote(place, shares.threads, shares.device) for _ in range(n)])
-        yield from _drive(place, units, stop, actors, ray.exceptions.RayActorError)
+        n = min(shares.actors, len(assignment.units))
+        actors = _Actors([remote.remote(assignment.place, shares.threads, shares.device) for _ in range(n)])
+        yield from _drive(assignment, actors, ray.exceptions.RayActorError)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mmcli.pipeline.ablation.ablate import ablate
-from mmcli.pipeline.ablation.engines import in_processes
+from mmcli.pipeline.ablation.engines import Assignment, in_processes
 from mmcli.pipeline.ablation.records import read_rows
 from mmcli.pipeline.ablation.request import ConfigSource, Request, plan_request
 from mmcli.pipeline.ablation.worker import Unit, Worker, Workplace
@@ -62,7 +62,7 @@ def test_a_unit_that_kills_its_process_fails_alone(here: Path) -> None:
     place = Workplace(out=here / "out", stores={units[0].training.store: request.store}, data=here)
     records = [
         record
-        for _, record in in_processes(place, units, lambda: False, workers=1, devices=["cpu"])
+        for _, record in in_processes(Assignment(place=place, units=units), workers=1, devices=["cpu"])
         if record is not None
     ]
     states = {record.key: (record.status, record.note) for record in records}

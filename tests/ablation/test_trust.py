@@ -122,7 +122,7 @@ def test_a_pool_that_breaks_leaves_no_unit_undone(monkeypatch, tmp_path: Path) -
     monkeypatch.setattr(ablate_engines, "ProcessPoolExecutor", Pool)
     units = [Unit(training=None, evaluations=()) for _ in range(6)]
     place = Workplace(out=tmp_path, stores={}, data=tmp_path)
-    given = ablate_engines.in_processes(place, units, lambda: False, workers=1)
+    given = ablate_engines.in_processes(ablate_engines.Assignment(place=place, units=units), workers=1)
     done = [unit for unit, record in given if record is None]
     assert [id(unit) for unit in done] == [id(unit) for unit in units]
 
