@@ -49,14 +49,14 @@ NO_FAULT_OF_OURS = {
 
 
 class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruption past typer, which would hide it
-    """A command was interrupted."""
+    """Carries the interruption of a command, as its cause."""
 
 
 class Commands(TyperGroup):
     """The commands; one that is interrupted says what goes on."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer keeps click's classes private
-        """Run a command."""
+        """Run a command, and let an interruption of it through."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:

@@ -135,7 +135,7 @@ class Store:
 
     @property
     def n_images(self) -> int:
-        """Number of images, N."""
+        """Number of images in the store, N."""
         return self.manifest.layout.n_images
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.defaults import ABLATIONS, RUNS
+from ..core.defaults import ABLATIONS, DATA, REPORT, RUNS
 from .options import Engine, Force, Images, Output, Settings, Store, command, option
 
 
@@ -18,7 +18,6 @@ from .options import Engine, Force, Images, Output, Settings, Store, command, op
 )
 def ablate(
     settings: Settings,
-    images: Images,
     engine: Engine,
     output: Output,
     experiments: Annotated[
@@ -64,6 +63,7 @@ def ablate(
     workers: Annotated[int, option("--workers", "Processes, each with its share of threads.", "How", min=1)] = 1,
     seeds: Annotated[int, option("--seeds N", "Rows of N seeds, from --seed on.", "Device and seed", min=1)] = 1,
     store: Store = None,
+    data: Annotated[Path, option("--data DIR", "Folder of the data set.", "Store and run")] = DATA,
     out: Annotated[Path, option("--out DIR", "Folder of rows.parquet, scores and runs.", "Store and run")] = ABLATIONS,
     force: Force = False,
 ) -> None:
@@ -84,7 +84,7 @@ def ablate(
         store=find_store(store),
         source=ConfigSource(file=settings.file, options=settings.given, flags=settings.flags),
         out=out,
-        data=images.folder,
+        data=data,
         force=force,
         max_time=None if max_time is None else parse_duration(max_time),
         workers=workers,
@@ -118,9 +118,7 @@ def report(
             " or of the full method].",
         ),
     ] = None,
-    out: Annotated[Path, option("--out DIR", "Folder to write: report.html, report.md, figures/, pictures/.")] = Path(
-        "report"
-    ),
+    out: Annotated[Path, option("--out DIR", "Folder to write: report.html, report.md, figures/, pictures/.")] = REPORT,
     latex: Annotated[bool, option("--latex", "Write every table for LaTeX too, into tables/.")] = False,
     markdown_only: Annotated[
         Path | None,

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Protocol, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -177,7 +177,7 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Where processes run."""
+    """Where the processes of a command run: this machine, or a Ray cluster."""
 
     engine: Annotated[
         Literal["local", "ray"], option("--engine", "This machine, or a Ray cluster (install the extra ray).", "How")
@@ -360,9 +360,10 @@ def _key_parameter(key: str, defaults: Mapping[str, str], *, is_list: bool) -> i
     of = KeyOption(key)
     flags = f"{of.flag}/--no-{of.flag.removeprefix('--')}" if of.type is bool else of.flag
     shown = defaults.get(key, defaults.get("", of.default))
+    choices = f": {', '.join(get_args(of.type))}, or all" if is_list and get_args(of.type) else ""
     info = option(
         f"{flags} {'VALUE,..' if is_list else of.metavar}".rstrip(),
-        f"{of.help}{f' [default: {shown}]' if shown else ''}.",
+        f"{of.help}{choices}{f' [default: {shown}]' if shown else ''}.",
         "Towers" if key == "optimizer.lr_towers" else TITLES.get(key.partition(".")[0]),
     )
     kind = str if is_list else of.type

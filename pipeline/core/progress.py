@@ -36,11 +36,11 @@ class Progress:
 
     @classmethod
     def quiet(cls) -> "Progress":
-        """Progress that shows nothing."""
+        """Make progress that shows nothing at all."""
         return Progress()
 
     def say(self, line: str) -> None:
-        """Show one line."""
+        """Show one line to the person who waits."""
 
     def show(self, renderable: RenderableType) -> None:
         """Show a table or a panel."""

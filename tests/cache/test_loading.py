@@ -119,7 +119,7 @@ def test_ids_of_another_order_are_found(kit, folder, tmp_path):
         Store.open(folder).load()
 
 
-def test_loading_writes_nothing_and_an_old_note_is_no_file_of_ours(kit, folder):
+def test_loading_writes_nothing_and_reads_no_old_note(kit, folder):
     names = {path.name for path in folder.iterdir()}
     Store.open(folder).load()
     assert {path.name for path in folder.iterdir()} == names

@@ -91,7 +91,7 @@ def test_the_holder_of_a_killed_process_is_passed_over(tmp_path, monkeypatch):
         pass
 
 
-def test_stripes_and_a_whole_writer_exclude_each_other_without_locks(kit, tmp_path, monkeypatch):
+def test_writers_exclude_each_other_without_kernel_locks(kit, tmp_path, monkeypatch):
     refuse_flock(monkeypatch, errno.ENOLCK)
     data, folder = kit.Data(), tmp_path / "s"
     with data.writer(folder, kit.key(), stripe=Stripe(0, 2)), data.writer(folder, kit.key(), stripe=Stripe(1, 2)):

@@ -221,7 +221,7 @@ def test_files_of_something_else_are_safe(kit, tmp_path):
         pass
 
 
-def test_overwrite_replaces_another_key_and_touches_nothing_else(kit, tmp_path):
+def test_overwrite_replaces_another_key_and_nothing_else(kit, tmp_path):
     folder = tmp_path / "s"
     kit.Data(n=30).write(folder, kit.key())
     (folder / "notes.txt").write_text("mine")

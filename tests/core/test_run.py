@@ -120,7 +120,7 @@ def test_a_run_describes_itself(tmp_path: Path) -> None:
     assert {"mmcli", "python", "device", "seed", "packages", "git"} <= environment.keys()
 
 
-def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path: Path) -> None:
+def test_force_replaces_a_folder_only_if_it_is_a_run(tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -195,9 +195,7 @@ def test_nobody_takes_a_folder_while_it_is_emptied(tmp_path: Path, monkeypatch: 
     assert read_info(out) == second.info != first.info
 
 
-def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_force_empties_a_run_behind_a_link_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, link, store = tmp_path / "real", tmp_path / "link", tmp_path / "store"
     options = {"label": "x", "runs": tmp_path, "device": "cpu", "force": True}
     store.mkdir()
@@ -222,9 +220,7 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
     assert (real / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_be_removed_stays_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path)
     (run.folder / "codes").mkdir()
     (run.folder / "codes" / "test.safetensors").touch()
@@ -242,9 +238,7 @@ def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
     assert (run.folder / "run.json").is_file()
 
 
-def test_the_mark_of_a_finished_run_is_written_after_its_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_marked_finished_after_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the two, the run must not pass for a finished one."""
 
     def killed(folder: Path, rows: object) -> None:
@@ -348,7 +342,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, error: 
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_the_environment_names_the_commit_of_this_code_from_wherever_it_runs(tmp_path, monkeypatch, repo) -> None:
+def test_the_environment_names_the_commit_of_this_code(tmp_path, monkeypatch, repo) -> None:
     monkeypatch.chdir(tmp_path)
     if not (repo / ".git").exists():
         pytest.skip("this copy is no clone")
