@@ -1,38 +1,33 @@
-"""All arrays of a store at once: every shard straight into its rows, and nothing taken on trust.
-
-A shard that was found whole before and has not changed since is read in one pass (``direct.py``); any other is read,
-its SHA-256 compared, parsed, copied and looked through for NaN, and then noted (``checked.py``).
-"""
+"""The shards of a finished store: read by a few threads, and compared with everything that is said about them."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checked import Record, Stamp, read_records, stamp_of, write_records
-from .direct import read_spans
+from .errors import StoreDamaged
+from .folder import key_digest, read_checked
 from .index import ID
-from .layout import PARTS, Layout
+from .layout import PARTS, Part, Shard
 from .metadata import ShardEntry, StoreManifest
-from .shards import Arrays, ShardBroken, view_shard
-from .stream import READERS, check_finite, damaged, read_entry
-from .sweep import key_digest
+from .shards import Arrays, ShardBroken, first_bad_row, view_shard
 
-Got = TypeVar("Got")
+REDO = "run `mmcli extract` again, it redoes only that shard"
+# Threads: hashing is the slow part, and as many shards are in memory at once.
+READERS = min(4, os.cpu_count() or 1)
 
 
-def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], *, check: bool) -> Arrays:
-    """Every dataset of a store but the image ids, in index order.
+def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64]) -> Arrays:
+    """Every dataset of a store but the image ids, in index order, with everything checked.
 
     Args:
         folder: The store.
         manifest: Its manifest.
         ids: Its image ids, ``(N,)`` int64.
-        check: Compare every file with its checksum, and look for NaN and infinities.
 
     Returns:
         Name of a dataset to its values, ``(N, ...)``, in the machine's byte order.
@@ -40,77 +35,72 @@ def load_arrays(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], *
     Raises:
         StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
     """
-    arrays = _allocate(manifest.layout)
-    known, rest = read_records(folder, manifest), list(manifest.shards)
-    if known:
-        quick = _all(lambda e: e.file in known and _reread(folder, manifest, ids, e, known[e.file], arrays), rest)
-        rest = [entry for entry, done in zip(rest, quick, strict=True) if not done]
-    read = _all(lambda entry: _read(folder, manifest, ids, entry, arrays, check=check), rest)
-    fresh = {entry.file: record for entry, record in zip(rest, read, strict=True) if record is not None}
-    if fresh:
-        write_records(folder, manifest, known | fresh)
+    arrays: Arrays = {}
+    for part in PARTS:
+        for name, (dtype, shape) in manifest.layout.datasets(part, manifest.layout.n_images).items():
+            if name != ID:
+                arrays[name] = np.empty(shape, dtype.newbyteorder("="))
+
+    def copy(entry: ShardEntry) -> None:
+        for name, values in _read(folder, manifest, ids, entry, check=True).items():
+            if name != ID:
+                arrays[name][entry.shard.start : entry.shard.stop] = values
+
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            for _ in pool.map(copy, manifest.shards):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
     return arrays
 
 
-def _all(read: Callable[[ShardEntry], Got], entries: list[ShardEntry]) -> list[Got]:
-    """Call a function on every shard, a few at a time; the first error in their order ends it."""
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+def stream(
+    folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], part: Part, *, check: bool
+) -> Iterator[tuple[Shard, Arrays]]:
+    """Every shard of one part (``image`` or ``text``), in order; a few are read ahead of whoever uses them.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        ids: Its image ids, ``(N,)`` int64.
+        part: Which shards.
+        check: Compare every file with its checksum, and look for NaN and infinities.
+
+    Yields:
+        Which rows, and the datasets of the shard by name, as read-only views of the file's bytes.
+
+    Raises:
+        StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
+    """
+    waiting: deque[tuple[Shard, Future[Arrays]]] = deque()
+    with ThreadPoolExecutor(min(2, READERS)) as pool:
         try:
-            return list(pool.map(read, entries))
+            for entry in manifest.shards:
+                if entry.part != part:
+                    continue
+                waiting.append((entry.shard, pool.submit(_read, folder, manifest, ids, entry, check=check)))
+                if len(waiting) > min(2, READERS):
+                    shard, future = waiting.popleft()
+                    yield shard, future.result()
+            while waiting:
+                shard, future = waiting.popleft()
+                yield shard, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _reread(
-    folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], entry: ShardEntry, record: Record, arrays: Arrays
-) -> bool:
-    """Read a shard that was found whole before into its rows; false where anything is not as it was then."""
-    rows = slice(entry.first_row, entry.first_row + entry.rows)
-    wanted = manifest.layout.datasets(entry.part, entry.rows)
-    own = {ID: np.empty(entry.rows, wanted[ID][0])} | {n: arrays[n][rows] for n in wanted if n != ID}
-    if any(own[name].dtype != dtype for name, (dtype, _) in wanted.items()):
-        return False  # a machine of the other byte order: values have to be turned round
+def _read(folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], entry: ShardEntry, *, check: bool) -> Arrays:
+    """Read one shard; see :func:`load_arrays`."""
+    shard = entry.shard
     try:
-        cut = record.cut(entry, manifest)
-        handle = os.open(folder / entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
-        try:
-            if Stamp.of(os.fstat(handle)) != record.stamp or read_spans(handle, cut, own) != record.mark:
-                return False
-        finally:
-            os.close(handle)
-    except (OSError, ValueError, KeyError):
-        return False
-    return bool(np.array_equal(own[ID], ids[rows]))
-
-
-def _read(
-    folder: Path, manifest: StoreManifest, ids: NDArray[np.int64], entry: ShardEntry, arrays: Arrays, *, check: bool
-) -> Record | None:
-    """Read and check a shard in full; gives back what can be noted of it."""
-    shard, path = entry.shard, folder / entry.file
-    before = stamp_of(path) if check else None
-    noted = before is not None and before.settled
-    data = read_entry(folder, entry, check=check)
-    try:
-        views = view_shard(data, shard, manifest.layout, key_digest(manifest.key, shard))
-        if not np.array_equal(views[ID], ids[shard.start : shard.stop]):
+        data = read_checked(folder, entry) if check else (folder / entry.file).read_bytes()
+        arrays = view_shard(data, shard, manifest.layout, key_digest(manifest.key, shard))
+        if not np.array_equal(arrays[ID], ids[shard.start : shard.stop]):
             raise ShardBroken("its image ids are not those of the index")
-        if check:
-            check_finite(shard, views, ids)
-    except ShardBroken as error:
-        raise damaged(folder, entry, error) from error
-    for name, values in views.items():
-        if name != ID:
-            arrays[name][shard.start : shard.stop] = values
-    if before is None or not noted or stamp_of(path) != before:
-        return None
-    return Record.of(entry, before, data, views)
-
-
-def _allocate(layout: Layout) -> Arrays:
-    arrays: Arrays = {}
-    for part in PARTS:
-        for name, (dtype, shape) in layout.datasets(part, layout.n_images).items():
-            if name != ID:
-                arrays[name] = np.empty(shape, dtype.newbyteorder("="))
+        for name, values in arrays.items() if check else ():
+            if values.dtype.kind == "f" and (row := first_bad_row(values)) is not None:
+                raise ShardBroken(f"NaN or infinity in {name} row {row}, image id {ids[shard.start + row]}")
+    except (ShardBroken, OSError) as error:
+        raise StoreDamaged("a damaged shard", where=folder / entry.file, got=error, do=REDO) from error
     return arrays

@@ -11,19 +11,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .arrow import numbers
-from .checked import read_records
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
-from .index import ID, parse_index
+from .folder import looks_like_store, read_checked, unfinished
+from .index import image_ids, parse_index
 from .key import StoreKey
 from .layout import MANIFEST, Part, Shard
-from .loading import load_arrays
+from .loading import REDO, load_arrays, stream
 from .metadata import StoreManifest, read_manifest
 from .parquet import open_parquet
 from .places import place
 from .shards import Arrays, ShardBroken
-from .stream import REDO, stream
-from .sweep import looks_like_store, read_checked, unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +85,7 @@ class Store:
                 raise StoreDamaged("a damaged shard", where=path, got=got, wanted=f"{entry.bytes} bytes", do=REDO)
         try:
             data = read_checked(folder, manifest.index)
-            ids = numbers(parse_index(data, manifest.layout, ()).column(ID))
+            ids = image_ids(parse_index(data, manifest.layout, ()))
         except (ShardBroken, ValueError) as error:
             raise _damaged_index(folder, manifest, error) from error
         return cls(folder=folder, manifest=manifest, index_file=data, ids=ids)
@@ -104,7 +101,7 @@ class Store:
 
     @property
     def column_names(self) -> list[str]:
-        """Columns of the index."""
+        """Names of the columns of the index."""
         return list(open_parquet(self.index_file).schema_arrow.names)
 
     def columns(self, names: Sequence[str] | None = None) -> pa.Table:
@@ -128,27 +125,27 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """Digest of its key."""
+        """SHA-256 of its key, in hex."""
         return self.key.digest
 
     @property
     def text_digest(self) -> str:
-        """Digest of what its caption embeddings depend on."""
+        """SHA-256, in hex, of what its caption embeddings depend on."""
         return self.key.text_digest
 
     @property
     def n_images(self) -> int:
-        """N."""
+        """Number of images in the store, N."""
         return self.manifest.layout.n_images
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width of an embedding, D."""
         return self.manifest.layout.width
 
     @property
     def n_captions_max(self) -> int:
-        """Captions kept per image."""
+        """Captions that the store keeps of an image."""
         return self.manifest.layout.n_captions_max
 
     @property
@@ -163,24 +160,16 @@ class Store:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the writer was told to keep."""
+        """What the writer kept beside the arrays: library versions, device and the like."""
         return self.manifest.extra
 
-    @property
-    def is_noted(self) -> bool:
-        """Whether every shard has a note of being found whole; a load then hashes none that did not change."""
-        return len(read_records(self.folder, self.manifest)) == len(self.manifest.shards)
-
-    def load(self, *, check: bool = True) -> Embeddings:
-        """Every embedding, in index order.
-
-        Args:
-            check: Compare every file with its checksum, and look for NaN and infinities.
+    def load(self) -> Embeddings:
+        """Every embedding, in index order; every file is compared with its checksum and looked through for NaN.
 
         Raises:
             StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
         """
-        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids, check=check))
+        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids))
 
     def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
         """The shards of a part one after another, so that a store of any size is read in the memory of a few.

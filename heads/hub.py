@@ -82,10 +82,10 @@ class HubModule(
 
     def generate_model_card(self, **words: Any) -> ModelCard:  # noqa: ANN401
         """The card: what the head is, what it was trained on, its figures, how to load it, what it cannot do."""
-        told = card_words({**self.build, **self.about, **words}, sum(p.numel() for p in self.parameters()))
+        fields = card_words({**self.build, **self.about, **words}, sum(p.numel() for p in self.parameters()))
         tags = sorted([*TAGS, "model_hub_mixin", "pytorch_model_hub_mixin"])
-        data = ModelCardData(library_name=LIBRARY, tags=tags, base_model=told["base_model"])
-        card: ModelCard = ModelCard.from_template(data, template_str=CARD, **told)
+        data = ModelCardData(library_name=LIBRARY, tags=tags, base_model=fields["base_model"])
+        card: ModelCard = ModelCard.from_template(data, template_str=CARD, **fields)
         return card
 
     @classmethod
@@ -153,15 +153,10 @@ def restore(cls: type[Module], build: Mapping[str, Any], state: Mapping[str, Ten
     for name in [*wanted, *state]:
         if name not in state or name not in wanted:
             raise ValueError(f"{'no' if name in wanted else 'an unknown'} tensor {name}")
-        one, other = wanted[name], state[name]
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            raise ValueError(f"tensor {name} is {_form(other)}, not {_form(one)}")
+        expected, tensor = wanted[name], state[name]
+        if (expected.shape, expected.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"tensor {name} is {_form(tensor)}, not {_form(expected)}")
     head.load_state_dict(dict(state), assign=True)
-    device = next((value.device for value in state.values()), torch.device("cpu"))
-    for module in head.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # what is not saved: it begins where that of a new head does
-                setattr(module, name, torch.zeros_like(buffer, device=device))
     for name, parameter in head.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"NaN or infinity in {name}")

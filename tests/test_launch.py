@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.finetuning.distributed import Launch, is_first, open_team, read_launch
+from mmcli.pipeline.finetuning.distributed import Launch, is_first, open_group, read_launch
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {
@@ -46,9 +46,9 @@ def test_without_a_launcher_there_is_one_process(environment, variables) -> None
     environment(variables)
     assert read_launch() == Launch()
     assert is_first()
-    with open_team("cpu") as team:
-        assert (team.rank, team.size) == (0, 1)
-    # Accelerate would read an empty variable as a number.
+    with open_group("cpu") as group:
+        assert (group.rank, group.size) == (0, 1)
+    # torch would read an empty variable as a number.
     assert not any(os.environ.get(name, "1").strip() == "" for name in NAMES)
 
 
@@ -83,7 +83,7 @@ def test_a_launcher_is_read(environment) -> None:
 )
 def test_what_no_launcher_sets_is_one_line(environment, variables, said: str) -> None:
     environment(variables)
-    with pytest.raises(InputError) as error, open_team("cpu"):
+    with pytest.raises(InputError) as error, open_group("cpu"):
         pass
     assert said in str(error.value)
     assert "unset it" in str(error.value)

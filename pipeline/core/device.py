@@ -87,7 +87,7 @@ class autocast:  # noqa: N801
 
     @property
     def name(self) -> str:
-        """The precision's name."""
+        """Name of the precision, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
     def __enter__(self) -> None:

@@ -116,18 +116,18 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 3]
     words += ["--unfreeze", "last-1", "--batch-size", 8, *SMOOTH]
     assert mmcli(*words, "--out", "whole")[0] == 0
-    from mmcli.pipeline.finetuning.batches import Feed
+    from mmcli.pipeline.finetuning.batches import TowerBatches
     from mmcli.pipeline.training import loop as trainer
 
-    backward, calls = Feed.backward, []
+    backward, calls = TowerBatches.backward, []
 
-    def short(feed: Feed) -> None:
-        calls.append(feed)
+    def short(batches: TowerBatches) -> None:
+        calls.append(batches)
         if len(calls) == 8:  # the third of five batches of the second epoch
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
-        backward(feed)
+        backward(batches)
 
-    monkeypatch.setattr(Feed, "backward", short)
+    monkeypatch.setattr(TowerBatches, "backward", short)
     monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0)
     code, out, err = mmcli(*words, "--quiet", "--out", "short")
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
     less = ("--batch-size", 4, "--accumulation", 2, "--gradient-checkpointing")
     code, _, err = mmcli("finetune", "--resume", "short", *less)
     assert code == 0, err
-    assert "going on after epoch 1" in err
+    assert "resuming after epoch 1" in err
     assert near(tmp_path / "short", tmp_path / "whole")
 
 
@@ -185,7 +185,7 @@ def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniatu
     assert again.returncode == 0, again.stderr
     code, _, err = mmcli("finetune", "--resume", "alone")
     assert code == 0, err
-    assert "going on after epoch" in err
+    assert "resuming after epoch" in err
     for name in ("killed", "alone"):
         assert near(tmp_path / name, tmp_path / "whole"), name
         towers = [load_file(tmp_path / one / "towers" / "model.safetensors") for one in ("whole", name)]

@@ -19,7 +19,7 @@ from mmcli.pipeline.core.config import DataConfig, load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import codes_path
 from mmcli.pipeline.core.run import read_info
-from mmcli.pipeline.finetuning.distributed import Team, device_here, open_team
+from mmcli.pipeline.finetuning.distributed import Launch, ProcessGroup, device_here, open_group
 from mmcli.pipeline.finetuning.embeddings import refuse_unreadable
 from mmcli.pipeline.finetuning.finetune import LiveMonitor
 from mmcli.pipeline.finetuning.setup import refuse_seen
@@ -171,16 +171,14 @@ def test_two_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     launched(monkeypatch, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3")
     for device in ("auto", "cuda"):
-        with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_team(device):
+        with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_group(device):
             pass
 
 
-class Second(Team):
+class Second(ProcessGroup):
     """The second of two processes, as a broadcast finds it: what the first has is 0.25 everywhere."""
 
-    rank, size = 1, 2
-
-    def broadcast_(self, tensors) -> None:
+    def broadcast(self, tensors) -> None:
         for tensor in tensors:
             tensor.detach().fill_(0.25)
 
@@ -190,13 +188,13 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
     """Else a rounding could let one of them stop, or take another epoch for the best, and the others would wait."""
     trained, looked_at = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
     local = {"whole": torch.nn.Parameter(torch.ones(2)), "part": torch.ones(2)}
-    nothing = SimpleNamespace(gather=lambda: None, scatter=lambda: None)
-    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part", **vars(nothing))
+    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part")
     val = SimpleNamespace(v_img=torch.rand(4, 3), v_txt=torch.rand(4, 2, 3), rows=torch.arange(4))
-    store = SimpleNamespace(splits={"val": val}, renew=lambda: None, embed_images=lambda rows, title: None)
+    store = SimpleNamespace(splits={"val": val})
     config = load_config()
-    team = Second(torch.device("cpu"))
-    live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, team=team, config=config)
+    group = Second(torch.device("cpu"), Launch(rank=1, size=2))
+    live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, group=group, config=config)
+    live.embed = lambda rows, quiet: None
 
     def inner(head) -> dict[str, float]:
         assert head is looked_at
@@ -218,8 +216,8 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
 # A process whose val mAP falls where the first one's rises; with the patience of one epoch it would stop by itself.
 UNLIKE = """
 import os
-from mmcli.pipeline import monitor, trainer
-trainer.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
+from mmcli.pipeline.training import loop, monitor
+loop.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
 def look(self, head):
     calls.append(head)
     return {"val_mAP": 0.5 + (-0.01 if rank else 0.01) * len(calls)}

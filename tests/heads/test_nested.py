@@ -97,7 +97,7 @@ def test_every_parameter_is_in_one_group_and_is_trained() -> None:
     head, v = make(nested=(8,), fused_classifier=True), torch.randn(7, 6)
     grouped = [id(parameter) for group in head.parameter_groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in head.parameters())
-    total_loss(LossConfig(), head.train()(v, v), torch.ones(7, 3)).total.backward()
+    total_loss(LossConfig(), head.train()(v, v), torch.ones(7, 3)).loss.backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
@@ -119,7 +119,7 @@ def test_a_short_prefix_learns_as_a_code_of_its_own() -> None:
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        total_loss(LossConfig(hash_weight=0.0), head(v, v), y).total.backward()
+        total_loss(LossConfig(hash_weight=0.0), head(v, v), y).loss.backward()
         optimizer.step()
     code = binarise(head.eval()(v, v).h[:, :8]).float()
     likeness = (code @ code.T).fill_diagonal_(-99)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from mmcli.heads.config import ClassifierConfig, FusionConfig, HashConfig
 from mmcli.heads.model import Head
 from mmcli.pipeline.training.data import Split
-from mmcli.pipeline.training.setup import fit_statistics
 
 CPU, D, C = torch.device("cpu"), 6, 4
 
@@ -84,7 +83,7 @@ def test_statistics_are_those_of_train_as_it_is_read(shuffled: bool) -> None:
     split = make_split(100).part(np.arange(5, 70))
     split = split.shuffle_magnitudes(0) if shuffled else split
     head = Head(FusionConfig(mlp_dims=(4,)), HashConfig(bits=8), ClassifierConfig(num_classes=C), width=D)
-    fit_statistics(head, split)
+    head.fit_log_norms(split.log_norms())
     v_img, v_txt, _ = split.batch(torch.arange(len(split)), 0)
     m = torch.stack([torch.log(v.norm(dim=1) + 1e-6) for v in (v_img, v_txt)], dim=1)
     torch.testing.assert_close(head.fusion.m_mean, m.mean(0), rtol=1e-4, atol=1e-4)

@@ -11,9 +11,8 @@ from kit.reports import NAMES, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.core.metrics_file import read_metrics
 from mmcli.pipeline.evaluation.metrics import read_scores
-from mmcli.pipeline.report.document import Pictures
-from mmcli.pipeline.report.inputs import Depth, choose, look_into, read_inputs, read_known
-from mmcli.pipeline.report.tables import class_table, confusion_table, failures, queries
+from mmcli.pipeline.report.analysis import RunAnalysis, analyse, class_table, confusion_table, failures, queries
+from mmcli.pipeline.report.collect import FinishedRun, choose_run, collect, read_codes_of, read_finished_run
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +20,13 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return make_kit(tmp_path_factory.mktemp("kit"))
 
 
+def analyse_run(folder: Path) -> RunAnalysis:
+    return analyse(read_codes_of(read_finished_run(folder), ""))
+
+
 @pytest.fixture(scope="module")
-def depth(kit: Kit) -> Depth:
-    return look_into(read_known(kit.run), "")
+def analysis(kit: Kit) -> RunAnalysis:
+    return analyse_run(kit.run)
 
 
 def test_votes_and_threshold_are_those_that_knn_eval_wrote(mmcli, here: Path) -> None:
@@ -31,93 +34,104 @@ def test_votes_and_threshold_are_those_that_knn_eval_wrote(mmcli, here: Path) ->
     for words in ((), ("--k", 7, "--vote", "rank"), ("--ties", "average"), ("--metric", "cosine", "--ties", "index")):
         code, _, err = mmcli("knn-eval", "--run", run, *words, "--quiet")
         assert code == 0, err
-        found = look_into(read_known(run), "")
+        found = analyse_run(run)
         np.testing.assert_array_equal(found.scores, read_scores(run, "knn", "test")["scores"])
         assert found.threshold == read_metrics(run)[0]["threshold_tuned"]
 
 
 def test_a_run_is_chosen_by_val_among_those_with_hash_codes(kit: Kit, tmp_path: Path) -> None:
-    inputs = read_inputs(kit.runs, kit.ablations, None)
-    known, why = choose(inputs, None)
-    assert known.run.folder == kit.run
-    assert "val mAP" in why
-    better = replace(known, history=({"epoch": 1, "val_mAP": 0.9},))
+    inputs = collect(kit.runs, kit.ablations, None)
+    chosen = choose_run(inputs, None)
+    run = chosen.finished
+    assert run.folder == kit.run
+    assert "val mAP" in chosen.reason
+    better = replace(run, history=({"epoch": 1, "val_mAP": 0.9},))
     control = replace(better, config="fusion:\n  magnitude: shuffled\n")
-    runs = {"head": known, "variant": better, "shuffled": control}
-    assert choose(replace(inputs, runs=runs), None)[0] is known  # only the first lies below runs itself
-    assert choose(replace(inputs, runs=runs, own=2), None)[0] is better
-    assert choose(replace(inputs, runs={"head": known, "shuffled": control}, own=2), None)[0] is known
+    runs = {"head": run, "variant": better, "shuffled": control}
+
+    def choice(**changes: object) -> FinishedRun:
+        return choose_run(replace(inputs, **changes), None).finished
+
+    assert choice(runs=runs) is run  # only the first lies below runs itself
+    assert choice(runs=runs, n_by_hand=2) is better
+    assert choice(runs={"head": run, "shuffled": control}, n_by_hand=2) is run
     full = {**inputs.rows[0], "experiment": "base", "value": "full", "run": "runs/variant"}
-    assert choose(replace(inputs, runs=runs, rows=(full,)), None)[0] is better
-    found, why = choose(replace(inputs, runs={"shuffled": control}, own=0), None)
-    assert (found, why.endswith("of any experiment")) == (control, True)
+    assert choice(runs=runs, rows=(full,)) is better
+    chosen = choose_run(replace(inputs, runs={"shuffled": control}, n_by_hand=0), None)
+    assert (chosen.finished, chosen.reason.endswith("of any experiment")) == (control, True)
     with pytest.raises(InputError, match="no run"):
-        choose(inputs, tmp_path)
+        choose_run(inputs, tmp_path)
 
 
-def test_queries_go_evenly_from_the_best_to_the_worst(depth: Depth) -> None:
-    found = queries(depth, Pictures(None, None))
+def test_queries_go_evenly_from_the_best_to_the_worst(analysis: RunAnalysis) -> None:
+    found = queries(analysis)
     assert len(found) == 12
     ranked = [one.AP for one in found]
     assert ranked == sorted(ranked, reverse=True)
-    assert (ranked[0], ranked[-1]) == (np.nanmax(depth.AP), np.nanmin(depth.AP))
-    rows = {int(image): row for row, image in enumerate(depth.query.image_id)}
-    voters = {int(image): row for row, image in enumerate(depth.base.image_id)}
+    assert (ranked[0], ranked[-1]) == (np.nanmax(analysis.image_AP), np.nanmin(analysis.image_AP))
+    rows = {int(image): row for row, image in enumerate(analysis.query.image_id)}
+    voters = {int(image): row for row, image in enumerate(analysis.base.image_id)}
     for one in found:
         row = rows[one.image.image_id]
-        y = depth.query.labels[row]
-        assert pytest.approx(average_precision_score(y, depth.scores[row])) == one.AP
+        y = analysis.query.labels[row]
+        assert pytest.approx(average_precision_score(y, analysis.scores[row])) == one.AP
         assert len(one.neighbours) == 9
-        distance = [(depth.base.packed[voters[near.image_id]] ^ depth.query.packed[row]) for near in one.neighbours]
+        distance = [
+            (analysis.base.packed[voters[near.image_id]] ^ analysis.query.packed[row]) for near in one.neighbours
+        ]
         assert [f"{int(np.unpackbits(d).sum())} bit" for d in distance] == [
             near.distance.removesuffix("s") for near in one.neighbours
         ]
         states = {tag.name: tag.state for tag in one.image.tags}
         for c, name in enumerate(NAMES):
             wanted = {(True, True): "right", (True, False): "wrong", (False, True): "missed"}.get(
-                (bool(depth.scores[row, c] >= depth.at), bool(y[c]))
+                (bool(analysis.scores[row, c] >= analysis.decision_threshold), bool(y[c]))
             )
             assert states.get(name) == wanted
 
 
-def test_failures_are_the_surest_wrong_and_the_least_sure_missed(depth: Depth) -> None:
-    found = failures(depth, Pictures(None, None))
+def test_failures_are_the_surest_wrong_and_the_least_sure_missed(analysis: RunAnalysis) -> None:
+    found = failures(analysis)
     assert len(found) == len(NAMES)
     assert [one.AP for one in found] == sorted(one.AP for one in found)
     for one in found:
         c = NAMES.index(one.category)
-        rows = range(len(depth.query))
-        wrong = [r for r in rows if depth.scores[r, c] >= depth.at and not depth.query.labels[r, c]]
-        missed = [r for r in rows if depth.scores[r, c] < depth.at and depth.query.labels[r, c]]
+        rows = range(len(analysis.query))
+        wrong = [
+            r for r in rows if analysis.scores[r, c] >= analysis.decision_threshold and not analysis.query.labels[r, c]
+        ]
+        missed = [
+            r for r in rows if analysis.scores[r, c] < analysis.decision_threshold and analysis.query.labels[r, c]
+        ]
         assert (one.n_false_positive, one.n_false_negative) == (len(wrong), len(missed))
-        assert [image.share for image in one.false_positives] == pytest.approx(
-            sorted((depth.scores[r, c] for r in wrong), reverse=True)[:4]
+        assert [image.score for image in one.false_positives] == pytest.approx(
+            sorted((analysis.scores[r, c] for r in wrong), reverse=True)[:4]
         )
-        assert [image.share for image in one.false_negatives] == pytest.approx(
-            sorted(depth.scores[r, c] for r in missed)[:4]
+        assert [image.score for image in one.false_negatives] == pytest.approx(
+            sorted(analysis.scores[r, c] for r in missed)[:4]
         )
 
 
-def test_confusions_count_images(depth: Depth) -> None:
-    table = confusion_table(depth, most=1000)
+def test_confusions_count_images(analysis: RunAnalysis) -> None:
+    table = confusion_table(analysis, n=1000)
     counted = {(row[0].text, row[1].text): row[2].sort for row in table.rows}
-    y, predicted = depth.query.labels.astype(bool), depth.scores >= depth.at
+    y, predicted = analysis.query.labels.astype(bool), analysis.scores >= analysis.decision_threshold
     for c, missed in enumerate(NAMES):
         for d, said in enumerate(NAMES):
             wanted = sum(y[r, c] and not predicted[r, c] and predicted[r, d] and not y[r, d] for r in range(len(y)))
             assert counted.get((missed, said), 0) == wanted
 
 
-def test_the_table_of_classes_is_sorted_and_sortable(depth: Depth) -> None:
-    table = class_table(depth)
+def test_the_table_of_classes_is_sorted_and_sortable(analysis: RunAnalysis) -> None:
+    table = class_table(analysis)
     APs = [row[3].sort for row in table.rows]
     assert APs == sorted(APs)
     assert {row[0].text for row in table.rows} == set(NAMES)
-    wanted = average_precision_score(depth.query.labels, depth.scores, average=None)
+    wanted = average_precision_score(analysis.query.labels, analysis.scores, average=None)
     assert sorted(APs) == pytest.approx(sorted(wanted))
 
 
-def test_without_a_label_in_test_nothing_is_said_and_nothing_fails(tmp_path: Path) -> None:
+def test_a_test_split_without_labels_fails_nothing(tmp_path: Path) -> None:
     from mmcli.pipeline.core.results import read_codes, write_codes
     from mmcli.pipeline.report.report import ReportPlan, report
 
