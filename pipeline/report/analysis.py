@@ -139,13 +139,13 @@ def class_table(analysis: RunAnalysis) -> Table:
     return Table(name="table-classes", title="Every class", columns=tuple(columns), rows=tuple(rows), note=note)
 
 
-def confusion_table(analysis: RunAnalysis, n: int = N_CONFUSIONS) -> Table | None:
+def confusion_table(analysis: RunAnalysis) -> Table | None:
     """The most frequent pairs of a class that is missed and another that is predicted wrongly on the same image."""
     y, predicted = analysis.labels, analysis.scores >= analysis.decision_threshold
     missed, wrong = y & ~predicted, predicted & ~y
     counts = missed.T.astype(np.int64) @ wrong.astype(np.int64)
     expected = missed.sum(0)[:, None] * wrong.sum(0)[None, :] / max(1, len(y))
-    order = np.argsort(-counts, axis=None, kind="stable")[:n]
+    order = np.argsort(-counts, axis=None, kind="stable")[:N_CONFUSIONS]
     pairs = [(c, d) for c, d in zip(*np.unravel_index(order, counts.shape), strict=True) if counts[c, d]]
     if not pairs:
         return None

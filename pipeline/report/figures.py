@@ -98,7 +98,7 @@ def loss_terms(history: History, run: str) -> Figure | None:
     )
 
 
-def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...] = ()) -> Figure | None:
+def val_curves(groups: Mapping[str, Sequence[History]]) -> Figure | None:
     """Val mAP by epoch: a colour and pattern per configuration, a line per seed."""
     curves = {name: [curve for curve in map(_val_curve, group) if len(curve) > 1] for name, group in groups.items()}
     shown = dict([(name, seeds) for name, seeds in curves.items() if seeds][:MOST_LINES])
@@ -121,7 +121,7 @@ def val_curves(groups: Mapping[str, Sequence[History]], commands: tuple[str, ...
         ),
         axes={"xlabel": "epoch", "ylabel": "val mAP"},
         legend="lower right",
-        commands=commands,
+        commands=("mmcli train-head",),
     )
 
 

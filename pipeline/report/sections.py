@@ -183,8 +183,7 @@ def _curves(inputs: Inputs, analysis: RunAnalysis | None) -> tuple[Block, ...]:
                 groups.setdefault(arm.name, []).append(run.history)
     groups = groups or {name: [run.history] for name, run in inputs.runs.items() if run.history}
     terms = None if analysis is None else loss_terms(analysis.run.history, f"Run {analysis.name}.")
-    blocks = _present(terms, val_curves(groups, ("mmcli train-head",)))
-    return blocks or (Text(text="No run was trained", command="mmcli train-head"),)
+    return _present(terms, val_curves(groups)) or (Text(text="No run was trained", command="mmcli train-head"),)
 
 
 def _classes(analysis: RunAnalysis, *, with_figure: bool) -> tuple[Block, ...]:

@@ -11,6 +11,7 @@ from kit.reports import NAMES, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.core.metrics_file import read_metrics
 from mmcli.pipeline.evaluation.metrics import read_scores
+from mmcli.pipeline.report import analysis as analysis_module
 from mmcli.pipeline.report.analysis import RunAnalysis, analyse, class_table, confusion_table, failures, queries
 from mmcli.pipeline.report.collect import FinishedRun, choose_run, collect, read_codes_of, read_finished_run
 
@@ -112,8 +113,9 @@ def test_failures_are_the_surest_wrong_and_the_least_sure_missed(analysis: RunAn
         )
 
 
-def test_confusions_count_images(analysis: RunAnalysis) -> None:
-    table = confusion_table(analysis, n=1000)
+def test_confusions_count_images(analysis: RunAnalysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis_module, "N_CONFUSIONS", 1000)
+    table = confusion_table(analysis)
     counted = {(row[0].text, row[1].text): row[2].sort for row in table.rows}
     y, predicted = analysis.query.labels.astype(bool), analysis.scores >= analysis.decision_threshold
     for c, missed in enumerate(NAMES):

@@ -178,7 +178,7 @@ def test_the_command_of_an_experiment_is_of_the_same_base(inputs: Inputs, kit: K
     )
     wanted = "mmcli ablate A2 --seeds 3 --store gone --set training.num_epochs=7 --set knn.K=9"
     assert made.ablate("A2") == wanted
-    small = replace(known, run=replace(known.run, info=replace(known.run.info, preset="small")))
+    small = replace(known, info=replace(known.info, preset="small"))
     rows = ({"experiment": "B3", "value": "36"},)
     assert replace(made, runs={"a": small}, rows=rows).ablate("B3").endswith("--preset small --experiments miniature")
     assert "miniature" not in replace(made, rows=rows).ablate("A1")
