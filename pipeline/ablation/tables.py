@@ -264,18 +264,20 @@ class DryRun:
 
     def _lines(self) -> list[str]:
         """What the plan comes to."""
-        plan, asked, rows = self.plan, self.plan.asked, len(self.plan.rows)
-        collapsed = f", {asked - rows:,} of {asked:,} collapsed into others" if asked > rows else ""
+        plan, n = self.plan, self.counted
+        collapsed = n["n_asked"] - n["n_rows"]
         refused = [row for row in plan.rows if row.status == "failed"]
         missing = sum(state == "to be made" for state in self.status.values())
         stores = f"{self.n_stores:,} stores to be extracted (images alone: captions are shared)"
         return [
-            f"{rows:,} rows{collapsed}" + (f", {len(refused):,} refused" if refused else ""),
+            f"{n['n_rows']:,} rows"
+            + (f", {collapsed:,} of {n['n_asked']:,} collapsed into others" if collapsed else "")
+            + (f", {len(refused):,} refused" if refused else ""),
             *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
-            f"{plan.count('head', 'finetune'):,} trainings ({plan.count('finetune'):,} of towers) and"
-            f" {plan.count('zero-shot', 'prior'):,} baselines: {len(plan.trainings) - missing:,} are there,"
+            f"{n['n_trainings']:,} trainings ({plan.count('finetune'):,} of towers) and"
+            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are there,"
             f" {missing:,} to be made",
-            f"{len(plan.evaluations):,} evaluations, {plan.searches:,} searches, {plan.votes:,} votes;"
+            f"{n['n_evaluations']:,} evaluations, {n['n_searches']:,} searches, {n['n_votes']:,} votes;"
             f" {self.n_evaluations:,} evaluations to be made",
             stores if self.n_stores else "no store to extract",
             f"about {duration(self.estimate.seconds)} on this machine, of which evaluations"

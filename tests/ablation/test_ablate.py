@@ -344,11 +344,11 @@ def test_two_workers_make_the_same_table(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(here, other, dirs_exist_ok=True)
-    assert mmcli("ablate", "A2", "C1", "--set-values", "C1=5,50", *SET)[0] == 0
+    assert mmcli("ablate", "A2", "C1", "--set-values", "C1=5,20", *SET)[0] == 0
     alone = timeless(rows_of())
     os.chdir(other)
     code, _, err = mmcli(
-        "ablate", "A2", "C1", "--set-values", "C1=5,50", "--workers", 2, "--out", other / "runs/ablations", *SET
+        "ablate", "A2", "C1", "--set-values", "C1=5,20", "--workers", 2, "--out", other / "runs/ablations", *SET
     )
     assert code == 0, err
     parallel = timeless(rows_of(other / "runs/ablations"))

@@ -96,27 +96,28 @@ def test_a_failed_training_is_a_row_and_is_tried_again(here: Path, monkeypatch) 
     assert (again.counted["trained"], again.counted["failed"]) == (1, 0)
 
 
-def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
+def test_an_interrupted_training_is_resumed(here: Path, monkeypatch) -> None:
     """Stopped after its state was kept, it ends with the weights of one that was not."""
     from mmcli.pipeline.training import loop as trainer
+    from mmcli.pipeline.training.monitor import Monitor
 
     request = request_of(here, "A2", only=("A2=32",), options={"training.num_epochs": 6}, out=here / "plain")
     plain = ablate(request)
     monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0.0)
-    look, seen = trainer._Loop.look, []
+    validate, validations = Monitor.__call__, []
 
-    def stopped(self, member, epoch, *rest):
-        seen.append(epoch)
-        if seen == [1, 2, 3, 4]:
+    def stopped(self, head):
+        validations.append(head)
+        if len(validations) == 4:
             raise KeyboardInterrupt
-        look(self, member, epoch, *rest)
+        return validate(self, head)
 
-    monkeypatch.setattr(trainer._Loop, "look", stopped)
+    monkeypatch.setattr(Monitor, "__call__", stopped)
     stopped_request = replace(request, out=here / "stopped")
     with pytest.raises(KeyboardInterrupt):
         ablate(stopped_request)
     result = ablate(stopped_request)
-    assert seen == [1, 2, 3, 4, 4, 5, 6]
+    assert len(validations) == 4 + 3  # epochs 1 to 4, then 4 to 6
     assert result.counted["trained"] == 1
     assert result.rows[0]["mAP"] == plain.rows[0]["mAP"]
     assert result.rows[0]["epochs"] == 6

@@ -122,7 +122,7 @@ def test_the_plain_loop_and_ours_train_the_same_head(here) -> None:
     assert np.array_equal(y, wanted[2][0].numpy())
     row, n = int(setting.train.rows[3]), int(setting.train.captions_of[3])
     assert any(np.array_equal(v_txt, caption.float().numpy()) for caption in setting.train.v_txt[row, :n])
-    head = setting.prepared.make_head(config, setting.train)
+    head = setting.make_head()
     before = head.classifier.weight.clone()
     next(bench_plain.plain_steps(head.train(), setting.train, config, 16, workers=0))
     assert not torch.equal(before, head.classifier.weight)
