@@ -17,9 +17,7 @@ from .options import Engine, Force, Images, Output, Settings, Store, command, op
     defaults={"model.siglip2_variant": "the store's"},
 )
 def ablate(
-    settings: Settings,
-    engine: Engine,
-    output: Output,
+    *,
     experiments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -61,6 +59,9 @@ def ablate(
         option("--max-time TIME", "Begin nothing more after this, as 90m or 2h; the same command resumes.", "How"),
     ] = None,
     workers: Annotated[int, option("--workers", "Processes, each with its share of threads.", "How", min=1)] = 1,
+    engine: Engine,
+    settings: Settings,
+    output: Output,
     seeds: Annotated[int, option("--seeds N", "Rows of N seeds, from --seed on.", "Device and seed", min=1)] = 1,
     store: Store = None,
     data: Annotated[Path, option("--data DIR", "Folder of the data set.", "Store and run")] = DATA,
