@@ -81,7 +81,7 @@ def bench_knn(
     repeats: Repeats = 3,
     rivals: Annotated[bool, option("--rivals/--no-rivals", "Time scikit-learn and USearch too.")] = True,
 ) -> None:
-    """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     config = settings.load()
     from ..bench.knn import bench_knn as stage
     from ..bench.knn import parse_kinds, parse_numbers

@@ -373,7 +373,7 @@ def _bases(root: Path, parts: tuple[str, ...]) -> list[Path]:
     return [root, *(root.joinpath(*parts[: i + 1]) for i in range(min(depth, len(parts) - 1)))]
 
 
-# What a picture that a person asked for says of its maker, so that it can be told from any other before it is replaced.
+# What a picture that a person asked for says of its maker, which tells it from any other before it is replaced.
 DRAWN = {"Software": "mmcli"}
 
 

@@ -1,7 +1,7 @@
 """Run folders taken so that no two processes hold the same one, and emptied so that nothing else is lost.
 
 A run's ``run.json`` is made in a single step of the file system, whole, when none is there yet: so only one process can
-be the first, and a folder with one can be gone on with.
+be the first, and a folder with one can be resumed.
 """
 
 import json
