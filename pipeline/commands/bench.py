@@ -1,5 +1,6 @@
 """``mmcli bench``: this machine beside the plain way."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -67,20 +68,23 @@ def bench_train(
     output.finish(result)
 
 
-@command("hardware.device", file=False)
-def bench_knn(
-    settings: Settings,
-    output: Output,
-    sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M",
-    bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128",
+@dataclass(frozen=True, kw_only=True)
+class Searches:
+    """What is searched, and how."""
+
+    sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M"
+    bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128"
     index: Annotated[
         str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu, ivf, hnsw, multihash.")
-    ] = "auto,flat,ivf,hnsw,multihash",
-    k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20,
-    queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000,
-    repeats: Repeats = 3,
-    rivals: Annotated[bool, option("--rivals/--no-rivals", "Time scikit-learn and USearch too.")] = True,
-) -> None:
+    ] = "auto,flat,ivf,hnsw,multihash"
+    k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20
+    queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000
+    repeats: Repeats = 3
+    rivals: Annotated[bool, option("--rivals/--no-rivals", "Time scikit-learn and USearch too.")] = True
+
+
+@command("hardware.device", file=False)
+def bench_knn(settings: Settings, searches: Searches, output: Output) -> None:
     """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     config = settings.load()
     from ..bench.knn import bench_knn as stage
@@ -88,13 +92,13 @@ def bench_knn(
     from ..core.device import pick_device
 
     result = stage(
-        sizes=parse_numbers(sizes, "--sizes"),
-        bits=parse_numbers(bits, "--bits"),
-        kinds=parse_kinds(index),
-        K=k,
-        queries=queries,
-        repeats=repeats,
-        rivals=rivals,
+        sizes=parse_numbers(searches.sizes, "--sizes"),
+        bits=parse_numbers(searches.bits, "--bits"),
+        kinds=parse_kinds(searches.index),
+        K=searches.k,
+        queries=searches.queries,
+        repeats=searches.repeats,
+        rivals=searches.rivals,
         device=str(pick_device(config.hardware.device)),
         progress=output.progress,
     )
