@@ -98,9 +98,7 @@ FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "to
 def claim_new(folder: Path, record: str) -> Path:
     """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
 
-    Args:
-        folder: The name.
-        record: The text of its ``run.json``.
+    ``record`` is the text of its ``run.json``.
 
     Raises:
         InputError: It cannot be made.
