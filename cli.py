@@ -53,7 +53,7 @@ class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruptio
 
 
 class Commands(TyperGroup):
-    """The commands; one that is interrupted says what goes on."""
+    """The commands; one that is interrupted says how to resume it."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer keeps click's classes private
         """Run a command, and let an interruption of it through."""

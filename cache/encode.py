@@ -59,14 +59,10 @@ def image_arrays(
 def text_arrays(
     shard: Shard, layout: Layout, ids: NDArray[np.int64], v_txt: Floats, n_captions: NDArray[np.integer[Any]]
 ) -> Arrays:
-    """The datasets of a text shard.
+    """The datasets of a text shard; the first arguments are as for :func:`image_arrays`.
 
-    Args:
-        shard: Which rows.
-        layout: The store's shape.
-        ids: Image ids of the whole store, ``(N,)`` int64.
-        v_txt: Raw embeddings, ``(n, n_captions_max, D)`` float32; rows of missing captions are zero.
-        n_captions: Real captions of each image, ``(n,)`` integers.
+    ``v_txt`` are raw embeddings ``(n, n_captions_max, D)`` float32, whose rows of missing captions are zero;
+    ``n_captions`` are the real captions of each image, ``(n,)`` integers.
 
     Raises:
         StoreError: As for :func:`image_arrays`, or a count out of range, or a missing caption that is not zero.

@@ -120,9 +120,7 @@ def make_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path, *, alone: bool) -> None:
     """Delete what a killed writer left half-written, and the empty lock files of stripes when there are none.
 
-    Args:
-        folder: The store's folder.
-        alone: Whether no other writer can be there; otherwise only files of dead processes of this machine go.
+    Where other writers may be there (not ``alone``) only files of dead processes of this machine go.
     """
     if is_remote(folder):
         return

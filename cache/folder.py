@@ -76,17 +76,7 @@ def key_digest(key: StoreKey, shard: Shard) -> str:
 
 
 def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> WholeShard:
-    """Read a shard, check its own checksums and its image ids.
-
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key: The store's key.
-        ids: Image ids of the whole store, ``(N,)`` int64.
-
-    Returns:
-        Its line in the manifest, and the rows of the store that were skipped.
+    """Read a shard's file, check its own checksums, and its image ids against those of the whole store, ``(N,)``.
 
     Raises:
         ShardBroken: It is not that shard.

@@ -17,16 +17,10 @@ PLACE = ("shard", "row")
 
 
 def check_index(table: pa.Table) -> NDArray[np.int64]:
-    """The image ids of the caller's table, in order.
-
-    Args:
-        table: One row per image, with a column ``image_id`` int64 without nulls, every value once.
-
-    Returns:
-        ``(N,)`` int64.
+    """The image ids ``(N,)`` of the caller's table, in order.
 
     Raises:
-        StoreError: The table is empty, or its columns are not as wanted.
+        StoreError: It is not one row per image, with a column ``image_id`` int64 without nulls, every value once.
     """
     if not isinstance(table, pa.Table):
         raise StoreError("bad index", got=type(table).__name__, wanted="a pyarrow table")

@@ -1,7 +1,10 @@
 """Reads a finished store: its key and index at once, its arrays on request."""
 
 import logging
+import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +15,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
-from .folder import looks_like_store, read_checked, unfinished
-from .index import image_ids, parse_index
+from .folder import key_digest, looks_like_store, read_checked, unfinished
+from .index import ID, image_ids, parse_index
 from .key import StoreKey
-from .layout import MANIFEST, Part, Shard
-from .loading import REDO, load_arrays, stream
-from .metadata import StoreManifest, read_manifest
+from .layout import MANIFEST, PARTS, Part, Shard
+from .metadata import ShardEntry, StoreManifest, read_manifest
 from .parquet import open_parquet
 from .places import place
-from .shards import Arrays, ShardBroken
+from .shards import Arrays, ShardBroken, first_bad_row, view_shard
 
 _log = logging.getLogger(__name__)
 
+# Threads: hashing is the slow part, and as many shards are in memory at once.
+READERS = min(4, os.cpu_count() or 1)
+REDO = "run `mmcli extract` again, it redoes only that shard"
 EXTRACT = "run `mmcli extract` first, or name a store elsewhere"
 
 
@@ -169,7 +174,24 @@ class Store:
         Raises:
             StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
         """
-        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids))
+        layout, arrays = self.manifest.layout, Arrays()
+        for part in PARTS:
+            for name, (dtype, shape) in layout.datasets(part, layout.n_images).items():
+                if name != ID:
+                    arrays[name] = np.empty(shape, dtype.newbyteorder("="))
+
+        def copy(entry: ShardEntry) -> None:
+            for name, values in self._read(entry, check=True).items():
+                if name != ID:
+                    arrays[name][entry.shard.start : entry.shard.stop] = values
+
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for _ in pool.map(copy, self.manifest.shards):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return Embeddings(**arrays)
 
     def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
         """The shards of a part one after another, so that a store of any size is read in the memory of a few.
@@ -186,7 +208,32 @@ class Store:
         Raises:
             StoreDamaged: As for :meth:`load`.
         """
-        return stream(self.folder, self.manifest, self.ids, part, check=check)
+        entries = [entry for entry in self.manifest.shards if entry.part == part]
+        ahead = min(2, READERS)
+        waiting: deque[Future[Arrays]] = deque()
+        with ThreadPoolExecutor(ahead) as pool:
+            try:
+                for number, entry in enumerate(entries):
+                    for later in entries[number + len(waiting) : number + ahead + 1]:
+                        waiting.append(pool.submit(self._read, later, check=check))
+                    yield entry.shard, waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, entry: ShardEntry, *, check: bool) -> Arrays:
+        """The datasets of one shard, as read-only views of its file's bytes."""
+        shard, path = entry.shard, self.folder / entry.file
+        try:
+            data = read_checked(self.folder, entry) if check else path.read_bytes()
+            arrays = view_shard(data, shard, self.manifest.layout, key_digest(self.key, shard))
+            if not np.array_equal(arrays[ID], self.ids[shard.start : shard.stop]):
+                raise ShardBroken("its image ids are not those of the index")
+            for name, values in arrays.items() if check else ():
+                if values.dtype.kind == "f" and (row := first_bad_row(values)) is not None:
+                    raise ShardBroken(f"NaN or infinity in {name} row {row}, image id {self.ids[shard.start + row]}")
+        except (ShardBroken, OSError) as error:
+            raise StoreDamaged("a damaged shard", where=path, got=error, do=REDO) from error
+        return arrays
 
 
 def list_stores(root: Path) -> list[Path]:

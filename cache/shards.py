@@ -61,14 +61,7 @@ def content_sha256(name: str, values: NDArray[Any]) -> str:
 
 
 def encode_shard(shard: Shard, layout: Layout, key_digest: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The HDF5 file of a shard.
-
-    Args:
-        shard: Which rows.
-        layout: The store's shape.
-        key_digest: Digest of the key that the shard belongs to.
-        arrays: The datasets, in the dtypes and shapes of ``layout``.
-    """
+    """The HDF5 file of a shard of the key with this digest; its datasets have the dtypes and shapes of ``layout``."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=_LIBVER) as file:
         for name, value in _attributes(shard, key_digest).items():
@@ -99,14 +92,8 @@ def decode_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> 
 def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
     """Every dataset of a shard, as read-only views of ``data``; checksums are the caller's to check.
 
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key_digest: Digest of the key that it should belong to.
-
     Raises:
-        OtherKey, ShardBroken: It is not that shard.
+        OtherKey, ShardBroken: The file is not the one that :func:`encode_shard` makes of this shard.
     """
     with _opened(data) as file:
         _check_attributes(file, shard, key_digest)

@@ -1,5 +1,6 @@
 """``mmcli bench``: this machine beside the plain way."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -65,18 +66,21 @@ def bench_train(
     output.finish(result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Searches:
+    """What is searched, and how."""
+
+    sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M"
+    bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128"
+    index: Annotated[str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu.")] = "auto,flat"
+    k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20
+    queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000
+    repeats: Repeats = 3
+    baselines: Annotated[bool, option("--baselines/--no-baselines", "Time scikit-learn too.")] = True
+
+
 @command("hardware.device", file=False)
-def bench_knn(
-    settings: Settings,
-    output: Output,
-    sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M",
-    bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128",
-    index: Annotated[str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu.")] = "auto,flat",
-    k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20,
-    queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000,
-    repeats: Repeats = 3,
-    baselines: Annotated[bool, option("--baselines/--no-baselines", "Time scikit-learn too.")] = True,
-) -> None:
+def bench_knn(settings: Settings, searches: Searches, output: Output) -> None:
     """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
     config = settings.load()
     from ..bench.knn import Workload, parse_kinds, parse_numbers
@@ -84,16 +88,16 @@ def bench_knn(
     from ..core.device import pick_device
 
     workload = Workload(
-        sizes=parse_numbers(sizes, "--sizes"),
-        bits=parse_numbers(bits, "--bits"),
-        kinds=parse_kinds(index),
-        K=k,
-        queries=queries,
+        sizes=parse_numbers(searches.sizes, "--sizes"),
+        bits=parse_numbers(searches.bits, "--bits"),
+        kinds=parse_kinds(searches.index),
+        K=searches.k,
+        queries=searches.queries,
     )
     result = stage(
         workload,
-        repeats=repeats,
-        baselines=baselines,
+        repeats=searches.repeats,
+        baselines=searches.baselines,
         device=str(pick_device(config.hardware.device)),
         progress=output.progress,
     )

@@ -1,5 +1,6 @@
 """The commands up to a store, and those that look at one: demo, prepare, extract, cache."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,22 +39,20 @@ def prepare(
     output.show(result.to_json(), *statistics_tables(result.statistics), f"wrote {result.path}")
 
 
-@command("model.max_num_patches", "model.siglip2_variant", "model.revision", "data.num_workers", "hardware.device")
-def extract(
-    settings: Settings,
-    images: Images,
-    engine: Engine,
-    output: Output,
-    manifest: Annotated[Path | None, option("--manifest FILE", "Manifest [default: DATA/manifest.parquet].")] = None,
-    out: StoreOut = None,
-    dtype: Annotated[Literal["float16", "float32"], option("--dtype", "How embeddings are stored.")] = "float16",
-    on_error: OnError = "stop",
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What an extraction writes, and how."""
+
+    manifest: Annotated[Path | None, option("--manifest FILE", "Manifest [default: DATA/manifest.parquet].")] = None
+    out: StoreOut = None
+    dtype: Annotated[Literal["float16", "float32"], option("--dtype", "How embeddings are stored.")] = "float16"
+    on_error: OnError = "stop"
     resizer: Annotated[
         Literal["pillow", "torch"],
         option(
             "--resizer", "pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there."
         ),
-    ] = "pillow",
+    ] = "pillow"
     batch_tokens: Annotated[
         int | None,
         option(
@@ -62,28 +61,29 @@ def extract(
             " 32768 on a GPU].",
             min=1,
         ),
-    ] = None,
+    ] = None
+    shard: Annotated[str | None, option("--shard I/N", "Fill one of N stripes; run the others elsewhere.")] = None
+    force: Force = False
+
+
+@command("model.max_num_patches", "model.siglip2_variant", "model.revision", "data.num_workers", "hardware.device")
+def extract(
+    settings: Settings,
+    images: Images,
+    extraction: Extraction,
+    engine: Engine,
+    output: Output,
     processes: Annotated[
         int | None, option("--processes", "Processes that compute [default: one a GPU].", min=1)
     ] = None,
-    shard: Annotated[str | None, option("--shard I/N", "Fill one of N stripes; run the others elsewhere.")] = None,
-    force: Force = False,
 ) -> None:
     """Stage 1: run the frozen SigLIP2 once and store its raw embeddings; resumes where it was stopped."""
     config = settings.load()
     from ..extraction.extract import ExtractPlan, extract_here, parse_stripe
 
-    plan = ExtractPlan(
-        data=images.folder,
-        manifest=manifest,
-        out=out,
-        dtype=dtype,
-        on_error=on_error,
-        resizer=resizer,
-        batch_tokens=batch_tokens,
-        force=force,
-        stripe=None if shard is None else parse_stripe(shard),
-    )
+    options = vars(extraction).copy()
+    shard = options.pop("shard")
+    plan = ExtractPlan(data=images.folder, stripe=None if shard is None else parse_stripe(shard), **options)
     if engine.engine == "ray":
         from ..extraction.ray_engine import extract_on_ray
 
@@ -144,29 +144,31 @@ def cache_export(
     output.show(report.to_json(), *export_summary(report))
 
 
-@command()
-def cache_import(
-    output: Output,
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Embeddings from elsewhere, and the store that they become."""
+
     images: Annotated[
         Path, option("--images PATH", "Image vectors: .npy or .parquet, a file or a folder of numbered ones.")
-    ],
-    texts: Annotated[Path, option("--texts PATH", "Caption vectors in the same form: one an image, or one a caption.")],
-    name: Annotated[str, option("--name", "Model that computed them.")],
-    revision: Annotated[
-        str | None, option("--revision", "Revision of that model [default: hash of the content].")
-    ] = None,
-    manifest: Annotated[Path, option("--manifest FILE", "Manifest of their images, in their order.")] = DATA
-    / "manifest.parquet",
-    out: StoreOut = None,
+    ]
+    texts: Annotated[Path, option("--texts PATH", "Caption vectors in the same form: one an image, or one a caption.")]
+    name: Annotated[str, option("--name", "Model that computed them.")]
+    revision: Annotated[str | None, option("--revision", "Revision of that model [default: hash of the content].")] = (
+        None
+    )
+    manifest: Annotated[Path, option("--manifest FILE", "Manifest of their images, in their order.")] = (
+        DATA / "manifest.parquet"
+    )
+    out: StoreOut = None
     dtype: Annotated[
         Literal["float16", "float32"] | None, option("--dtype", "How they are stored [default: as they are].")
-    ] = None,
-    force: Force = False,
-) -> None:
+    ] = None
+    force: Force = False
+
+
+@command()
+def cache_import(vectors: Import, output: Output) -> None:
     """Make a store of embeddings that another tool computed."""
     from ..extraction.import_store import ImportPlan, import_store
 
-    plan = ImportPlan(
-        images=images, texts=texts, manifest=manifest, name=name, revision=revision, out=out, dtype=dtype, force=force
-    )
-    output.finish(import_store(plan, output.progress))
+    output.finish(import_store(ImportPlan(**vars(vectors)), output.progress))

@@ -1,5 +1,6 @@
 """The commands over several runs: ablate, report, and samples of the data set."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,51 @@ import typer
 
 from ..core.defaults import ABLATIONS, DATA, REPORT, RUNS
 from .options import Engine, Force, Images, Output, Settings, Store, command, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiments:
+    """Which rows are asked for."""
+
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="EXPERIMENT...",
+            help="A1 A2 A3 B1 B2 B3 B4 C1 C2 C3 C4 M0 M1 M2 base [default: those that need no images, where no --grid"
+            " is given].",
+            show_default=False,
+        ),
+    ] = None
+    grid: Annotated[
+        str | None,
+        option("--grid FILE", "Every combination of a file's grid_search; plan is the experiment plan's.", "What"),
+    ] = None
+    file: Annotated[
+        str, option("--experiments FILE", "Experiments and their values; miniature is for `mmcli demo`.", "What")
+    ] = "experiments"
+    set_values: Annotated[
+        list[str] | None,
+        option("--set-values ID=VALUE,..", "Other values of an experiment, as B3=36,64,100.", "What"),
+    ] = None
+    only: Annotated[
+        list[str] | None,
+        option(
+            "--only KEY=VALUE,..",
+            "Only rows with this: a key of the configuration, or an experiment's id; * matches anything.",
+            "What",
+        ),
+    ] = None
+    seeds: Annotated[int, option("--seeds N", "Rows of N seeds, from --seed on.", "Device and seed", min=1)] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """What experiments read, and where their rows go."""
+
+    store: Store = None
+    data: Annotated[Path, option("--data DIR", "Folder of the data set.", "Store and run")] = DATA
+    out: Annotated[Path, option("--out DIR", "Folder of rows.parquet, scores and runs.", "Store and run")] = ABLATIONS
+    force: Force = False
 
 
 @command(
@@ -17,37 +63,10 @@ from .options import Engine, Force, Images, Output, Settings, Store, command, op
     defaults={"model.siglip2_variant": "the store's"},
 )
 def ablate(
-    settings: Settings,
+    experiments: Experiments,
     engine: Engine,
+    settings: Settings,
     output: Output,
-    experiments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="EXPERIMENT...",
-            help="A1 A2 A3 B1 B2 B3 B4 C1 C2 C3 C4 M0 M1 M2 base [default: those that need no images, where no --grid"
-            " is given].",
-            show_default=False,
-        ),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        option("--grid FILE", "Every combination of a file's grid_search; plan is the experiment plan's.", "What"),
-    ] = None,
-    file: Annotated[
-        str, option("--experiments FILE", "Experiments and their values; miniature is for `mmcli demo`.", "What")
-    ] = "experiments",
-    set_values: Annotated[
-        list[str] | None,
-        option("--set-values ID=VALUE,..", "Other values of an experiment, as B3=36,64,100.", "What"),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        option(
-            "--only KEY=VALUE,..",
-            "Only rows with this: a key of the configuration, or an experiment's id; * matches anything.",
-            "What",
-        ),
-    ] = None,
     dry_run: Annotated[
         bool,
         option(
@@ -61,11 +80,8 @@ def ablate(
         option("--max-time TIME", "Begin nothing more after this, as 90m or 2h; the same command resumes.", "How"),
     ] = None,
     workers: Annotated[int, option("--workers", "Processes, each with its share of threads.", "How", min=1)] = 1,
-    seeds: Annotated[int, option("--seeds N", "Rows of N seeds, from --seed on.", "Device and seed", min=1)] = 1,
-    store: Store = None,
-    data: Annotated[Path, option("--data DIR", "Folder of the data set.", "Store and run")] = DATA,
-    out: Annotated[Path, option("--out DIR", "Folder of rows.parquet, scores and runs.", "Store and run")] = ABLATIONS,
-    force: Force = False,
+    *,
+    folders: Folders,
 ) -> None:
     """Experiments: train what they need once, evaluate the rest from it; one table of rows, resumable at any moment.
 
@@ -75,17 +91,17 @@ def ablate(
     from ..extraction.stores import find_store
 
     request = Request(
-        names=tuple(experiments or ()),
-        grid=grid,
-        experiments=file,
-        values=tuple(set_values or ()),
-        only=tuple(only or ()),
-        seeds=seeds,
-        store=find_store(store),
+        names=tuple(experiments.names or ()),
+        grid=experiments.grid,
+        experiments=experiments.file,
+        values=tuple(experiments.set_values or ()),
+        only=tuple(experiments.only or ()),
+        seeds=experiments.seeds,
+        store=find_store(folders.store),
         source=ConfigSource(file=settings.file, options=settings.given, flags=settings.flags),
-        out=out,
-        data=data,
-        force=force,
+        out=folders.out,
+        data=folders.data,
+        force=folders.force,
         max_time=None if max_time is None else parse_duration(max_time),
         workers=workers,
         engine=engine.engine,
@@ -99,17 +115,18 @@ def ablate(
         raise typer.Exit(1)
 
 
-@command()
-def report(
-    output: Output,
-    runs: Annotated[Path, option("--runs DIR", "Folder of the runs.")] = RUNS,
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a report is made of, and what it writes."""
+
+    runs: Annotated[Path, option("--runs DIR", "Folder of the runs.")] = RUNS
     ablations: Annotated[
         Path | None,
         option("--ablations DIR", "Folder of the experiments' rows.parquet [default: ablations below --runs]."),
-    ] = None,
+    ] = None
     data: Annotated[
         Path | None, option("--data DIR", "Folder of the data set [default: data/coco, where there is one].")
-    ] = None,
+    ] = None
     run: Annotated[
         Path | None,
         option(
@@ -117,33 +134,26 @@ def report(
             "Run whose queries, curves, bits and classes are shown [default: the highest val mAP of those made by hand"
             " or of the full method].",
         ),
-    ] = None,
-    out: Annotated[Path, option("--out DIR", "Folder to write: report.html, report.md, figures/, pictures/.")] = REPORT,
-    latex: Annotated[bool, option("--latex", "Write every table for LaTeX too, into tables/.")] = False,
+    ] = None
+    out: Annotated[Path, option("--out DIR", "Folder to write: report.html, report.md, figures/, pictures/.")] = REPORT
+    latex: Annotated[bool, option("--latex", "Write every table for LaTeX too, into tables/.")] = False
     markdown_only: Annotated[
         Path | None,
         option(
             "--markdown-only FILE",
             "Write this file alone: answers and tables as Markdown, without figures and pictures.",
         ),
-    ] = None,
-    force: Force = False,
-) -> None:
+    ] = None
+    force: Force = False
+
+
+@command()
+def report(page: Page, output: Output) -> None:
     """One page of answers, tables, plots, queries and failures, from the files of runs and experiments."""
     from ..report.report import ReportPlan
     from ..report.report import report as stage
 
-    plan = ReportPlan(
-        runs=runs,
-        ablations=ablations,
-        data=data,
-        run=run,
-        out=out,
-        latex=latex,
-        markdown_only=markdown_only,
-        force=force,
-    )
-    output.finish(stage(plan, output.progress))
+    output.finish(stage(ReportPlan(**vars(page)), output.progress))
 
 
 @command("hardware.seed", file=False)

@@ -8,13 +8,11 @@ import typer
 
 from ..core.config import KeyOption
 from .options import (
-    Force,
     Images,
     Output,
     PrintConfig,
-    Resume,
-    RunOut,
     Settings,
+    Target,
     Trackers,
     command,
     option,
@@ -83,9 +81,8 @@ def finetune(
         bool,
         option("--plan", "Print parameters, memory and the largest batch that fits, train nothing.", "Configuration"),
     ] = False,
-    out: RunOut = None,
-    force: Force = False,
-    resume: Resume = None,
+    *,
+    target: Target,
 ) -> None:
     """Train head and towers from the images themselves, into a run like any other; needs no store."""
     if num_processes > 1:
@@ -94,12 +91,12 @@ def finetune(
         if read_launch().size == 1:  # the processes that it starts are given the same command line
             raise typer.Exit(launch(num_processes))
     logged: dict[str, Any] = {**vars(trackers), "progress": output.progress}
-    if resume is not None:
-        _refuse(settings, {"--out": out, "--force": force, "--plan": plan})
+    if target.resume is not None:
+        _refuse(settings, {"--out": target.out, "--force": target.force, "--plan": plan})
         if print_config:
-            output.show_config(_begun(resume, settings))
+            output.show_config(_begun(target.resume, settings))
             return
-        result = _resume(resume, settings, images, logged)
+        result = _resume(target.resume, settings, images, logged)
     else:
         config = _resolve(settings)
         if print_config:
@@ -110,23 +107,27 @@ def finetune(
 
             output.finish(plan_memory(config, data=images.folder, progress=output.progress))
             return
-        from ..finetuning.finetune import finetune as stage
-
-        section = config.finetune
-        result = stage(
-            config,
-            data=images.folder,
-            unfreeze=section.unfreeze,
-            towers=section.towers,
-            start=None if section.start is None else Path(section.start),
-            out=out,
-            force=force,
-            **logged,
-        )
+        result = _begin(config, images, target, logged)
     from ..finetuning.distributed import is_first
 
     if is_first():
         output.finish(result)
+
+
+def _begin(config: "Config", images: Images, target: Target, logged: dict[str, Any]) -> Any:  # noqa: ANN401
+    from ..finetuning.finetune import finetune as stage
+
+    section = config.finetune
+    return stage(
+        config,
+        data=images.folder,
+        unfreeze=section.unfreeze,
+        towers=section.towers,
+        start=None if section.start is None else Path(section.start),
+        out=target.out,
+        force=target.force,
+        **logged,
+    )
 
 
 def _refuse(settings: Settings, others: dict[str, Any]) -> None:

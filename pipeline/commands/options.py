@@ -99,10 +99,6 @@ Repeats = Annotated[int, option("--repeats", "Rounds; the best of each way count
 PrintConfig = Annotated[
     bool, option("--print-config", "Print the resolved configuration as YAML, train nothing.", "Configuration")
 ]
-Resume = Annotated[
-    Path | None,
-    option("--resume RUN", "Resume an interrupted run with its own configuration.", _STORE_AND_RUN),
-]
 
 
 class Result(Protocol):
@@ -192,6 +188,17 @@ class Engine:
             raise InputError(
                 "--ray-address without Ray", got=self.ray_address, wanted="--engine ray", do="give both or neither"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The run that a training writes, or resumes."""
+
+    out: RunOut = None
+    force: Force = False
+    resume: Annotated[
+        Path | None, option("--resume RUN", "Resume an interrupted run with its own configuration.", _STORE_AND_RUN)
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The commands that tag new images: predict, and index, a file of samples that vote."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -114,6 +115,39 @@ def _parse_ids(text: str, where: object) -> list[int]:
     return numbers
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The images to tag, and whose samples vote."""
+
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.", show_default=False),
+    ] = None
+    caption: Annotated[str | None, option("--caption", "Caption of the image.")] = None
+    captions: Annotated[
+        Path | None,
+        option(
+            "--captions FILE",
+            "Captions of several: JSON lines or CSV, path and caption; names the images where no IMAGE does.",
+        ),
+    ] = None
+    run: RunDir = None
+    index: Annotated[
+        Path | None, option("--index FILE", "Index file whose samples vote [default: the run's train split].")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How much of the answer is shown, and where it is drawn."""
+
+    top: Annotated[int, option("--top", "Tags of an image at most.", min=1)] = 5
+    neighbours: Annotated[int, option("--neighbours", "Neighbours shown a tag; --json has all.", min=1)] = 3
+    panel: Annotated[Path | None, option("--panel FILE", "Draw images and neighbours into a PNG file.")] = None
+    on_error: OnError = "stop"
+    force: Force = False
+
+
 @command(
     "knn.K",
     "knn.distance_metric",
@@ -126,39 +160,15 @@ def _parse_ids(text: str, where: object) -> list[int]:
     file=False,
     defaults={"": "the run's", "hardware.device": "auto"},
 )
-def predict(
-    settings: Settings,
-    files: Images,
-    output: Output,
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.", show_default=False),
-    ] = None,
-    caption: Annotated[str | None, option("--caption", "Caption of the image.")] = None,
-    captions: Annotated[
-        Path | None,
-        option(
-            "--captions FILE",
-            "Captions of several: JSON lines or CSV, path and caption; names the images where no IMAGE does.",
-        ),
-    ] = None,
-    run: RunDir = None,
-    index: Annotated[
-        Path | None, option("--index FILE", "Index file whose samples vote [default: the run's train split].")
-    ] = None,
-    top: Annotated[int, option("--top", "Tags of an image at most.", min=1)] = 5,
-    neighbours: Annotated[int, option("--neighbours", "Neighbours shown a tag; --json has all.", min=1)] = 3,
-    panel: Annotated[Path | None, option("--panel FILE", "Draw images and neighbours into a PNG file.")] = None,
-    on_error: OnError = "stop",
-    force: Force = False,
-) -> None:
+def predict(question: Question, settings: Settings, answer: Answer, files: Images, output: Output) -> None:
     """Tag images with their captions, and show the neighbours that voted for every tag."""
     from ..core.run_folders import RunPaths
     from ..tagging.requests import read_requests
 
     notes: list[str] = []
-    requests = read_requests(images or [], caption, captions, follow_links=files.follow_links, notes=notes)
-    source = find_run(run).folder
+    asked = (question.images or [], question.caption, question.captions)
+    requests = read_requests(*asked, follow_links=files.follow_links, notes=notes)
+    source = find_run(question.run).folder
     votes = {key: value for key, value in settings.options.items() if key.startswith("knn.")}
     config = Settings(options=votes).load(file=RunPaths(source).config)
     from ..tagging.explain import check_panel
@@ -166,22 +176,22 @@ def predict(
     from ..tagging.predict import predict as stage
     from ..tagging.tagger import Tagger
 
-    check_panel(panel, force=force)
+    check_panel(answer.panel, force=answer.force)
     output.progress.say(f"tagging with {source}")
     tagger = Tagger.load(
         source,
-        index=index,
+        index=question.index,
         device=settings.options.get("hardware.device", "auto"),
         model=settings.options.get("model.siglip2_variant"),
         knn=config.knn,
     )
     options = PredictOptions(
-        top=top,
+        top=answer.top,
         data=files.folder,
-        on_error=on_error,
-        voters=neighbours,
-        panel=panel,
-        force=force,
-        index=index,
+        on_error=answer.on_error,
+        voters=answer.neighbours,
+        panel=answer.panel,
+        force=answer.force,
+        index=question.index,
     )
     output.finish(stage(tagger, requests, options, notes=notes, progress=output.progress))

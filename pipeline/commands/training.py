@@ -1,7 +1,7 @@
 """The commands that train a head from a store, and evaluate: train-head, knn-eval, zero-shot, compare."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +12,12 @@ from .options import (
     Force,
     Output,
     PrintConfig,
-    Resume,
     RunDir,
     RunOut,
     Settings,
     Split,
     Store,
+    Target,
     Trackers,
     command,
     option,
@@ -61,21 +61,20 @@ def train_head(
     ] = 1,
     print_config: PrintConfig = False,
     store: Store = None,
-    out: RunOut = None,
-    force: Force = False,
-    resume: Resume = None,
+    *,
+    target: Target,
 ) -> None:
     """Stage 2: train a head from a store and write the codes of every split."""
-    if resume is not None:
+    if target.resume is not None:
         options = {KeyOption(key).flag: value for key, value in settings.options.items()}
-        others = {"--config": settings.file, "--set": settings.words, "--out": out, "--force": force}
+        others = {"--config": settings.file, "--set": settings.words, "--out": target.out, "--force": target.force}
         refuse_with_resume(
             {**options, **others, "--seeds": seeds > 1}, "--store, --tensorboard, --wandb, --json or --quiet"
         )
         if print_config:
             from ..core.run import begun_config
 
-            settings = replace(settings, file=begun_config(resume))
+            settings = replace(settings, file=begun_config(target.resume))
     config = resolve(settings.load())
     if print_config:
         output.show_config(config)
@@ -83,17 +82,17 @@ def train_head(
     from ..extraction.stores import Reading
 
     # Torch takes a second or two to import, and so does a large store to read.
-    reading = None if resume is not None or seeds > 1 else Reading(store, config)
+    reading = None if target.resume is not None or seeds > 1 else Reading(store, config)
     from ..training import train_head as stage
 
     logged: dict[str, Any] = {**vars(trackers), "progress": output.progress}
     result: Any
-    if resume is not None:
-        result = stage.resume_training(resume, store=store, **logged)
+    if target.resume is not None:
+        result = stage.resume_training(target.resume, store=store, **logged)
     elif seeds > 1:
-        result = stage.train_replicas(config, seeds=seeds, store=store, out=out, force=force, **logged)
+        result = stage.train_replicas(config, seeds=seeds, store=store, out=target.out, force=target.force, **logged)
     else:
-        result = stage.train_head(config, store=reading, out=out, force=force, **logged)
+        result = stage.train_head(config, store=reading, out=target.out, force=target.force, **logged)
     output.finish(result)
 
 
@@ -149,6 +148,20 @@ def knn_eval(
     output.finish(result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What images and captions are compared with."""
+
+    inputs: Annotated[
+        Literal["image", "text", "both"],
+        option("--inputs", "What is compared with the prompts: the image, its caption, or both."),
+    ] = "image"
+    prompts: Annotated[
+        Path | None, option("--prompts FILE", "Templates in the place of ours, one a line, with {} for the name.")
+    ] = None
+    print_prompts: Annotated[bool, option("--print-prompts", "Print the templates, score nothing.")] = False
+
+
 @command(
     "data.split_type",
     "data.protocol_lists",
@@ -159,26 +172,18 @@ def knn_eval(
 )
 def zero_shot(
     settings: Settings,
+    prompts: Prompts,
     output: Output,
     store: Store = None,
     split: Split = "test",
-    inputs: Annotated[
-        Literal["image", "text", "both"],
-        option("--inputs", "What is compared with the prompts: the image, its caption, or both."),
-    ] = "image",
-    prompts: Annotated[
-        Path | None,
-        option("--prompts FILE", "Templates in the place of ours, one a line, with {} for the name."),
-    ] = None,
-    print_prompts: Annotated[bool, option("--print-prompts", "Print the templates, score nothing.")] = False,
     out: RunOut = None,
     force: Force = False,
 ) -> None:
     """Baseline without training: cosine with the mean of prompts for each category name."""
     from ..evaluation.prompts import TEMPLATES, read_prompts
 
-    templates = TEMPLATES if prompts is None else read_prompts(prompts)
-    if print_prompts:
+    templates = TEMPLATES if prompts.prompts is None else read_prompts(prompts.prompts)
+    if prompts.print_prompts:
         print(json.dumps({"prompts": templates}) if output.json_ else "\n".join(templates))
         return
     config = settings.load()
@@ -189,7 +194,7 @@ def zero_shot(
         store=store,
         split=split,
         templates=templates,
-        inputs=inputs,
+        inputs=prompts.inputs,
         out=out,
         force=force,
         progress=output.progress,

@@ -61,7 +61,7 @@ class CheckpointKeeper:
     def sweep(self) -> None:
         """Remove the files of what is no longer kept.
 
-        Not before a later epoch can be resumed from: one that goes on before it would want them again.
+        Not before a later epoch can be resumed from: a training that resumes earlier would want them again.
         """
         while self._gone:
             (self._folder / self._gone.pop().file).unlink(missing_ok=True)

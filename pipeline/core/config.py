@@ -1,7 +1,7 @@
 """The whole configuration: its sections, how it is read, and :func:`resolve`, which says what a step will see.
 
 Order of precedence: defaults < preset < ``--config FILE`` < options. :func:`load_config` reads and checks what was
-given; :func:`resolve` then lets the keys and the store settle what they say about one another, once, and the result is
+given; :func:`resolve` then decides, once, what the keys and the store say about one another, and the result is
 saved with every run and changes no more. The sections of heads live beside the heads (:mod:`mmcli.heads.config`).
 Nothing here imports torch.
 """

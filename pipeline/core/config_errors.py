@@ -60,12 +60,7 @@ def refuse_truth_values(
 ) -> None:
     """Refuse a truth value where a number belongs: YAML reads ``yes`` and ``on`` as one, which Python calls 1.
 
-    Args:
-        tree: The configuration, not yet checked.
-        root: Its model.
-        file: The file that was read, if any.
-        chosen: Dotted keys given as options.
-        flags: Dotted keys to the option's name on the command line.
+    ``tree`` is the configuration, not yet checked; the other arguments are as for :func:`readable`.
 
     Raises:
         InputError: There is one.

@@ -24,6 +24,10 @@ text, a merge key `<<`, a tag such as `!!python/name`, a whole number beyond 64 
 another base (`010`, `1:30`) are refused in one line with their place, and so is a truth value (`yes`, `on`, `true`)
 where a number belongs; a date is text. Files of experiments and grids are read in the same way.
 
+What a step sees is decided in one file, `pipeline/core/config.py`: `load_config` reads and checks what was given, and
+`resolve` then decides, once, what the keys and the store say about one another (a head without hash layer has 0 bits
+and looks for neighbours by cosine; a store gives its model, patch budget and number of classes).
+
 This page is written from the schema: `python -m mmcli.pipeline.core.config_reference > docs/configuration.md`.
 """
 LIMITS = {

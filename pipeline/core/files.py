@@ -30,11 +30,7 @@ NAME_BYTES = 100  # of a file's own name in that of its temporary one; a name ma
 def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) -> None:
     """Refuse what is no regular file before it is opened, and say whether it is missing or cannot be looked at.
 
-    Args:
-        path: The file.
-        kind: What it should hold, for the error.
-        wanted: The same in more words.
-        do: What mends it.
+    ``kind`` says what the file should hold, ``wanted`` says so in more words, and ``do`` is what mends it.
 
     Raises:
         InputError: No such file, a folder, a FIFO, a device or a socket; or the system does not let one look.
@@ -188,10 +184,8 @@ def write_folder(
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: bool = False) -> None:
     """Remove temporary files and scratch folders that killed processes left in a folder.
 
-    Args:
-        folder: The folder.
-        is_ours: Whether we write a file or folder of this name there.
-        alone: Whether nobody else can be writing there; otherwise only what dead processes of this machine left goes.
+    ``is_ours`` says whether we write a file or folder of a name there. Where others may be writing (not ``alone``) only
+    what dead processes of this machine left goes.
     """
     with suppress(OSError):  # what may not be looked at or removed stays: it is in nobody's way
         for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -373,7 +367,7 @@ def _bases(root: Path, parts: tuple[str, ...]) -> list[Path]:
     return [root, *(root.joinpath(*parts[: i + 1]) for i in range(min(depth, len(parts) - 1)))]
 
 
-# What a picture that a person asked for says of its maker, so that it can be told from any other before it is replaced.
+# What a picture that a person asked for says of its maker, which tells it from any other before it is replaced.
 DRAWN = {"Software": "mmcli"}
 
 

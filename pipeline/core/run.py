@@ -142,11 +142,7 @@ def start_run(
 
 
 def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
-    """The file of the configuration that an interrupted run is resumed with.
-
-    Args:
-        folder: The run.
-        kind: The command that makes such a run, for messages.
+    """The file of the configuration that an interrupted run is resumed with; ``kind`` is as for :func:`read_info`.
 
     Raises:
         InputError: No run, or one that was interrupted before it said how it was configured.
@@ -207,11 +203,7 @@ def _why_unusable(info: RunInfo, kind: str) -> str | None:
 
 
 def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
-    """What ``run.json`` of a run says, finished or not.
-
-    Args:
-        folder: The run.
-        kind: The command that makes such a run, for messages.
+    """What ``run.json`` of a run says, finished or not; ``kind`` is the command that makes such a run, for messages.
 
     Raises:
         InputError: No such folder, or no run.

@@ -1,7 +1,7 @@
 """Run folders taken so that no two processes hold the same one, and emptied so that nothing else is lost.
 
 A run's ``run.json`` is made in a single step of the file system, whole, when none is there yet: so only one process can
-be the first, and a folder with one can be gone on with.
+be the first, and a folder with one can be resumed.
 """
 
 import json
@@ -98,10 +98,7 @@ FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "to
 def claim_new(folder: Path, record: str, locks: ExitStack) -> Path:
     """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
 
-    Args:
-        folder: The name.
-        record: The text of its ``run.json``.
-        locks: Keeps the folder's lock.
+    ``record`` is the text of its ``run.json``; ``locks`` keeps the folder's lock.
 
     Raises:
         InputError: It cannot be made.
