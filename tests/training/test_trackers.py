@@ -150,7 +150,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(when, fake, tm
         tracker.epoch(record)
     tracker.finish(METRICS)
     assert lines == [
-        "warning: Weights & Biases failed and is told nothing more; the training goes on: the server is gone"
+        "warning: Weights & Biases failed and gets no more records; the training goes on: the server is gone"
     ]
 
 
