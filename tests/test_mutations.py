@@ -33,8 +33,8 @@ from mmcli.pipeline.data.coco import read_instances, read_karpathy
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.evaluation.metrics import read_scores
+from mmcli.pipeline.evaluation.prompts import read_prompts
 from mmcli.pipeline.evaluation.search import Evaluated
-from mmcli.pipeline.evaluation.zero_shot import read_prompts
 from mmcli.pipeline.extraction.images import load_image
 from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
 from mmcli.pipeline.report.inputs import read_known

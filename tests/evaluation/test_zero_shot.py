@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.sigmoid import sigmoid
-from mmcli.pipeline.evaluation.zero_shot import TEMPLATES, _own_patches, read_prompts
+from mmcli.pipeline.evaluation.prompts import TEMPLATES, read_prompts
+from mmcli.pipeline.evaluation.zero_shot import _own_patches
 
 
 def store_of(folder: Path) -> Path:
