@@ -56,7 +56,7 @@ class RunSession:
     """Starts, resumes and holds the runs of one command, and marks those that end too early.
 
     Args:
-        progress: Shows how runs go on.
+        progress: Shows how runs proceed.
         tensorboard: Log every epoch for TensorBoard.
         wandb: Log every epoch for Weights & Biases.
 

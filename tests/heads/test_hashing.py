@@ -19,7 +19,7 @@ soft_codes = hnp.arrays(
 
 
 @given(soft_codes)
-def test_codes_are_plus_or_minus_one_for_arrays_and_tensors_alike(h: np.ndarray) -> None:
+def test_codes_are_plus_or_minus_one(h: np.ndarray) -> None:
     b = binarise(h)
     wanted = [[1 if x >= 0 else -1 for x in row] for row in h.tolist()]
     assert b.tolist() == wanted

@@ -50,7 +50,7 @@ def test_parts_share_memory_and_a_sample_is_drawn_once() -> None:
     assert set(drawn[0]) <= set(range(10, 60))
 
 
-def test_shuffled_magnitudes_keep_directions_and_the_set_of_norms() -> None:
+def test_shuffled_magnitudes_keep_directions_and_norms() -> None:
     part = make_split(100).part(np.arange(20, 90))
     part.v_img[25], part.norm_img[25] = 0, 0
     shuffled = part.shuffle_magnitudes(1)

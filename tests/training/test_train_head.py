@@ -145,7 +145,7 @@ def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
     assert not {"quant", "cosine"} & history(here / "runs" / "mlp")[0].keys()
 
 
-def test_shuffled_magnitudes_give_another_head_and_the_same_labels(mmcli, here) -> None:
+def test_shuffled_magnitudes_give_another_head(mmcli, here) -> None:
     for name in ("own", "shuffled"):
         code, _, err = mmcli("train-head", *TINY, "--magnitude", name, "--out", f"runs/{name}")
         assert code == 0, err
@@ -197,7 +197,7 @@ def test_a_run_folder_is_held_from_its_claim_on(mmcli, here, monkeypatch, folder
     assert read_info(run).status == "finished"
 
 
-def test_what_is_finished_stays_finished_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
+def test_a_finished_seed_stays_so_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
     calls = []
 
     def second_time(*words: object) -> object:
@@ -247,7 +247,7 @@ def test_every_split_is_shuffled(here) -> None:
         assert not torch.equal(split.log_norms(), prepared.splits[name].log_norms()), name
 
 
-def test_seeds_and_folders_are_checked_before_anything_is_trained(mmcli, here) -> None:
+def test_seeds_and_folders_are_checked_before_training(mmcli, here) -> None:
     (here / "runs" / "x-seed43").mkdir()
     (here / "runs" / "x-seed43" / "mine.txt").write_text("mine")
     for words, said in [
