@@ -123,9 +123,7 @@ def test_wandb_never_asks(mode, logged_in, wanted, said, fake, tmp_path, monkeyp
     assert all("not logged in" in line and "wandb sync" in line for line in lines)
 
 
-def test_a_resumed_run_keeps_its_wandb_id(
-    fake: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_resumed_run_keeps_its_wandb_id(fake: SimpleNamespace, tmp_path: Path) -> None:
     for seed in (1, 1, 2):
         open_trackers(
             tmp_path, load_config(options={"hardware.seed": seed}), tensorboard=False, wandb=True, say=lambda line: None
