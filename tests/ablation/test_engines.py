@@ -102,15 +102,15 @@ def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
     order = order_of(here, "A2", only=("A2=32",), options={"training.num_epochs": 6})
     plain = ablate(order, Means(out=here / "plain", runs=here / "runs"))
     monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0.0)
-    look, seen = trainer._Loop.look, []
+    check, seen = trainer._Loop._check, []
 
-    def stopped(self, member, epoch, *rest):
+    def stopped(self, epoch, means):
         seen.append(epoch)
         if seen == [1, 2, 3, 4]:
             raise KeyboardInterrupt
-        look(self, member, epoch, *rest)
+        check(self, epoch, means)
 
-    monkeypatch.setattr(trainer._Loop, "look", stopped)
+    monkeypatch.setattr(trainer._Loop, "_check", stopped)
     means = Means(out=here / "stopped", runs=here / "runs")
     with pytest.raises(KeyboardInterrupt):
         ablate(order, means)
