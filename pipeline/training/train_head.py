@@ -17,7 +17,6 @@ from ..core.config_rules import notices
 from ..core.console import spread_table
 from ..core.cores import PROCESSES
 from ..core.interrupts import Interrupted
-from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
 from ..core.run import Run, RunInfo, begun_config, mark, read_info, start_run
 from ..core.run_folders import clean_up, hold
@@ -26,7 +25,7 @@ from ..extraction.stores import Reading, describe_run
 from .data import Diverged
 from .loop import fit
 from .monitor import Monitor
-from .run import TrainingRun, TrainResult, read_fit
+from .run import TrainingRun, TrainResult, read_result
 from .setup import Prepared, prepare_training
 from .state import STATE, TrainingState, check_precision, kept_epoch, read_state
 from .trackers import Tracker, check_trackers, open_trackers
@@ -293,8 +292,7 @@ def resume_training(
             run = _read_begun(folder)  # another process may have finished it meanwhile
         if run.info.status == "finished":
             session.progress.say(f"{folder} is finished already")
-            row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
-            return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
+            return read_result(run, config)
         prepared = prepare_training(config, store or Path(run.info.store), session.progress)
         _check_same_data(run, prepared)
         check_precision(run.info.precision, prepared.precision)

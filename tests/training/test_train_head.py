@@ -22,6 +22,8 @@ from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import environment, read_info
 from mmcli.pipeline.core.run_folders import hold
+from mmcli.pipeline.training.data import diverged
+from mmcli.pipeline.training.loop import fit
 from mmcli.pipeline.training.setup import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
@@ -132,6 +134,21 @@ def test_a_training_that_diverges_leaves_a_failed_run(mmcli, here) -> None:
     words = ("--set", "loss.bce_weight=1e300", "--out", "runs/wild")
     assert mmcli("train-head", *TINY, *words)[0] == 2
     assert read_info(here / "runs" / "wild").status == "failed"
+
+
+def test_seeds_after_one_that_diverges_are_trained(mmcli, here, monkeypatch) -> None:
+    calls = []
+
+    def first_diverges(*words: object, **named: object) -> object:
+        calls.append(words)
+        if len(calls) == 1:
+            raise diverged("the loss is no longer finite", got="nan")
+        return fit(*words, **named)
+
+    monkeypatch.setattr("mmcli.pipeline.training.train_head.fit", first_diverges)
+    code, _, err = mmcli("train-head", *TINY, "--seeds", 2, "--out", "runs/many", "--quiet")
+    assert (code, "no longer finite" in err) == (2, True)
+    assert [read_info(here / "runs" / f"many-seed{seed}").status for seed in (42, 43)] == ["failed", "finished"]
 
 
 def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
