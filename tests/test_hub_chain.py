@@ -125,7 +125,7 @@ def test_stores_of_another_commit_are_named(mmcli, miniature, hub, tmp_path: Pat
     hub.add(other_version(miniature.model, tmp_path / "moved"), SECOND, "main")
     code, _, err = mmcli(*words)
     assert code == 0
-    assert f"commit {FIRST}; --revision {FIRST} goes on with that one" in err
+    assert f"commit {FIRST}; give --revision {FIRST} to resume it" in err
     assert len(list((tmp_path / "data" / "cache").iterdir())) == 2
 
 

@@ -163,7 +163,7 @@ READERS = {
     "manifest": read_manifest,
     "config": load_config,
     "index": read_index,
-    "json": lambda path: read_json(path, lambda record: record),
+    "json": lambda path: read_json(path, dict, lambda record: record),
     "text": lambda path: read_text(path, "cannot read a text"),
     "run": lambda path: read_info(path.parent),
 }

@@ -10,9 +10,9 @@ from typing import Any
 from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
+from ..core.processes import end_children, end_with_parent
 from ..core.progress import Progress
 from ..extraction.ray_cluster import cluster, share_out
-from ..extraction.reader import end_children, end_with_parent
 from .plan import flat_config
 from .records import Record, failed, write_record
 from .worker import Unit, Worker, Workplace

@@ -209,7 +209,7 @@ def _resident(setting: _Setting) -> tuple[list[Piece], float]:
     """Every batch in memory, and the seconds that reading them took with all cores at it."""
     spec, tokens = setting.encoder.spec, setting.encoder.batch_tokens
     workers = count_cores()
-    with ImageReader(setting.data, spec, tokens=tokens, workers=workers, ahead=2 * workers) as reader:
+    with ImageReader(setting.data, spec, tokens=tokens, workers=workers) as reader:
         list(reader.read([setting.paths[: 8 * workers]]))  # the processes have to be there
         started = time.perf_counter()
         pieces = list(reader.read([setting.paths]))
@@ -239,7 +239,7 @@ def _ours(setting: _Setting, part: str, clocks: list[Clock]) -> None:
         store, key, listing.table, width=encoder.width, shard_rows=SHARD_ROWS, batch_tokens=encoder.batch_tokens
     ) as writer:
         unreadable = Unreadable(setting.data, listing.paths, "stop", encoder.spec)
-        jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, ahead=2, progress=Progress())
+        jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, progress=Progress())
         if part == "image":
             jobs.encode_images(writer.missing("image"))
         else:

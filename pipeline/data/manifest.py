@@ -117,7 +117,7 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """The data set's name."""
+        """The name of the data set that the manifest lists."""
         return bytes(self.core.schema.metadata[DATA_KEY]).decode()
 
     @cached_property
@@ -157,12 +157,12 @@ class Manifest:
         """
         if split not in SPLITS:
             raise InputError("no such split", got=split, wanted=", ".join(SPLITS))
-        found = np.flatnonzero(self.splits == split).astype(np.int64)
-        if not len(found):
+        rows = np.flatnonzero(self.splits == split).astype(np.int64)
+        if not len(rows):
             raise InputError(
                 f"no {split} image in the manifest", where=self.name, wanted=f"at least one row with split {split}"
             )
-        return found
+        return rows
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -185,7 +185,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def says_it_is_of(path: Path, name: str) -> bool:
-    """Whether a file says that it is a manifest of a data set; one that is cut short is taken for it."""
+    """Whether a file says that it is a manifest of a data set; a file that is cut short is taken for one."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):

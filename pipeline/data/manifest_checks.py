@@ -40,7 +40,7 @@ def check_table(
         table: Columns ``image_id, path, split, captions, labels`` in any order, others are left out; the schema's
             metadata holds the category names.
         where: The file, for the error.
-        names: The columns that are looked at, ``image_id`` among them.
+        names: The columns that are checked, ``image_id`` among them.
 
     Returns:
         The canonical table of these columns, in the schema's order and with its metadata, and the C category names.
@@ -188,9 +188,9 @@ class _Checker:
 
     def _none(self, name: str, bad: pa.Array, got: object, wanted: object = None, *, rows: pa.Array = None) -> None:
         if pc.any(bad).as_py():
-            at = pc.index(bad, True).as_py()
-            shown = repr(got[at].as_py()) if isinstance(got, pa.Array) else got
-            self._refuse(name, at if rows is None else rows[at].as_py(), shown, wanted or SCHEMA.field(name).type)
+            first = pc.index(bad, True).as_py()
+            shown = repr(got[first].as_py()) if isinstance(got, pa.Array) else got
+            self._refuse(name, first if rows is None else rows[first].as_py(), shown, wanted or SCHEMA.field(name).type)
 
     def _refuse(self, name: str, row: int, got: object, wanted: object) -> NoReturn:
         image = "" if self._ids is None else f" (image {self._ids[row]})"

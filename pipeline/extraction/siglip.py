@@ -1,4 +1,4 @@
-"""A SigLIP checkpoint as files: what it is, what its processor does, and why it cannot be used."""
+"""A SigLIP checkpoint's settings: whether towers and image processor fit each other, and what identifies them."""
 
 import hashlib
 import math
@@ -93,7 +93,7 @@ class ProcessorSettings(BaseModel):
 
     @property
     def scale(self) -> PixelScale:
-        """How pixels are normalised."""
+        """The scale and shift that normalise pixels."""
         return PixelScale(factor=self.rescale_factor, mean=self.image_mean, std=self.image_std)
 
 

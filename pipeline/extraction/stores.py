@@ -59,7 +59,7 @@ class LabelledStore:
 
 
 def find_store(folder: Path | None, cache: Path = DEFAULT_CACHE) -> Path:
-    """The store that was named, or the newest finished one.
+    """The store that the user names, or else the newest finished one.
 
     Raises:
         InputError: There is none.
@@ -72,7 +72,7 @@ class Reading:
 
     Args:
         folder: The store; the newest below ``data/cache`` when not given.
-        config: As of :func:`read_store`.
+        config: The configuration that :func:`read_store` is going to be given.
 
     Attributes:
         folder: The store.
@@ -98,7 +98,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
     Args:
         folder: The store.
         config: Where its model section was given by the user, the store must be of that model and budget.
-        reading: That is under way already.
+        reading: The reading of this store, where it is under way already.
 
     Raises:
         InputError: The store is damaged, unfinished, or of another model than was asked for.
@@ -125,10 +125,10 @@ def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
 
 def _compacted(values: npt.NDArray[Any], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Rows ``kept`` (rising) of an array, moved up in place: a second array of a store's size would not be small."""
-    for at in range(0, len(kept), _MOVED):
-        rows = kept[at : at + _MOVED]
-        if rows[-1] != at + len(rows) - 1:
-            values[at : at + len(rows)] = values[rows]
+    for start in range(0, len(kept), _MOVED):
+        rows = kept[start : start + _MOVED]
+        if rows[-1] != start + len(rows) - 1:
+            values[start : start + len(rows)] = values[rows]
     return values[: len(kept)]
 
 
@@ -147,9 +147,8 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
             wanted=f"{n_classes}, as in {labelled.store.folder}",
             do="leave it out, it is read from the store",
         )
-    given = "siglip2_variant" in config.model.model_fields_set
-    known = str(labelled.store.extra.get("model_path", key.model))
-    name = config.model.siglip2_variant if given else known
+    is_given = "siglip2_variant" in config.model.model_fields_set
+    name = config.model.siglip2_variant if is_given else str(labelled.store.extra.get("model_path", key.model))
     model = ModelConfig(
         siglip2_variant=name,
         revision=key.commit if name == key.model else config.model.revision,
@@ -161,7 +160,7 @@ def resolve_config(config: Config, labelled: LabelledStore) -> Config:
 
 
 def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precision: str) -> RunInfo:
-    """What ``run.json`` says of a run that reads this store and computes in a precision."""
+    """The ``run.json`` of a run that reads this store and computes in a precision."""
     key = labelled.store.key
     return RunInfo(
         kind=kind,
@@ -189,27 +188,17 @@ def _is_other_commit(asked: str | None, key: StoreKey) -> bool:
 
 
 def _check_model(store: Store, config: Config) -> None:
-    asked, given = config.model, config.model.model_fields_set
-    name = asked.siglip2_variant
-    known = {store.key.model, str(store.extra.get("model_path", store.key.model))}
-    wrong = [
-        ("model", name, store.key.model, "siglip2_variant" in given and not {name, Path(name).name} & known),
-        (
-            "patches",
-            asked.max_num_patches,
-            store.key.patches,
-            "max_num_patches" in given and asked.max_num_patches != store.key.patches,
-        ),
-        ("revision", asked.revision, store.key.revision, _is_other_commit(asked.revision, store.key)),
-        (
-            "text length",
-            asked.text_max_length,
-            store.key.text_length,
-            "text_max_length" in given and asked.text_max_length != store.key.text_length,
-        ),
-    ]
-    for what, wanted, got, is_wrong in wrong:
-        if is_wrong:
+    """Refuse a store of another model than the user's configuration names; what it leaves out may be anything."""
+    model, key, given = config.model, store.key, config.model.model_fields_set
+    name = model.siglip2_variant
+    is_same_name = {name, Path(name).name} & {key.model, str(store.extra.get("model_path", key.model))}
+    for what, wanted, got, is_wrong in (
+        ("model", name, key.model, "siglip2_variant" in given and not is_same_name),
+        ("patches", model.max_num_patches, key.patches, "max_num_patches" in given),
+        ("revision", model.revision, key.revision, _is_other_commit(model.revision, key)),
+        ("text length", model.text_max_length, key.text_length, "text_max_length" in given),
+    ):
+        if is_wrong and wanted != got:
             raise StoreMismatch(
                 "a store of another model",
                 where=store.folder,
@@ -226,19 +215,19 @@ _BAR = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What ``mmcli cache verify`` found; leaks are findings, not damage."""
+    """The findings of ``mmcli cache verify``; leaks are no damage."""
 
     store: Path
     problems: tuple[str, ...]
     leaks: LeakReport | None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The findings as one JSON object."""
         leaks = None if self.leaks is None else self.leaks.to_json()
         return {"store": str(self.store), "problems": list(self.problems), "leaks": leaks}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads."""
+        """Lines and tables for a person at the end of the command."""
         if self.problems:
             return list(self.problems)
         return [f"{self.store} is whole", *(_leak_parts(self.leaks) if self.leaks else [])]
@@ -251,9 +240,9 @@ def check_store(
 
     Args:
         folder: The store.
-        progress: Who to tell.
+        progress: Progress bars; pass ``Progress()`` to silence them.
         leaks: Whether to look for near-duplicates.
-        threshold: Least cosine of one.
+        threshold: Least cosine of two images that count as near-duplicates.
         most: Pairs to list at most.
 
     Raises:
@@ -267,14 +256,14 @@ def check_store(
         return Checked(store=folder, problems=report.problems, leaks=None)
     store = Store.open(folder)
     with progress.task("images compared", passes(store) * store.n_images) as task:
-        found = find_leaks(
+        report_of_leaks = find_leaks(
             store,
             THRESHOLD if threshold is None else threshold,
             most=MOST if most is None else most,
             check=False,
             tick=task.advance,
         )
-    return Checked(store=folder, problems=(), leaks=found)
+    return Checked(store=folder, problems=(), leaks=report_of_leaks)
 
 
 def export(
@@ -301,7 +290,7 @@ def export(
 
 
 def export_summary(report: ExportReport) -> list[RenderableType]:
-    """What a person reads after an export."""
+    """Lines for a person at the end of an export."""
     rows = "" if report.n_rows == report.n_images else f" in {report.n_rows:,} rows"
     files = "1 file" if len(report.files) == 1 else f"{len(report.files):,} files"
     lines: list[RenderableType] = [f"{report.n_images:,} images{rows}, {files}, {megabytes(report.n_bytes)}"]
@@ -313,7 +302,7 @@ def export_summary(report: ExportReport) -> list[RenderableType]:
 
 
 def info_summary(facts: Mapping[str, Any]) -> list[RenderableType]:
-    """What :func:`mmcli.cache.describe` found, for a person."""
+    """The facts of :func:`mmcli.cache.describe` as tables for a person."""
     table = FittingTable(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -367,22 +356,22 @@ def _norms(title: str, spread: Mapping[str, float], histogram: Mapping[str, Any]
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column()
-    for at, count in enumerate(counts):
+    for index, count in enumerate(counts):
         bar = "#" * max(round(_BAR * count / longest), int(count > 0))
-        table.add_row(f"{edges[at]:.4g} to {edges[at + 1]:.4g}", f"{count:,}", bar)
+        table.add_row(f"{edges[index]:.4g} to {edges[index + 1]:.4g}", f"{count:,}", bar)
     return [Text.assemble((title, "bold"), f": {figures}"), table]
 
 
 def _skipped(images: list[dict[str, Any]]) -> list[RenderableType]:
     shown = images[:_MOST_SKIPPED]
-    lines = [f"  image id {one['image_id']}, {one['path'] or 'no path'}: {one['reason']}" for one in shown]
+    lines = [f"  image id {image['image_id']}, {image['path'] or 'no path'}: {image['reason']}" for image in shown]
     more = [f"  and {len(images) - len(shown):,} more (all of them with --json)"] if len(images) > len(shown) else []
     return [Text("skipped images", "bold"), *lines, *more]
 
 
 def _leak_parts(report: LeakReport) -> list[RenderableType]:
-    found = ", ".join(f"{count:,} {pair.replace('-', ' with ')}" for pair, count in report.n_pairs.items())
-    title = f"near-duplicates across splits, cosine of {report.threshold:g} and more: {found}"
+    counts = ", ".join(f"{count:,} {pair.replace('-', ' with ')}" for pair, count in report.n_pairs.items())
+    title = f"near-duplicates across splits, cosine of {report.threshold:g} and more: {counts}"
     if not report.pairs:
         return [title]
     table = FittingTable(box=None)

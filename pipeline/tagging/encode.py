@@ -103,7 +103,7 @@ def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, unreadable: d
 
 def _cut(image: Image.Image, spec: PatchSpec) -> tuple[Grid, Pixels]:
     grid = spec.grid(image.height, image.width)
-    return grid, cut(resize(image, grid, spec), grid, spec.side)
+    return grid, cut(resize(np.asarray(image), grid, spec), grid, spec.side)
 
 
 HEAD_ROWS = 4096

@@ -15,15 +15,14 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmcli.pipeline.data.coco import CATEGORIES
 from mmcli.pipeline.data.miniature import (
-    SYNONYMS,
-    THEME_SHARE,
-    THEMES,
+    VOCABULARY,
     draw_legend,
+    draw_pictogram,
     draw_scene,
     make_dataset,
+    read_pictograms,
     write_captions,
 )
-from mmcli.pipeline.data.pictograms import draw_pictogram, parse_pictograms
 from mmcli.pipeline.extraction.miniature_model import make_checkpoint, siglip_loss
 
 
@@ -136,7 +135,7 @@ def test_captions_name_only_what_may_be_named_in_more_than_one_wording() -> None
         scene = draw_scene(rng)
         captions = write_captions(scene, rng)
         named = {thing.name for thing in scene.things if thing.named}
-        words = {word for name in named for word in SYNONYMS.get(name, (name,))}
+        words = {word for name in named for word in VOCABULARY.synonyms.get(name, [name])}
         for caption in captions:
             text = f" {caption.lower().rstrip('.').replace(',', '')} "
             for category in ("zebra", "laptop", "pizza", "kite"):
@@ -148,15 +147,15 @@ def test_captions_name_only_what_may_be_named_in_more_than_one_wording() -> None
 def test_themes_are_made_of_real_categories() -> None:
     names = {category.name for category in CATEGORIES}
     assert len(names) == 80
-    assert abs(sum(THEME_SHARE) - 1) < 1e-9
-    assert len(THEME_SHARE) == len(THEMES)
-    in_themes = {name for classes, _, _ in THEMES.values() for name in classes.split(", ")}
+    themes = VOCABULARY.themes.values()
+    assert abs(sum(theme.share for theme in themes) - 1) < 1e-9
+    in_themes = {name for theme in themes for name in theme.objects}
     assert in_themes | {"person"} == names
-    assert set(SYNONYMS) <= names
+    assert set(VOCABULARY.synonyms) <= names
 
 
 def test_every_category_has_a_pictogram_of_its_own(tmp_path: Path) -> None:
-    parsed = parse_pictograms()
+    parsed = read_pictograms()
     assert set(parsed) == {category.name for category in CATEGORIES}
     tiles = {name: np.asarray(draw_pictogram(parts).resize((24, 24))).astype(float) for name, parts in parsed.items()}
     names = list(tiles)

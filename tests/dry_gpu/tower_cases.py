@@ -81,7 +81,7 @@ def encode(data: Path, model: Path, *, dtype: str, pin: bool = True, patches: in
             out, key, listing.table, width=encoder.width, shard_rows=32, batch_tokens=encoder.batch_tokens
         ) as writer:
             unreadable = Unreadable(data, listing.paths, "stop", encoder.spec)
-            jobs = ShardJobs(encoder, listing, writer, unreadable, workers=0, ahead=2, progress=Progress())
+            jobs = ShardJobs(encoder, listing, writer, unreadable, workers=0, progress=Progress())
             count("shard of images", lambda: jobs.encode_images(writer.missing("image")[:1]))
             count("shard of images again", lambda: jobs.encode_images(writer.missing("image")[:1]))
             count("shard of captions", lambda: jobs.encode_captions(writer.missing("text")[:1]))

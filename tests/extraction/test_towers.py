@@ -65,7 +65,7 @@ def images(n: int, width: int, height: int) -> list[Image.Image]:
 
 
 def patches_of(pictures, grid: Grid, spec: PatchSpec) -> torch.Tensor:
-    return torch.from_numpy(np.stack([cut(resize(one, grid, spec), grid, spec.side) for one in pictures]))
+    return torch.from_numpy(np.stack([cut(resize(np.asarray(one), grid, spec), grid, spec.side) for one in pictures]))
 
 
 def relative(ours: torch.Tensor, plain: torch.Tensor) -> float:
