@@ -40,14 +40,14 @@ class Hooks:
         on_epoch: Called after every epoch with the head that was evaluated and the epoch's record.
         keep: Called now and then with all that is needed to resume; nothing is kept without it.
         keep_within_s: Seconds after which a state is kept in the middle of an epoch.
-        keep_every_s: Seconds after which a state is kept at the end of an epoch.
+        keep_every_s: Seconds after which a state is kept at the end of an epoch; ``KEEP_EVERY_S`` when not given.
     """
 
     monitor: Callable[[BaseHead], Mapping[str, float]]
     on_epoch: Callable[[BaseHead, Record], None]
     keep: Callable[[TrainingState], None] | None = None
     keep_within_s: float = math.inf
-    keep_every_s: float = KEEP_EVERY_S
+    keep_every_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def fit(
             break
         loop.run(epoch, task)
         task.advance(1, _note(loop.history))
-        if time.perf_counter() - kept_at >= hooks.keep_every_s:
+        if time.perf_counter() - kept_at >= (KEEP_EVERY_S if hooks.keep_every_s is None else hooks.keep_every_s):
             loop.keep(epoch)
             kept_at = time.perf_counter()
     return summarise(loop.history, config.training.num_epochs)

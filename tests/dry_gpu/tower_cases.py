@@ -27,7 +27,7 @@ from mmcli.pipeline.finetuning.distributed import ProcessGroup
 from mmcli.pipeline.finetuning.embeddings import LiveStore
 from mmcli.pipeline.finetuning.finetune import alikeness
 from mmcli.pipeline.finetuning.towers import Towers
-from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.loop import Hooks, fit
 from mmcli.pipeline.training.setup import draw_head
 
 transformers.logging.set_verbosity_error()
@@ -164,21 +164,20 @@ def tune(
             store.embed("image", np.arange(n), quiet=True)
             store.embed("text", np.arange(n), quiet=True)
             head = draw_head(config, width=store.encoder.width, device=GPU)
-            if hasattr(head, "fusion"):
-                head.fusion.fit_log_norms(store.whole.log_norms())
+            head.fit_log_norms(store.whole.log_norms())
 
             def look(_: Any) -> Result:
                 store.renew()
                 store.embed("image", np.arange(n), quiet=True)
                 return {"val_mAP": 0.5, **alikeness(store.splits["val"])}
 
-            member = Member(head=head, seed=1, monitor=look, on_epoch=lambda *_: None)
+            hooks = Hooks(monitor=look, on_epoch=lambda *_: None)
             training = config.training
             each = {"batch_size": training.batch_size * training.accumulation_steps, "accumulation_steps": 1}
             batches = config.model_copy(update={"training": training.model_copy(update=each)})
             make_step = partial(TowerStep, batches=TowerBatches(trained, store, config))
             with fake_cuda.steps_of(ledger) as steps, Progress().task("", 1) as task:
-                fit([member], store.splits["train"], batches, task=task, make_step=make_step)
+                fit(head, store.splits["train"], batches, hooks, task=task, make_step=make_step)
         left = [name for name, parameter in trained.trained.items() if parameter.grad is not None]
     return {"steps": steps, "faults": [*ledger.faults, *(f"a gradient is left of {name}" for name in left)]}
 

@@ -20,7 +20,7 @@ from mmcli.pipeline.core.checkpoint import write_model_folder
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import read_codes
-from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.core.run import environment, read_info
 from mmcli.pipeline.core.run_folders import hold
 from mmcli.pipeline.training.setup import prepare_training
 
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run(mmcli, here, option
     assert (code, "--resume" in err) == (2, True)
     code, _, err = mmcli("train-head", "--resume", run)
     assert code == 0, err
-    assert "going on after epoch" in err
+    assert "resuming after epoch" in err
     assert history(run) == history(here / "runs" / "whole")
     assert same(run, here / "runs" / "whole")
     assert read_info(run).status == "finished"
@@ -180,6 +180,23 @@ def test_a_run_is_trained_by_one_process(mmcli, here) -> None:
     assert (run / "history.jsonl").exists()
 
 
+@pytest.mark.parametrize("folder", ["new", "an older run"])
+def test_a_run_folder_is_held_from_its_claim_on(mmcli, here, monkeypatch, folder: str) -> None:
+    """A second process that comes while the first one is still asking git is refused, whatever it would replace."""
+    run, refused = next((here / "runs").iterdir()) if folder == "an older run" else here / "runs" / "new", []
+
+    def second_starts(device: str, seed: int) -> dict[str, object]:
+        monkeypatch.setattr("mmcli.pipeline.core.run.environment", environment)
+        refused.append(mmcli("train-head", *TINY, "--out", run, "--force"))
+        return environment(device, seed)
+
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", second_starts)
+    assert mmcli("train-head", *TINY, "--out", run, "--force")[0] == 0
+    ((code, _, err),) = refused
+    assert (code, "the run is under way" in err) == (2, True)
+    assert read_info(run).status == "finished"
+
+
 def test_what_is_finished_stays_finished_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
     calls = []
 
@@ -226,7 +243,7 @@ def test_shuffled_magnitudes_of_a_replica_are_those_of_its_seed(mmcli, here) -> 
 def test_every_split_is_shuffled(here) -> None:
     config = load_config(options={"fusion.magnitude": "shuffled", "knn.K": 5})
     prepared = prepare_training(config, next((here / "data" / "cache").iterdir()), Progress())
-    for name, split in prepared.splits_of(prepared.config).items():
+    for name, split in prepared.run_splits.items():
         assert not torch.equal(split.log_norms(), prepared.splits[name].log_norms()), name
 
 
@@ -252,7 +269,7 @@ def test_checkpoints_are_of_the_averaged_weights(mmcli, here) -> None:
     ema, plain = (weights(here / "runs" / name) for name in ("ema", "plain"))
     # The same draws: the weights themselves are equal, so what differs is the average.
     assert not np.array_equal(
-        ema["epoch-001.safetensors"]["classifier.weight"], plain["epoch-001.safetensors"]["classifier.weight"]
+        ema["epoch-003.safetensors"]["classifier.weight"], plain["epoch-003.safetensors"]["classifier.weight"]
     )
 
 
