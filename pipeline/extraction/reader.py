@@ -4,7 +4,6 @@ A list of images (a shard's, say) is planned from the images' headers alone: eac
 so that none is padded. The headers of a list are read while the batches of the one before it are.
 """
 
-import math
 import multiprocessing
 import shutil
 import signal
@@ -28,8 +27,8 @@ from ..core.processes import end_with_parent
 from .images import Box, Grid, PatchSpec, Pixels, UnreadableImage, image_size, read_patches
 
 HEADERS_A_TASK = 64
-# Headers take about a tenth of the time that whole images take.
-WORKERS_OF_HEADERS = 0.25
+# Headers take about a tenth of the time of whole images. They are read a list ahead, so that none is waited for.
+MOST_WORKERS_OF_HEADERS, TASKS_AHEAD = 4, 16
 SHM = Path("/dev/shm")  # noqa: S108
 
 Bad = dict[int, str]
@@ -213,8 +212,7 @@ class ImageReader:
         Raises:
             InputError: A worker process was killed, or as for :func:`read_headers`.
         """
-        chunks = (paths[start : start + HEADERS_A_TASK] for start in range(0, len(paths), HEADERS_A_TASK))
-        return self._load(read_headers, chunks, self._workers, self._prefetch_factor)
+        return self._load(read_headers, _chunks([paths]), self._workers, self._prefetch_factor)
 
     def read(
         self, lists: Sequence[Sequence[str]], boxes: Sequence[Sequence[Box]] | None = None, *, tokens: int | None = None
@@ -239,12 +237,13 @@ class ImageReader:
             _check_shared_memory(
                 (self._workers * self._prefetch_factor + 1) * max(tokens, self._spec.most_tokens) * self._spec.width
             )
-        workers_of_headers = min(len(lists), math.ceil(self._workers * WORKERS_OF_HEADERS))
-        with closing(self._load(read_headers, lists, workers_of_headers, 1)) as headers:
+        workers = min(self._workers, MOST_WORKERS_OF_HEADERS)
+        with closing(self._load(read_headers, _chunks(lists), workers, TASKS_AHEAD)) as headers:
 
             def works() -> Iterator[Work | InputError]:
                 try:
-                    for number, (paths, grids) in enumerate(zip(lists, headers, strict=True)):
+                    for number, paths in enumerate(lists):
+                        grids = [grid for _ in _chunks([paths]) for grid in next(headers)]
                         yield from plan_pieces(number, paths, grids, tokens, boxes[number] if boxes else None)
                 except InputError as error:  # raised behind the pieces before it: a DataLoader cannot stop half-begun
                     yield error
@@ -262,7 +261,7 @@ class ImageReader:
             methods = multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
             if "forkserver" in methods:  # a process that was forked from this one would keep the store's lock
-                context.set_forkserver_preload([__name__])
+                context.set_forkserver_preload(["__main__", __name__])
             parallel = {"prefetch_factor": ahead, "multiprocessing_context": context, "worker_init_fn": _begin}
         try:
             with warnings.catch_warnings():
@@ -281,8 +280,11 @@ class ImageReader:
                 if isinstance(result, InputError):
                     raise result
                 yield result
-        except (MemoryError, OSError, RuntimeError) as error:
-            is_killed = "DataLoader worker" in str(error)
+        except (MemoryError, OSError, EOFError, RuntimeError) as error:
+            # Its parent may be in the middle of taking over shared memory from a process that is killed.
+            is_killed = isinstance(error, EOFError | ConnectionError | FileNotFoundError) or any(
+                sign in str(error) for sign in ("DataLoader worker", "ancdata")
+            )
             if isinstance(error, RuntimeError) and not is_killed:
                 raise
             raise InputError(
@@ -294,6 +296,13 @@ class ImageReader:
             ) from None
         finally:
             results = None  # its processes end here, and not when the traceback of an error is thrown away
+
+
+def _chunks(lists: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """Paths a few at a time, none of two lists."""
+    for paths in lists:
+        for start in range(0, len(paths), HEADERS_A_TASK):
+            yield paths[start : start + HEADERS_A_TASK]
 
 
 class _Calls(Dataset[Any]):

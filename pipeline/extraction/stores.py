@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from .siglip import Identity
 
 DEFAULT_CACHE = Path("data/cache")
-_MOVED = 1024  # rows that are moved at a time
 _DIGITS = re.compile("[0-9a-f]{7,40}")
 
 
@@ -106,7 +105,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
     store, embeddings = (reading or Reading(folder, config)).result()
     kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped)) if store.skipped else None
     if kept is not None:
-        embeddings = Embeddings(**{name: _compacted(values, kept) for name, values in vars(embeddings).items()})
+        embeddings = Embeddings(**{name: values[kept] for name, values in vars(embeddings).items()})
     return LabelledStore(store=store, embeddings=embeddings, listing=_listing(store, kept))
 
 
@@ -121,15 +120,6 @@ def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
     if set(store.column_names) >= set(SCHEMA.names):
         return Manifest.from_parts(rows(CORE), lambda: rows(None), where=where)
     return Manifest.from_table(rows(None), where=where)
-
-
-def _compacted(values: npt.NDArray[Any], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Rows ``kept`` (rising) of an array, moved up in place: a second array of a store's size would not be small."""
-    for start in range(0, len(kept), _MOVED):
-        rows = kept[start : start + _MOVED]
-        if rows[-1] != start + len(rows) - 1:
-            values[start : start + len(rows)] = values[rows]
-    return values[: len(kept)]
 
 
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:

@@ -119,7 +119,7 @@ def test_scenes_hold_none_to_six_objects_with_a_long_tail() -> None:
     assert 2.0 < sum(counts) / (3000 - lengths[0]) < 3.2
 
 
-def test_image_and_text_each_know_something_that_the_other_does_not() -> None:
+def test_image_and_text_each_know_what_the_other_does_not() -> None:
     rng = np.random.default_rng(0)
     things = [thing for _ in range(2000) for thing in draw_scene(rng).things]
     hidden = [thing for thing in things if thing.faint and thing.named]
@@ -128,7 +128,7 @@ def test_image_and_text_each_know_something_that_the_other_does_not() -> None:
     assert len(unsaid) > 0.2 * len(things)
 
 
-def test_captions_name_only_what_may_be_named_in_more_than_one_wording() -> None:
+def test_captions_name_only_what_may_be_named() -> None:
     rng = np.random.default_rng(0)
     wordings = set()
     for _ in range(300):
@@ -218,7 +218,7 @@ def test_the_loss_is_siglips() -> None:
     assert float(siglip_loss(image, text, scale, bias)) == pytest.approx(slow / 5, rel=1e-5)
 
 
-def test_training_lowers_the_loss_and_a_seed_gives_one_checkpoint(miniature, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_follows_the_seed(miniature, tmp_path: Path) -> None:
     losses: list[float] = []
     for name in ("a", "b"):
         losses.clear()

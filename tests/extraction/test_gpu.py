@@ -46,7 +46,7 @@ def test_half_precision_on_a_gpu_points_as_float32_on_a_cpu_does(miniature, tmp_
     assert cosine(a.v_txt[real], b.v_txt[real]).min() > 0.9999
 
 
-def test_two_processes_on_the_gpus_of_this_machine_fill_one_store(miniature, tmp_path: Path) -> None:
+def test_two_processes_on_the_gpus_fill_one_store(miniature, tmp_path: Path) -> None:
     one, two = extracted(miniature, tmp_path / "a", "cuda:0"), extracted(miniature, tmp_path / "b", "cuda", processes=2)
     np.testing.assert_allclose(one.load().norm_img, two.load().norm_img, rtol=1e-2)
 

@@ -137,7 +137,7 @@ def killed(miniature, ray, spoiled: Path, tmp_path_factory):
 
 @needs_ray
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
-def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
+def test_an_actor_killed_within_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
     result, told = killed
     assert told["killed"] != os.getpid()
     assert "EncodeShards" in told["title"]
@@ -151,7 +151,7 @@ def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray
 
 
 @needs_ray
-def test_images_that_cannot_be_read_are_left_out_with_their_reasons(miniature, killed, spoiled: Path) -> None:
+def test_unreadable_images_are_left_out_with_their_reasons(miniature, killed, spoiled: Path) -> None:
     result, _ = killed
     assert sorted(Store.open(result.store).skipped) == sorted(result.skipped) == [16, 17, 21]
     assert [said in result.skipped[row] for row, said in ((16, "no file"), (21, "damaged"))] == [True, True]

@@ -54,7 +54,7 @@ def test_every_image_comes_once_with_its_own_pixels(data: Path, workers: int, ah
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_read_has_its_reason_and_changes_no_other_batch(data: Path, workers: int) -> None:
+def test_an_unreadable_image_changes_no_other_batch(data: Path, workers: int) -> None:
     paths = [f"{at}.jpg" for at in range(7)]
     whole = read(data, [paths], workers=workers)
     raw = (data / "3.jpg").read_bytes()

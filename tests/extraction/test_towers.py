@@ -107,7 +107,7 @@ def test_images_of_a_fixed_resolution_equal_the_reference(size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_texts_equal_the_reference_though_the_last_layer_is_cut_short(kind: str, shape: str) -> None:
+def test_texts_equal_the_reference_with_the_last_layer_cut(kind: str, shape: str) -> None:
     model = make(kind, shape)
     ids = torch.randint(0, 50, (5, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -173,7 +173,7 @@ def test_an_image_does_not_see_the_others_of_its_batch() -> None:
     assert relative(together, alone) < 1e-5
 
 
-def test_position_embeddings_are_kept_for_a_bounded_number_of_grids() -> None:
+def test_position_embeddings_of_few_grids_are_kept() -> None:
     tower = ImageTower(make("siglip2").vision_model, SCALE, torch.float32)
     for columns in range(1, GRIDS_KEPT + 10):
         tower(torch.zeros(1, columns, 192, dtype=torch.uint8), Grid(1, columns))
