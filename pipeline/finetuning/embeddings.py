@@ -18,7 +18,7 @@ from ..core.config import Config
 from ..core.device import reader_count
 from ..core.progress import Progress
 from ..data.manifest import Manifest
-from ..data.protocols import read_lists, select
+from ..data.protocols import chosen
 from ..extraction.encoder import Encoder, EncoderParts
 from ..extraction.images import Box
 from ..extraction.reader import ImageReader, Piece
@@ -73,9 +73,7 @@ class LiveStore:
             group.device,
             norms=(np.zeros(n, np.float32), np.zeros((n, captions), np.float32)),
         )
-        lists = None if config.data.protocol_lists is None else read_lists(Path(config.data.protocol_lists))
-        chosen = select(config.data.split_type, listing, lists)
-        self.splits = {name: self.whole.part(rows) for name, rows in chosen.items()}
+        self.splits = {name: self.whole.part(rows) for name, rows in chosen(config.data, listing).items()}
 
     @property
     def image_ids(self) -> dict[str, npt.NDArray[Any]]:
@@ -99,8 +97,9 @@ class LiveStore:
         if data.num_workers is None:
             workers = -(-workers // self.group.size)
         tokens = max(self.encoder.batch_tokens, self._config.finetune.batch_tokens or 0)
-        ahead = data.prefetch_factor
-        self._reader = ImageReader(self._data, self.encoder.spec, tokens=tokens, workers=workers, prefetch_factor=ahead)
+        self._reader = ImageReader(
+            self._data, self.encoder.spec, tokens=tokens, workers=workers, prefetch_factor=data.prefetch_factor
+        )
         self._reader.__enter__()
         return self
 

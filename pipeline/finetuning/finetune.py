@@ -22,7 +22,6 @@ from ..core.device import is_memory_shortage
 from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
 from ..extraction.siglip import local_digest
-from ..training import loop
 from ..training.data import Diverged, Split
 from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
@@ -230,7 +229,7 @@ class _Training:
             monitor=monitor,
             on_epoch=on_epoch,
             keep=keep if written is not None or sharded else None,
-            keep_every_s=0.0 if sharded else loop.KEEP_EVERY_S,
+            keep_every_s=0.0 if sharded else None,
             keep_within_s=math.inf if sharded else KEEP_WITHIN_S,
         )
 

@@ -112,7 +112,7 @@ def towers(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
 
 
 def base(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
-    """Towers of base size."""
+    """Cases with towers of base size."""
     return {
         "encode": partial(encode, data, model, dtype="bfloat16", patches=256),
         "last-2": partial(tune, data, model, "last-2", patches=256),
@@ -183,7 +183,7 @@ def tune(
 
 
 def finetuning(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
-    """Towers that are trained."""
+    """Cases whose towers are trained."""
     run = partial(tune, data, model)
     every = {"hardware.deterministic": True}
     return {

@@ -138,7 +138,7 @@ def test_what_is_trained_by_name(miniature) -> None:
         names(unfreeze="last-3")
 
 
-def test_rates_fall_with_depth_and_norms_and_biases_do_not_decay(miniature) -> None:
+def test_rates_fall_with_depth_and_norms_do_not_decay(miniature) -> None:
     towers = Towers(parts_of(miniature.model), FinetuneConfig(unfreeze="all", layer_decay=0.5))
     name_of = {id(parameter): name for name, parameter in towers.trained.items()}
     seen = set()

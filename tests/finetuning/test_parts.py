@@ -31,7 +31,7 @@ from mmcli.pipeline.training.setup import draw_head
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=20, unique=True), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
-def test_views_are_of_the_aspect_ratio_and_of_seed_epoch_and_row_alone(rows: list[int], seed: int) -> None:
+def test_views_depend_on_seed_epoch_and_row_alone(rows: list[int], seed: int) -> None:
     views = draw_views(np.array(rows), seed=seed, epoch=3)
     for left, upper, right, lower in views.boxes:
         assert 0 <= left < right <= 1
@@ -78,7 +78,7 @@ def test_what_a_graph_keeps_is_counted_once() -> None:
     assert counted[1] - counted[0] == 2 * 4000
 
 
-def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> None:
+def test_the_plan_counts_parameters_and_activations(miniature) -> None:
     config = load_config(options={"model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64})
     planned = plan_memory(resolve_finetune(config, unfreeze="last-1", towers="both", start=None), data=miniature.data)
     parts = Encoder.parts(str(miniature.model), patches=64, device=torch.device("cpu"))
@@ -175,7 +175,7 @@ def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, parts: int) -> None:
+def test_a_step_has_the_gradient_of_one_graph(miniature, parts: int) -> None:
     """Sixteen images of several grids through the plain model, padded and masked, head and loss on top, one backward."""
     options = {
         "model.siglip2_variant": str(miniature.model),

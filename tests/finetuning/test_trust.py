@@ -36,7 +36,7 @@ def change_record(run: Path, **changes: str) -> None:
     (run / "run.json").write_text(json.dumps(record | changes))
 
 
-def test_a_head_is_not_tested_on_images_that_it_was_trained_on(mmcli, miniature, here) -> None:
+def test_a_head_is_not_tested_on_its_train_images(mmcli, miniature, here) -> None:
     """A protocol or a manifest that moves train images of the run to test or val is refused, and so without codes."""
     run = next((here / "runs").iterdir())
     words = ("finetune", "--quiet", "--from", run, "--device", "cpu", "--epochs", 1, "--workers", 0, "--out", "runs/no")
@@ -81,7 +81,7 @@ def test_what_the_run_itself_began_with_has_seen_images_too(here) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_image_that_is_none_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
+def test_a_broken_image_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
     data = shutil.copytree(miniature.data, tmp_path / "data")
     image = next(one for one in json.loads((data / "dataset_coco.json").read_text())["images"] if one["split"] == split)
     file = data / image["filepath"] / image["filename"]
@@ -99,7 +99,7 @@ def test_how_many_images_are_like_it_is_said() -> None:
         refuse_unreadable({3: "cannot read an image; replace the file", 4: "", 5: ""})
 
 
-def test_a_run_that_goes_on_is_planned_or_shown_without_being_trained(mmcli, here) -> None:
+def test_a_resumed_run_is_shown_without_being_trained(mmcli, here) -> None:
     run = next((here / "runs").iterdir())
     change_record(run, kind="finetune", status="interrupted")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -125,14 +125,14 @@ def test_a_run_that_goes_on_is_planned_or_shown_without_being_trained(mmcli, her
         (("--batch-size", 1, "--accumulation", 1), "another batch"),
     ],
 )
-def test_a_run_goes_on_with_values_that_a_configuration_may_have(mmcli, here, words, said: str) -> None:
+def test_a_run_resumes_with_values_that_it_may_have(mmcli, here, words, said: str) -> None:
     run = next((here / "runs").iterdir())
     change_record(run, kind="finetune", status="interrupted")
     code, out, err = mmcli("finetune", "--quiet", "--resume", run, *words)
     assert (code, out, err.count("\n"), said in err) == (2, "", 1, True), err
 
 
-def test_a_run_goes_on_where_its_device_is_not(mmcli, miniature, tmp_path: Path) -> None:
+def test_a_run_resumes_where_its_device_is_not(mmcli, miniature, tmp_path: Path) -> None:
     words = ("--data", miniature.data, "--model", miniature.model, *WORDS, "--unfreeze", "none", "--epochs", 1)
     assert mmcli("finetune", *words, "--out", "run")[0] == 0
     run, text = tmp_path / "run", (tmp_path / "run" / "config.yaml").read_text()
@@ -228,7 +228,7 @@ main()
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_where_one_sees_another_val_map(miniature, tmp_path: Path) -> None:
+def test_two_processes_stop_together(miniature, tmp_path: Path) -> None:
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, "--patience", 1]
     words = [sys.executable, "-c", UNLIKE, *words, "--unfreeze", "last-1", "--out", "run"]
     with socket.socket() as free:
