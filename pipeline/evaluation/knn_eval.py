@@ -223,7 +223,7 @@ def knn_table(
 
 
 def _fitting(sweep: Sweep, knn: KnnConfig, codes: Evaluated, run: Run) -> Sweep:
-    """Of all metrics those that the run serves; one that was asked for by name has to be among them."""
+    """The sweep over the metrics that the run serves; a metric that was asked for by name has to be among them."""
     listed = sweep.distance_metric
     if codes.base.packed is None and set(listed) == set(ALL["distance_metric"]):
         return replace(sweep, distance_metric=("cosine",))

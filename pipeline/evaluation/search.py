@@ -101,7 +101,7 @@ class NeighbourSearch:
         device: Where to search, a name that torch knows.
 
     Attributes:
-        codes: As given.
+        codes: The codes that were given.
         voting: The index and the votes of its rows.
         nearest: The neighbours of the split.
         build_s: Seconds that building the index took.
@@ -147,7 +147,7 @@ class NeighbourSearch:
             method: Name of the method.
             votes: Its scores.
             knn: The configuration that voted.
-            run: As for :func:`.metrics.metrics_row`.
+            run: Where given, the rows of the classes are written into it.
         """
         codes = self.codes
         tuned_on = None if codes.split == "val" else (votes.on_val, codes.val.labels)

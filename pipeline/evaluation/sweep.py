@@ -78,7 +78,7 @@ def searches(configs: Iterable[KnnConfig]) -> list[list[KnnConfig]]:
 
 
 def search_key(knn: KnnConfig) -> tuple[Metric, int]:
-    """What a search depends on: the metric, and K where the K nearest are not the first of a search for more, else 0.
+    """The key of a search: its metric, and its K where the K nearest are not the first of a search for more, else 0.
 
     A hybrid search reranks as many candidates as it is asked for neighbours, a fixed number at least.
     """

@@ -65,7 +65,7 @@ class Tagging:
         caption: Its caption; ``None`` where none was given.
         tags: The best tags that got a vote, the best first, ties in class order.
         neighbours: All K neighbours, the nearest first.
-        scores: Of every category ``(C,)`` float32, in class order.
+        scores: The score of every category ``(C,)`` float32, in class order.
         category_names: C names, in class order.
         metric: ``hamming``, ``cosine``, ``hybrid`` or ``asymmetric``.
     """
