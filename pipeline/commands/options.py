@@ -17,9 +17,9 @@ from ..core.presets import Preset
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ...heads.config import KnnConfig
     from ..core.config import Config
     from ..core.progress import Progress
-    from ..evaluation.sweep import Sweep
 
 
 class Panels(TyperCommand):
@@ -212,7 +212,7 @@ def read_config(
 
 def read_sweep(
     file: Path | None, settings: list[str] | None, options: Mapping[str, Any], lists: Mapping[str, str | None]
-) -> "tuple[Config, Sweep | None]":
+) -> "tuple[Config, list[KnnConfig] | None]":
     """The configuration, and the values of options that list several; ``None`` where none does.
 
     Args:
@@ -221,7 +221,7 @@ def read_sweep(
         options: Options that take one value.
         lists: Options of the knn section that may list several, by key, as they were given.
     """
-    from ..evaluation.sweep import split_values, sweep_of
+    from ..evaluation.sweep import split_values, sweep
 
     values = {key: split_values(key.removeprefix("knn."), text) for key, text in lists.items() if text is not None}
     firsts = {**options, **{key: several[0] for key, several in values.items()}}
@@ -232,7 +232,7 @@ def read_sweep(
         key.removeprefix("knn."): [read_config(file, settings, {**firsts, key: value}).knn for value in several]
         for key, several in values.items()
     }
-    return base, sweep_of(checked, base.knn)
+    return base, sweep(checked, base.knn)
 
 
 def show_config(config: "Config", as_json: bool) -> None:
