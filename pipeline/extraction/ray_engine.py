@@ -246,17 +246,21 @@ def _stream(
     # All that is read ahead lies in the memory of Ray's object store.
     room = resources["object_store_memory"] // max(shard.n_rows * spec.most_tokens * spec.width for shard in shards)
     most = max(len(actors), min(readers + IN_FLIGHT * len(actors), int(room)))
-    waiting, under_way = list(reversed(shards)), dict[Any, int]()
+    waiting, reading, under_way = list(reversed(shards)), set[Any](), dict[Any, int]()
     while waiting or under_way:
-        while waiting and len(under_way) < most:
+        while waiting and len(reading) < readers and len(under_way) < most:
             shard = waiting.pop()
             chosen = paths[shard.start : shard.stop] if shard.number in images else ()
             pieces = read.remote(shard.number, chosen, data, spec, tokens)
+            reading.add(pieces)
             index = min(range(len(actors)), key=[*under_way.values()].count)
             under_way[actors[index].encode.remote(shard.number, pieces)] = index
-        (ended, *_), _ = ray.wait([*under_way])
-        del under_way[ended]
-        yield ray.get(ended)
+        (ended, *_), _ = ray.wait([*under_way, *reading], fetch_local=False)
+        if ended in reading:
+            reading.remove(ended)
+        else:
+            del under_way[ended]
+            yield ray.get(ended)
 
 
 def _with_absolute_paths(config: Config, plan: ExtractPlan) -> tuple[Config, ExtractPlan]:
