@@ -27,7 +27,7 @@ TILE, SCALE = 100, 2  # side of a pictogram in its own units, and pixels of each
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Where a picture is taken, and what is seen there.
+    """A kind of place: its background and the categories seen in it.
 
     Attributes:
         name: Its name.
@@ -48,7 +48,7 @@ class Theme:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What scenes and their captions are made of.
+    """The words and colours of scenes and captions.
 
     Attributes:
         themes: The themes by name.

@@ -1,7 +1,7 @@
 """Extraction on a Ray cluster: tasks read shards, actors encode and write them, Ray places, schedules and retries.
 
 The unit is a shard, as in the local engine, and the code that encodes it is the same, so a shard comes out bit for bit
-as there at the same number of threads a process. Images, checkpoint and store have to be under the same paths on every
+the same at the same number of threads a process. Images, checkpoint and store have to be under the same paths on every
 machine. Ray is an extra; it is imported inside functions only.
 """
 
@@ -23,8 +23,8 @@ from .encoder import EncoderFacts
 from .extract import ExtractPlan, ExtractResult, Job, load_encoder, load_listing
 from .images import PatchSpec
 from .ray_cluster import Shares, cluster, ignored_address, share_out
-from .reader import Piece, plan_pieces, read_headers, read_piece
-from .shards import Clock, Reasons, ShardJobs, Unreadable, WriteBehind
+from .reader import Piece, Reasons, plan_pieces, read_headers, read_piece
+from .shards import Clock, ShardJobs, Unreadable, WriteBehind
 from .siglip import model_path
 
 # Shards that an actor has: one that it encodes, and one whose pixels travel to it meanwhile.
@@ -33,7 +33,7 @@ IN_FLIGHT = 2
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of one shard.
+    """The outcome of encoding one shard.
 
     Attributes:
         shard: Its number.
@@ -235,7 +235,7 @@ def _stream(
     images: set[int],
     stripes: int,
 ) -> Iterator[Outcome]:
-    """What became of each shard, in the order in which they end; a few are read ahead of the actors."""
+    """The outcome of each shard, in the order in which they end; a few are read ahead of the actors."""
     paths, spec, data = job.listing.paths, job.facts.spec, job.plan.data
     read = ray.remote(read_shard).options(**shares.reader)
     actor = ray.remote(EncodeShards).options(**shares.actor, max_restarts=-1, max_task_retries=-1)

@@ -215,7 +215,7 @@ class ImageTower:
         return self._pool(self._norm(self.hidden(patches, grid)))
 
     def hidden(self, patches: Tensor, grid: Grid) -> Tensor:
-        """What leaves the last block, ``(n, P, D)`` float32."""
+        """The output of the last block, ``(n, P, D)`` float32."""
         x = self._patch(self.scaled(patches)).float() + self._positions(grid)
         for layer in self._layers:
             x = layer(x)
@@ -250,7 +250,7 @@ def resize_positions(position: Tensor, grid: Grid) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _resize_weights(side: int, size: int, device: torch.device) -> Tensor:
-    """What each of ``size`` places takes of ``side`` others, ``(size, side)`` float32; kept, so that a GPU has them."""
+    """Weights of resizing ``side`` places to ``size``, ``(size, side)`` float32; kept, so that a GPU has them."""
     with torch.inference_mode(False), torch.no_grad():
         each = torch.eye(side)[None, None]
         resized = F.interpolate(each, size=(size, side), mode="bilinear", align_corners=False, antialias=True)
@@ -283,7 +283,7 @@ class TextTower:
         return self._head(self._norm(x[:, -1])).float()
 
     def hidden(self, ids: Tensor, blocks: int) -> Tensor:
-        """What leaves the first so many blocks, ``(n, T, D)`` float32."""
+        """The output of the first ``blocks`` blocks, ``(n, T, D)`` float32."""
         position = self._position[: ids.shape[1]]
         x: Tensor = F.embedding(ids, self._token).float() + position
         if blocks:
