@@ -1,8 +1,8 @@
 """Images ahead of the model: a plan of batches, and the DataLoader whose worker processes decode them.
 
 A list of images (a shard's, say) is planned from the images' headers alone: each batch holds images of one patch grid,
-so that none is padded. The headers of a list are read while the batches of the one before it are. Only names, reasons and
-handles go through pipes; pixels are written into shared memory by the process that decodes them.
+so that none is padded. The headers of a list are read while the batches of the one before it are. Only names, reasons
+and handles go through pipes; pixels are written into shared memory by the process that decodes them.
 """
 
 import multiprocessing
