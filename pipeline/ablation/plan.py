@@ -155,10 +155,6 @@ class Plan:
         """How many trainings there are of some kinds."""
         return sum(training.kind in kinds for training in self.trainings.values())
 
-    def of(self, training: str) -> tuple[Evaluation, ...]:
-        """The evaluations of a training."""
-        return tuple(item for item in self.evaluations.values() if item.training == training)
-
 
 def search_of(evaluation: Evaluation) -> tuple[str, str, int] | None:
     """What has to be searched: metric and index, and K where the K nearest depend on it; None where nothing votes.
