@@ -166,12 +166,12 @@ class AblateResult:
         done = self.counted
         lines = [
             f"{done['trained']} trainings and {done['evaluated']} evaluations in {self.seconds:.0f} s;"
-            f" {done['found']} evaluations were there already"
+            f" {done['found']} evaluations were finished before"
         ]
         if done["failed"]:
             lines.append(f"{done['failed']} rows failed: the reasons are in the column note; the next call tries again")
         if done["open"]:
-            lines.append(f"{done['open']} rows are not there yet: the same command goes on")
+            lines.append(f"{done['open']} rows are still to be made: the same command resumes")
         if self.left:
             lines.append(
                 f"{self.left} rows of another base configuration left the table; asking for them brings them back"
@@ -283,7 +283,7 @@ class DryRun:
             + (f", {len(refused):,} refused" if refused else ""),
             *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
             f"{n['n_trainings']:,} trainings ({plan.count('finetune'):,} of towers) and"
-            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are there,"
+            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are finished,"
             f" {missing:,} to be made",
             f"{n['n_evaluations']:,} evaluations, {n['n_searches']:,} searches, {n['n_votes']:,} votes;"
             f" {self.n_evaluations:,} evaluations to be made",
