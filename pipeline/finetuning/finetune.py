@@ -249,8 +249,7 @@ class _Training:
     def _restore_best(self, epoch: int) -> None:
         """Take the towers of the best epoch, and write them as a checkpoint that the run then names as its own."""
         setup = self._setup
-        self._keeper.restore(epoch)
-        trained = setup.shards.wholes()
+        trained = self._keeper.restore(epoch)
         if self._writer is not None:
             folder = save_towers(self._folder, setup.towers, trained)
             identity = replace(setup.towers.parts.identity, revision=local_digest(folder))
