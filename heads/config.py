@@ -17,9 +17,7 @@ Adapter = Literal["none", "linear"]
 Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid", "asymmetric"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
-IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"]
-# Those that may miss neighbours.
-APPROXIMATE_KINDS: tuple[IndexKind, ...] = ("ivf", "hnsw", "multihash")
+IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu"]
 # Hamming neighbours that a hybrid search reranks, K where that is more.
 HYBRID_CANDIDATES = 100
 Ties = Literal["index", "average"]

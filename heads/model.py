@@ -93,10 +93,7 @@ class Head(BaseHead):
         *,
         width: int,
     ) -> None:
-        sections = {"fusion": fusion, "hash": hash, "classifier": classifier}
-        super().__init__(
-            {"width": width, **{name: section.model_dump(mode="json") for name, section in sections.items()}}
-        )
+        super().__init__(width, fusion=fusion, hash=hash, classifier=classifier)
         self.fusion = Fusion(fusion, width)
         self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
         self._hash_reg, self._both = hash.use_hash_reg, fusion.inputs == "both"
@@ -179,10 +176,7 @@ class MlpBaseline(BaseHead):
     kind: ClassVar[HeadKind] = "mlp"
 
     def __init__(self, fusion: FusionConfig, classifier: ClassifierConfig, *, width: int) -> None:
-        sections = {"fusion": fusion, "classifier": classifier}
-        super().__init__(
-            {"width": width, **{name: section.model_dump(mode="json") for name, section in sections.items()}}
-        )
+        super().__init__(width, fusion=fusion, classifier=classifier)
         self._inputs = fusion.inputs
         self.mlp = make_mlp(fusion, width * (2 if fusion.inputs == "both" else 1))
         self.classifier = nn.Linear(fusion.mlp_dims[-1], classifier.num_classes, bias=classifier.use_bias)

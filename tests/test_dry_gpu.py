@@ -41,7 +41,7 @@ LAUNCHES = {
     "accumulation": 558,
     "two sizes": 274,
     "float32": 237,
-    "float16": 278,
+    "float16": 288,
     "beta": 276,
     "straight-through": 280,
     "no mixtures": 268,

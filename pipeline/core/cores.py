@@ -10,7 +10,7 @@ ROOT = Path("/")
 # Folders of cgroup v1 that hold the quota, by the names that distributions give them.
 _V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
-# Says in each process how many there are, so that it can name the command that goes on.
+# Says in each process how many there are, so that it can name the command that resumes.
 PROCESSES = "MMCLI_NUM_PROCESSES"
 
 

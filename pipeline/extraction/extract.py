@@ -365,7 +365,7 @@ def extract_here(
     progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
     quiet = not isinstance(progress, ConsoleProgress)
     whole = plan.stripe or Stripe(0, 1)
-    stripes = [Stripe(whole.at + part * whole.n, whole.n * len(devices)) for part in range(len(devices))]
+    stripes = [Stripe(whole.number + part * whole.n, whole.n * len(devices)) for part in range(len(devices))]
     with interruptible(without=["--force"]):
         return _joined(_run(config, [replace(plan, stripe=stripe) for stripe in stripes], devices, quiet=quiet))
 
@@ -411,7 +411,7 @@ def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool)
     hardware = config.hardware.model_copy(update={"device": device})
     config = config.model_copy(update={"hardware": hardware, "data": data})
     assert plan.stripe is not None
-    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
+    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.number + 1}/{plan.stripe.n}"))
 
 
 class _Labelled(ConsoleProgress):

@@ -261,7 +261,7 @@ class ImageReader:
             methods = multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
             if "forkserver" in methods:  # a process that was forked from this one would keep the store's lock
-                context.set_forkserver_preload(["__main__", __name__])
+                context.set_forkserver_preload([__name__])
             parallel = {"prefetch_factor": ahead, "multiprocessing_context": context, "worker_init_fn": _begin}
         try:
             with warnings.catch_warnings():

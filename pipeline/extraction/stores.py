@@ -33,7 +33,7 @@ from ...cache.export import Captions, Format
 from ...cache.key import ComputeDtype
 from ...cache.layout import StoredDtype
 from ...errors import InputError
-from ..core.config import Config, ModelConfig
+from ..core.config import Config, StoreFacts, resolve
 from ..core.console import FittingTable
 from ..core.progress import Progress
 from ..core.run import RunInfo, now
@@ -123,30 +123,18 @@ def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
 
 
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:
-    """Put what the store knows into the configuration: model and its commit, budget, number of classes.
-
-    Raises:
-        InputError: ``classifier.num_classes`` was given and is not the store's.
-    """
-    key, n_classes = labelled.store.key, len(labelled.listing.category_names)
-    if "num_classes" in config.classifier.model_fields_set and config.classifier.num_classes != n_classes:
-        raise InputError(
-            "wrong number of classes",
-            where="classifier.num_classes",
-            got=config.classifier.num_classes,
-            wanted=f"{n_classes}, as in {labelled.store.folder}",
-            do="leave it out, it is read from the store",
-        )
-    is_given = "siglip2_variant" in config.model.model_fields_set
-    name = config.model.siglip2_variant if is_given else str(labelled.store.extra.get("model_path", key.model))
-    model = ModelConfig(
-        siglip2_variant=name,
-        revision=key.commit if name == key.model else config.model.revision,
-        max_num_patches=key.patches,
-        text_max_length=key.text_length,
+    """Resolve a configuration with the facts of a store; see :func:`mmcli.pipeline.core.config.resolve`."""
+    key = labelled.store.key
+    facts = StoreFacts(
+        folder=labelled.store.folder,
+        model=key.model,
+        model_path=str(labelled.store.extra.get("model_path", key.model)),
+        commit=key.commit,
+        patches=key.patches,
+        text_length=key.text_length,
+        n_classes=len(labelled.listing.category_names),
     )
-    classifier = config.classifier.model_copy(update={"num_classes": n_classes})
-    return config.model_copy(update={"model": model, "classifier": classifier})
+    return resolve(config, facts)
 
 
 def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precision: str) -> RunInfo:

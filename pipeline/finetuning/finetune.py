@@ -17,17 +17,15 @@ import torch
 
 from ...errors import InputError
 from ...heads.model import BaseHead
-from ..core.config import Config
-from ..core.config_rules import notices
+from ..core.config import Config, notices
 from ..core.device import is_memory_shortage
-from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
 from ..extraction.siglip import local_digest
 from ..training.data import Diverged, Split
 from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
-from ..training.run import TrainingRun, TrainResult, read_fit
+from ..training.run import TrainingRun, TrainResult, read_result
 from ..training.state import STATE, TrainingState, check_precision, read_state
 from ..training.step import Step
 from ..training.train_head import Place, RunSession
@@ -111,7 +109,7 @@ def resume_finetuning(
     info, config = read_begun(folder, {**(memory or {}), "hardware.device": device})
     if info.status == "finished":
         (options.get("progress") or Progress()).say(f"{folder} is finished already")
-        return _read_result(folder, config)
+        return read_result(open_run(folder, kind=KIND), config)
     if device is None:
         hardware = config.hardware.model_copy(update={"device": device_here(config.hardware.device)})
         config = config.model_copy(update={"hardware": hardware})
@@ -184,7 +182,7 @@ class _Training:
             result = self._writer.finish(fitted, store.image_ids)
             self._keeper.remove()
         setup.group.barrier()
-        return result or _read_result(self._folder, setup.config)
+        return result or read_result(open_run(self._folder, kind=KIND), setup.config)
 
     def _fit(self) -> FitResult:
         """Train; a batch is all that one optimiser step sees."""
@@ -256,13 +254,6 @@ class _Training:
             run = self._writer.run
             self._writer.run = replace(run, info=replace(run.info, store_digest=setup.digest(identity)))
             write_info(self._writer.run)
-
-
-def _read_result(folder: Path, config: Config) -> TrainResult:
-    """The result of a finished run."""
-    run = open_run(folder, kind=KIND)
-    row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
-    return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
 
 
 class LiveMonitor:

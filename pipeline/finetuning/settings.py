@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from ...errors import InputError
-from ..core.config import Config, FinetuneConfig, load_config
-from ..core.config_rules import settle
+from ..core.config import Config, FinetuneConfig, load_config, resolve
 from ..core.progress import Progress
 from ..core.run import TRAINED, RunInfo, begun_config, open_run, read_info
 
@@ -96,7 +95,7 @@ def resolve_finetune(
     if not frozen or section.augment:
         _check_live(config)
     model = config.model.model_copy(update={"freeze_towers": frozen})
-    return settle(config.model_copy(update={"finetune": section, "model": model}))
+    return resolve(config.model_copy(update={"finetune": section, "model": model}))
 
 
 def _check_live(config: Config) -> None:

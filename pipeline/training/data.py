@@ -61,7 +61,6 @@ class Split:
         n_captions: npt.NDArray[Any],
         labels: npt.NDArray[np.uint8],
         device: torch.device,
-        rows: npt.NDArray[np.int64] | None = None,
         norms: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
     ) -> "Split":
         """Put arrays onto a device once; a CPU reads them where they are.
@@ -72,7 +71,6 @@ class Split:
             n_captions: Real captions of each image ``(N,)``, of any integer dtype.
             labels: ``(N, C)`` uint8.
             device: The device to put them on.
-            rows: Rows of the split; all when not given.
             norms: ``(N,)`` of images and ``(N, 5)`` of captions, as a store has them; computed when not given.
         """
         norms = (_norms(v_img), _norms(v_txt)) if norms is None else norms
@@ -84,7 +82,7 @@ class Split:
             labels=torch.from_numpy(labels).to(device),
             norm_img=norm_img,
             norm_txt=norm_txt,
-            rows=torch.arange(len(v_img), device=device) if rows is None else torch.from_numpy(rows).to(device),
+            rows=torch.arange(len(v_img), device=device),
         )
 
     def part(self, rows: npt.NDArray[np.int64]) -> "Split":

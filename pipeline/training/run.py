@@ -17,7 +17,7 @@ from ..core.checkpoint import CheckpointKeeper, load_head, write_model_folder
 from ..core.config import Config
 from ..core.console import metrics_table
 from ..core.files import append_text, write_text
-from ..core.metrics_file import HISTORY, read_history
+from ..core.metrics_file import HISTORY, read_history, read_metrics
 from ..core.progress import Progress
 from ..core.results import Codes, write_codes
 from ..core.run import Run, finish_run
@@ -107,7 +107,7 @@ class TrainingRun:
         self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
         self._warnings = CollapseWarnings(config, prior=monitor.prior, n_val=len(splits["val"]))
         # Epochs after the state are done again.
-        self._keeper.take_up(0 if state is None else state.epoch)
+        self._keeper.resume(0 if state is None else state.epoch)
         write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
 
     @property
@@ -165,6 +165,12 @@ class TrainingRun:
 def read_fit(run: Run, config: Config) -> FitResult:
     """How the training of a finished run went."""
     return summarise(read_history(run.folder), config.training.num_epochs)
+
+
+def read_result(run: Run, config: Config) -> TrainResult:
+    """The result of a finished run."""
+    row = next(row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", "test"))
+    return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
 
 
 def _line(record: Mapping[str, float]) -> str:

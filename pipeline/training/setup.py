@@ -9,8 +9,7 @@ import torch
 
 from ...errors import InputError
 from ...heads.model import BaseHead, make_head
-from ..core.config import Config
-from ..core.config_rules import check_frozen, settle
+from ..core.config import Config, check_frozen
 from ..core.device import device_line, pick_device, seed_everything
 from ..core.progress import Progress
 from ..data.protocols import chosen
@@ -75,7 +74,7 @@ def prepare_training(config: Config, store: Path | Reading | Prepared | None, pr
     """
     check_frozen(config)
     if isinstance(store, Prepared):
-        prepared = replace(store, config=settle(resolve_config(config, store.labelled)))
+        prepared = replace(store, config=resolve_config(config, store.labelled))
         check_splits(prepared.splits, prepared.config, store.labelled.store.folder)
         return prepared
     reading = store if isinstance(store, Reading) else Reading(store, config)
@@ -83,7 +82,7 @@ def prepare_training(config: Config, store: Path | Reading | Prepared | None, pr
     labelled = read_store(reading.folder, config, reading)
     place = device_line(device, Step.autocast_of(device, config).name)
     progress.say(f"training from {reading.folder} on {place}" + (" (the newest store)" if reading.is_newest else ""))
-    config = settle(resolve_config(config, labelled))
+    config = resolve_config(config, labelled)
     splits = place_splits(labelled, config, device)
     check_splits(splits, config, reading.folder)
     return Prepared(config=config, labelled=labelled, splits=splits, device=device)

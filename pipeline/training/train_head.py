@@ -12,12 +12,10 @@ from typing import Any, Self
 from rich.console import RenderableType
 
 from ...errors import InputError
-from ..core.config import Config, load_config
-from ..core.config_rules import notices
+from ..core.config import Config, load_config, notices
 from ..core.console import spread_table
 from ..core.cores import PROCESSES
 from ..core.interrupts import Interrupted
-from ..core.metrics_file import read_metrics
 from ..core.progress import Progress
 from ..core.run import Run, RunInfo, begun_config, mark, read_info, start_run
 from ..core.run_folders import clean_up, hold
@@ -26,7 +24,7 @@ from ..extraction.stores import Reading, describe_run
 from .data import Diverged
 from .loop import fit
 from .monitor import Monitor
-from .run import TrainingRun, TrainResult, read_fit
+from .run import TrainingRun, TrainResult, read_result
 from .setup import Prepared, prepare_training
 from .state import STATE, TrainingState, check_precision, kept_epoch, read_state
 from .trackers import Tracker, check_trackers, open_trackers
@@ -56,7 +54,7 @@ class RunSession:
     """Starts, resumes and holds the runs of one command, and marks those that end too early.
 
     Args:
-        progress: Shows how runs go on.
+        progress: Shows how runs proceed.
         tensorboard: Log every epoch for TensorBoard.
         wandb: Log every epoch for Weights & Biases.
 
@@ -293,8 +291,7 @@ def resume_training(
             run = _read_begun(folder)  # another process may have finished it meanwhile
         if run.info.status == "finished":
             session.progress.say(f"{folder} is finished already")
-            row = next(row for row in read_metrics(folder) if (row["method"], row["split"]) == ("classifier", "test"))
-            return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
+            return read_result(run, config)
         prepared = prepare_training(config, store or Path(run.info.store), session.progress)
         _check_same_data(run, prepared)
         check_precision(run.info.precision, prepared.precision)

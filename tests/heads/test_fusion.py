@@ -87,7 +87,7 @@ def test_the_plans_blocks_are_not_of_one_scale() -> None:
     assert m_img > 3
 
 
-def test_statistics_that_were_never_set_are_an_error_not_a_silent_zero() -> None:
+def test_statistics_that_were_never_set_are_an_error() -> None:
     fusion = make_fusion()
     with pytest.raises(InputError, match=r"never fitted.*call fit_log_norms"):
         fusion(*make_pair(4))

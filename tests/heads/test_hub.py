@@ -252,7 +252,7 @@ def test_make_head_gives_what_the_configuration_asks_for() -> None:
         assert head.kind == head.build["head"] == kind
 
 
-def test_a_loaded_head_moves_and_trains_like_the_one_that_was_saved(tmp_path: Path) -> None:
+def test_a_loaded_head_trains_like_the_saved_one(tmp_path: Path) -> None:
     head = make(dropout=0.5)
     head.save_pretrained(tmp_path)
     loaded = load_head(tmp_path)

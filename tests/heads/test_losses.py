@@ -73,7 +73,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(gamma: float) -> None:
         assert value > 100  # the two confident mistakes count
 
 
-def test_balanced_weights_rise_as_classes_get_rarer_and_stay_below_the_cap() -> None:
+def test_balanced_weights_rise_for_rare_classes_up_to_the_cap() -> None:
     counts = torch.tensor([61377, 11753, 1000, 203, 0, 113287])
     weights = class_balanced_weights(counts, 113287)
     for weight, n in zip(weights.tolist()[:4], [61377, 11753, 1000, 203], strict=True):
@@ -181,7 +181,7 @@ def test_terms_of_weight_zero_are_logged_but_give_no_gradient() -> None:
     assert torch.equal(terms.loss, terms.bce)
 
 
-def test_a_head_of_one_modality_learns_nothing_from_the_cosine_term() -> None:
+def test_one_modality_learns_nothing_from_the_cosine_term() -> None:
     """Its adapter would be trained with the other modality; the value is logged all the same."""
     plain = make_output()
     output = plain._replace(d_img=plain.d_img.clone().requires_grad_(), logits=plain.logits.clone().requires_grad_())
@@ -266,7 +266,7 @@ def test_asymmetric_without_shift_is_focal_without_alpha(seed: int, gamma: float
 
 @pytest.mark.parametrize("neg", [0.0, 0.5, 4.0])
 @pytest.mark.parametrize("shift", [0.0, 0.05])
-def test_asymmetric_is_finite_at_extremes_and_easy_negatives_count_nothing(neg: float, shift: float) -> None:
+def test_asymmetric_is_finite_and_easy_negatives_count_nothing(neg: float, shift: float) -> None:
     y = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     x = torch.tensor([[1e4, -1e4, -1e4, 1e4]], requires_grad=True)
     value = asymmetric_loss(x, y, gamma_neg=neg, shift=shift)

@@ -91,7 +91,7 @@ def test_schedule_rises_to_the_peak_then_falls_to_the_floor(
         assert after == pytest.approx(1e-6)
 
 
-def test_spec10_10_and_12_warmup_is_per_step_and_reaches_the_peak() -> None:
+def test_spec10_10_and_12_warmup_is_per_step() -> None:
     """Stepped per epoch with per-step counts, the rate would stay below 1% of its peak."""
     schedule = SchedulerConfig(warmup_epochs=2.0)
     rates = [learning_rate(s, steps_per_epoch=100, epochs=30, peak=3e-4, schedule=schedule) for s in range(3000)]
@@ -120,7 +120,7 @@ def test_accumulation_equals_the_large_batch() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_every_image_is_seen_once_an_epoch_and_only_real_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_sees_every_image_and_only_real_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     original = Split.batch
 
@@ -468,7 +468,7 @@ def test_the_state_of_another_head_is_refused(tmp_path: Path) -> None:
     assert read_state(tmp_path / "absent") is None
 
 
-def test_mixed_precision_trains_float32_weights_to_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_trains_nearly_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmcli.pipeline.core.device.has_amx", lambda: True)
     losses = {}
     for mixed in (True, False):
@@ -541,7 +541,7 @@ def test_checkpoints_wait_for_a_state_before_they_go(tmp_path: Path) -> None:
     for epoch, value in ((3, 0.5), (6, 0.6), (7, 0.1)):
         keeper.offer(head, epoch=epoch, val_mAP=value)
     again = CheckpointKeeper(tmp_path, config, width=D)
-    again.take_up(5)
+    again.resume(5)
     assert [one.epoch for one in again.kept] == [3]
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-003.safetensors"]
     again.offer(head, epoch=6, val_mAP=0.55)
@@ -549,7 +549,7 @@ def test_checkpoints_wait_for_a_state_before_they_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch-006.safetensors"]
     (tmp_path / "epoch-008.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="damaged checkpoint"):
-        again.take_up(9)
+        again.resume(9)
 
 
 def test_the_norm_of_the_fusions_gradient_is_its_own() -> None:
@@ -569,7 +569,7 @@ def test_the_norm_of_the_fusions_gradient_is_its_own() -> None:
     assert [record["grad_norm"], record["grad_norm_fusion"]] == pytest.approx([float(n) for n in norms], rel=1e-4)
 
 
-def test_a_training_resumed_in_the_middle_of_an_epoch_is_the_same(tmp_path: Path) -> None:
+def test_a_training_resumed_within_an_epoch_is_the_same(tmp_path: Path) -> None:
     """A state is kept after every batch; whichever it is resumed from, it ends with the same head and records."""
     config = load_config(options={**SMALL, "training.batch_size": 10, "fusion.input_dropout": 0.2})
     split, states = make_split(45), []

@@ -22,6 +22,8 @@ from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import environment, read_info
 from mmcli.pipeline.core.run_folders import hold
+from mmcli.pipeline.training.data import diverged
+from mmcli.pipeline.training.loop import fit
 from mmcli.pipeline.training.setup import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
@@ -134,6 +136,21 @@ def test_a_training_that_diverges_leaves_a_failed_run(mmcli, here) -> None:
     assert read_info(here / "runs" / "wild").status == "failed"
 
 
+def test_seeds_after_one_that_diverges_are_trained(mmcli, here, monkeypatch) -> None:
+    calls = []
+
+    def first_diverges(*words: object, **named: object) -> object:
+        calls.append(words)
+        if len(calls) == 1:
+            raise diverged("the loss is no longer finite", got="nan")
+        return fit(*words, **named)
+
+    monkeypatch.setattr("mmcli.pipeline.training.train_head.fit", first_diverges)
+    code, _, err = mmcli("train-head", *TINY, "--seeds", 2, "--out", "runs/many", "--quiet")
+    assert (code, "no longer finite" in err) == (2, True)
+    assert [read_info(here / "runs" / f"many-seed{seed}").status for seed in (42, 43)] == ["failed", "finished"]
+
+
 def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
     code, out, err = mmcli("train-head", *TINY, "--head", "mlp", "--out", "runs/mlp", "--json")
     assert code == 0, err
@@ -145,7 +162,7 @@ def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
     assert not {"quant", "cosine"} & history(here / "runs" / "mlp")[0].keys()
 
 
-def test_shuffled_magnitudes_give_another_head_and_the_same_labels(mmcli, here) -> None:
+def test_shuffled_magnitudes_give_another_head(mmcli, here) -> None:
     for name in ("own", "shuffled"):
         code, _, err = mmcli("train-head", *TINY, "--magnitude", name, "--out", f"runs/{name}")
         assert code == 0, err
@@ -197,7 +214,7 @@ def test_a_run_folder_is_held_from_its_claim_on(mmcli, here, monkeypatch, folder
     assert read_info(run).status == "finished"
 
 
-def test_what_is_finished_stays_finished_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
+def test_a_finished_seed_stays_so_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
     calls = []
 
     def second_time(*words: object) -> object:
@@ -247,7 +264,7 @@ def test_every_split_is_shuffled(here) -> None:
         assert not torch.equal(split.log_norms(), prepared.splits[name].log_norms()), name
 
 
-def test_seeds_and_folders_are_checked_before_anything_is_trained(mmcli, here) -> None:
+def test_seeds_and_folders_are_checked_before_training(mmcli, here) -> None:
     (here / "runs" / "x-seed43").mkdir()
     (here / "runs" / "x-seed43" / "mine.txt").write_text("mine")
     for words, said in [

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmcli.pipeline.commands.options import FLAGS
-from mmcli.pipeline.core.config import dump_config, load_config
+from mmcli.pipeline.core.config import KeyOption, dump_config, load_config
 
 OPTIONS = {
     "--preset": ("preset", "direction-only"),
@@ -54,7 +53,7 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
     got, plain = flat(json.loads(out)), flat(load_config().model_dump(mode="json"))
     assert {k for k in got if got[k] != plain[k]} == {key} | FOLLOWS.get(option, set())
     assert got[key] == value
-    assert FLAGS[key] == option
+    assert KeyOption(key).flag == option
 
 
 @pytest.fixture
