@@ -11,16 +11,10 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .cache.reader import Store
+    from .pipeline.api import compare, extract, finetune, knn_eval, prepare, train_head, zero_shot
     from .pipeline.core.checkpoint import load_head
     from .pipeline.core.config import Config, load_config
-    from .pipeline.data.prepare import prepare
-    from .pipeline.evaluation.compare import compare
-    from .pipeline.evaluation.knn_eval import knn_eval
-    from .pipeline.evaluation.zero_shot import zero_shot
-    from .pipeline.extraction.extract import extract
-    from .pipeline.finetuning.finetune import finetune
     from .pipeline.tagging.tagger import Tagger
-    from .pipeline.training.train_head import train_head
 
 __version__ = "0.1.0"
 
@@ -46,15 +40,15 @@ _LAZY = {
     "Config": "pipeline.core.config",
     "Store": "cache.reader",
     "Tagger": "pipeline.tagging.tagger",
-    "compare": "pipeline.evaluation.compare",
-    "extract": "pipeline.extraction.extract",
-    "finetune": "pipeline.finetuning.finetune",
-    "knn_eval": "pipeline.evaluation.knn_eval",
+    "compare": "pipeline.api",
+    "extract": "pipeline.api",
+    "finetune": "pipeline.api",
+    "knn_eval": "pipeline.api",
     "load_config": "pipeline.core.config",
     "load_head": "pipeline.core.checkpoint",
-    "prepare": "pipeline.data.prepare",
-    "train_head": "pipeline.training.train_head",
-    "zero_shot": "pipeline.evaluation.zero_shot",
+    "prepare": "pipeline.api",
+    "train_head": "pipeline.api",
+    "zero_shot": "pipeline.api",
 }
 
 

@@ -19,27 +19,8 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
-from .errors import InputError
-from .pipeline.commands import (
-    bench,
-    data,
-    finetune,
-)
-from .pipeline.commands import (
-    data as cache,
-)
-from .pipeline.commands import experiments as ablate
-from .pipeline.commands import (
-    experiments as compare,
-)
-from .pipeline.commands import (
-    experiments as report,
-)
-from .pipeline.commands import tagging as index
-from .pipeline.commands import (
-    tagging as predict,
-)
-from .pipeline.commands import training as heads
+from .errors import InputError, visible
+from .pipeline.commands import bench, data, experiments, finetune, tagging, training
 from .pipeline.commands.options import Panels
 from .pipeline.core.cores import limit_threads
 from .pipeline.core.interrupts import INTERRUPTED, Interrupted
@@ -68,14 +49,14 @@ NO_FAULT_OF_OURS = {
 
 
 class Stopped(Exception):  # noqa: N818 - never shown: it carries an interruption past typer, which would hide it
-    """A command was interrupted."""
+    """Carries the interruption of a command, as its cause."""
 
 
 class Commands(TyperGroup):
-    """The commands; one that is interrupted says what goes on."""
+    """The commands; one that is interrupted says how to resume it."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - typer keeps click's classes private
-        """Run a command."""
+        """Run a command, and let an interruption of it through."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -116,36 +97,36 @@ def root(
         print(context.get_help())
 
 
-app.command()(data.demo)
-app.command()(data.prepare)
-app.command()(data.extract)
-app.command("train-head", cls=Panels)(heads.train_head)
-app.command("knn-eval")(heads.knn_eval)
-app.command("zero-shot")(heads.zero_shot)
+app.command("demo")(data.demo)
+app.command("prepare")(data.prepare)
+app.command("extract")(data.extract)
+app.command("train-head", cls=Panels)(training.train_head)
+app.command("knn-eval")(training.knn_eval)
+app.command("zero-shot")(training.zero_shot)
 app.command("finetune", cls=Panels)(finetune.finetune)
-app.command()(compare.compare)
-app.command("ablate", cls=Panels)(ablate.ablate)
-app.command("predict")(predict.predict)
-app.command("report")(report.report)
-app.command("samples")(report.samples)
-index_app.command("build")(index.index_build)
-index_app.command("add")(index.index_add)
-index_app.command("remove")(index.index_remove)
-index_app.command("info")(index.index_info)
+app.command("compare")(training.compare)
+app.command("ablate", cls=Panels)(experiments.ablate)
+app.command("predict")(tagging.predict)
+app.command("report")(experiments.report)
+app.command("samples")(experiments.samples)
+index_app.command("build")(tagging.index_build)
+index_app.command("add")(tagging.index_add)
+index_app.command("remove")(tagging.index_remove)
+index_app.command("info")(tagging.index_info)
 bench_app.command("extract")(bench.bench_extract)
 bench_app.command("train")(bench.bench_train)
 bench_app.command("knn")(bench.bench_knn)
 bench_app.command("finetune")(bench.bench_finetune)
-bench_app.command("ablate")(ablate.bench_ablate)
-cache_app.command("info")(cache.cache_info)
-cache_app.command("verify")(cache.cache_verify)
-cache_app.command("export")(cache.cache_export)
-cache_app.command("import")(cache.cache_import)
+bench_app.command("ablate")(bench.bench_ablate)
+cache_app.command("info")(data.cache_info)
+cache_app.command("verify")(data.cache_verify)
+cache_app.command("export")(data.cache_export)
+cache_app.command("import")(data.cache_import)
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: the same as Ctrl-C
     _prepare_streams()
     limit_threads()
@@ -218,8 +199,6 @@ def _is_memory_shortage(error: Exception) -> bool:
 
 
 def _complain(line: str, code: int) -> int:
-    from .pipeline.core.console import visible
-
     with contextlib.suppress(OSError):  # stderr may be what failed
         print(f"mmcli: {visible(' '.join(line.split()))}", file=sys.stderr, flush=True)
     return code

@@ -13,12 +13,12 @@ MOST_QUOTED, MOST_NAMED, MOST_WHOLE = 200, 1000, 3000
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def quoted(text: object, most: int = MOST_QUOTED) -> str:
-    r"""A text as it can be shown in one line of any stream that takes UTF-8.
+def visible(text: object, keep: str = "\t\n") -> str:
+    r"""A text as it can be shown on a terminal, and in any stream that takes UTF-8.
 
     Args:
         text: Whatever was found.
-        most: Letters at most; a longer text ends in ``...``.
+        keep: Control characters that stay.
 
     Returns:
         The text with control characters as escapes; a byte of a name that is not UTF-8 is ``\xNN``.
@@ -26,10 +26,16 @@ def quoted(text: object, most: int = MOST_QUOTED) -> str:
 
     def escape(match: re.Match[str]) -> str:
         code = ord(match[0])
+        if match[0] in keep:
+            return match[0]
         return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(match[0])[1:-1]
 
-    whole = str(text)
-    shown = UNPRINTABLE.sub(escape, whole[: most + 1])
+    return UNPRINTABLE.sub(escape, str(text))
+
+
+def quoted(text: object, most: int = MOST_QUOTED) -> str:
+    """A text as :func:`visible` shows it, in one line; one of more than ``most`` letters ends in ``...``."""
+    shown = visible(str(text)[: most + 1], keep="")
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
@@ -85,11 +91,12 @@ def cannot_read(
 ) -> InputError:
     """The error to raise where a file could not be read.
 
+    A file that is not there, one that may not be read, and trouble of the file system are told apart.
+
     Args:
         what: What could not be done, as in ``cannot read captions``.
         path: The file.
-        error: What was raised; a file that is not there, one that may not be read, and trouble of the file system
-            are told apart.
+        error: What was raised.
         wanted: What should be there.
         do: What mends it where the file is not there or holds something else.
     """
@@ -118,14 +125,9 @@ def file_kind(path: Path) -> str | None:
 def check_file(path: Path, what: str, *, wanted: object = None, do: str | None = None) -> None:
     """Refuse what is no regular file before it is opened: a FIFO would be waited for without end.
 
-    Args:
-        path: The file.
-        what: What cannot be done, for the error.
-        wanted: What should be there, for the error.
-        do: What mends it, for the error.
-
     Raises:
-        InputError: Nothing is there, or a folder, a FIFO, a device or a socket; or the system does not let one look.
+        InputError: As :func:`cannot_read` makes it of the same arguments: nothing is there, or a folder, a FIFO, a
+            device or a socket, or the system does not let one look.
     """
     try:
         kind = file_kind(path)
@@ -138,21 +140,14 @@ def check_file(path: Path, what: str, *, wanted: object = None, do: str | None =
 def read_text(path: Path, what: str, *, wanted: object = None, do: str | None = None) -> str:
     """The text of a file in UTF-8, or in UTF-16 where it begins with that encoding's mark.
 
-    Args:
-        path: The file.
-        what: What cannot be done, for the error.
-        wanted: What should be there, for the error.
-        do: What mends it, for the error.
-
     Raises:
-        InputError: It is no regular file, cannot be read, or is in another encoding.
+        InputError: As for :func:`check_file`, or it cannot be read, or is in another encoding.
     """
     check_file(path, what, wanted=wanted, do=do)
     try:
         data = path.read_bytes()
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return data.decode("utf-16")
-        return data.decode("utf-8-sig")
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise cannot_read(what, path, error, wanted=wanted, do="save it as UTF-8") from None
     except OSError as error:

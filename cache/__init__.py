@@ -3,13 +3,13 @@
 from .claim import Stripe
 from .errors import StoreBusy, StoreDamaged, StoreError, StoreMismatch, StoreMissing, StoreUnfinished
 from .export import ExportReport, export_store
+from .folder import DamagedShard
 from .info import describe
 from .key import StoreKey
 from .layout import FORMAT_VERSION, Layout, Part, Shard
 from .leaks import Leak, LeakReport, find_leaks, passes
 from .places import is_remote, place
 from .reader import Embeddings, Store, list_stores, newest_store
-from .sweep import DamagedShard
 from .verify import VerifyReport, verify
 from .writer import StoreWriter
 

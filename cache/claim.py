@@ -1,17 +1,14 @@
 """The right to write a store: all of it, alone, or one stripe of its shards beside the writers of other stripes."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .errors import StoreBusy
 from .layout import LOCK, STRIPE_LOCK, Shard
-from .locks import SOFT, LockHeld, locked, take_lock
+from .locks import SOFT, LockHeld, locked
 from .places import is_remote
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 # A stripe holds the store's lock for the moment in which it takes its own; a whole writer holds it to its end.
 MOMENT_S = 3.0
@@ -19,9 +16,9 @@ FOR_EVER = -1.0
 
 
 class Stripe(NamedTuple):
-    """Every ``n``-th shard, from shard ``at`` (0 to n - 1) on: the part of a store that one of n writers fills."""
+    """Every ``n``-th shard, beginning with shard ``number`` (0 to n - 1): the part of a store that one writer fills."""
 
-    at: int
+    number: int
     n: int
 
 
@@ -42,7 +39,7 @@ class Claim:
     def __init__(self, folder: Path, stripe: Stripe | None) -> None:
         self._folder, self.stripe = folder, stripe
         self.held = False
-        self._locks: list[BaseFileLock] = []
+        self._locks = ExitStack()
 
     def take(self) -> None:
         """Take the locks.
@@ -53,40 +50,38 @@ class Claim:
         """
         if not is_remote(self._folder):
             try:
-                if self.stripe is None:
-                    self._take_all()
-                else:
+                if self.stripe is not None:
                     with locked(self._folder / LOCK, wait_s=MOMENT_S):
-                        self._locks.append(take_lock(self._folder / f"{LOCK}-{self.stripe.at}-of-{self.stripe.n}"))
+                        self._hold(f"{LOCK}-{self.stripe.number}-of-{self.stripe.n}")
+                else:
+                    self._hold(LOCK)  # no stripe can begin now; those that began before hold their own
+                    names = {path.name.removesuffix(SOFT) for path in self._folder.iterdir()}
+                    for name in sorted(filter(STRIPE_LOCK.fullmatch, names)):
+                        self._hold(name)
             except LockHeld as error:
                 raise StoreBusy(
                     "another process writes this store", where=self._folder, do=f"{error.do}; what it wrote is kept"
                 ) from None
         self.held = True
 
+    def _hold(self, name: str) -> None:
+        self._locks.enter_context(locked(self._folder / name))
+
     def release(self) -> None:
         """Free the locks; nothing to do where none is held."""
         self.held = False
-        while self._locks:
-            self._locks.pop().release()
+        self._locks.close()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Begin or end while no other stripe does; a whole writer is alone anyway."""
+        """Begin or finish a store while no other stripe does; a whole writer is alone anyway."""
         if self.stripe is None or is_remote(self._folder):
             yield
             return
         with locked(self._folder / f"{LOCK}-ends", wait_s=FOR_EVER):
             yield
 
-    def _take_all(self) -> None:
-        """Take the store's lock, which keeps stripes from beginning, and the locks of those that have begun before."""
-        self._locks.append(take_lock(self._folder / LOCK))
-        names = {path.name.removesuffix(SOFT) for path in self._folder.iterdir()}
-        for name in sorted(name for name in names if STRIPE_LOCK.fullmatch(name)):
-            self._locks.append(take_lock(self._folder / name))
-
-    def own(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Those of some shards that are this writer's."""
+    def select(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of some shards that this writer has to write."""
         stripe = self.stripe
-        return [shard for shard in shards if stripe is None or shard.number % stripe.n == stripe.at]
+        return [shard for shard in shards if stripe is None or shard.number % stripe.n == stripe.number]

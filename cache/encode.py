@@ -43,30 +43,26 @@ def image_arrays(
         StoreError: A wrong shape or dtype, or values that cannot be stored.
     """
     _check_floats("v_img", v_img, shard, (shard.n_rows, layout.width))
-    own = ids[shard.start : shard.stop]
-    stored, norms = _cast("v_img", v_img, shard, layout, own)
+    shard_ids = ids[shard.start : shard.stop]
+    stored, norms = _cast("v_img", v_img, shard, layout, shard_ids)
     wrong = (norms == 0) != np.isin(np.arange(shard.n_rows), list(skipped))
     if wrong.any():
         row = int(wrong.argmax())
         raise StoreError(
             "an embedding is zero" if norms[row] == 0 else "a skipped image has an embedding",
-            where=_row_name("v_img", shard, row, own),
+            where=_row_name("v_img", shard, row, shard_ids),
             wanted="zeros for skipped images, and for no other",
         )
-    return {"image_id": own, "v_img": stored, "norm_img": norms}
+    return {"image_id": shard_ids, "v_img": stored, "norm_img": norms}
 
 
 def text_arrays(
     shard: Shard, layout: Layout, ids: NDArray[np.int64], v_txt: Floats, n_captions: NDArray[np.integer[Any]]
 ) -> Arrays:
-    """The datasets of a text shard.
+    """The datasets of a text shard; the first arguments are as for :func:`image_arrays`.
 
-    Args:
-        shard: Which rows.
-        layout: The store's shape.
-        ids: Image ids of the whole store, ``(N,)`` int64.
-        v_txt: Raw embeddings, ``(n, n_captions_max, D)`` float32; rows of missing captions are zero.
-        n_captions: Real captions of each image, ``(n,)`` integers.
+    ``v_txt`` are raw embeddings ``(n, n_captions_max, D)`` float32, whose rows of missing captions are zero;
+    ``n_captions`` are the real captions of each image, ``(n,)`` integers.
 
     Raises:
         StoreError: As for :func:`image_arrays`, or a count out of range, or a missing caption that is not zero.
@@ -81,19 +77,19 @@ def text_arrays(
             got=f"{counts.dtype} {counts.shape}",
             wanted=f"{shard.n_rows} whole numbers from 0 to {most}",
         )
-    own = ids[shard.start : shard.stop]
+    shard_ids = ids[shard.start : shard.stop]
     absent = np.arange(most) >= counts[:, None]
     filled = (v_txt != 0).any(axis=2) & absent
     if filled.any():
         row = int(filled.any(axis=1).argmax())
         raise StoreError(
             "a missing caption has an embedding",
-            where=_row_name("v_txt", shard, row, own),
+            where=_row_name("v_txt", shard, row, shard_ids),
             got=f"n_captions {counts[row]}",
             wanted="zeros from there on",
         )
-    stored, norms = _cast("v_txt", v_txt, shard, layout, own)
-    return {"image_id": own, "v_txt": stored, "norm_txt": norms, "n_captions": counts.astype(np.uint8)}
+    stored, norms = _cast("v_txt", v_txt, shard, layout, shard_ids)
+    return {"image_id": shard_ids, "v_txt": stored, "norm_txt": norms, "n_captions": counts.astype(np.uint8)}
 
 
 def _check_floats(name: str, values: Floats, shard: Shard, shape: tuple[int, ...]) -> None:

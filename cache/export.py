@@ -7,7 +7,7 @@ Shard by shard; a file is whole or absent, and ``_export.json`` is written last,
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from .errors import StoreError
 from .export_files import MARK, Parts, put, taken_folder
 from .index import PLACE
-from .layout import Shard
 from .reader import Store
 from .shards import Arrays
 
@@ -29,7 +28,7 @@ Captions = Literal["first", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What :func:`export_store` wrote.
+    """The files of an export.
 
     Attributes:
         folder: Where.
@@ -52,7 +51,7 @@ class ExportReport:
     n_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The report as one JSON object, its paths as text."""
         return vars(self) | {"folder": str(self.folder), "files": list(self.files)}
 
 
@@ -75,7 +74,7 @@ def export_store(
             row, vectors in float32, which every reader knows and which holds the stored values exactly.
         captions: Of ``npy``: the first caption of each image, or a row for each caption, its image repeated.
         force: Replace an earlier export in ``out``.
-        tick: Told how many rows of the store were written, for each shard.
+        tick: Called after each shard with how many rows of the store were written.
 
     Raises:
         StoreError: An unknown format, a folder that is in use, a full disk, nothing to write, or as for
@@ -94,7 +93,7 @@ def export_store(
 def _export(store: Store, out: Path, kind: Format, captions: Captions, tick: Callable[[int], object]) -> ExportReport:
     written = Parts(out, len(store.manifest.layout.shards("image")))
     n_images = n_bare = 0
-    for shard, image, text in _shards(store):
+    for (shard, image), (_, text) in zip(store.shards("image"), store.shards("text"), strict=True):
         table = store.index.slice(shard.start, shard.n_rows).drop_columns(list(PLACE))
         real = image["norm_img"] > 0
         bare = real & (text["n_captions"] == 0)
@@ -119,11 +118,6 @@ def _export(store: Store, out: Path, kind: Format, captions: Captions, tick: Cal
     )
     put(out / MARK, _mark(store, report, captions))
     return report
-
-
-def _shards(store: Store) -> Iterator[tuple[Shard, Arrays, Arrays]]:
-    for (shard, image), (_, text) in zip(store.shards("image"), store.shards("text"), strict=True):
-        yield shard, image, text
 
 
 def _whole_rows(table: pa.Table, image: Arrays, text: Arrays, rows: NDArray[np.int64]) -> pa.Table:

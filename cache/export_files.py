@@ -28,8 +28,7 @@ MARK = "_export.json"
 # What an export begins with, and removes when it is whole: as long as it is there, what lies beside it is unfinished.
 BEGUN = "_export_unfinished.json"
 _UNFINISHED = {"mmcli": "an export that is not finished"}
-FOLDERS = ("img_emb", "text_emb", "metadata")
-_OWN_NAME = re.compile(
+_PART_NAME = re.compile(
     r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{5,9}\.npy|(metadata/metadata_|part-)[0-9]{5,9}\.parquet"
 )
 _TEMPORARY_NAME = re.compile(r"\.(?P<name>[a-z_0-9-]+\.(npy|parquet|json))\.[0-9a-z.-]+-[0-9]+\.tmp")
@@ -53,26 +52,26 @@ class Parts:
         self.files: list[str] = []
         self.n_rows = self.n_bytes = 0
 
-    @property
-    def _number(self) -> str:
-        return f"{self._part:0{self._digits}d}"
-
     def npy(self, v_img: NDArray[Any], v_txt: NDArray[Any], metadata: pa.Table) -> None:
         """Write the next part of ``(n, D)`` image vectors, ``(n, D)`` caption vectors and n rows about them."""
         if len(v_img):
-            contents = (_npy_bytes(v_img), _npy_bytes(v_txt), _parquet_bytes(metadata))
-            names = (f"{name}/{name}_{self._number}" for name in FOLDERS)
-            self._add(dict(zip(names, contents, strict=True)), (".npy", ".npy", ".parquet"), len(v_img))
+            files = {
+                "img_emb/img_emb_{}.npy": _npy_bytes(v_img),
+                "text_emb/text_emb_{}.npy": _npy_bytes(v_txt),
+                "metadata/metadata_{}.parquet": _parquet_bytes(metadata),
+            }
+            self._add(files, len(v_img))
 
     def parquet(self, table: pa.Table) -> None:
         """Write the next part as one parquet file."""
         if table.num_rows:
-            self._add({f"part-{self._number}": _parquet_bytes(table)}, (".parquet",), table.num_rows)
+            self._add({"part-{}.parquet": _parquet_bytes(table)}, table.num_rows)
 
-    def _add(self, contents: dict[str, bytes], suffixes: tuple[str, ...], n_rows: int) -> None:
-        for (name, data), suffix in zip(contents.items(), suffixes, strict=True):
-            put(self._out / f"{name}{suffix}", data)
-            self.files.append(f"{name}{suffix}")
+    def _add(self, files: dict[str, bytes], n_rows: int) -> None:
+        for pattern, data in files.items():
+            name = pattern.format(f"{self._part:0{self._digits}d}")
+            put(self._out / name, data)
+            self.files.append(name)
             self.n_bytes += len(data)
         self._part, self.n_rows = self._part + 1, self.n_rows + n_rows
 
@@ -122,22 +121,15 @@ def taken_folder(out: Path, *, force: bool) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = locked(out / LOCK, keep=False)
-        lock.__enter__()
+        with locked(out / LOCK, keep=False):
+            _empty(out, force=force)
+            _begin(out)
+            yield
+            (out / BEGUN).unlink(missing_ok=True)
     except LockHeld as error:
         raise StoreError("another process exports into this folder", where=out, do=error.do) from None
     except OSError as error:
         raise StoreError("cannot use the folder", where=out, got=error.strerror or error) from error
-    try:
-        try:
-            _empty(out, force=force)
-        except OSError as error:
-            raise StoreError("cannot use the folder", where=out, got=error.strerror or error) from error
-        _begin(out)
-        yield
-        (out / BEGUN).unlink(missing_ok=True)
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _empty(out: Path, *, force: bool) -> None:
@@ -175,21 +167,18 @@ def _rule(out: Path) -> Callable[[str], bool]:
     if _read(out / BEGUN) == _UNFINISHED:
         return _could_be
     record, listed = _read(out / MARK), frozenset[str]()
-    if (
-        isinstance(record, dict)
-        and {"store_digest", "files", "n_rows"} <= record.keys()
-        and isinstance(record["files"], list)
-    ):
+    is_mark = isinstance(record, dict) and {"store_digest", "files", "n_rows"} <= record.keys()
+    if is_mark and isinstance(record["files"], list):
         listed = frozenset({MARK, *map(str, record["files"])})
     return lambda name: name in listed or (_final(name) != name and _could_be(name))
 
 
 def _could_be(name: str) -> bool:
     """Whether an export writes a file of this name, or of this temporary one."""
-    return _final(name) in {MARK, BEGUN} or _OWN_NAME.fullmatch(_final(name)) is not None
+    return _final(name) in {MARK, BEGUN} or _PART_NAME.fullmatch(_final(name)) is not None
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
     try:
         return parse_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from .errors import RESUME, StoreError
 from .layout import LOCK, LOCK_NAME, TEMPORARY_NAME, temporary_name, this_host
@@ -22,6 +22,7 @@ from .locks import SOFT
 from .places import is_remote
 
 Check = Callable[[bytes], object]
+Checked = TypeVar("Checked")
 # What the system says where a file system cannot sync a folder, or does not let it be opened: CIFS, some FUSE, Windows.
 NO_SYNC = {
     errno.EINVAL,
@@ -60,14 +61,12 @@ def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
             check(temporary.read_bytes())
         _rename(temporary, path)
     except OSError as error:
-        raise StoreError(
-            "cannot write", where=path, got=error.strerror or str(error), do=f"mend it and {RESUME}"
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def adopt(source: Path, path: Path, check: Check) -> None:
+def adopt(source: Path, path: Path, check: Callable[[bytes], Checked]) -> Checked:
     """Take a file of another store: a hard link where the file system has them, else a copy.
 
     Args:
@@ -75,12 +74,17 @@ def adopt(source: Path, path: Path, check: Check) -> None:
         path: The final name.
         check: Called with the bytes that will stand there, before the rename; raises to refuse them.
 
+    Returns:
+        What ``check`` returned.
+
     Raises:
         OSError: The file cannot be read, linked or copied.
     """
     if is_remote(path) or is_remote(source):
-        write_whole(path, source.read_bytes(), check)
-        return
+        data = source.read_bytes()
+        checked = check(data)
+        write_whole(path, data)
+        return checked
     temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)
     try:
@@ -92,8 +96,9 @@ def adopt(source: Path, path: Path, check: Check) -> None:
         # The name that is checked is the one that is renamed: the source may be replaced in between.
         with temporary.open("rb") as stream:
             sync_file(stream.fileno())
-        check(temporary.read_bytes())
+        checked = check(temporary.read_bytes())
         _rename(temporary, path)
+        return checked
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -115,15 +120,13 @@ def make_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path, *, alone: bool) -> None:
     """Delete what a killed writer left half-written, and the empty lock files of stripes when there are none.
 
-    Args:
-        folder: The store's folder.
-        alone: Whether no other writer can be there; otherwise only files of dead processes of this machine go.
+    Where other writers may be there (not ``alone``) only files of dead processes of this machine go.
     """
     if is_remote(folder):
         return
     for path in folder.iterdir():
-        found = TEMPORARY_NAME.fullmatch(path.name)
-        if found is not None and (alone or is_dead(found["host"], int(found["pid"]))):
+        temporary = TEMPORARY_NAME.fullmatch(path.name)
+        if temporary is not None and (alone or is_dead(temporary["host"], int(temporary["pid"]))):
             path.unlink(missing_ok=True)
         elif alone and path.name not in {LOCK, LOCK + SOFT} and LOCK_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)  # a stripe's writer takes the main lock first, so nobody holds this one
@@ -172,9 +175,7 @@ def _write_object(path: Path, data: bytes, check: Check | None) -> None:
         path.write_bytes(data)
         written = path.read_bytes()
     except OSError as error:
-        raise StoreError(
-            "cannot write", where=path, got=error.strerror or str(error), do=f"mend it and {RESUME}"
-        ) from error
+        raise _cannot_write(path, error) from error
     try:
         if check is not None:
             check(written)
@@ -183,6 +184,10 @@ def _write_object(path: Path, data: bytes, check: Check | None) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> StoreError:
+    return StoreError("cannot write", where=path, got=error.strerror or str(error), do=f"mend it and {RESUME}")
 
 
 def _fill(stream: BinaryIO, data: bytes) -> None:

@@ -8,7 +8,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .arrow import integers, numbers
 from .errors import StoreError
 from .layout import Layout
 from .parquet import open_parquet, read_parquet
@@ -18,16 +17,10 @@ PLACE = ("shard", "row")
 
 
 def check_index(table: pa.Table) -> NDArray[np.int64]:
-    """The image ids of the caller's table, in order.
-
-    Args:
-        table: One row per image, with a column ``image_id`` int64 without nulls, every value once.
-
-    Returns:
-        ``(N,)`` int64.
+    """The image ids ``(N,)`` of the caller's table, in order.
 
     Raises:
-        StoreError: The table is empty, or its columns are not as wanted.
+        StoreError: It is not one row per image, with a column ``image_id`` int64 without nulls, every value once.
     """
     if not isinstance(table, pa.Table):
         raise StoreError("bad index", got=type(table).__name__, wanted="a pyarrow table")
@@ -40,10 +33,17 @@ def check_index(table: pa.Table) -> NDArray[np.int64]:
         raise StoreError("nothing to store", got="an index without rows")
     if table.column(ID).null_count:
         raise StoreError("bad index", got=f"{table.column(ID).null_count} null image ids", wanted="none")
-    ids = numbers(table.column(ID))
+    ids = image_ids(table)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise StoreError("bad index", got=f"image id {unique[counts > 1][0]} more than once", wanted="every image once")
+    return ids
+
+
+def image_ids(table: pa.Table) -> NDArray[np.int64]:
+    """The image ids of an index, ``(N,)`` int64, read-only."""
+    ids: NDArray[np.int64] = table.column(ID).to_numpy()
+    ids.setflags(write=False)
     return ids
 
 
@@ -51,7 +51,7 @@ def place_rows(table: pa.Table, layout: Layout) -> pa.Table:
     """The table with columns ``shard`` and ``row`` int32: in which shard, and where in it, a row's embeddings are."""
     rows = np.arange(layout.n_images, dtype=np.int64)
     for name, values in zip(PLACE, divmod(rows, layout.shard_rows), strict=True):
-        table = table.append_column(pa.field(name, pa.int32(), nullable=False), integers(values.astype(np.int32)))
+        table = table.append_column(pa.field(name, pa.int32(), nullable=False), pa.array(values, pa.int32()))
     return table
 
 

@@ -28,12 +28,10 @@ def describe(folder: Path) -> dict[str, Any]:
     size = {part: sum(entry.bytes for entry in manifest.shards if entry.part == part) for part in ("image", "text")}
     return {
         "folder": str(store.folder),
-        "model": key.model,
-        "revision": key.revision,
-        "patches": key.patches,
-        "text_length": key.text_length,
-        "dtype": key.dtype,
-        "compute_dtype": key.compute_dtype,
+        **{
+            name: getattr(key, name)
+            for name in ("model", "revision", "patches", "text_length", "dtype", "compute_dtype")
+        },
         "images": store.n_images,
         "captions": manifest.n_captions,
         "captions_per_image_max": store.n_captions_max,

@@ -129,10 +129,10 @@ class StoreKey:
         Raises:
             StoreError: A field is missing, unknown, or has a wrong value.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
             got = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
-            raise StoreError("a store key with other fields", got=got, wanted=sorted(known))
+            raise StoreError("a store key with other fields", got=got, wanted=sorted(names))
         return cls(**values)
 
 
@@ -142,18 +142,17 @@ def _bad(name: str, got: object, wanted: str) -> StoreError:
 
 def _line(name: str, mine: object, theirs: object) -> str:
     short = [
-        text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..." for text in (str(mine), str(theirs))
+        text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..." for text in map(str, (mine, theirs))
     ]
     return f"{name}: {short[0]} against {short[1]}"
 
 
 def _diff_settings(mine: str, theirs: str) -> list[str]:
     """Processor settings are long: name the ones that differ."""
-    a, b = json.loads(mine), json.loads(theirs)
-    if not (isinstance(a, dict) and isinstance(b, dict)):
+    settings = [json.loads(mine), json.loads(theirs)]
+    if not all(isinstance(values, dict) for values in settings):
         return [_line("processor", mine, theirs)]
     # Compared as JSON: to Python 1, 1.0 and true are equal, to a key they are not.
-    texts = [{name: canonical_json(value) for name, value in settings.items()} for settings in (a, b)]
-    ours, others = texts
-    names = [name for name in sorted({*a, *b}) if ours.get(name) != others.get(name)]
-    return [_line(f"processor {name}", ours.get(name, "not set"), others.get(name, "not set")) for name in names]
+    a, b = ({name: canonical_json(value) for name, value in values.items()} for values in settings)
+    names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    return [_line(f"processor {name}", a.get(name, "not set"), b.get(name, "not set")) for name in names]

@@ -22,7 +22,7 @@ FORMAT_VERSION = 2
 MANIFEST, KEY, INDEX = "manifest.json", "key.json", "index.parquet"
 # Held by whoever writes the whole store; each stripe holds one of its own, which it takes while it holds this one.
 LOCK = ".lock"
-# What readers found whole (``checked.py``); a note that belongs to this machine, no part of the store.
+# A note that version 0.1.0 left beside the shards; it is no part of the store, and nothing reads it.
 CHECKED = ".checked.json"
 STRIPE_LOCK = re.compile(r"\.lock-[0-9]+-of-[0-9]+")
 LOCK_NAME = re.compile(rf"(\.lock|\.lock-ends|{STRIPE_LOCK.pattern})(\.holder)?")
@@ -61,7 +61,7 @@ class Shard:
 
     @property
     def n_rows(self) -> int:
-        """Rows in the shard."""
+        """How many rows the shard holds."""
         return self.stop - self.start
 
 
@@ -97,13 +97,13 @@ class Layout:
 
     @property
     def n_shards(self) -> int:
-        """Shards of each part."""
+        """How many shards each part has."""
         return -(-self.n_images // self.shard_rows)
 
     def shards(self, part: Part) -> list[Shard]:
         """Every shard of a part, in order."""
         starts = range(0, self.n_images, self.shard_rows)
-        return [Shard(part, i, at, min(at + self.shard_rows, self.n_images)) for i, at in enumerate(starts)]
+        return [Shard(part, i, start, min(start + self.shard_rows, self.n_images)) for i, start in enumerate(starts)]
 
     def all_shards(self) -> list[Shard]:
         """Every shard of the store: image shards, then text shards."""

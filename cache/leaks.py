@@ -6,8 +6,8 @@ held-out images are kept in blocks, the store is read shard by shard, so memory 
 Symbols: ``Q`` held-out images of a block, ``n`` rows of one shard, ``D`` width.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,11 @@ class Leak:
 
 @dataclass(frozen=True, kw_only=True)
 class LeakReport:
-    """What :func:`find_leaks` found.
+    """The near-duplicates of a store.
 
     Attributes:
         threshold: The least cosine that counts.
-        n_pairs: Pairs found, for each two splits (``test-train``, ``val-train``, ``val-test``).
+        n_pairs: Pairs, for each two splits (``test-train``, ``val-train``, ``val-test``).
         n_images: Images of each split that were compared; skipped ones are not.
         pairs: The pairs, most similar first, as many as were asked for.
     """
@@ -56,9 +56,8 @@ class LeakReport:
     pairs: tuple[Leak, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
-        pairs = [vars(pair) for pair in self.pairs]
-        return {"threshold": self.threshold, "n_pairs": self.n_pairs, "n_images": self.n_images, "pairs": pairs}
+        """The report as one JSON object, its pairs as a list."""
+        return asdict(self) | {"pairs": [asdict(pair) for pair in self.pairs]}
 
 
 def find_leaks(
@@ -78,7 +77,7 @@ def find_leaks(
         most: Pairs to list at most; all are counted.
         block_bytes: Memory for the directions of held-out images; the store is read once for each such block.
         check: Compare every file with its checksum as it is first read.
-        tick: Told how many rows were compared, :func:`passes` times the store's rows in all.
+        tick: Called with how many rows were compared, :func:`passes` times the store's rows in all.
 
     Raises:
         StoreError: The index has no splits, or others than train, val and test; or as for :meth:`Store.load`.
@@ -86,13 +85,13 @@ def find_leaks(
     splits, kept = _splits(store), _kept(store)
     best: dict[tuple[int, int], float] = {}
     for block in _blocks(store, splits, block_bytes):
-        nearest = _Nearest(block, splits, _directions(store, block, check=check))
+        nearest = _Nearest(splits, block, _directions(store, block, check=check), threshold)
         check = False
-        for start, v_img in _shards(store, check=False):
-            rows = np.flatnonzero(kept[start : start + len(v_img)])
-            nearest.meet(start + rows, v_img[rows], threshold)
-            tick(len(v_img))
-        best |= nearest.pairs(threshold)
+        for shard, arrays in store.shards("image", check=False):
+            rows = shard.start + np.flatnonzero(kept[shard.start : shard.stop])
+            nearest.update(rows, _unit(arrays["v_img"][rows - shard.start]))
+            tick(shard.n_rows)
+        best |= nearest.pairs()
     return _report(store, splits, kept, best, threshold, most)
 
 
@@ -102,54 +101,50 @@ def passes(store: Store, block_bytes: int = _BLOCK_BYTES) -> int:
 
 
 class _Nearest:
-    """The nearest image so far of every image of a block, in each other split."""
+    """The nearest image so far of every image of a block, in each other split.
 
-    def __init__(self, block: NDArray[np.int64], splits: NDArray[np.int8], d: NDArray[np.float32]) -> None:
-        self._block, self._splits, self._d = block, splits, d
+    Args:
+        splits: Split of every row of the store, ``(N,)``.
+        block: Rows of the block, ``(Q,)``.
+        d: Their directions, ``(Q, D)``.
+        threshold: Smaller cosines need not be exact.
+    """
+
+    def __init__(
+        self, splits: NDArray[np.int8], block: NDArray[np.int64], d: NDArray[np.float32], threshold: float
+    ) -> None:
+        self._splits, self._block, self._d, self._threshold = splits, block, d, threshold
         self._cosine = np.full((len(block), len(SPLITS)), -np.inf)
         self._row = np.full((len(block), len(SPLITS)), -1, np.int64)
 
-    def meet(self, rows: NDArray[np.int64], v_img: NDArray[Any], threshold: float) -> None:
-        """Compare the block with some rows of the store.
-
-        Args:
-            rows: ``(n,)`` int64, of any splits.
-            v_img: Their raw embeddings ``(n, D)``.
-            threshold: Smaller cosines need not be exact.
-        """
-        others = _unit(v_img)
+    def update(self, rows: NDArray[np.int64], d: NDArray[np.float32]) -> None:
+        """Compare the block with rows of the store, ``(n,)``, and their directions ``(n, D)``."""
         for split in range(len(SPLITS)):
-            columns = np.flatnonzero(self._splits[rows] == split)
-            if not len(columns):
-                continue
-            asking = np.flatnonzero(self._splits[self._block] != split)
-            step = max(1, _PRODUCT // len(columns))
-            for at in range(0, len(asking), step):
-                self._compare(asking[at : at + step], split, rows[columns], others[columns], threshold)
+            members = self._splits[rows] == split
+            queries = np.flatnonzero(self._splits[self._block] != split)
+            step = max(1, _PRODUCT // max(1, int(members.sum())))
+            for start in range(0, len(queries) if members.any() else 0, step):
+                self._compare(queries[start : start + step], split, rows[members], d[members])
 
-    def _compare(
-        self, asked: NDArray[np.int64], split: int, rows: NDArray[np.int64], d: NDArray[np.float32], threshold: float
-    ) -> None:
-        product = self._d[asked] @ d.T
-        at = product.argmax(axis=1)
-        rough = product[np.arange(len(asked)), at]
-        close = rough >= np.maximum(self._cosine[asked, split], threshold) - _MARGIN
-        asked, at = asked[close], at[close]
-        exact = np.einsum("nd,nd->n", self._d[asked].astype(np.float64), d[at].astype(np.float64))
-        exact = exact.round(_DECIMALS)
-        better = exact > self._cosine[asked, split]
-        self._cosine[asked[better], split] = exact[better]
-        self._row[asked[better], split] = rows[at[better]]
+    def _compare(self, queries: NDArray[np.int64], split: int, rows: NDArray[np.int64], d: NDArray[np.float32]) -> None:
+        product = self._d[queries] @ d.T
+        best = product.argmax(axis=1)
+        rough = product[np.arange(len(queries)), best]
+        close = rough >= np.maximum(self._cosine[queries, split], self._threshold) - _MARGIN
+        queries, best = queries[close], best[close]
+        exact = np.einsum("nd,nd->n", self._d[queries].astype(np.float64), d[best].astype(np.float64)).round(_DECIMALS)
+        better = exact > self._cosine[queries, split]
+        self._cosine[queries[better], split] = exact[better]
+        self._row[queries[better], split] = rows[best[better]]
 
-    def pairs(self, threshold: float) -> dict[tuple[int, int], float]:
+    def pairs(self) -> dict[tuple[int, int], float]:
         """Rows of the pairs at or above the threshold, a val and a test image always in that order, to their cosine."""
-        asked, split = np.nonzero(self._cosine >= threshold)
-        found = {}
-        for i, s in zip(asked, split, strict=True):
-            pair = int(self._block[i]), int(self._row[i, s])
-            swap = s != 0 and self._splits[pair[0]] > s
-            found[pair[::-1] if swap else pair] = float(self._cosine[i, s])
-        return found
+        pairs = {}
+        for query, split in zip(*np.nonzero(self._cosine >= self._threshold), strict=True):
+            row, other = int(self._block[query]), int(self._row[query, split])
+            swap = split != 0 and self._splits[row] > split
+            pairs[(other, row) if swap else (row, other)] = float(self._cosine[query, split])
+        return pairs
 
 
 def _splits(store: Store) -> NDArray[np.int8]:
@@ -177,21 +172,16 @@ def _blocks(store: Store, splits: NDArray[np.int8], block_bytes: int) -> list[ND
     """Rows of held-out images, in order, as many together as fit."""
     rows = np.flatnonzero((splits != 0) & _kept(store))
     step = max(1, block_bytes // (4 * store.width))
-    return [rows[at : at + step] for at in range(0, len(rows), step)]
-
-
-def _shards(store: Store, *, check: bool) -> Iterator[tuple[int, NDArray[Any]]]:
-    for shard, arrays in store.shards("image", check=check):
-        yield shard.start, arrays["v_img"]
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def _directions(store: Store, rows: NDArray[np.int64], *, check: bool) -> NDArray[np.float32]:
     """Directions of some rows, in order, ``(Q, D)`` float32."""
-    found = np.empty((len(rows), store.width), np.float32)
-    for start, v_img in _shards(store, check=check):
-        first, last = np.searchsorted(rows, (start, start + len(v_img)))
-        found[first:last] = _unit(v_img[rows[first:last] - start])
-    return found
+    directions = np.empty((len(rows), store.width), np.float32)
+    for shard, arrays in store.shards("image", check=check):
+        first, last = np.searchsorted(rows, (shard.start, shard.stop))
+        directions[first:last] = _unit(arrays["v_img"][rows[first:last] - shard.start])
+    return directions
 
 
 def _unit(v: NDArray[Any]) -> NDArray[np.float32]:
@@ -209,26 +199,20 @@ def _report(
     ids = store.index.column(ID)
     paths = store.index.column("path") if "path" in store.index.column_names else None
 
-    def of(row: int) -> tuple[int, str, str]:
-        return ids[row].as_py(), "" if paths is None else paths[row].as_py(), SPLITS[splits[row]]
+    def describe(row: int, prefix: str) -> dict[str, Any]:
+        path, split = "" if paths is None else paths[row].as_py(), SPLITS[splits[row]]
+        return {f"{prefix or 'image_'}id": ids[row].as_py(), f"{prefix}path": path, f"{prefix}split": split}
 
     ordered = sorted(best.items(), key=lambda item: (-item[1], item[0]))
-    pairs = []
-    for (row, other), cosine in ordered[:most]:
-        (image_id, path, split), (other_id, other_path, other_split) = of(row), of(other)
-        pairs.append(
-            Leak(
-                image_id=image_id,
-                path=path,
-                split=split,
-                other_id=other_id,
-                other_path=other_path,
-                other_split=other_split,
-                cosine=cosine,
-            )
-        )
     n_pairs = {"test-train": 0, "val-train": 0, "val-test": 0}
     for row, other in best:
         n_pairs[f"{SPLITS[splits[row]]}-{SPLITS[splits[other]]}"] += 1
-    n_images = {name: int((kept & (splits == at)).sum()) for at, name in enumerate(SPLITS)}
-    return LeakReport(threshold=threshold, n_pairs=n_pairs, n_images=n_images, pairs=tuple(pairs))
+    return LeakReport(
+        threshold=threshold,
+        n_pairs=n_pairs,
+        n_images={name: int((kept & (splits == number)).sum()) for number, name in enumerate(SPLITS)},
+        pairs=tuple(
+            Leak(**describe(row, ""), **describe(other, "other_"), cosine=cosine)
+            for (row, other), cosine in ordered[:most]
+        ),
+    )

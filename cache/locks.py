@@ -7,11 +7,14 @@ and gone; one of another machine has to be removed by hand, and the error names 
 
 import contextlib
 import errno
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .errors import StoreError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -22,7 +25,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 SOFT = ".holder"
 
 
-class LockHeld(Exception):  # noqa: N818 - nobody sees it: whoever asked says what is in use
+class LockHeld(Exception):  # noqa: N818 - callers turn it into an error that says what is in use
     """Another process holds a lock.
 
     Attributes:
@@ -39,49 +42,50 @@ def take_lock(path: Path, *, wait_s: float = 0.0) -> "BaseFileLock":
 
     Args:
         path: The lock's file; its folder has to be there.
-        wait_s: Seconds to wait for who holds it.
+        wait_s: Seconds to wait until its holder gives it back.
 
     Returns:
         The lock; its ``release()`` gives it back.
 
     Raises:
         LockHeld: Another process holds it.
+        StoreError: A file with content, a link or a folder has that name; it is somebody's own and stays.
         OSError: The folder cannot be written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # filelock warns of what this function handles
         import filelock
-    kinds: list[type[BaseFileLock]] = [filelock.FileLock, filelock.SoftFileLock]
-    if filelock.FileLock is filelock.SoftFileLock:
-        del kinds[0]
-    for kind in kinds:
-        soft = kind is filelock.SoftFileLock
-        name = path.with_name(path.name + SOFT) if soft else path
-        lock = kind(name, timeout=wait_s, thread_local=False, fallback_to_soft=False)
+    _refuse_foreign(path)
+    if filelock.FileLock is not filelock.SoftFileLock:
+        lock: BaseFileLock = filelock.FileLock(path, timeout=wait_s, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise _held(name, getattr(lock, "pid", None) if soft else None) from None
+            raise LockHeld("wait until it ends, or stop it") from None
         except OSError as error:
-            if soft or error.errno not in NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
         else:
             return lock
-    raise AssertionError("a soft lock is taken or refused")
+    holder = path.with_name(path.name + SOFT)
+    lock = filelock.SoftFileLock(holder, timeout=wait_s, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        pid = lock.pid
+        gone = "" if pid is None else f"; if process {pid} is gone, remove {holder}"
+        raise LockHeld(f"wait until it ends, or stop it{gone}") from None
+    return lock
 
 
 @contextmanager
 def locked(path: Path, *, wait_s: float = 0.0, keep: bool = True) -> Iterator[None]:
-    """Hold the lock of a file name.
+    """Hold the lock of a file name; raises what :func:`take_lock` raises.
 
     Args:
         path: The lock's file.
-        wait_s: Seconds to wait for who holds it.
+        wait_s: Seconds to wait until its holder gives it back.
         keep: Leave its empty file behind; else it is removed before the lock is given back.
-
-    Raises:
-        LockHeld: Another process holds it.
-        OSError: The folder cannot be written.
     """
     lock = take_lock(path, wait_s=wait_s)
     try:
@@ -95,6 +99,15 @@ def locked(path: Path, *, wait_s: float = 0.0, keep: bool = True) -> Iterator[No
             lock.release()
 
 
-def _held(name: Path, pid: int | None) -> LockHeld:
-    wait = "wait until it ends, or stop it"
-    return LockHeld(wait if pid is None else f"{wait}; if process {pid} is gone, remove {name}")
+def _refuse_foreign(path: Path) -> None:
+    """A lock's file is empty: anything else of its name was not made here."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
+            raise StoreError(
+                "a file is where the lock of this folder goes",
+                where=path,
+                got="a file that mmcli did not write",
+                wanted="no such file",
+                do="move it away, or name another folder",
+            )

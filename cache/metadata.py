@@ -5,7 +5,7 @@ changed on the disk, or by hand, is found.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -40,11 +40,12 @@ class ShardEntry(FileEntry):
 
     @property
     def shard(self) -> Shard:
-        """Which rows it holds."""
+        """The rows of the store that it holds."""
         return Shard(self.part, self.number, self.first_row, self.first_row + self.rows)
 
 
 Entry = TypeVar("Entry", bound=FileEntry)
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class StoreManifest:
         index: The index file.
         shards: Every shard: image shards, then text shards, each part in order.
         created: When the store was finished: UTC, ISO 8601 with microseconds.
-        extra: What the writer was told to keep: library versions, device and the like.
+        extra: What the writer keeps beside the arrays: library versions, device and the like.
         skipped: Rows without an image embedding, rising, and why.
     """
 
@@ -103,7 +104,7 @@ class StoreManifest:
             shards=tuple(_entry(ShardEntry, entry) for entry in document["shards"]),
             created=datetime.fromisoformat(document["created"]).isoformat(timespec="microseconds"),
             extra=dict(document["extra"]),
-            skipped={one["row"]: one["reason"] for one in document["skipped"]},
+            skipped={line["row"]: line["reason"] for line in document["skipped"]},
         )
         # File names are derived, never trusted: a name in the document cannot lead out of the folder.
         names = [(entry.shard, entry.file) for entry in manifest.shards]
@@ -114,7 +115,7 @@ class StoreManifest:
         for entry in manifest.shards:
             if entry.bytes < (least := layout.n_bytes(entry.part, entry.rows)):
                 raise ValueError(f"{entry.file} has {entry.bytes} bytes, its arrays alone would have {least}")
-        rows = [one["row"] for one in document["skipped"]]
+        rows = [line["row"] for line in document["skipped"]]
         if not all(type(row) is int and isinstance(reason, str) for row, reason in manifest.skipped.items()):
             raise ValueError("its list of skipped rows is not one of numbers and reasons")
         if rows != sorted(set(rows)) or not all(0 <= row < layout.n_images for row in rows):
@@ -156,25 +157,23 @@ def read_manifest(folder: Path) -> StoreManifest:
         StoreMismatch: It is of another format version.
         StoreDamaged: It is not readable.
     """
-    path = folder / MANIFEST
-    document = _unseal(path)
-    try:
-        return StoreManifest.from_dict(document)
-    except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, error) from error
+    return _read(folder / MANIFEST, StoreManifest.from_dict)
 
 
 def read_key(folder: Path) -> tuple[StoreKey, Layout]:
-    """Read ``key.json``.
+    """Read ``key.json``, and raise what :func:`read_manifest` raises."""
 
-    Raises:
-        FileNotFoundError, StoreMismatch, StoreDamaged: As for :func:`read_manifest`.
-    """
-    path = folder / KEY
-    document = _unseal(path)
-    try:
+    def parse(document: dict[str, Any]) -> tuple[StoreKey, Layout]:
         key = _key(document)
         return key, _layout(key, document["counts"])
+
+    return _read(folder / KEY, parse)
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+    document = _unseal(path)
+    try:
+        return parse(document)
     except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
 
@@ -204,25 +203,22 @@ def _key(document: Mapping[str, Any]) -> StoreKey:
     return key
 
 
+# What the document calls the sizes of a layout, in its order.
+_COUNTS = {
+    "images": "n_images",
+    "width": "width",
+    "captions_per_image_max": "n_captions_max",
+    "shard_rows": "shard_rows",
+    "batch_tokens": "batch_tokens",
+}
+
+
 def _counts(layout: Layout) -> dict[str, int]:
-    return {
-        "images": layout.n_images,
-        "width": layout.width,
-        "captions_per_image_max": layout.n_captions_max,
-        "shard_rows": layout.shard_rows,
-        "batch_tokens": layout.batch_tokens,
-    }
+    return {name: getattr(layout, field) for name, field in _COUNTS.items()}
 
 
 def _layout(key: StoreKey, counts: Mapping[str, Any]) -> Layout:
-    return Layout(
-        n_images=counts["images"],
-        width=counts["width"],
-        n_captions_max=counts["captions_per_image_max"],
-        shard_rows=counts["shard_rows"],
-        batch_tokens=counts["batch_tokens"],
-        dtype=key.dtype,
-    )
+    return Layout(dtype=key.dtype, **{field: counts[name] for name, field in _COUNTS.items()})
 
 
 def _seal(document: dict[str, Any]) -> bytes:
@@ -232,28 +228,26 @@ def _seal(document: dict[str, Any]) -> bytes:
 def _unseal(path: Path) -> dict[str, Any]:
     try:
         document = parse_json(path.read_bytes())
-        known = isinstance(document, dict) and document.get("format") == FORMAT
-        version = document.get("format_version") if known else None
-    except FileNotFoundError:
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"it does not say it is a {FORMAT}")
+        version = document.get("format_version")
+        if type(version) is int and version != FORMAT_VERSION:
+            newer = "update mmcli"
+            older = "extract into another folder, or replace it with `mmcli extract --force`"
+            raise StoreMismatch(
+                "a store of another format version",
+                where=path.parent,
+                got=version,
+                wanted=FORMAT_VERSION,
+                do=newer if version > FORMAT_VERSION else older,
+            )
+        if document.pop("checksum", None) != digest_of(document):  # ValueError: an infinite number, half a surrogate
+            raise ValueError("its checksum is wrong")
+    except (FileNotFoundError, StoreMismatch):
         raise
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
-    if known and type(version) is int and version != FORMAT_VERSION:
-        newer = version > FORMAT_VERSION
-        do = "update mmcli" if newer else "extract into another folder, or replace it with `mmcli extract --force`"
-        raise StoreMismatch(
-            "a store of another format version", where=path.parent, got=version, wanted=FORMAT_VERSION, do=do
-        )
-    if not known:
-        raise _damaged(path, f"it does not say it is a {FORMAT}")
-    checksum = document.pop("checksum", None)
-    try:
-        right = checksum == digest_of(document)
-    except ValueError as error:  # half a pair of surrogates, or an infinite number
-        raise _damaged(path, error) from error
-    if not right:
-        raise _damaged(path, "its checksum is wrong")
-    return dict(document)
+    return document
 
 
 def _damaged(path: Path, why: object) -> StoreDamaged:

@@ -46,7 +46,7 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: The folder itself stays.
-        names: As of :func:`contents`.
+        names: Relative names, as :func:`contents` lists them.
 
     Raises:
         OSError: One cannot be removed.
@@ -61,11 +61,11 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def _names(folder: Path, prefix: str) -> list[str]:
-    found = []
+    names = []
     with os.scandir(folder) as listing:
         for entry in listing:
             if entry.is_dir(follow_symlinks=False):
-                found += _names(Path(entry.path), f"{prefix}{entry.name}/")
+                names += _names(Path(entry.path), f"{prefix}{entry.name}/")
             else:
-                found.append(prefix + entry.name)
-    return found
+                names.append(prefix + entry.name)
+    return names

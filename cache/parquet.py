@@ -13,9 +13,6 @@ MOST_ROWS_A_BYTE = 64
 def open_parquet(source: Path | bytes) -> pq.ParquetFile:
     """A parquet file whose footer makes sense; its pages are compared with their checksums when they are read.
 
-    Args:
-        source: A file, or the whole content of one.
-
     Raises:
         OSError: The file cannot be opened.
         ValueError: It is no parquet file, or its footer claims more rows than its bytes can hold.
@@ -35,11 +32,7 @@ def open_parquet(source: Path | bytes) -> pq.ParquetFile:
 
 
 def read_parquet(source: Path | bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole table, every value of it valid.
-
-    Args:
-        source: A file, or the whole content of one.
-        columns: What to read; everything where not given.
+    """A whole table, or some columns of it, every value valid; the source is a file, or the whole content of one.
 
     Raises:
         OSError: The file cannot be opened.

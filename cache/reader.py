@@ -1,7 +1,10 @@
 """Reads a finished store: its key and index at once, its arrays on request."""
 
 import logging
+import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,22 +14,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .arrow import numbers
-from .checked import read_records
 from .errors import RESUME, StoreDamaged, StoreError, StoreMissing
-from .index import ID, parse_index
+from .folder import key_digest, looks_like_store, read_checked, unfinished
+from .index import ID, image_ids, parse_index
 from .key import StoreKey
-from .layout import MANIFEST, Part, Shard
-from .loading import load_arrays
-from .metadata import StoreManifest, read_manifest
+from .layout import MANIFEST, PARTS, Part, Shard
+from .metadata import ShardEntry, StoreManifest, read_manifest
 from .parquet import open_parquet
 from .places import place
-from .shards import Arrays, ShardBroken
-from .stream import REDO, stream
-from .sweep import looks_like_store, read_checked, unfinished
+from .shards import Arrays, ShardBroken, first_bad_row, view_shard
 
 _log = logging.getLogger(__name__)
 
+# Threads: hashing is the slow part, and as many shards are in memory at once.
+READERS = min(4, os.cpu_count() or 1)
+REDO = "run `mmcli extract` again, it redoes only that shard"
 EXTRACT = "run `mmcli extract` first, or name a store elsewhere"
 
 
@@ -88,7 +90,7 @@ class Store:
                 raise StoreDamaged("a damaged shard", where=path, got=got, wanted=f"{entry.bytes} bytes", do=REDO)
         try:
             data = read_checked(folder, manifest.index)
-            ids = numbers(parse_index(data, manifest.layout, ()).column(ID))
+            ids = image_ids(parse_index(data, manifest.layout, ()))
         except (ShardBroken, ValueError) as error:
             raise _damaged_index(folder, manifest, error) from error
         return cls(folder=folder, manifest=manifest, index_file=data, ids=ids)
@@ -104,7 +106,7 @@ class Store:
 
     @property
     def column_names(self) -> list[str]:
-        """Columns of the index."""
+        """Names of the columns of the index."""
         return list(open_parquet(self.index_file).schema_arrow.names)
 
     def columns(self, names: Sequence[str] | None = None) -> pa.Table:
@@ -128,27 +130,27 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """Digest of its key."""
+        """SHA-256 of its key, in hex."""
         return self.key.digest
 
     @property
     def text_digest(self) -> str:
-        """Digest of what its caption embeddings depend on."""
+        """SHA-256, in hex, of what its caption embeddings depend on."""
         return self.key.text_digest
 
     @property
     def n_images(self) -> int:
-        """N."""
+        """Number of images in the store, N."""
         return self.manifest.layout.n_images
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width of an embedding, D."""
         return self.manifest.layout.width
 
     @property
     def n_captions_max(self) -> int:
-        """Captions kept per image."""
+        """Captions that the store keeps of an image."""
         return self.manifest.layout.n_captions_max
 
     @property
@@ -163,24 +165,33 @@ class Store:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the writer was told to keep."""
+        """What the writer kept beside the arrays: library versions, device and the like."""
         return self.manifest.extra
 
-    @property
-    def is_noted(self) -> bool:
-        """Whether every shard has a note of being found whole; a load then hashes none that did not change."""
-        return len(read_records(self.folder, self.manifest)) == len(self.manifest.shards)
-
-    def load(self, *, check: bool = True) -> Embeddings:
-        """Every embedding, in index order.
-
-        Args:
-            check: Compare every file with its checksum, and look for NaN and infinities.
+    def load(self) -> Embeddings:
+        """Every embedding, in index order; every file is compared with its checksum and looked through for NaN.
 
         Raises:
             StoreDamaged: A shard is not what it was when it was written, or holds a NaN.
         """
-        return Embeddings(**load_arrays(self.folder, self.manifest, self.ids, check=check))
+        layout, arrays = self.manifest.layout, Arrays()
+        for part in PARTS:
+            for name, (dtype, shape) in layout.datasets(part, layout.n_images).items():
+                if name != ID:
+                    arrays[name] = np.empty(shape, dtype.newbyteorder("="))
+
+        def copy(entry: ShardEntry) -> None:
+            for name, values in self._read(entry, check=True).items():
+                if name != ID:
+                    arrays[name][entry.shard.start : entry.shard.stop] = values
+
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for _ in pool.map(copy, self.manifest.shards):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return Embeddings(**arrays)
 
     def shards(self, part: Part, *, check: bool = True) -> Iterator[tuple[Shard, Arrays]]:
         """The shards of a part one after another, so that a store of any size is read in the memory of a few.
@@ -197,7 +208,32 @@ class Store:
         Raises:
             StoreDamaged: As for :meth:`load`.
         """
-        return stream(self.folder, self.manifest, self.ids, part, check=check)
+        entries = [entry for entry in self.manifest.shards if entry.part == part]
+        ahead = min(2, READERS)
+        waiting: deque[Future[Arrays]] = deque()
+        with ThreadPoolExecutor(ahead) as pool:
+            try:
+                for number, entry in enumerate(entries):
+                    for later in entries[number + len(waiting) : number + ahead + 1]:
+                        waiting.append(pool.submit(self._read, later, check=check))
+                    yield entry.shard, waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, entry: ShardEntry, *, check: bool) -> Arrays:
+        """The datasets of one shard, as read-only views of its file's bytes."""
+        shard, path = entry.shard, self.folder / entry.file
+        try:
+            data = read_checked(self.folder, entry) if check else path.read_bytes()
+            arrays = view_shard(data, shard, self.manifest.layout, key_digest(self.key, shard))
+            if not np.array_equal(arrays[ID], self.ids[shard.start : shard.stop]):
+                raise ShardBroken("its image ids are not those of the index")
+            for name, values in arrays.items() if check else ():
+                if values.dtype.kind == "f" and (row := first_bad_row(values)) is not None:
+                    raise ShardBroken(f"NaN or infinity in {name} row {row}, image id {self.ids[shard.start + row]}")
+        except (ShardBroken, OSError) as error:
+            raise StoreDamaged("a damaged shard", where=path, got=error, do=REDO) from error
+        return arrays
 
 
 def list_stores(root: Path) -> list[Path]:

@@ -61,14 +61,7 @@ def content_sha256(name: str, values: NDArray[Any]) -> str:
 
 
 def encode_shard(shard: Shard, layout: Layout, key_digest: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The HDF5 file of a shard.
-
-    Args:
-        shard: Which rows.
-        layout: The store's shape.
-        key_digest: Digest of the key that the shard belongs to.
-        arrays: The datasets, in the dtypes and shapes of ``layout``.
-    """
+    """The HDF5 file of a shard of the key with this digest; its datasets have the dtypes and shapes of ``layout``."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", libver=_LIBVER) as file:
         for name, value in _attributes(shard, key_digest).items():
@@ -82,46 +75,30 @@ def encode_shard(shard: Shard, layout: Layout, key_digest: str, arrays: Mapping[
 
 
 def decode_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
-    """Every dataset of a shard, as read-only views of ``data``, with the checksums that the file carries checked.
-
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key_digest: Digest of the key that it should belong to.
+    """Read what :func:`view_shard` reads, and compare the checksums that the file carries.
 
     Raises:
         OtherKey: It is a shard of another key or format version.
         ShardBroken: It is anything else than that shard.
     """
-    return _arrays(data, shard, layout, key_digest, check=True)
+    arrays = view_shard(data, shard, layout, key_digest)
+    with _opened(data) as file:
+        for name, values in arrays.items():
+            if _attribute(file[name], "sha256") != np.bytes_(content_sha256(name, values)):
+                raise ShardBroken(f"the content of {name} is not what its checksum says")
+    return arrays
 
 
 def view_shard(data: bytes, shard: Shard, layout: Layout, key_digest: str) -> Arrays:
     """Every dataset of a shard, as read-only views of ``data``; checksums are the caller's to check.
 
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key_digest: Digest of the key that it should belong to.
-
     Raises:
-        ShardBroken: It is not that shard.
+        OtherKey, ShardBroken: The file is not the one that :func:`encode_shard` makes of this shard.
     """
-    return _arrays(data, shard, layout, key_digest, check=False)
-
-
-def _arrays(data: bytes, shard: Shard, layout: Layout, key_digest: str, *, check: bool) -> Arrays:
     with _opened(data) as file:
         _check_attributes(file, shard, key_digest)
-        arrays = {}
-        for name, (dtype, shape) in layout.datasets(shard.part, shard.n_rows).items():
-            dataset = _dataset(file, name, dtype, shape)
-            arrays[name] = _values(data, dataset)
-            if check and _attribute(dataset, "sha256") != np.bytes_(content_sha256(name, arrays[name])):
-                raise ShardBroken(f"the content of {name} is not what its checksum says")
-        return arrays
+        datasets = layout.datasets(shard.part, shard.n_rows)
+        return {name: _values(data, _dataset(file, name, dtype, shape)) for name, (dtype, shape) in datasets.items()}
 
 
 def is_our_shard(path: Path) -> bool:
@@ -133,11 +110,11 @@ def is_our_shard(path: Path) -> bool:
         return False
 
 
-def same_content(one: Arrays, other: Arrays) -> bool:
+def same_content(first: Arrays, second: Arrays) -> bool:
     """Whether two shards hold the same bytes under the same names (a NaN equals itself, -0 is not 0)."""
-    return one.keys() == other.keys() and all(
-        (a.dtype, a.shape) == (other[name].dtype, other[name].shape) and a.tobytes() == other[name].tobytes()
-        for name, a in one.items()
+    return first.keys() == second.keys() and all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
+        for a, b in ((first[name], second[name]) for name in first)
     )
 
 
@@ -219,7 +196,7 @@ def _dataset(file: Any, name: str, dtype: np.dtype[np.generic], shape: tuple[int
 
 def _values(data: bytes, dataset: Any) -> NDArray[Any]:  # noqa: ANN401
     """The content as a view of the file's bytes: HDF5 says where it is; its own copy is several times slower."""
-    at, size = dataset.id.get_offset(), dataset.size * dataset.dtype.itemsize
-    if dataset.chunks is not None or at is None or at + size > len(data):
+    start, size = dataset.id.get_offset(), dataset.size * dataset.dtype.itemsize
+    if dataset.chunks is not None or start is None or start + size > len(data):
         raise ShardBroken(f"{dataset.name} is not one contiguous run of the file")
-    return np.frombuffer(data, dataset.dtype, count=dataset.size, offset=at).reshape(dataset.shape)
+    return np.frombuffer(data, dataset.dtype, count=dataset.size, offset=start).reshape(dataset.shape)

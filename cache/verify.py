@@ -1,22 +1,25 @@
-"""Checks everything in a store and goes on after a problem."""
+"""Checks everything in a store, and lists every problem instead of stopping at the first."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .encode import l2_norm
 from .errors import StoreError, StoreMissing
-from .index import ID, parse_index
+from .folder import WholeShard, key_digest, looks_like_store, read_checked
+from .index import image_ids, parse_index
 from .key import StoreKey
 from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, Layout, Shard
 from .metadata import ShardEntry, StoreManifest, read_key, read_manifest
 from .places import place
 from .reader import EXTRACT
 from .shards import Arrays, ShardBroken, decode_shard, first_bad_row
-from .sweep import key_digest, looks_like_store, make_entry, read_checked, zero_rows
 
+Document = TypeVar("Document")
 _MOST_NAMED = 3
 
 
@@ -36,7 +39,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether the store has no problem."""
         return not self.problems
 
 
@@ -56,18 +59,22 @@ def verify(folder: Path) -> VerifyReport:
     if not folder.is_dir() or not looks_like_store(folder):
         raise StoreMissing("not a store", where=folder, do=EXTRACT)
     problems: list[str] = []
-    manifest = _try_manifest(folder, problems)
-    known = _try_key(folder, manifest, problems)
+    manifest = _try(read_manifest, folder / MANIFEST, "absent, the store is unfinished", problems)
+    written = _try(read_key, folder / KEY, "absent", problems)
+    identity = (manifest.key, manifest.layout) if manifest else written
+    if identity and written and written != identity:
+        difference = "; ".join(written[0].diff(identity[0]))
+        problems.append(f"{KEY}: it does not agree with {MANIFEST}: {difference}")
     n_shards = 0
-    if known is not None:
-        key, layout = known
+    if identity is not None:
+        key, layout = identity
         ids = _check_index(folder, manifest, layout, problems)
         listed = {entry.shard: entry for entry in manifest.shards} if manifest else {}
         for shard in layout.all_shards():
             n_shards += 1
-            found = _check_shard(folder, shard, listed.get(shard), layout, key, ids, manifest)
-            problems += [f"{shard.name}: {line}" for line in found]
-    problems += _stray_files(folder, known[1] if known else None)
+            lines = _check_shard(folder, shard, listed.get(shard), layout, key, ids, manifest)
+            problems += [f"{shard.name}: {line}" for line in lines]
+    problems += _stray_files(folder, identity[1] if identity else None)
     return VerifyReport(folder=folder, n_shards=n_shards, problems=tuple(problems))
 
 
@@ -88,29 +95,14 @@ def norm_tolerance(norms: NDArray[np.float32], layout: Layout) -> NDArray[np.flo
     return np.asarray(norms.astype(np.float64) * (relative + 2.0**-22) + np.sqrt(layout.width) * absolute + 2.0**-140)
 
 
-def _try_manifest(folder: Path, problems: list[str]) -> StoreManifest | None:
+def _try(read: Callable[[Path], Document], path: Path, absent: str, problems: list[str]) -> Document | None:
     try:
-        return read_manifest(folder)
+        return read(path.parent)
     except FileNotFoundError:
-        problems.append(f"{MANIFEST}: absent, the store is unfinished")
+        problems.append(f"{path.name}: {absent}")
     except StoreError as error:
-        problems.append(f"{MANIFEST}: {error.what}: {error.got}")
+        problems.append(f"{path.name}: {error.what}: {error.got}")
     return None
-
-
-def _try_key(folder: Path, manifest: StoreManifest | None, problems: list[str]) -> tuple[StoreKey, Layout] | None:
-    known = (manifest.key, manifest.layout) if manifest else None
-    try:
-        written = read_key(folder)
-    except FileNotFoundError:
-        problems.append(f"{KEY}: absent")
-    except StoreError as error:
-        problems.append(f"{KEY}: {error.what}: {error.got}")
-    else:
-        if known is not None and written != known:
-            problems.append(f"{KEY}: it does not agree with {MANIFEST}: {'; '.join(written[0].diff(known[0]))}")
-        known = known or written
-    return known
 
 
 def _check_index(
@@ -118,7 +110,7 @@ def _check_index(
 ) -> NDArray[np.int64] | None:
     try:
         data = read_checked(folder, manifest.index) if manifest else (folder / INDEX).read_bytes()
-        return np.asarray(parse_index(data, layout).column(ID).to_numpy())
+        return image_ids(parse_index(data, layout))
     except (ShardBroken, ValueError) as error:
         problems.append(f"{INDEX}: {error}")
     except OSError as error:
@@ -145,13 +137,14 @@ def _check_shard(
         return [str(error)]
     except OSError as error:
         return [error.strerror or str(error)]
-    if entry is not None and make_entry(data, shard, arrays) != entry:
+    whole = WholeShard.of(data, shard, arrays)
+    if entry is not None and whole.entry != entry:
         problems.append(f"{MANIFEST} has another count of captions")
     rows = slice(shard.start, shard.stop)
     if ids is not None and not np.array_equal(arrays["image_id"], ids[rows]):
         problems.append("its image ids are not those of the index")
     # Without a manifest nothing says which rows were skipped on purpose; the store is unfinished anyway.
-    skipped = zero_rows(shard, arrays) if manifest is None else tuple(manifest.skipped)
+    skipped = whole.skipped if manifest is None else tuple(manifest.skipped)
     return problems + _check_values(shard, layout, arrays, skipped)
 
 
@@ -190,8 +183,6 @@ def _rows(what: str, wrong: NDArray[np.bool_], arrays: Arrays) -> list[str]:
 def _stray_files(folder: Path, layout: Layout | None) -> list[str]:
     if layout is None:
         return []
-    known = {MANIFEST, KEY, INDEX, CHECKED, *(shard.name for shard in layout.all_shards())}
-    names = sorted(path.name for path in folder.iterdir())
-    return [
-        f"{name}: not a file of this store" for name in names if name not in known and not LOCK_NAME.fullmatch(name)
-    ]
+    names = {MANIFEST, KEY, INDEX, CHECKED, *(shard.name for shard in layout.all_shards())}
+    strays = sorted({path.name for path in folder.iterdir()} - names)
+    return [f"{name}: not a file of this store" for name in strays if not LOCK_NAME.fullmatch(name)]

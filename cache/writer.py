@@ -1,4 +1,4 @@
-"""Writes a store, or what is missing of one: killed at any moment, it goes on where it was."""
+"""Writes a store, or what is missing of one: after a kill at any moment it resumes where it was."""
 
 import hashlib
 import json
@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Required, Self, TypedDict, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -18,28 +19,35 @@ from .claim import Claim, Stripe
 from .encode import image_arrays, text_arrays
 from .errors import StoreError, StoreMismatch, StoreUnfinished
 from .files import adopt, make_folder, remove, remove_temporaries, write_whole
-from .index import check_index, index_bytes, place_rows
-from .key import StoreKey
-from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
-from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes, read_key
-from .places import is_remote, place
-from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
-from .sweep import (
+from .folder import (
     DamagedShard,
-    Found,
-    Whole,
+    FolderState,
+    WholeShard,
     check_layout,
     check_shard,
     discard,
     identify,
     index_is,
     key_digest,
-    make_entry,
-    sweep,
-    zero_rows,
+    sort_shards,
 )
+from .index import check_index, index_bytes, place_rows
+from .key import StoreKey
+from .layout import FORMAT_VERSION, INDEX, KEY, MANIFEST, Layout, Part, Shard
+from .metadata import FileEntry, StoreManifest, key_bytes, manifest_bytes, read_key
+from .places import is_remote, place
+from .shards import Arrays, ShardBroken, decode_shard, encode_shard, same_content
 
 _log = logging.getLogger(__name__)
+
+
+class Sizes(TypedDict, total=False):
+    """The sizes of a new store; see :class:`StoreWriter`."""
+
+    width: Required[int]
+    n_captions_max: int
+    shard_rows: int
+    batch_tokens: int
 
 
 class StoreWriter:
@@ -52,10 +60,9 @@ class StoreWriter:
         folder: The store's folder, made when absent; :func:`~mmcli.cache.places.place` makes one of a URL.
         key: What the numbers depend on.
         index: One row per image, in order, with a column ``image_id`` int64, every value once.
-        width: Embedding width D.
-        n_captions_max: Captions kept per image.
-        shard_rows: Rows per shard of a new store; a store that is resumed keeps its own.
-        batch_tokens: Tokens in one forward pass of a new store; likewise.
+        sizes: ``width``, the embedding width D, is needed; ``n_captions_max`` captions of an image are kept (5);
+            ``shard_rows`` rows are one shard (1024), and ``batch_tokens`` one forward pass, of a new store. A store
+            that is resumed keeps its own.
         extra: Anything JSON to keep in the manifest: library versions, device and the like.
         overwrite: Throw the store in ``folder`` away first, whatever its key.
         stripe: Fill these shards alone, beside the writers of other stripes; whoever ends last finishes the store.
@@ -78,27 +85,18 @@ class StoreWriter:
         key: StoreKey,
         index: pa.Table,
         *,
-        width: int,
-        n_captions_max: int = 5,
-        shard_rows: int = 1024,
-        batch_tokens: int = 0,
         extra: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         stripe: Stripe | None = None,
+        **sizes: Unpack[Sizes],
     ) -> None:
         self.folder, self.key, self._table = place(folder), key, index
         if key.format_version != FORMAT_VERSION:
             raise StoreMismatch("a key of another format", got=key.format_version, wanted=FORMAT_VERSION)
         self._ids = check_index(index)
         try:
-            self.layout = Layout(
-                n_images=len(self._ids),
-                width=width,
-                n_captions_max=n_captions_max,
-                shard_rows=shard_rows,
-                batch_tokens=batch_tokens,
-                dtype=key.dtype,
-            )
+            usual: Sizes = {"n_captions_max": 5, "shard_rows": 1024, **sizes}
+            self.layout = Layout(n_images=len(self._ids), dtype=key.dtype, **usual)
             # Through JSON and back, so that what is kept is what will be read.
             self._extra: dict[str, Any] = json.loads(json.dumps(dict(extra or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -107,7 +105,7 @@ class StoreWriter:
             raise StoreError("a stripe cannot replace a store", where=folder, do="remove the store first")
         self._overwrite, self._claim = overwrite, Claim(self.folder, stripe)
         self.damaged: list[DamagedShard] = []
-        self._whole: dict[Shard, Whole] = {}
+        self._whole: dict[Shard, WholeShard] = {}
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -141,7 +139,7 @@ class StoreWriter:
 
     def missing(self, part: Part) -> list[Shard]:
         """Shards of a part that this writer has still to write, in order."""
-        return [shard for shard in self._claim.own(self.layout.shards(part)) if shard not in self._whole]
+        return [shard for shard in self._claim.select(self.layout.shards(part)) if shard not in self._whole]
 
     def write_image(self, shard: Shard, *, v_img: NDArray[np.float32], skipped: Collection[int] = ()) -> None:
         """Write one missing image shard; norms are taken here, before the cast.
@@ -180,37 +178,29 @@ class StoreWriter:
             How many shards were taken. A shard that is damaged, or of other rows, is not.
         """
         self._check_open()
-        if not self._same_captions(place(other)):
-            return 0
-        taken = 0
-        for shard in self.missing("text"):
-            entries: list[Whole] = []
-
-            def check(data: bytes, shard: Shard = shard, entries: list[Whole] = entries) -> None:
-                entries.append(check_shard(data, shard, self.layout, self.key, self._ids))
-
-            try:
-                adopt(place(other) / shard.name, self.folder / shard.name, check)
-            except ShardBroken as error:
-                _log.debug("not taken: %s: %s", place(other) / shard.name, error)
-            except OSError as error:
-                _log.debug("not taken: %s", error)
-            else:
-                self._whole[shard] = entries[0]
-                taken += 1
-        return taken
-
-    def _same_captions(self, other: Path) -> bool:
-        """Whether a store's own key lets its captions be these; no shard is opened to find out that they are not."""
         try:
-            return read_key(other)[0].text_digest == self.key.text_digest
+            # The key tells that captions are the same; no shard is opened to learn that they are not.
+            if read_key(place(other))[0].text_digest != self.key.text_digest:
+                return 0
         except (OSError, StoreError):
-            return False
+            return 0
+        missing = self.missing("text")
+        for shard in missing:
+            path = place(other) / shard.name
+            try:
+                self._whole[shard] = adopt(
+                    path,
+                    self.folder / shard.name,
+                    partial(check_shard, shard=shard, layout=self.layout, key=self.key, ids=self._ids),
+                )
+            except (ShardBroken, OSError) as error:
+                _log.debug("not taken: %s: %s", path, error)
+        return len(missing) - len(self.missing("text"))
 
     @property
     def skipped(self) -> dict[Shard, tuple[int, ...]]:
         """Whole image shards with skipped rows, and these rows of the store."""
-        return {shard: one.skipped for shard, one in self._whole.items() if one.skipped}
+        return {shard: whole.skipped for shard, whole in self._whole.items() if whole.skipped}
 
     def redo(self, shard: Shard) -> None:
         """Take a whole shard back among the missing; the store is unfinished from here on."""
@@ -229,7 +219,7 @@ class StoreWriter:
         A stripe's writer does so only where the other stripes are whole as well; see :attr:`finished`.
 
         Args:
-            why: Tells for a row of the store why it was skipped.
+            why: Says for a row of the store why its image was skipped.
 
         Returns:
             The store's folder.
@@ -239,7 +229,7 @@ class StoreWriter:
             StoreError: The disk does not take it, or a row was skipped and nobody says why.
         """
         self._check_open()
-        missing = [shard.name for shard in self._claim.own(self.layout.all_shards()) if shard not in self._whole]
+        missing = [shard.name for shard in self._claim.select(self.layout.all_shards()) if shard not in self._whole]
         if missing:
             raise StoreUnfinished(
                 "shards are missing", where=self.folder, got=f"{missing[0]} and {len(missing) - 1} more"
@@ -261,12 +251,12 @@ class StoreWriter:
             if not all((self.folder / shard.name).is_file() for shard in every):
                 return False
             # All of them again: where stripes were cut differently, another writer may own one of ours.
-            found = Found(manifest=None, known=(self.key, self.layout), damaged=())
-            self._whole, _ = sweep(self.folder, self.key, self.layout, self._ids, found, every)
+            state = FolderState(manifest=None, identity=(self.key, self.layout))
+            self._whole, _ = sort_shards(self.folder, self.key, self.layout, self._ids, state, every)
         return len(self._whole) == len(every)
 
     def _write_manifest(self, why: Callable[[int], str | None]) -> None:
-        rows = sorted(row for one in self.skipped.values() for row in one)
+        rows = sorted(row for skipped in self.skipped.values() for row in skipped)
         reasons = {row: reason for row in rows if (reason := why(row))}
         if len(reasons) < len(rows):
             unknown = next(row for row in rows if row not in reasons)
@@ -288,19 +278,19 @@ class StoreWriter:
         self._finished = True
 
     def _open(self) -> None:
-        found = identify(self.folder, self.key, cleared=self._overwrite and discard(self.folder))
-        if found.known is not None:
-            check_layout(self.folder, found.known[1], self.layout)
-            self.layout = found.known[1]
-        own = self._claim.own(self.layout.all_shards())
-        self._whole, damaged = sweep(self.folder, self.key, self.layout, self._ids, found, own)
-        self.damaged = [*found.damaged, *damaged]
+        state = identify(self.folder, self.key, cleared=self._overwrite and discard(self.folder))
+        if state.identity is not None:
+            check_layout(self.folder, state.identity[1], self.layout)
+            self.layout = state.identity[1]
+        selected = self._claim.select(self.layout.all_shards())
+        self._whole, damaged = sort_shards(self.folder, self.key, self.layout, self._ids, state, selected)
+        self.damaged = [*state.damaged, *damaged]
         try:
-            index_ok = index_is(self.folder, found.manifest, place_rows(self._table, self.layout))
+            index_ok = index_is(self.folder, state.manifest, place_rows(self._table, self.layout))
         except ShardBroken as error:
             self.damaged.append(DamagedShard(INDEX, str(error)))
             index_ok = False
-        self._finished = bool(found.manifest) and index_ok and len(self._whole) == len(own)
+        self._finished = bool(state.manifest) and index_ok and len(self._whole) == len(selected)
         if not self._finished:
             remove(self.folder / MANIFEST)
         text = key_bytes(self.key, self.layout)
@@ -327,7 +317,7 @@ class StoreWriter:
                 raise StoreError("the disk gave back something else", where=path, do="check the disk")
 
         write_whole(path, data, check)
-        self._whole[shard] = Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
+        self._whole[shard] = WholeShard.of(data, shard, arrays)
 
     def _check_open(self) -> None:
         if not self._claim.held:

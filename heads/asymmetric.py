@@ -7,10 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .cosine import normalise
-from .neighbours import ExhaustiveIndex, Neighbours, Packed, Rows, Soft, load_faiss
+from .neighbours import Index, Neighbours, Packed, Ranked, Rows, Soft, load_faiss, settle_ties
 
-# Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
-MARGINS = (32, 1024)
 # float32 holds every whole number up to here, so sums of whole weights come out the same in any order.
 EXACT = 1 << 24
 CHUNK_BYTES = 1 << 26
@@ -18,7 +16,7 @@ CHUNK_BYTES = 1 << 26
 Weights = npt.NDArray[np.float32]
 
 
-class AsymmetricIndex(ExhaustiveIndex):
+class AsymmetricIndex(Index):
     """Exhaustive search of packed codes by the cosine of the query's soft code with each hard code.
 
     ``s = h . b / (|h| sqrt(B))``: the query is not binarised, the index is (Gordo, Perronnin, Gong and Lazebnik 2014,
@@ -53,31 +51,24 @@ class AsymmetricIndex(ExhaustiveIndex):
 
     def _nearest(self, queries: Soft, K: int) -> Neighbours:
         weights = whole_weights(queries)
-        index, score = self._best(weights, K)
-        n = np.sqrt(np.square(weights.astype(np.float64)).sum(axis=1, keepdims=True) * self.bits)
-        similarity = (score / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32)
-        return Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
 
-    def _best(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
-        """Rows and whole scores of the K best, ``(Q, K)`` each."""
-        index, score = np.empty((len(weights), K), np.int64), np.empty((len(weights), K), np.float32)
-        pending = np.arange(len(weights))
-        for margin in MARGINS:
-            M = min(len(self), K + margin)
-            rough, candidates = self._index.search(weights[pending], M)
+        def propose(rows: Rows, M: int) -> tuple[Ranked, npt.NDArray[np.bool_]]:
+            rough, candidates = self._index.search(weights[rows], M)
             order = np.lexsort((candidates, -rough), axis=-1)[:, :K]
-            index[pending] = np.take_along_axis(candidates, order, axis=1)
-            score[pending] = np.take_along_axis(rough, order, axis=1)
+            best = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(rough, order, axis=1)
             # Every row that FAISS left out scores at most as much as its last candidate.
-            pending = pending[(rough[:, -1] >= score[pending, -1]) & (len(self) > M)]
-            if not len(pending):
-                return index, score
-        for row in pending:
-            index[row], score[row] = self._exhaustive(weights[row], K)
-        return index, score
+            return best, (rough[:, -1] < best[1][:, -1]) | (len(self) == M)
 
-    def _exhaustive(self, weights: Weights, K: int) -> tuple[Rows, Weights]:
-        """The same of one query ``(B,)`` over all rows, where ties reach beyond the candidates."""
+        def every_row(rows: Rows) -> Ranked:
+            best = [self._exhaustive(weights[row], K) for row in rows]
+            return np.stack([index for index, _ in best]), np.stack([score for _, score in best])
+
+        index, score = settle_ties(len(queries), K, len(self), propose, every_row)
+        n = np.sqrt(np.square(weights.astype(np.float64)).sum(axis=1, keepdims=True) * self.bits)
+        return Neighbours.from_similarity(index, (score / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32))
+
+    def _exhaustive(self, weights: Weights, K: int) -> Ranked:
+        """The K best of all rows for one query ``(B,)``, where ties reach beyond the candidates."""
         scores = np.empty(len(self), np.float32)
         step = max(1, CHUNK_BYTES // (4 * self.bits))
         for start in range(0, len(self), step):

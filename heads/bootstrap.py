@@ -1,4 +1,4 @@
-"""Bootstrap over test images: how far a figure may be off, and whether two methods differ (SPEC section 8).
+"""Bootstrap over test images: how far a figure may be off, and whether two methods differ (docs/metrics.md).
 
 Symbols: N images, C classes, R resamples, W weights (how often each image was drawn), K tags an image.
 
@@ -7,31 +7,32 @@ change with W, so each class is sorted once, and every resample is two cumulativ
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
-from .blas import one_blas_thread
+from .metrics import count_figures
 from .ranking import (
     TAGS_OF_TOP,
-    TOP_KS,
     Floats,
     Labels,
     Scores,
     Truth,
-    average_precision,
     best_tags,
     checked,
     group_ends,
-    hits_of_best,
+    image_figures,
+    mean_of_defined,
     ratio,
 )
 
 Weights = npt.NDArray[np.float32]
 Threshold = float | Floats
+T = TypeVar("T")
 
 RESAMPLES = 1000
 SEED = 42
@@ -87,18 +88,62 @@ def resample(
         ValueError: As :func:`~mmcli.heads.ranking.average_precision`.
     """
     s, y = checked(scores, labels)
-    predictions = {ending: s >= at for ending, at in ({"": 0.5} if thresholds is None else thresholds).items()}
-    of_class, of_images = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])], _ImageMeans(s, y)
-    of_counts = _CountFigures(predictions | {f"@{TAGS_OF_TOP}": best_tags(s, TAGS_OF_TOP)}, y)
+    predictions = {end: s >= threshold for end, threshold in ({"": 0.5} if thresholds is None else thresholds).items()}
+    predictions[f"@{TAGS_OF_TOP}"] = best_tags(s, TAGS_OF_TOP)
+    truth = y.astype(np.float32)
+    marks = {end: (part.astype(np.float32), (part & y).astype(np.float32)) for end, part in predictions.items()}
+    classes, images = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])], image_figures(s, y)
+    columns = np.stack(list(images.values()), axis=1)
+    values, defined = np.nan_to_num(columns), ~np.isnan(columns)
 
-    def chunk(start: int) -> dict[str, Floats]:
-        W = draw(len(s), min(CHUNK, n - start), seed=(seed, start))
-        AP = np.stack([ranked.average_precision(W) for ranked in of_class])
-        return {"mAP": _mean_of_defined(AP, axis=0), **of_images(W), **of_counts(W)}
+    def figures(W: Weights) -> dict[str, Floats]:
+        AP = np.stack([ranked.average_precision(W) for ranked in classes])
+        w = W.T.astype(np.float64)
+        means = ratio(w @ values, w @ defined)
+        result = {"mAP": mean_of_defined(AP, axis=0)} | dict(zip(images, means.T, strict=True))
+        # Whole numbers below 2^24 are exact in float32.
+        n_true = (W.T @ truth).astype(np.float64)
+        for ending, (predicted, right) in marks.items():
+            n_predicted, tp = ((W.T @ part).astype(np.float64) for part in (predicted, right))
+            counted = count_figures((tp, n_predicted, n_true), y.size)
+            result |= {f"{key}{ending}": value for key, value in counted.items()}
+        return result
 
-    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        chunks = list(pool.map(chunk, range(0, n, CHUNK)))
+    chunks = _in_chunks(figures, len(s), n, seed)
     return {key: np.concatenate([part[key] for part in chunks]) for key in chunks[0]}
+
+
+def resample_classes(scores: Scores, labels: Labels, *, n: int = RESAMPLES, seed: int = SEED) -> Floats:
+    """AP of every class ``(R, C)`` in the very resamples of :func:`resample`; its mean over classes is the ``mAP``.
+
+    The arguments are those of :func:`resample`. NaN where a class has no positive.
+    """
+    s, y = checked(scores, labels)
+    classes = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])]
+
+    def figures(W: Weights) -> Floats:
+        return np.stack([ranked.average_precision(W) for ranked in classes], axis=1)
+
+    return np.concatenate(_in_chunks(figures, len(s), n, seed))
+
+
+def _in_chunks(figures: Callable[[Weights], T], N: int, n: int, seed: int) -> list[T]:
+    """What ``figures`` gives for the weights of every chunk of n resamples of N images."""
+
+    def chunk(start: int) -> T:
+        return figures(draw(N, min(CHUNK, n - start), seed=(seed, start)))
+
+    return in_threads(chunk, range(0, n, CHUNK))
+
+
+def in_threads(compute: Callable[[int], T], starts: Iterable[int]) -> list[T]:
+    """The results of ``compute`` for every start, from a pool of threads that keep BLAS on one thread each.
+
+    Where BLAS has threads too, they and those of the pool wait for each other in loops that burn a core: on two cores
+    the bootstrap of 5,000 images took ten times the processor time.
+    """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(compute, starts))
 
 
 def draw(N: int, n: int, *, seed: int | tuple[int, ...]) -> Weights:
@@ -108,23 +153,22 @@ def draw(N: int, n: int, *, seed: int | tuple[int, ...]) -> Weights:
     return counts.reshape(N, n).astype(np.float32)
 
 
-def interval(values: Floats, level: float = LEVEL, *, figure: float | None = None) -> Interval:
+def interval(values: Floats, *, figure: float | None = None) -> Interval:
     """The percentile interval of Efron and Tibshirani 1993, section 13.3, about the figure itself.
 
-    Its ends are the ``(1 - level) / 2`` and ``(1 + level) / 2`` quantiles of the resampled figures, those that are
+    Its ends are the 2.5% and 97.5% quantiles of the resampled figures, those that are
     undefined left out, after the estimate of the bootstrap's bias (their section 10.2) has been taken from them: with a
     handful of positives a class, an image that is drawn twice raises AP, and the plain percentiles may lie wholly
     above the figure.
 
     Args:
         values: A figure of every resample ``(R,)``.
-        level: Its nominal coverage.
         figure: That of the images as they are; None moves nothing.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):
         return Interval(float("nan"), float("nan"), len(values))
-    low, high = np.quantile(_moved(defined, figure), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_moved(defined, figure), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high), len(values) - len(defined))
 
 
@@ -133,17 +177,16 @@ def _moved(values: Floats, figure: float | None) -> Floats:
     return values if figure is None else values - (values.mean() - figure)
 
 
-def difference(a: Floats, b: Floats, level: float = LEVEL, *, figure: float | None = None) -> Difference:
+def difference(a: Floats, b: Floats, *, figure: float | None = None) -> Difference:
     """Paired bootstrap of ``A - B`` over resamples that both were computed from.
 
     ``p = min(1, 2 (1 + min(#{d <= 0}, #{d >= 0})) / (R + 1))`` inverts the percentile interval (Efron and Tibshirani
     1993, section 15.4), with the one that keeps it above 0 (Davison and Hinkley 1997, section 4.2). Below
-    ``1 - level`` the interval leaves out 0.
+    0.05 the interval leaves out 0.
 
     Args:
         a: A figure of A in every resample ``(R,)``.
         b: The same of B, of the same resamples.
-        level: Nominal coverage of the interval.
         figure: ``A - B`` of the images as they are, as of :func:`interval`; None moves nothing.
 
     Raises:
@@ -155,7 +198,7 @@ def difference(a: Floats, b: Floats, level: float = LEVEL, *, figure: float | No
     if not len(d):
         return Difference(float("nan"), float("nan"), float("nan"))
     d = _moved(d, figure)
-    low, high, _ = interval(d, level)
+    low, high, _ = interval(d)
     one_sided = (1 + min(int((d <= 0).sum()), int((d >= 0).sum()))) / (len(d) + 1)
     return Difference(low, high, min(1.0, 2 * one_sided))
 
@@ -181,106 +224,14 @@ class _RankedClass:
         """Tie-aware, ``(R,)`` float64 for W ``(N, R)``; NaN where no positive was drawn."""
         if not len(self._positives):
             return np.full(W.shape[1], np.nan)
-        found = np.add.reduceat(W[self._positives], self._firsts, axis=0)
-        hits = np.cumsum(found, axis=0, dtype=np.float64)
+        drawn = np.add.reduceat(W[self._positives], self._firsts, axis=0)
+        hits = np.cumsum(drawn, axis=0, dtype=np.float64)
         ranked = np.cumsum(np.add.reduceat(W[self._images], self._starts, axis=0), axis=0, dtype=np.float64)
         precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
-        return ratio((found * precision).sum(axis=0), hits[-1])
+        return ratio((drawn * precision).sum(axis=0), hits[-1])
 
 
-class _ImageMeans:
-    """Figures that are means over images: each image's own value is fixed, and weighted."""
-
-    def __init__(self, s: Scores, y: Truth) -> None:
-        hits, tags = hits_of_best(s, y), y.sum(axis=1)
-        columns = {"mAP_sample": average_precision(s.T, y.T)}
-        for K in TOP_KS:
-            found = hits[:, min(K, y.shape[1]) - 1]
-            columns |= {f"P@{K}": found / K, f"R@{K}": ratio(found, tags)}
-        self._keys, values = list(columns), np.stack(list(columns.values()), axis=1)
-        self._values, self._defined = np.nan_to_num(values), ~np.isnan(values)
-
-    def __call__(self, W: Weights) -> dict[str, Floats]:
-        w = W.T.astype(np.float64)
-        means = ratio(w @ self._values, w @ self._defined)
-        return {key: means[:, at] for at, key in enumerate(self._keys)}
-
-
-class _CountFigures:
-    """Figures of predicted tags: counts of every class are sums over images."""
-
-    def __init__(self, predictions: Mapping[str, Truth], y: Truth) -> None:
-        self._y = y.astype(np.float32)
-        self._parts = {
-            ending: (predicted.astype(np.float32), (predicted & y).astype(np.float32))
-            for ending, predicted in predictions.items()
-        }
-
-    def __call__(self, W: Weights) -> dict[str, Floats]:
-        def counted(marks: Weights) -> Floats:
-            # Whole numbers below 2^24 are exact in float32.
-            return (W.T @ marks).astype(np.float64)
-
-        n_true = counted(self._y)
-        figures: dict[str, Floats] = {}
-        for ending, (predicted, right) in self._parts.items():
-            found = figures_of_counts(counted(right), counted(predicted), n_true)
-            found["hamming_loss"] = found.pop("n_wrong") / self._y.size
-            figures |= {f"{key}{ending}": value for key, value in found.items()}
-        return figures
-
-
-def figures_of_counts(tp: Floats, n_predicted: Floats, n_true: Floats) -> dict[str, Floats]:
-    """``F1_micro, F1_macro, CP, CR, CF1, OP, OR, OF1`` and ``n_wrong`` ``(R,)``, from counts of classes ``(R, C)``."""
-    TP, PREDICTED, TRUE = (part.sum(axis=1) for part in (tp, n_predicted, n_true))
-    CP, CR = _mean_of_defined(ratio(tp, n_predicted)), _mean_of_defined(ratio(tp, n_true))
-    OF1 = ratio(2 * TP, PREDICTED + TRUE)
-    harmonic = np.where(CP + CR == 0, 0.0, ratio(2 * CP * CR, CP + CR))
-    return {
-        "F1_micro": OF1,
-        "F1_macro": _mean_of_defined(ratio(2 * tp, n_predicted + n_true)),
-        "CP": CP,
-        "CR": CR,
-        "CF1": harmonic,
-        "OP": ratio(TP, PREDICTED),
-        "OR": ratio(TP, TRUE),
-        "OF1": OF1,
-        "n_wrong": PREDICTED + TRUE - 2 * TP,
-    }
-
-
-def _mean_of_defined(values: Floats, axis: int = 1) -> Floats:
-    defined = ~np.isnan(values)
-    return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis))
-
-
-def resample_classes(scores: Scores, labels: Labels, *, n: int = RESAMPLES, seed: int = SEED) -> Floats:
-    """AP of every class in the very resamples of :func:`resample`; the mean over classes is its ``mAP``.
-
-    Args:
-        scores: ``(N, C)`` in class order.
-        labels: ``(N, C)`` of 0 and 1.
-        n: Resamples, R.
-        seed: Of the draws.
-
-    Returns:
-        ``(R, C)`` float64; NaN where a class has no positive.
-
-    Raises:
-        ValueError: As :func:`~mmcli.heads.ranking.average_precision`.
-    """
-    s, y = checked(scores, labels)
-    ranked = [_RankedClass(s[:, c], y[:, c]) for c in range(s.shape[1])]
-
-    def chunk(start: int) -> Floats:
-        W = draw(len(s), min(CHUNK, n - start), seed=(seed, start))
-        return np.stack([one.average_precision(W) for one in ranked], axis=1)
-
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        return np.concatenate(list(pool.map(chunk, range(0, n, CHUNK))))
-
-
-def mean_difference(a: Sequence[Floats], b: Sequence[Floats], level: float = LEVEL, *, figure: float) -> Difference:
+def mean_difference(a: Sequence[Floats], b: Sequence[Floats], *, figure: float) -> Difference:
     """Paired bootstrap of the mean over seeds of A less that of B: images are resampled, seeds are not.
 
     Resample r draws the same images for every seed and for both, so what all of them find hard cancels. The interval
@@ -289,7 +240,6 @@ def mean_difference(a: Sequence[Floats], b: Sequence[Floats], level: float = LEV
     Args:
         a: A figure of A in every resample, ``(R,)`` for each seed.
         b: The same of B, of the same resamples; its seeds may be others, or of another number.
-        level: Nominal coverage.
         figure: ``A - B`` of the images as they are, means over seeds.
 
     Raises:
@@ -297,4 +247,4 @@ def mean_difference(a: Sequence[Floats], b: Sequence[Floats], level: float = LEV
     """
     if not a or not b:
         raise ValueError("no seed of one of the two")
-    return difference(np.mean(np.stack(a), axis=0), np.mean(np.stack(b), axis=0), level, figure=figure)
+    return difference(np.mean(np.stack(a), axis=0), np.mean(np.stack(b), axis=0), figure=figure)

@@ -1,4 +1,4 @@
-"""The model card of a head: a Jinja template, and the words it takes."""
+"""The model card of a head: a Jinja template, and its fields."""
 
 import re
 from collections.abc import Mapping
@@ -73,11 +73,11 @@ None were measured when this folder was written.
 """
 
 
-def card_words(about: Mapping[str, Any], n_parameters: int) -> dict[str, Any]:
-    """What the template takes.
+def card_fields(about: Mapping[str, Any], n_parameters: int) -> dict[str, Any]:
+    """The fields of the template.
 
     Args:
-        about: The head's build and what is known about it.
+        about: The head's build, and facts about it.
         n_parameters: Trainable parameters.
     """
     mlp, fusion = about["head"] == "mlp", about["fusion"]

@@ -1,4 +1,4 @@
-"""What a head, its losses and its neighbours can be told; every section checks itself.
+"""Configuration of a head, its losses and its neighbours; every section checks itself.
 
 These sections are the ones of the configuration file that belong to this package. They import no torch, so a
 configuration is read and refused before anything heavy is loaded.
@@ -17,9 +17,7 @@ Adapter = Literal["none", "linear"]
 Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid", "asymmetric"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
-IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu", "ivf", "hnsw", "multihash"]
-# Those that may miss neighbours.
-APPROXIMATE_KINDS: tuple[IndexKind, ...] = ("ivf", "hnsw", "multihash")
+IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu"]
 # Hamming neighbours that a hybrid search reranks, K where that is more.
 HYBRID_CANDIDATES = 100
 Ties = Literal["index", "average"]
@@ -59,7 +57,7 @@ def _spelt(annotation: object, value: object) -> object:
 
 
 class FusionConfig(Section):
-    """From two raw embeddings to the fused embedding z (SPEC section 5)."""
+    """From two raw embeddings to the fused embedding z."""
 
     type: FusionType = Field(
         default="hadamard_magnitude",
@@ -138,7 +136,7 @@ class ClassifierConfig(Section):
 
 
 class HashRegConfig(Section):
-    """Weights inside L_hash."""
+    """Weights of the terms that make up the hash loss L_hash."""
 
     lambda_quant: NonNegative = Field(default=1.0, description="weight of L_quant: soft codes near hard ones")
     lambda_balance: NonNegative = Field(default=0.1, description="weight of L_balance: bits on half of the time")
@@ -146,7 +144,7 @@ class HashRegConfig(Section):
 
 
 class LossConfig(Section):
-    """L = bce_weight * L_bce + cosine_weight (alpha) * L_cos + hash_weight (gamma) * L_hash (SPEC section 6).
+    """L = bce_weight * L_bce + cosine_weight (alpha) * L_cos + hash_weight (gamma) * L_hash.
 
     Training classifiers that ``hash.fused_classifier`` and ``hash.nested`` ask for add a term each.
     """
@@ -176,7 +174,7 @@ class LossConfig(Section):
 
 
 class KnnConfig(Section):
-    """Neighbours and votes (SPEC section 8)."""
+    """Neighbours and votes."""
 
     K: PositiveInt = Field(default=20, description="neighbours that vote")
     distance_metric: Metric = Field(default="hamming", description="distance; cosine where there is no hash layer")

@@ -6,14 +6,12 @@ Symbols: N codes of the index, Q queries, K neighbours, M candidates, F features
 import numpy as np
 import numpy.typing as npt
 
-from .neighbours import ExhaustiveIndex, Neighbours, Rows, Soft, load_faiss
+from .neighbours import Index, Neighbours, Ranked, Rows, Soft, load_faiss, settle_ties
 
-# Candidates beyond K that FAISS is asked for, first of every query, then of those whose ties reach beyond.
-MARGINS = (32, 1024)
 CHUNK_BYTES = 1 << 26
 
 
-class CosineIndex(ExhaustiveIndex):
+class CosineIndex(Index):
     """Exhaustive cosine search with FAISS ``IndexFlatIP``; order (-similarity, index).
 
     A blocked float32 product gives equal rows products that differ in the last bit, so their order would depend on
@@ -25,7 +23,7 @@ class CosineIndex(ExhaustiveIndex):
 
     def __init__(self, soft: Soft) -> None:
         self._unit, self.width = normalise(soft), soft.shape[1]
-        self._index = load_faiss().IndexFlatIP(self._unit.shape[1])
+        self._index = load_faiss().IndexFlatIP(self.width)
         self._index.add(self._unit)
 
     def __len__(self) -> int:
@@ -38,27 +36,21 @@ class CosineIndex(ExhaustiveIndex):
 
     def _nearest(self, queries: Soft, K: int) -> Neighbours:
         queries = normalise(queries)
-        found = Neighbours(
-            np.empty((len(queries), K), np.int64), *(np.empty((len(queries), K), np.float32) for _ in range(2))
-        )
-        # A float32 inner product of unit vectors is off by less than this, in whatever order it is summed.
-        slack = queries.shape[1] * 2.0**-23
-        pending = np.arange(len(queries))
-        for margin in MARGINS:
-            M = min(len(self), K + margin)
-            rough, candidates = self._index.search(queries[pending], M)
-            best = rerank(queries[pending], self._unit, candidates, K)
-            _put(found, pending, best)
-            # No row that FAISS left out comes before the last neighbour, unless it is as near as the worst candidate.
-            settled = (rough[:, -1] < best.similarity[:, -1] - slack) | (len(self) == M)
-            pending = pending[~settled]
-            if not len(pending):
-                return found
-        step = max(1, CHUNK_BYTES // (4 * len(self)))
-        for start in range(0, len(pending), step):
-            rows = pending[start : start + step]
-            _put(found, rows, exhaustive(queries[rows], self._unit, K))
-        return found
+        # No row that FAISS left out comes before the last neighbour, unless it is as near as the worst candidate; a
+        # float32 inner product of unit vectors is off by less than this, in whatever order it is summed.
+        slack = self.width * 2.0**-23
+
+        def propose(rows: Rows, M: int) -> tuple[Ranked, npt.NDArray[np.bool_]]:
+            rough, candidates = self._index.search(queries[rows], M)
+            best = rerank(queries[rows], self._unit, candidates, K)
+            return best, (rough[:, -1] < best[1][:, -1] - slack) | (len(self) == M)
+
+        def every_row(rows: Rows) -> Ranked:
+            step = max(1, CHUNK_BYTES // (4 * len(self)))
+            parts = [exhaustive(queries[rows[i : i + step]], self._unit, K) for i in range(0, len(rows), step)]
+            return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+        return Neighbours.from_similarity(*settle_ties(len(queries), K, len(self), propose, every_row))
 
 
 def normalise(soft: Soft) -> Soft:
@@ -79,8 +71,8 @@ def normalise(soft: Soft) -> Soft:
     return unit
 
 
-def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Neighbours:
-    """The K best candidates by cosine, ties by index.
+def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Ranked:
+    """The K best candidates by cosine, ties by index: rows and similarities ``(Q, K)``.
 
     Args:
         queries: Unit vectors ``(Q, F)``.
@@ -97,11 +89,11 @@ def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Neighbours:
         near, query = unit[candidates[rows]].astype(np.float64), queries[rows].astype(np.float64)
         similarity[rows] = np.einsum("qmf,qf->qm", near, query).clip(-1.0, 1.0)
     order = np.lexsort((candidates, -similarity), axis=-1)[:, :K]
-    return _neighbours(np.take_along_axis(candidates, order, axis=1), np.take_along_axis(similarity, order, axis=1))
+    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(similarity, order, axis=1)
 
 
-def exhaustive(queries: Soft, unit: Soft, K: int) -> Neighbours:
-    """The same over all N rows, for queries with more ties than candidates; takes ``4 Q N`` bytes."""
+def exhaustive(queries: Soft, unit: Soft, K: int) -> Ranked:
+    """The K best of all N rows, for queries with more ties than candidates; takes ``4 Q N`` bytes."""
     similarity = np.empty((len(queries), len(unit)), np.float32)
     wide = queries.astype(np.float64)
     step = max(1, CHUNK_BYTES // (8 * unit.shape[1] + 8 * len(queries)))
@@ -114,13 +106,4 @@ def exhaustive(queries: Soft, unit: Soft, K: int) -> Neighbours:
         above, equal = np.flatnonzero(s > last), np.flatnonzero(s == last)
         chosen = np.concatenate([above, equal[: K - len(above)]])
         index[row] = chosen[np.argsort(-s[chosen], kind="stable")]
-    return _neighbours(index, np.take_along_axis(similarity, index, axis=1))
-
-
-def _neighbours(index: Rows, similarity: npt.NDArray[np.float32]) -> Neighbours:
-    return Neighbours(index, similarity, (1.0 - similarity).astype(np.float32))
-
-
-def _put(found: Neighbours, rows: Rows, part: Neighbours) -> None:
-    for whole, piece in zip(found, part, strict=True):
-        whole[rows] = piece
+    return index, np.take_along_axis(similarity, index, axis=1)

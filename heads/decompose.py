@@ -24,7 +24,7 @@ class Decomposed(NamedTuple):
 
 
 def decompose(v: Tensor, eps: float = EPS) -> Decomposed:
-    """Split embeddings into direction and log-norm over the last dimension (SPEC section 5).
+    """Split embeddings into direction and log-norm over the last dimension.
 
     ``n = ||v||_2``, ``d = v / (n + eps)``, ``m = log(n + eps)``. Scaling ``v`` by ``s > 0`` leaves ``d`` and adds
     ``log s`` to ``m`` (both up to ``eps / n``); a zero vector has ``d = 0`` and ``m = log(eps)``.
@@ -41,3 +41,8 @@ def decompose(v: Tensor, eps: float = EPS) -> Decomposed:
         v = v.float()
         n = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         return Decomposed(d=v / (n + eps), m=torch.log(n + eps).squeeze(-1))
+
+
+def log_norms(v_img: Tensor, v_txt: Tensor) -> Tensor:
+    """Log-norms ``(N, 2)`` of raw image and caption embeddings ``(N, D)``, by which a head standardises them."""
+    return torch.stack([decompose(v_img).m, decompose(v_txt).m], dim=-1)

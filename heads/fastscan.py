@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .neighbours import ExhaustiveIndex, Neighbours, Packed, Soft, as_neighbours, load_faiss
+from .neighbours import Index, Neighbours, Packed, Soft, load_faiss
 
 # FAISS rounds tables to bytes. Squared distances of +-1 nibbles are 0, 4, .. 16; one more nibble, 0 in every code, has
 # a table that reaches 17, so that the scale is 255 / 17 = 15 and nothing is rounded. Sums stay below 2**16 up to here.
@@ -26,7 +26,7 @@ PATTERNS = (2 * ((np.arange(16)[:, None] >> np.arange(4)) & 1) - 1).astype(np.fl
 LONGEST = (4.0, 1.0, 0.0, 0.0)  # squared length 17
 
 
-class FastScanIndex(ExhaustiveIndex):
+class FastScanIndex(Index):
     """Exhaustive Hamming search, ties by index.
 
     Raises:
@@ -57,7 +57,7 @@ class FastScanIndex(ExhaustiveIndex):
             rows = slice(start, start + QUERY_BLOCK)
             squared, index[rows] = self._index.search(_signs(queries[rows]), K)
             distance[rows] = np.rint(squared / 4)
-        return as_neighbours(index, distance, self.bits)
+        return Neighbours.from_distance(index, distance, self.bits)
 
 
 def _load(packed: Packed) -> Any:  # noqa: ANN401 - faiss has no types
@@ -98,8 +98,8 @@ def keeps_order() -> bool:
     distance = np.bitwise_count(queries[:, None] ^ codes).sum(axis=2, dtype=np.int64)
     wanted = np.argsort(distance, axis=1, kind="stable")[:, :50]
     try:
-        found = FastScanIndex(codes).search(packed=queries, K=50)
+        nearest = FastScanIndex(codes).search(packed=queries, K=50)
     except (AttributeError, TypeError, RuntimeError):
         return False
-    same = np.array_equal(found.distance, np.take_along_axis(distance, wanted, axis=1))
-    return same and np.array_equal(found.index, wanted)
+    same = np.array_equal(nearest.distance, np.take_along_axis(distance, wanted, axis=1))
+    return same and np.array_equal(nearest.index, wanted)

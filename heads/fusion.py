@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .config import FusionConfig
 from .decompose import Decomposed, decompose
-from .dropout import Dropout
 
 # A log-norm that spreads less than this is a constant (embeddings already normalised), and only its rounding varies.
 MIN_STD = 1e-4
-CHUNK_ROWS = 16384
 
 
 class FusionOutput(NamedTuple):
@@ -25,7 +23,7 @@ class FusionOutput(NamedTuple):
     Attributes:
         z: ``(N, mlp_dims[-1])``.
         d_img: Image directions ``(N, D)`` float32, after the adapter where there is one.
-        d_txt: Caption directions ``(N, D)`` float32, likewise.
+        d_txt: Caption directions ``(N, D)`` float32, after the adapter where there is one.
         m_img: Image log-norms ``(N,)`` float32, not standardised.
         m_txt: Caption log-norms ``(N,)`` float32, not standardised.
     """
@@ -47,10 +45,10 @@ def fusion_width(config: FusionConfig, D: int) -> int:
 
 def make_mlp(config: FusionConfig, in_features: int) -> nn.Sequential:
     """Dropout of the inputs where asked for; then linear, activation, dropout for each of ``mlp_dims``."""
-    layers: list[nn.Module] = [Dropout(config.input_dropout)] if config.input_dropout else []
+    layers: list[nn.Module] = [nn.Dropout(config.input_dropout)] if config.input_dropout else []
     for fan_in, fan_out in pairwise((in_features, *config.mlp_dims)):
         activation: nn.Module = nn.ReLU() if config.activation == "relu" else nn.GELU()
-        layers += [nn.Linear(fan_in, fan_out), activation, Dropout(config.dropout)]
+        layers += [nn.Linear(fan_in, fan_out), activation, nn.Dropout(config.dropout)]
     return nn.Sequential(*layers)
 
 
@@ -69,7 +67,7 @@ class Adapter(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Raw embeddings in, fused embedding out (SPEC section 5).
+    """Raw embeddings in, fused embedding out.
 
     The blocks are ``[d_img; d_txt]`` (concat), with ``p`` (hadamard, after MLB: Kim et al. 2017), with
     ``m_img; m_txt`` (hadamard_magnitude). ``inputs`` image or text leaves that modality's ``d``, and its ``m`` with
@@ -101,7 +99,7 @@ class Fusion(nn.Module):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether :meth:`fit` must run before :meth:`forward`."""
+        """Whether :meth:`fit_log_norms` must run before :meth:`forward`."""
         return self._uses_m and self.config.block_norm == "rms"
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> FusionOutput:
@@ -128,7 +126,7 @@ class Fusion(nn.Module):
         """The input of the MLP, ``(N, fusion_width)`` float32."""
         rms, D = self.config.block_norm == "rms", self.D
         used = {"both": (image, text), "image": (image,), "text": (text,)}[self.config.inputs]
-        parts = [D**0.5 * one.d if rms else one.d for one in used]
+        parts = [D**0.5 * side.d if rms else side.d for side in used]
         if self.config.type != "concat" and len(used) == 2:
             # An element of d is about 1 / sqrt(D), one of the product about 1 / D.
             product = image.d * text.d
@@ -146,35 +144,17 @@ class Fusion(nn.Module):
                 "log-norms without statistics",
                 got="a fusion with block_norm rms that was never fitted",
                 wanted="mean and deviation of train",
-                do="call fit(v_img, v_txt) on train, or load a checkpoint",
+                do="call fit_log_norms on train, or load a checkpoint",
             )
         return (m - self.m_mean) / self.m_std
 
     @torch.no_grad()
-    def fit(self, v_img: Tensor, v_txt: Tensor) -> None:
-        """Take mean and deviation of the log-norms from the train split; nothing to do where they are not used.
-
-        Args:
-            v_img: Raw image embeddings of train ``(N, D)``, any floating dtype.
-            v_txt: Raw caption embeddings of train ``(N, D)``, one caption an image.
-        """
-        if not self.needs_statistics:
-            return
-        columns = [torch.cat([decompose(part).m for part in torch.split(v, CHUNK_ROWS)]) for v in (v_img, v_txt)]
-        self.fit_log_norms(torch.stack(columns, dim=-1))
-
-    @torch.no_grad()
     def fit_log_norms(self, m: Tensor) -> None:
-        """As :meth:`fit`, from log-norms that are known: ``(N, 2)``, image then caption."""
-        m = m.cpu().double()  # MPS has no float64
-        self.set_statistics(m.mean(0), m.std(0, correction=0))
-
-    @torch.no_grad()
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set what log-norms are standardised with: ``(2,)`` each, image then caption; deviations are floored."""
+        """Take mean and deviation from log-norms ``(N, 2)`` of train: an image, then one of its captions."""
         if self.needs_statistics:
-            self.m_mean.copy_(mean)
-            self.m_std.copy_(std.clamp_min(MIN_STD))
+            m = m.cpu().double()  # MPS has no float64
+            self.m_mean.copy_(m.mean(0))
+            self.m_std.copy_(m.std(0, correction=0).clamp_min(MIN_STD))
             self._fitted = True
 
 

@@ -15,7 +15,7 @@ from .config import HashConfig
 
 
 class HashLayer(nn.Module):
-    """``h = tanh(beta (W z + c))``, with batch normalisation before the tanh where asked for (SPEC section 5).
+    """``h = tanh(beta (W z + c))``, with batch normalisation before the tanh where asked for.
 
     ``beta`` is 1, or rises from 1 to ``config.beta`` over the training, by which soft codes approach hard ones
     (continuation: Cao et al. 2017, HashNet, section 3.2). The current one is kept with the parameters.
@@ -99,11 +99,11 @@ def binarise(h: Tensor | npt.NDArray[np.floating[Any]]) -> Tensor | npt.NDArray[
     return np.where(h >= 0, np.int8(1), np.int8(-1))
 
 
-def _refuse_nan(found: int, size: int) -> None:
-    if found:
+def _refuse_nan(n_nan: int, size: int) -> None:
+    if n_nan:
         raise InputError(
             "soft codes that are no numbers",
-            got=f"NaN in {found} of {size} values",
+            got=f"NaN in {n_nan} of {size} values",
             wanted="numbers",
             do="check the embeddings and the training loss for NaN",
         )
@@ -128,37 +128,3 @@ def pack_codes(b: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     if not (np.abs(b) == 1).all():
         raise ValueError("codes to pack must be -1 or +1: call binarise first")
     return np.packbits(b > 0, axis=-1)
-
-
-def unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
-    """The inverse of :func:`pack_codes`.
-
-    Args:
-        packed: ``(N, B // 8)`` uint8.
-        bits: B.
-
-    Returns:
-        ``(N, B)`` int8 of -1 and +1.
-
-    Raises:
-        ValueError: The bytes do not hold B bits.
-    """
-    if packed.shape[-1] * 8 != bits:
-        raise ValueError(f"{packed.shape[-1]} bytes a code hold {packed.shape[-1] * 8} bits, not {bits}")
-    return (2 * np.unpackbits(packed, axis=-1).astype(np.int8) - 1).astype(np.int8)
-
-
-def hamming_distance(b1: npt.NDArray[np.int8], b2: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    """Number of differing bits between every two codes: ``(B - b1 . b2) / 2`` (SPEC section 8).
-
-    Args:
-        b1: ``(Q, B)`` of -1 and +1.
-        b2: ``(N, B)`` of -1 and +1.
-
-    Returns:
-        ``(Q, N)`` int32.
-    """
-    # Dot products of +-1 are exact in float32 up to 2**24 bits; int8 would overflow at 128.
-    dot = b1.astype(np.float32) @ b2.astype(np.float32).T
-    distance: npt.NDArray[np.int32] = ((b1.shape[-1] - dot) / 2).astype(np.int32)
-    return distance

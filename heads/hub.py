@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .card import CARD, card_words
-from .config import HeadKind
+from .card import CARD, card_fields
+from .config import HeadKind, Section
 from .tensor_files import load_tensors, write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -49,9 +49,10 @@ class HubModule(
 
     kind: ClassVar[HeadKind]
 
-    def __init__(self, build: Mapping[str, Any]) -> None:
+    def __init__(self, width: int, **sections: Section) -> None:
         super().__init__()
-        self.build: dict[str, Any] = {"head": self.kind, **build}
+        described = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        self.build: dict[str, Any] = {"head": self.kind, "width": width, **described}
         self.about: dict[str, Any] = {}
 
     @classmethod
@@ -64,43 +65,43 @@ class HubModule(
         """
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **words: Any) -> str | None:  # noqa: ANN401
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:  # noqa: ANN401
         """Write ``model.safetensors``, ``config.json`` and, where there is none, the model card ``README.md``.
 
         Args:
             save_directory: The folder; made when absent.
             config: More to say about the head, over :attr:`about`.
-            words: As in ``huggingface_hub.ModelHubMixin.save_pretrained``.
+            kwargs: As in ``huggingface_hub.ModelHubMixin.save_pretrained``.
         """
         about = {**self.about, **(config or {})}
-        words["model_card_kwargs"] = {**about, **(words.get("model_card_kwargs") or {})}
-        return super().save_pretrained(save_directory, config={**about, **self.build}, **words)
+        kwargs["model_card_kwargs"] = {**about, **(kwargs.get("model_card_kwargs") or {})}
+        return super().save_pretrained(save_directory, config={**about, **self.build}, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_tensors(save_directory / WEIGHTS, _save_with_umask, tensors, {"format": "pt"})
 
-    def generate_model_card(self, **words: Any) -> ModelCard:  # noqa: ANN401
+    def generate_model_card(self, **kwargs: Any) -> ModelCard:  # noqa: ANN401
         """The card: what the head is, what it was trained on, its figures, how to load it, what it cannot do."""
-        told = card_words({**self.build, **self.about, **words}, sum(p.numel() for p in self.parameters()))
+        fields = card_fields({**self.build, **self.about, **kwargs}, sum(p.numel() for p in self.parameters()))
         tags = sorted([*TAGS, "model_hub_mixin", "pytorch_model_hub_mixin"])
-        data = ModelCardData(library_name=LIBRARY, tags=tags, base_model=told["base_model"])
-        card: ModelCard = ModelCard.from_template(data, template_str=CARD, **told)
+        data = ModelCardData(library_name=LIBRARY, tags=tags, base_model=fields["base_model"])
+        card: ModelCard = ModelCard.from_template(data, template_str=CARD, **fields)
         return card
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **words: Any) -> Self:  # noqa: ANN401
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
         """Load a head, in ``eval()`` mode.
 
         Args:
             pretrained_model_name_or_path: A folder written by :meth:`save_pretrained`, or a repository of the hub.
-            words: As in ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``; ``map_location`` is the device.
+            kwargs: As in ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``; ``map_location`` is the device.
 
         Raises:
             InputError: Nothing there, a pickle, a file that is damaged, or another kind of head.
         """
         try:
-            loaded: Self = super().from_pretrained(str(pretrained_model_name_or_path), **words)
+            loaded: Self = super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
@@ -114,7 +115,7 @@ class HubModule(
         model_id: str,
         map_location: str | torch.device = "cpu",
         config: object = None,
-        **words: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> Self:
         if not isinstance(config, dict):
             raise InputError(
@@ -132,7 +133,7 @@ class HubModule(
                 wanted=cls.kind,
                 do="load it with mmcli.load_head, which takes both",
             )
-        file = _weights(model_id, {k: v for k, v in words.items() if k not in BUILD and k != "strict"})
+        file = _weights(model_id, {k: v for k, v in kwargs.items() if k not in BUILD and k != "strict"})
         head = restore(cls, config, load_tensors(file, str(map_location))[0])
         head.about = {key: value for key, value in config.items() if key not in BUILD}
         return head
@@ -153,15 +154,10 @@ def restore(cls: type[Module], build: Mapping[str, Any], state: Mapping[str, Ten
     for name in [*wanted, *state]:
         if name not in state or name not in wanted:
             raise ValueError(f"{'no' if name in wanted else 'an unknown'} tensor {name}")
-        one, other = wanted[name], state[name]
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            raise ValueError(f"tensor {name} is {_form(other)}, not {_form(one)}")
+        expected, tensor = wanted[name], state[name]
+        if (expected.shape, expected.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"tensor {name} is {_form(tensor)}, not {_form(expected)}")
     head.load_state_dict(dict(state), assign=True)
-    device = next((value.device for value in state.values()), torch.device("cpu"))
-    for module in head.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # what is not saved: it begins where that of a new head does
-                setattr(module, name, torch.zeros_like(buffer, device=device))
     for name, parameter in head.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"NaN or infinity in {name}")
@@ -195,7 +191,7 @@ def refuse_pickle(where: object, name: str) -> InputError:
     )
 
 
-def _weights(model_id: str, words: Mapping[str, Any]) -> Path:
+def _weights(model_id: str, kwargs: Mapping[str, Any]) -> Path:
     """The safetensors file of a folder or a repository."""
     folder = Path(model_id)
     if folder.is_dir():
@@ -206,7 +202,7 @@ def _weights(model_id: str, words: Mapping[str, Any]) -> Path:
                 raise refuse_pickle(folder, path.name)
     else:
         try:
-            return Path(hf_hub_download(model_id, WEIGHTS, **words))
+            return Path(hf_hub_download(model_id, WEIGHTS, **kwargs))
         except EntryNotFoundError:
             pass
     raise InputError("no weights", where=model_id, got=f"no {WEIGHTS}", wanted="safetensors", do="save the head again")

@@ -9,23 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from . import approximate
 from .asymmetric import AsymmetricIndex
 from .config import HYBRID_CANDIDATES, IndexKind, Metric
 from .cosine import CosineIndex, normalise, rerank
 from .fastscan import MAX_BITS, FastScanIndex, keeps_order
-from .neighbours import (
-    ExhaustiveIndex,
-    Index,
-    Neighbours,
-    Packed,
-    Rows,
-    Soft,
-    as_neighbours,
-    check_search,
-    fitting_queries,
-    load_faiss,
-)
+from .neighbours import Index, Neighbours, Packed, Rows, Soft, check_queries, check_search, load_faiss
 
 __all__ = ["HammingIndex", "HybridIndex", "Index", "Neighbours", "build_index"]
 
@@ -36,7 +24,6 @@ T = TypeVar("T", bound=np.generic)
 COUNTING_BYTES = 1 << 26
 QUERY_BLOCK = 32
 MOST_QUERIES = 4096
-APPROXIMATE = {"ivf": approximate.ivf, "hnsw": approximate.hnsw, "multihash": approximate.multihash}
 
 
 def build_index(
@@ -54,43 +41,41 @@ def build_index(
             (top K where K is larger), reranked by cosine; ``asymmetric`` reads ``packed``, and soft codes of queries.
         packed: Hard codes ``(N, B // 8)`` uint8.
         soft: Soft codes ``(N, F)`` float32, not necessarily of unit length.
-        kind: How packed codes are searched. ``auto`` takes the fastest that is exact: ``torch`` on a GPU, else
-            ``fastscan``, or ``flat`` where that one does not fit. ``flat``, ``fastscan``, ``torch`` and ``gpu`` give
-            the same neighbours; ``ivf``, ``hnsw`` and ``multihash`` miss some.
+        kind: How packed codes are searched; every kind gives the same neighbours. ``auto`` takes ``torch`` on a GPU,
+            else ``fastscan``, or ``flat`` where that one does not fit.
         device: Where ``torch`` searches, a name that torch knows.
 
     Raises:
         InputError: The codes that the metric reads are missing, there are none, FAISS is not installed, or the kind
             does not fit the metric or the codes.
     """
-    if metric in ("cosine", "asymmetric"):
-        if kind not in ("auto", "flat"):
-            raise InputError(
-                "an index of Hamming distances",
-                where="--index",
-                got=f"{kind} with metric {metric}",
-                wanted="auto or flat",
-                do="use --metric hamming or hybrid, or leave --index out",
-            )
-        if metric == "asymmetric":
-            return AsymmetricIndex(_present(packed, "packed", metric))
+    if metric in ("cosine", "asymmetric") and kind not in ("auto", "flat"):
+        raise InputError(
+            "an index of Hamming distances",
+            where="--index",
+            got=f"{kind} with metric {metric}",
+            wanted="auto or flat",
+            do="use --metric hamming or hybrid, or leave --index out",
+        )
+    if metric == "cosine":
         return CosineIndex(_present(soft, "soft", metric))
-    hamming = build_hamming(_present(packed, "packed", metric), kind, device)
+    if metric == "asymmetric":
+        return AsymmetricIndex(_present(packed, "packed", metric))
+    hamming = _hamming_index(_present(packed, "packed", metric), kind, device)
     return hamming if metric == "hamming" else HybridIndex(hamming, _present(soft, "soft", metric))
 
 
-def build_hamming(packed: Packed, kind: IndexKind = "auto", device: str = "cpu") -> Index:
-    """The index of :func:`build_index` over packed codes.
-
-    Raises:
-        InputError: FAISS is not installed, or the kind does not fit.
-    """
-    fits = 8 * packed.shape[1] <= MAX_BITS
+def _hamming_index(packed: Packed, kind: IndexKind, device: str) -> Index:
     if kind == "torch" or (kind == "auto" and not device.startswith("cpu")):
         from .torch_index import TorchIndex
 
         return TorchIndex(packed, device)
-    if kind == "fastscan" and not (fits and keeps_order()):
+    if kind == "gpu":
+        from .gpu_index import GpuIndex
+
+        return GpuIndex(packed)
+    scans = kind != "flat" and 8 * packed.shape[1] <= MAX_BITS and keeps_order()
+    if kind == "fastscan" and not scans:
         raise InputError(
             "no fast scan for these codes",
             where="--index",
@@ -98,11 +83,7 @@ def build_hamming(packed: Packed, kind: IndexKind = "auto", device: str = "cpu")
             wanted=f"at most {MAX_BITS} bits and a FAISS that keeps the order",
             do="use --index auto",
         )
-    if kind == "fastscan" or (kind == "auto" and fits and keeps_order()):
-        return FastScanIndex(packed)
-    if kind == "gpu":
-        return approximate.gpu(packed, HammingIndex(packed))
-    return APPROXIMATE[kind](packed, HammingIndex(packed)) if kind in APPROXIMATE else HammingIndex(packed)
+    return FastScanIndex(packed) if scans else HammingIndex(packed)
 
 
 def _present(codes: npt.NDArray[T] | None, name: str, metric: Metric) -> npt.NDArray[T]:
@@ -116,7 +97,7 @@ def _present(codes: npt.NDArray[T] | None, name: str, metric: Metric) -> npt.NDA
     return codes
 
 
-class HammingIndex(ExhaustiveIndex):
+class HammingIndex(Index):
     """Exhaustive Hamming search over packed codes with FAISS ``IndexBinaryFlat``.
 
     FAISS keeps the order asked for by itself: one thread scans the rows of a query upwards, its counting mode lists
@@ -138,7 +119,7 @@ class HammingIndex(ExhaustiveIndex):
     @property
     def n_bytes(self) -> int:
         """N * B / 8."""
-        return len(self) * (self.bits // 8)
+        return len(self) * self.width
 
     def _nearest(self, queries: Packed, K: int) -> Neighbours:
         # Counting is a third faster than the heap for many queries, where it does not take too much memory.
@@ -146,21 +127,16 @@ class HammingIndex(ExhaustiveIndex):
         self._index.use_heap = min(most, len(queries)) < QUERY_BLOCK
         self._index.query_batch_size = QUERY_BLOCK if self._index.use_heap else min(most, MOST_QUERIES)
         distance, index = self._index.search(np.ascontiguousarray(queries), K)
-        return as_neighbours(index, distance, self.bits)
+        return Neighbours.from_distance(index, distance, self.bits)
 
 
-class HybridIndex:
+class HybridIndex(Index):
     """The Hamming top 100 reranked by cosine of the soft codes."""
 
     def __init__(self, hamming: Index, soft: Soft) -> None:
         if len(hamming) != len(soft):
             raise ValueError(f"{len(hamming)} packed codes and {len(soft)} soft codes are not of the same images")
-        self._hamming, self._unit = hamming, normalise(soft)
-
-    @property
-    def kind(self) -> str:
-        """That of the index of packed codes."""
-        return self._hamming.kind
+        self._hamming, self._unit, self.kind = hamming, normalise(soft), hamming.kind
 
     def __len__(self) -> int:
         return len(self._unit)
@@ -173,9 +149,12 @@ class HybridIndex:
     def search(
         self, *, K: int, packed: Packed | None = None, soft: Soft | None = None, exclude: Rows | None = None
     ) -> Neighbours:
-        """See :class:`Index`; both codes are read."""
-        queries = normalise(fitting_queries(soft, self._unit.shape[1], "soft"))
+        """See :meth:`Index.search`; both codes of a query are read."""
+        queries = normalise(check_queries(soft, self._unit.shape[1], "soft"))
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = max(K, min(HYBRID_CANDIDATES, len(self) - (exclude is not None)))
         candidates = self._hamming.search(K=wide, packed=packed, exclude=exclude).index
-        return rerank(queries, self._unit, candidates, K)
+        return Neighbours.from_similarity(*rerank(queries, self._unit, candidates, K))
+
+    def _nearest(self, queries: Packed, K: int) -> Neighbours:
+        raise NotImplementedError("a hybrid search reads two codes of a query")

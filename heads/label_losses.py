@@ -1,7 +1,7 @@
-"""Losses of logits against labels: cross-entropy, focal, asymmetric; and what positives of rare classes weigh.
+"""Losses of logits against labels: cross-entropy, focal, asymmetric; and the weights of positives of rare classes.
 
 Each is a mean over batch and classes of ``y P(x) + (1 - y) N(x)``, so a label between 0 and 1, as of a mixture, has the
-loss of both in their shares. With the derivatives of P and N at hand, its gradient is computed beside it.
+loss of both in their shares.
 
 Symbols: N images of a batch, C classes, x logits, y labels, s = sigmoid(x), w weights of positives.
 """
@@ -10,49 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .slopes import Sloped, known
-
 WEIGHT_CAP = 10.0
-# Probabilities below are zero: a power has no slope there, or an infinite one.
+# Shifted probabilities below are zero: a power has no slope there, or an infinite one.
 _TINY = 1e-12
-
-
-def _mean(positive: Sloped, negative: Sloped, y: Tensor, pos_weight: Tensor | None) -> Sloped:
-    """The loss ``(...)`` of positives and negatives ``(..., N, C)``, and its gradient."""
-    if pos_weight is not None:
-        positive = Sloped(pos_weight * positive.value, pos_weight * positive.slope)
-    y = y.to(positive.value.dtype)
-    value = torch.lerp(negative.value, positive.value, y).mean((-2, -1))
-    return Sloped(value, torch.lerp(negative.slope, positive.slope, y).div_(y.shape[-1] * y.shape[-2]))
-
-
-def _hit(x: Tensor, gamma: float) -> Sloped:
-    """``(1 - s)^gamma -log s``: the focused loss of a positive."""
-    log = F.logsigmoid(x)
-    slope = (-x).sigmoid_().neg_()  # s - 1, which as a difference would lose its digits where s is near 1
-    if gamma == 0:
-        return Sloped(-log, slope)
-    # log(1 - s) = log s - x: no power of zero, whose slope may be infinite.
-    power = ((log - x) * gamma).exp_()
-    return Sloped(power * -log, torch.addcmul(slope, log.exp(), log, value=gamma).mul_(power))
-
-
-def _miss(x: Tensor, gamma: float) -> Sloped:
-    """``s^gamma -log(1 - s)``: the focused loss of a negative."""
-    value, slope = _hit(-x, gamma)
-    return Sloped(value, slope.neg_())
-
-
-def _shifted_miss(x: Tensor, gamma: float, shift: float) -> Sloped:
-    """``p^gamma -log(1 - p)`` with ``p = max(s - shift, 0)``."""
-    s = torch.sigmoid(x)
-    p = s - shift
-    there = (p / _TINY).clamp(0, 1)  # 0 where the negative counts nothing; comparing takes a CPU longer
-    p = p.clamp_min_(_TINY)  # 1 - p >= shift, so the logarithm is finite
-    power = p.pow(gamma / 2).square().mul_(there)  # squares are quick, other powers are not
-    log = torch.log1p(-p)
-    slope = torch.addcdiv((1 - p).reciprocal_(), log, p, value=-gamma).mul_(power).mul_(s).mul_(1 - s)
-    return Sloped(log.neg_().mul_(power), slope)
 
 
 def bce_loss(logits: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Tensor:
@@ -66,13 +26,7 @@ def bce_loss(logits: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Ten
         pos_weight: w ``(C,)``; all 1 when not given.
     """
     x = logits.float()
-    return known(bce_slope(x, y, pos_weight), x)
-
-
-@torch.no_grad()
-def bce_slope(x: Tensor, y: Tensor, pos_weight: Tensor | None = None) -> Sloped:
-    """As :func:`bce_loss` of float32 logits, with its gradient and without a graph."""
-    return _mean(_hit(x, 0), _miss(x, 0), y, pos_weight)
+    return _mean(_focused(x, 0.0), _focused(-x, 0.0), y, pos_weight)
 
 
 def focal_loss(
@@ -91,15 +45,7 @@ def focal_loss(
         pos_weight: Further weight ``(C,)`` of positives; all 1 when not given.
     """
     x = logits.float()
-    return known(focal_slope(x, y, alpha=alpha, gamma=gamma, pos_weight=pos_weight), x)
-
-
-@torch.no_grad()
-def focal_slope(x: Tensor, y: Tensor, *, alpha: float, gamma: float, pos_weight: Tensor | None = None) -> Sloped:
-    """As :func:`focal_loss` of float32 logits, with its gradient and without a graph."""
-    positive, negative = _hit(x, gamma), _miss(x, gamma)
-    positive = Sloped(alpha * positive.value, alpha * positive.slope)
-    return _mean(positive, Sloped((1 - alpha) * negative.value, (1 - alpha) * negative.slope), y, pos_weight)
+    return _mean(alpha * _focused(x, gamma), (1 - alpha) * _focused(-x, gamma), y, pos_weight)
 
 
 def asymmetric_loss(
@@ -126,17 +72,28 @@ def asymmetric_loss(
         pos_weight: Weight of positives w ``(C,)``; all 1 when not given.
     """
     x = logits.float()
-    focusing = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
-    return known(asymmetric_slope(x, y, **focusing, shift=shift, pos_weight=pos_weight), x)
+    negative = _focused(-x, gamma_neg) if shift == 0 else _shifted(x, gamma_neg, shift)
+    return _mean(_focused(x, gamma_pos), negative, y, pos_weight)
 
 
-@torch.no_grad()
-def asymmetric_slope(
-    x: Tensor, y: Tensor, *, gamma_pos: float, gamma_neg: float, shift: float, pos_weight: Tensor | None = None
-) -> Sloped:
-    """As :func:`asymmetric_loss` of float32 logits, with its gradient and without a graph."""
-    negative = _miss(x, gamma_neg) if shift == 0 else _shifted_miss(x, gamma_neg, shift)
-    return _mean(_hit(x, gamma_pos), negative, y, pos_weight)
+def _focused(x: Tensor, gamma: float) -> Tensor:
+    """``(1 - s)^gamma -log s``: the focused loss of a positive, and at ``-x`` that of a negative."""
+    log = F.logsigmoid(x)
+    # log(1 - s) = log s - x: no power of zero, whose slope may be infinite.
+    return -log if gamma == 0 else -((log - x) * gamma).exp() * log
+
+
+def _shifted(x: Tensor, gamma: float, shift: float) -> Tensor:
+    """``p^gamma -log(1 - p)`` with ``p = max(s - shift, 0)``; as 1 - p >= shift, the logarithm is finite."""
+    p = (torch.sigmoid(x) - shift).clamp_min(_TINY)
+    return torch.where(p > _TINY, -p.pow(gamma) * torch.log1p(-p), 0.0)
+
+
+def _mean(positive: Tensor, negative: Tensor, y: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The loss ``(...)`` of the losses ``(..., N, C)`` that every label would have as a positive and as a negative."""
+    if pos_weight is not None:
+        positive = pos_weight * positive
+    return torch.lerp(negative, positive, y.to(positive.dtype)).mean((-2, -1))
 
 
 def class_balanced_weights(counts: Tensor, n: int, *, cap: float = WEIGHT_CAP) -> Tensor:

@@ -1,13 +1,12 @@
-"""Multi-label metrics, each against an independent reference in the tests (SPEC section 8).
+"""Multi-label metrics; docs/metrics.md defines each, and the tests compare each with an independent reference.
 
-Symbols: N images, C classes, K tags an image, TP, FP, FN counts. Scores stay in class order. What is undefined is NaN,
+Symbols: N images, C classes, K tags an image, TP true positives. Scores stay in class order. What is undefined is NaN,
 is left out of means, and is counted; it is never a silent 0 or 1.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import InputError
 from .ranking import (
@@ -20,95 +19,72 @@ from .ranking import (
     best_tags,
     checked,
     group_ends,
+    image_figures,
     mean_average_precision,
     mean_of_defined,
-    precision_recall_at,
     ratio,
-    sample_average_precision,
 )
 
 __all__ = [
-    "Counts",
     "Thresholds",
     "average_precision",
     "best_threshold",
     "best_threshold_per_class",
+    "count_figures",
     "evaluate",
     "mean_average_precision",
-    "overall_and_per_class",
     "per_class",
-    "precision_recall_at",
-    "sample_average_precision",
     "tune_thresholds",
 ]
 
+Counts = tuple[Floats, Floats, Floats]
 
-class Counts(NamedTuple):
-    """True positives, false positives and false negatives of every class ``(C,)`` int64."""
-
-    tp: npt.NDArray[np.int64]
-    fp: npt.NDArray[np.int64]
-    fn: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, predicted: Truth, labels: Truth) -> "Counts":
-        """Count predictions ``(N, C)`` against labels ``(N, C)``."""
-        tp, n_predicted, n_true = (part.sum(axis=0) for part in (predicted & labels, predicted, labels))
-        return cls(tp, n_predicted - tp, n_true - tp)
-
-    @property
-    def precision(self) -> Floats:
-        """``TP / (TP + FP)``, NaN where nothing is predicted."""
-        return ratio(self.tp, self.tp + self.fp)
-
-    @property
-    def recall(self) -> Floats:
-        """``TP / (TP + FN)``, NaN where nothing is positive."""
-        return ratio(self.tp, self.tp + self.fn)
-
-    @property
-    def f1(self) -> Floats:
-        """``2 TP / (2 TP + FP + FN)``, NaN where nothing is predicted or positive."""
-        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
-
-    @property
-    def overall(self) -> "Counts":
-        """The counts of all classes together ``(1,)``."""
-        return Counts(*(part.sum(keepdims=True) for part in self))
+# Reported again for the three best tags of every image.
+OF_TOP = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
-def overall_and_per_class(counts: Counts) -> dict[str, float]:
-    """``CP, CR, CF1, OP, OR, OF1`` (Wang et al. 2016, section 4.1).
+def count_figures(counts: Counts, size: int) -> dict[str, Floats]:
+    """``F1_micro, F1_macro, CP, CR, CF1, OP, OR, OF1`` and ``hamming_loss``, from counts of every class.
 
-    ``CP`` and ``CR`` are means of precision and recall over classes, ``CF1`` their harmonic mean (not macro F1);
-    ``OP, OR, OF1`` come from the counts of all classes together. A class that is never predicted has no precision and
-    is left out of ``CP`` (others count it as 0): ``n_undefined_CP`` says how many.
+    ``CP`` and ``CR`` are means of precision and recall over classes, ``CF1`` their harmonic mean, not macro F1 (Wang et
+    al. 2016, section 4.1); ``OP, OR, OF1`` come from the counts of all classes together. A class that is never
+    predicted has no precision and is left out of ``CP`` (others count it as 0).
+
+    Args:
+        counts: True positives, predictions and labels ``(R, C)`` each, R being resamples, or 1.
+        size: N * C.
+
+    Returns:
+        ``(R,)`` each; NaN where undefined.
     """
-    precision, recall = counts.precision, counts.recall
-    CP, CR = mean_of_defined(precision), mean_of_defined(recall)
-    both = counts.overall
+    tp, n_predicted, n_true = counts
+    TP, PREDICTED, TRUE = (part.sum(axis=1) for part in counts)
+    CP, CR = (mean_of_defined(ratio(tp, whole), axis=1) for whole in (n_predicted, n_true))
+    OF1 = ratio(2 * TP, PREDICTED + TRUE)
     return {
+        "F1_micro": OF1,
+        "F1_macro": mean_of_defined(ratio(2 * tp, n_predicted + n_true), axis=1),
         "CP": CP,
         "CR": CR,
-        "CF1": 0.0 if CP == CR == 0 else 2 * CP * CR / (CP + CR),
-        "OP": float(both.precision[0]),
-        "OR": float(both.recall[0]),
-        "OF1": float(both.f1[0]),
-        "n_undefined_CP": float(np.isnan(precision).sum()),
+        "CF1": np.where(CP + CR == 0, 0.0, ratio(2 * CP * CR, CP + CR)),
+        "OP": ratio(TP, PREDICTED),
+        "OR": ratio(TP, TRUE),
+        "OF1": OF1,
+        "hamming_loss": (PREDICTED + TRUE - 2 * TP) / size,
     }
 
 
 def per_class(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5) -> dict[str, Floats]:
     """``AP``, ``precision``, ``recall``, ``F1``, ``n_positive`` and ``n_predicted`` of every class, ``(C,)`` each."""
     s, y = checked(scores, labels)
-    counts = Counts.of(s >= threshold, y)
+    tp, n_predicted, n_true = (counts[0] for counts in _counts(s >= threshold, y))
     return {
         "AP": average_precision(s, y),
-        "precision": counts.precision,
-        "recall": counts.recall,
-        "F1": counts.f1,
-        "n_positive": (counts.tp + counts.fn).astype(np.float64),
-        "n_predicted": (counts.tp + counts.fp).astype(np.float64),
+        "precision": ratio(tp, n_predicted),
+        "recall": ratio(tp, n_true),
+        "F1": ratio(2 * tp, n_predicted + n_true),
+        "n_positive": n_true,
+        "n_predicted": n_predicted,
     }
 
 
@@ -179,28 +155,34 @@ def evaluate(scores: Scores, labels: Labels, *, threshold: float | Floats = 0.5)
         ValueError: As :func:`average_precision`.
     """
     s, y = checked(scores, labels)
-    predicted = s >= threshold
-    counts = Counts.of(predicted, y)
-    top = best_tags(s, TAGS_OF_TOP)
+    counts, of_top = _counts(s >= threshold, y), _counts(best_tags(s, TAGS_OF_TOP), y)
+    row, top = count_figures(counts, y.size), count_figures(of_top, y.size)
+    images, ceilings = image_figures(s, y), image_figures(y.astype(np.float32), y)
+    _, n_predicted, n_true = counts
     result = {
         "mAP": mean_average_precision(s, y),
-        "mAP_sample": sample_average_precision(s, y),
-        "F1_micro": float(counts.overall.f1[0]),
-        "F1_macro": mean_of_defined(counts.f1),
-        **overall_and_per_class(counts),
+        **row,
+        **{f"{key}@{TAGS_OF_TOP}": top[key] for key in OF_TOP},
+        **{key: mean_of_defined(values) for key, values in images.items()},
+        **{f"{key}_ceiling": mean_of_defined(values) for key, values in ceilings.items() if key != "mAP_sample"},
+        "n_images": len(y),
+        "n_images_without_label": (~y.any(axis=1)).sum(),
+        "n_classes_without_positive": (n_true == 0).sum(),
+        "n_undefined_CP": (n_predicted == 0).sum(),
+        f"n_undefined_CP@{TAGS_OF_TOP}": (of_top[1] == 0).sum(),
+        "n_undefined_F1_macro": (n_predicted + n_true == 0).sum(),
     }
-    result |= {f"{key}@{TAGS_OF_TOP}": value for key, value in overall_and_per_class(Counts.of(top, y)).items()}
-    for K, at in precision_recall_at(s, y).items():
-        result |= {f"P@{K}": at.precision, f"R@{K}": at.recall}
-        result |= {f"P@{K}_ceiling": at.precision_ceiling, f"R@{K}_ceiling": at.recall_ceiling}
-    result |= {
-        "hamming_loss": float((predicted != y).mean()),
-        "n_images": float(len(y)),
-        "n_images_without_label": float((~y.any(axis=1)).sum()),
-        "n_classes_without_positive": float((~y.any(axis=0)).sum()),
-        "n_undefined_F1_macro": float(np.isnan(counts.f1).sum()),
-    }
-    return result | ({"threshold": float(threshold)} if np.ndim(threshold) == 0 else {})
+    if np.ndim(threshold) == 0:
+        result["threshold"] = threshold
+    return {key: float(np.squeeze(value)) for key, value in result.items()}
+
+
+def _counts(predicted: Truth, y: Truth) -> Counts:
+    """True positives, predictions and labels of every class ``(1, C)``."""
+    tp, n_predicted, n_true = (
+        part.sum(axis=0, keepdims=True, dtype=np.float64) for part in (predicted & y, predicted, y)
+    )
+    return tp, n_predicted, n_true
 
 
 def _best_thresholds(s: Scores, y: Truth) -> Floats:

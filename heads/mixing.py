@@ -17,13 +17,13 @@ def mix_batch(batch: Batch, share: Tensor) -> Batch:
     any other.
 
     Args:
-        batch: Image embeddings ``(..., N, D)``, caption embeddings likewise, labels ``(..., N, C)``.
-        share: s ``(..., N)`` in [0, 1].
+        batch: Image and caption embeddings ``(N, D)`` and labels ``(N, C)``.
+        share: s ``(N,)`` in [0, 1].
 
     Returns:
         The same shapes; labels in [0, 1].
     """
-    v_img, v_txt, y = (torch.lerp(one.roll(1, -2), one, share[..., None]) for one in batch)
+    v_img, v_txt, y = (torch.lerp(part.roll(1, -2), part, share[..., None]) for part in batch)
     return v_img, v_txt, y
 
 
@@ -33,7 +33,7 @@ def shares(order: Tensor, n: int) -> Tensor:
     A shuffled order holds every place once, so they are uniform, and a training that is repeated has them again.
 
     Args:
-        order: Places of a batch's images ``(..., N)``, shuffled.
+        order: Places of a batch's images in the split ``(N,)``, shuffled.
         n: Images of the split.
     """
     return order.roll(2, -1) / n

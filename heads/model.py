@@ -23,12 +23,13 @@ class HeadOutput(NamedTuple):
         h: Soft codes ``(N, B)`` float32, or ``None`` without hash layer.
         logits: ``(N, C)``.
         d_img: Image directions ``(N, D)``; ``None`` for the MLP baseline, which does not decompose.
-        d_txt: Caption directions ``(N, D)``, likewise.
+        d_txt: Caption directions ``(N, D)``; ``None`` for the MLP baseline.
         hash_reg: Whether the hash terms of the loss apply (``hash.use_hash_reg``).
         both: Whether the head reads both modalities. One that reads a single one must learn nothing from the other,
             so the cosine term does not apply.
         fused_logits: Of the training classifier that reads z ``(N, C)``; ``None`` in ``eval()`` mode, or without one.
-        prefix_logits: Of the training classifiers that read hard prefixes of the code, ``(N, C)`` each; likewise none.
+        prefix_logits: Of the training classifiers that read hard prefixes of the code, ``(N, C)`` each; none in
+            ``eval()`` mode.
     """
 
     z: Tensor
@@ -48,15 +49,17 @@ class HeadOutput(NamedTuple):
 
 
 class BaseHead(HubModule):
-    """What a trainer asks of a head; :class:`Head` and :class:`MlpBaseline` are the two."""
+    """The interface that a trainer uses; :class:`Head` and :class:`MlpBaseline` implement it."""
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> HeadOutput:
         """Codes and logits of raw embeddings ``(N, D)`` and ``(N, D)``."""
         raise NotImplementedError
 
-    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
-        """Take from the train split what the head does not learn: ``(N, D)`` each, one caption an image."""
-        raise NotImplementedError
+    def fit_log_norms(self, m: Tensor) -> None:
+        """Take the statistics that are not learned from log-norms ``(N, 2)`` of train: an image, then its caption."""
+
+    def set_progress(self, progress: float) -> None:
+        """Take notice of the share of the training that is done, in [0, 1]."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the learning rate they take: fusion (with adapters), hash, classifier."""
@@ -64,7 +67,7 @@ class BaseHead(HubModule):
 
 
 class Head(BaseHead):
-    """Raw embeddings to codes and logits (SPEC section 5).
+    """Raw embeddings to codes and logits.
 
     In ``eval()`` mode the output of an image depends on that image alone: dropout is off and batch normalisation uses
     the running statistics.
@@ -90,8 +93,7 @@ class Head(BaseHead):
         *,
         width: int,
     ) -> None:
-        sections = {"fusion": fusion, "hash": hash, "classifier": classifier}
-        super().__init__({"width": width, **{name: one.model_dump(mode="json") for name, one in sections.items()}})
+        super().__init__(width, fusion=fusion, hash=hash, classifier=classifier)
         self.fusion = Fusion(fusion, width)
         self.hash = HashLayer(hash, fusion.mlp_dims[-1]) if hash.bits else None
         self._hash_reg, self._both = hash.use_hash_reg, fusion.inputs == "both"
@@ -138,9 +140,14 @@ class Head(BaseHead):
         prefixes = tuple(reader(hard[..., :length]) for length, reader in readers)
         return output._replace(fused_logits=fused, prefix_logits=prefixes)
 
-    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
-        """Take what block normalisation needs from the train split: ``(N, D)`` each, one caption an image."""
-        self.fusion.fit(v_img, v_txt)
+    def fit_log_norms(self, m: Tensor) -> None:
+        """Standardise log-norms by those of train ``(N, 2)``: an image, then its caption."""
+        self.fusion.fit_log_norms(m)
+
+    def set_progress(self, progress: float) -> None:
+        """Raise the slope of the hash layer's tanh with the share of the training that is done."""
+        if self.hash is not None:
+            self.hash.set_progress(progress)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the learning rate they take: fusion (with adapters), hash, classifier."""
@@ -169,8 +176,7 @@ class MlpBaseline(BaseHead):
     kind: ClassVar[HeadKind] = "mlp"
 
     def __init__(self, fusion: FusionConfig, classifier: ClassifierConfig, *, width: int) -> None:
-        sections = {"fusion": fusion, "classifier": classifier}
-        super().__init__({"width": width, **{name: one.model_dump(mode="json") for name, one in sections.items()}})
+        super().__init__(width, fusion=fusion, classifier=classifier)
         self._inputs = fusion.inputs
         self.mlp = make_mlp(fusion, width * (2 if fusion.inputs == "both" else 1))
         self.classifier = nn.Linear(fusion.mlp_dims[-1], classifier.num_classes, bias=classifier.use_bias)
@@ -185,9 +191,6 @@ class MlpBaseline(BaseHead):
         used = {"both": (v_img, v_txt), "image": (v_img,), "text": (v_txt,)}[self._inputs]
         z = self.mlp(torch.cat(used, dim=-1).float())
         return HeadOutput(z, None, self.classifier(z), None, None)
-
-    def fit_statistics(self, v_img: Tensor, v_txt: Tensor) -> None:
-        """Nothing to take; the trainer treats baseline and head alike."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by the learning rate they take."""

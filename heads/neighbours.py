@@ -1,10 +1,12 @@
-"""What a search gives and what every index promises; checks that all of them share.
+"""The result of a search, the interface of every index, and the checks and the tie-breaking that they share.
 
-Symbols: N codes of the index, Q queries, K neighbours, B bits, F features of a soft code (B, or the width of z).
+Symbols: N codes of the index, Q queries, K neighbours, M candidates, B bits, F features of a soft code (B, or the
+width of z).
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,9 @@ from ..errors import InputError
 Packed = npt.NDArray[np.uint8]
 Soft = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+
+# Candidates beyond K that FAISS is asked for, first for every query, then for those whose ties reach beyond.
+MARGINS = (32, 1024)
 
 
 class Neighbours(NamedTuple):
@@ -29,21 +34,37 @@ class Neighbours(NamedTuple):
     similarity: npt.NDArray[np.float32]
     distance: npt.NDArray[np.int32] | npt.NDArray[np.float32]
 
+    @classmethod
+    def from_distance(cls, index: Rows, distance: npt.NDArray[np.int32], bits: int) -> "Neighbours":
+        """Neighbours of a Hamming search, with their similarity ``1 - dist / B``."""
+        return cls(index, (1.0 - distance / bits).astype(np.float32), distance)
 
-class Index(Protocol):
-    """Something that finds neighbours; what it does not need of a query may be ``None``."""
+    @classmethod
+    def from_similarity(cls, index: Rows, similarity: npt.NDArray[np.float32]) -> "Neighbours":
+        """Neighbours of a search by cosine, with their distance ``1 - cosine``."""
+        return cls(index, similarity, (1.0 - similarity).astype(np.float32))
+
+
+class Index(ABC):
+    """An exact search for the K nearest codes; a backend implements :meth:`_nearest`.
+
+    Attributes:
+        kind: The backend: ``flat``, ``fastscan``, ``torch``, ``gpu`` or, for asymmetric search, ``pq``.
+        reads: Which codes of a query the backend reads.
+        width: Bytes of a packed code, or features of a soft one.
+    """
+
+    kind: str
+    reads: Literal["packed", "soft"] = "packed"
+    width: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
-    def kind(self) -> str:
-        """How it searches: ``flat``, ``fastscan``, ``pq``, ``torch``, ``gpu``, ``ivf``, ``hnsw`` or ``multihash``."""
-        ...
-
-    @property
+    @abstractmethod
     def n_bytes(self) -> int:
         """Bytes of the codes that a search reads."""
-        ...
-
-    def __len__(self) -> int: ...
 
     def search(
         self, *, K: int, packed: Packed | None = None, soft: Soft | None = None, exclude: Rows | None = None
@@ -52,59 +73,38 @@ class Index(Protocol):
 
         Args:
             K: Neighbours a query.
-            packed: Hard codes of the queries ``(Q, B // 8)`` uint8; for hamming and hybrid.
-            soft: Soft codes of the queries ``(Q, F)``; for cosine, hybrid and asymmetric.
+            packed: Hard codes of the queries ``(Q, B // 8)`` uint8; read by hamming and hybrid.
+            soft: Soft codes of the queries ``(Q, F)``; read by cosine, hybrid and asymmetric.
             exclude: For each query the row that must not be returned ``(Q,)``, -1 for none: its own image.
 
         Raises:
             InputError: K is larger than the index without the excluded row.
             ValueError: Codes of another width, or rows to exclude that the index does not have.
         """
-        ...
-
-
-class ExhaustiveIndex(ABC):
-    """What indexes that look at every code have in common: a search for the K nearest, and one more to leave out a row.
-
-    Attributes:
-        reads: Which codes of a query.
-        width: Bytes of a packed code, or features of a soft one.
-    """
-
-    reads: Literal["packed", "soft"] = "packed"
-    width: int
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    def search(
-        self, *, K: int, packed: Packed | None = None, soft: Soft | None = None, exclude: Rows | None = None
-    ) -> Neighbours:
-        """See :class:`Index`; codes that :attr:`reads` does not name are not read."""
-        queries = fitting_queries(packed if self.reads == "packed" else soft, self.width, self.reads)
+        queries = check_queries(packed if self.reads == "packed" else soft, self.width, self.reads)
         exclude = check_search(K, len(self), len(queries), exclude)
-        found = self._nearest(queries, K if exclude is None else K + 1)
-        return found if exclude is None else without(found, exclude, K)
+        if exclude is None:
+            return self._nearest(queries, K)
+        wider = self._nearest(queries, K + 1)
+        kept = np.argsort(wider.index == exclude[:, None], axis=1, kind="stable")[:, :K]
+        parts: list[npt.NDArray[Any]] = [np.take_along_axis(part, kept, axis=1) for part in wider]
+        return Neighbours(*parts)
 
     @abstractmethod
     def _nearest(self, queries: Any, K: int) -> Neighbours:  # noqa: ANN401 - bytes or floats
         """The K nearest of queries ``(Q, width)``, K at most the codes of the index."""
 
 
-def fitting_queries(given: npt.NDArray[Any] | None, width: int, name: str) -> npt.NDArray[Any]:
-    """Queries ``(Q, width)``.
-
-    Raises:
-        ValueError: None were given, or of another width.
-    """
-    if given is None or given.ndim != 2 or given.shape[1] != width:
-        got = None if given is None else given.shape
+def check_queries(queries: npt.NDArray[Any] | None, width: int, name: str) -> npt.NDArray[Any]:
+    """Return the queries if they are ``(Q, width)``; raise a ValueError otherwise."""
+    if queries is None or queries.ndim != 2 or queries.shape[1] != width:
+        got = None if queries is None else queries.shape
         raise ValueError(f"{name} queries of shape {got} do not fit an index of width {width}")
-    return given
+    return queries
 
 
 def check_search(K: int, N: int, Q: int, exclude: Rows | None) -> Rows | None:
-    """Refuse what the index cannot give; nothing to exclude becomes ``None``.
+    """Refuse a K that the N codes cannot give; return ``exclude``, or ``None`` where it excludes nothing.
 
     Raises:
         InputError: K is larger than the N codes without the excluded one.
@@ -117,26 +117,51 @@ def check_search(K: int, N: int, Q: int, exclude: Rows | None) -> Rows | None:
         exclude = exclude if (exclude >= 0).any() else None
     usable = N - (exclude is not None)
     if not 1 <= K <= usable:
-        own = " without the query's own image" if exclude is not None else ""
+        without = " without the query's own image" if exclude is not None else ""
         raise InputError(
             "K does not fit the index" if K < 1 else "K is larger than the index",
             got=f"K {K}",
-            wanted=f"1 to {usable}, the codes of the index{own}",
+            wanted=f"1 to {usable}, the codes of the index{without}",
             do="choose another K",
         )
     return exclude
 
 
-def without(found: Neighbours, exclude: Rows, K: int) -> Neighbours:
-    """Of K + 1 neighbours the K that are not excluded, in order."""
-    kept = np.argsort(found.index == exclude[:, None], axis=1, kind="stable")[:, :K]
-    parts: list[npt.NDArray[Any]] = [np.take_along_axis(part, kept, axis=1) for part in found]
-    return Neighbours(*parts)
+Ranked = tuple[Rows, npt.NDArray[Any]]  # rows of the index and their values, ``(n, K)`` each
 
 
-def as_neighbours(index: Rows, distance: npt.NDArray[np.int32], bits: int) -> Neighbours:
-    """Neighbours of a Hamming search ``(Q, K)``, with their similarity ``1 - dist / B``."""
-    return Neighbours(index, (1.0 - distance / bits).astype(np.float32), distance)
+def settle_ties(
+    Q: int,
+    K: int,
+    most: int,
+    propose: Callable[[Rows, int], tuple[Ranked, npt.NDArray[np.bool_]]],
+    exhaustive: Callable[[Rows], Ranked],
+) -> Ranked:
+    """Exact order from a search that is fast and breaks ties as it likes.
+
+    The fast search proposes more candidates than K. A query is settled where the last of them is farther than
+    neighbour K, because then no tie at K's distance is missing. The others are asked for more candidates, and in the
+    end compared with every code.
+
+    Args:
+        Q: Number of queries.
+        K: Neighbours a query.
+        most: Candidates that the fast search can be asked for.
+        propose: From rows of the queries and M to their K best of M candidates, and which of them are settled.
+        exhaustive: From rows of the queries to their K best of all codes.
+    """
+    pending, parts = np.arange(Q), []
+    for M in sorted({min(K + margin, most) for margin in MARGINS}) if most >= K else ():
+        best, settled = propose(pending, M)
+        parts.append((pending[settled], best[0][settled], best[1][settled]))
+        pending = pending[~settled]
+        if not len(pending):
+            break
+    if len(pending):
+        parts.append((pending, *exhaustive(pending)))
+    rows, index, values = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.argsort(rows)
+    return index[order], values[order]
 
 
 def load_faiss() -> Any:  # noqa: ANN401

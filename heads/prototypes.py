@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .sigmoid import sigmoid
-
 Floats = npt.NDArray[np.floating[Any]]
 
 
@@ -71,26 +69,10 @@ def mean_logits(
         logit_bias: The learned bias.
 
     Returns:
-        ``(N, C)`` float64. They are what is to be ranked: probabilities near 1 tie.
+        ``(N, C)`` float64, to be ranked as they are: their probabilities (Zhai et al. 2023, section 3.2) tie near 1.
     """
     cosine: npt.NDArray[np.float64] = np.mean([part.astype(np.float64) for part in cosines], axis=0)
     return logit_scale * cosine + logit_bias
-
-
-def to_probability(cosine: npt.NDArray[np.float32], logit_scale: float, logit_bias: float) -> npt.NDArray[np.float32]:
-    """SigLIP's probability that image and text belong together: ``sigmoid(scale * cosine + bias)``.
-
-    Zhai et al. 2023, section 3.2. It keeps the order of the cosines, so mAP is that of the cosines.
-
-    Args:
-        cosine: ``(N, C)``.
-        logit_scale: The learned scale, already exponentiated (checkpoints keep its logarithm).
-        logit_bias: The learned bias.
-
-    Returns:
-        ``(N, C)`` float32 in [0, 1].
-    """
-    return sigmoid(mean_logits([cosine], logit_scale, logit_bias)).astype(np.float32)
 
 
 def _unit(v: Floats, name: str) -> npt.NDArray[np.float64]:

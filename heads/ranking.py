@@ -3,8 +3,7 @@
 Symbols: N images, C classes, K tags an image. What is undefined is NaN and is left out of means.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,55 +48,34 @@ def average_precision(scores: Scores, labels: Labels) -> Floats:
 
 def mean_average_precision(scores: Scores, labels: Labels) -> float:
     """``mAP``: mean of :func:`average_precision` over the classes that have a positive; NaN where none has."""
-    return mean_of_defined(average_precision(scores, labels))
+    return float(mean_of_defined(average_precision(scores, labels)))
 
 
-def sample_average_precision(scores: Scores, labels: Labels) -> float:
-    """``mAP_sample``: mean of the average precision of every image's ranking of classes, over images with a label."""
-    return mean_of_defined(average_precision(np.asarray(scores).T, np.asarray(labels).T))
+def image_figures(s: Scores, y: Truth) -> dict[str, Floats]:
+    """Figures whose mean over images is reported: ``mAP_sample``, and ``P@K`` and ``R@K`` for K in 1, 3, 5, 10.
 
-
-class TopK(NamedTuple):
-    """Precision and recall of the K best tags, with the most that any ranking could reach."""
-
-    precision: float
-    recall: float
-    precision_ceiling: float
-    recall_ceiling: float
-
-
-def precision_recall_at(scores: Scores, labels: Labels, ks: Sequence[int] = TOP_KS) -> dict[int, TopK]:
-    """``P@K`` and ``R@K`` and their ceilings.
-
-    ``P@K = mean(hits / K)`` over all images, one without a label counting 0 in figure and ceiling alike;
-    ``R@K = mean(hits / tags)`` over images with a label. The ceilings put ``min(K, tags)`` for the hits. Of equal
-    scores the class of the lower index is taken. K above C takes all classes, and still divides by K.
+    ``mAP_sample`` is the average precision of an image's ranking of classes; ``P@K = hits / K``, 0 for an image without
+    a label; ``R@K = hits / tags``. Of equal scores the class of the lower index is taken. K above C takes all classes,
+    and still divides by K. With the labels as scores, P and R are the most that any ranking could reach.
 
     Args:
-        scores: ``(N, C)``.
-        labels: ``(N, C)`` of 0 and 1.
-        ks: Values of K.
+        s: Scores ``(N, C)`` as of :func:`checked`.
+        y: Labels ``(N, C)``, bool.
 
-    Raises:
-        ValueError: As :func:`average_precision`.
+    Returns:
+        ``(N,)`` float64 each; NaN for an image without a label, except for ``P@K``.
     """
-    s, y = checked(scores, labels)
-    hits = hits_of_best(s, y)
+    hits = np.cumsum(np.take_along_axis(y, _ranking(s), axis=1), axis=1, dtype=np.int64)
     tags = y.sum(axis=1)
-    result = {}
-    for K in ks:
-        found, best = hits[:, min(K, y.shape[1]) - 1], np.minimum(K, tags)
-        result[K] = TopK(
-            mean_of_defined(found / K),
-            mean_of_defined(ratio(found, tags)),
-            mean_of_defined(best / K),
-            mean_of_defined(ratio(best, tags)),
-        )
-    return result
+    figures = {"mAP_sample": average_precision(s.T, y.T)}
+    for K in TOP_KS:
+        of_best = hits[:, min(K, y.shape[1]) - 1]
+        figures |= {f"P@{K}": of_best / K, f"R@{K}": ratio(of_best, tags)}
+    return figures
 
 
 def checked(scores: Scores, labels: Labels) -> tuple[Scores, Truth]:
-    """Scores and labels as one ``(N, C)``, labels as bool.
+    """Check scores and labels ``(N, C)``, and return them with the labels as bool.
 
     Raises:
         ValueError: Shapes that differ, scores that are not finite, labels other than 0 and 1.
@@ -116,20 +94,15 @@ def checked(scores: Scores, labels: Labels) -> tuple[Scores, Truth]:
     return s, truth
 
 
-def ranking(s: Scores) -> npt.NDArray[np.int64]:
+def _ranking(s: Scores) -> npt.NDArray[np.int64]:
     """Classes of each image, the best first, of equal scores the lower index."""
     return np.argsort(-s, axis=1, kind="stable")
-
-
-def hits_of_best(s: Scores, y: Truth) -> npt.NDArray[np.int64]:
-    """How many of the 1, 2, ... C best classes of each image are its tags, ``(N, C)``."""
-    return np.cumsum(np.take_along_axis(y, ranking(s), axis=1), axis=1, dtype=np.int64)
 
 
 def best_tags(s: Scores, K: int) -> Truth:
     """The K best classes of each image as predictions ``(N, C)``, whatever their score."""
     top = np.zeros(s.shape, np.bool_)
-    np.put_along_axis(top, ranking(s)[:, :K], values=True, axis=1)
+    np.put_along_axis(top, _ranking(s)[:, :K], values=True, axis=1)
     return top
 
 
@@ -145,7 +118,6 @@ def ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Floats:
     return out
 
 
-def mean_of_defined(values: npt.NDArray[Any]) -> float:
-    """Mean of what is defined; NaN where nothing is."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
+def mean_of_defined(values: npt.NDArray[Any], axis: int | None = None) -> Any:  # noqa: ANN401 - a number, or an array
+    """Mean of the values that are defined, of all or along an axis; NaN where none is."""
+    return ratio(np.nansum(values, axis=axis), np.sum(~np.isnan(values), axis=axis))

@@ -1,20 +1,17 @@
-"""Hashing's own figures: how good the codes are for finding images that share a tag (SPEC section 8).
+"""Hashing's own figures: how good the codes are for finding images that share a tag.
 
 Symbols: Q queries, N images of the base, C classes, B bits, K results, r radius, b packed code, y labels.
 
 An image of the base is relevant to a query when both have a tag in common. Results stand by (distance, then index).
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .blas import one_blas_thread
-from .bootstrap import RESAMPLES, SEED, draw, interval
-from .ranking import Floats, mean_of_defined, ratio
+from .bootstrap import RESAMPLES, SEED, draw, in_threads, interval
+from .ranking import Floats, ratio
 
 Packed = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
@@ -26,11 +23,10 @@ RADIUS = 2
 # Queries at a time, and images of the base at a time: what is computed for a pair stays in the caches.
 QUERY_CHUNK = 64
 BASE_CHUNK = 8192
-MOST_THREADS = 8
 
 
 class Retrieval(NamedTuple):
-    """What was found for each query.
+    """The figures of each query.
 
     Attributes:
         average_precision: Of the K nearest ``(Q,)``; NaN where nothing in the base is relevant.
@@ -69,8 +65,7 @@ def retrieve(
         rows = slice(start, start + QUERY_CHUNK)
         return base.search(words[rows], tags[rows], min(K, len(base_codes)))
 
-    with one_blas_thread(), ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(chunk, range(0, len(words), QUERY_CHUNK)))
+    parts = in_threads(chunk, range(0, len(words), QUERY_CHUNK))
     return Retrieval(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
@@ -81,12 +76,7 @@ def retrieval_row(
 
     Queries to which nothing in the base is relevant are left out of all of them, and counted.
 
-    Args:
-        query_codes: ``(Q, B / 8)`` uint8.
-        query_labels: ``(Q, C)`` of 0 and 1.
-        base_codes: ``(N, B / 8)`` uint8.
-        base_labels: ``(N, C)`` of 0 and 1.
-        K: Results that count for the mean average precision.
+    The arguments are those of :func:`retrieve`.
 
     Returns:
         ``retrieval_mAP@5000`` (or another K); ``precision_radius_2``, in which a query without an image that near
@@ -97,25 +87,29 @@ def retrieval_row(
     Raises:
         ValueError: As :func:`retrieve`.
     """
-    found = retrieve(query_codes, query_labels, base_codes, base_labels, K=K)
-    kept = ~np.isnan(found.average_precision)
-    within, relevant = found.within[kept], found.relevant_within[kept]
+    AP, within, relevant = retrieve(query_codes, query_labels, base_codes, base_labels, K=K)
+    kept = ~np.isnan(AP)
+    AP, within, relevant = AP[kept], within[kept], relevant[kept]
     precision = np.nan_to_num(ratio(relevant, within))
     recall = ratio(relevant, np.broadcast_to(relevant[:, -1:], relevant.shape))
     radius = min(RADIUS, within.shape[1] - 1)
-    each = {f"retrieval_mAP@{K}": found.average_precision[kept], f"precision_radius_{RADIUS}": precision[:, radius]}
+
+    def mean(values: Floats) -> float | None:
+        return float(values.mean()) if len(values) else None
+
+    each = {f"retrieval_mAP@{K}": AP, f"precision_radius_{RADIUS}": precision[:, radius]}
     return {
-        **{key: _known(mean_of_defined(values)) for key, values in each.items()},
+        **{key: mean(values) for key, values in each.items()},
         f"n_queries_empty_radius_{RADIUS}": int((within[:, radius] == 0).sum()),
         "n_queries_without_relevant": int((~kept).sum()),
-        "radius_precision": [float(value) for value in precision.mean(axis=0)] if kept.any() else None,
-        "radius_recall": [float(value) for value in recall.mean(axis=0)] if kept.any() else None,
+        "radius_precision": precision.mean(axis=0).tolist() if kept.any() else None,
+        "radius_recall": recall.mean(axis=0).tolist() if kept.any() else None,
         "retrieval_ci": {key: _interval(values) for key, values in each.items()} if kept.any() else {},
     }
 
 
 class _Base:
-    """What is searched."""
+    """The images that are searched, in words of 64 bits."""
 
     def __init__(self, codes: Packed, labels: Labels) -> None:
         self._words, self._bits = _words(codes), 8 * codes.shape[1]
@@ -157,7 +151,7 @@ def _average_precision(keys: npt.NDArray[np.unsignedinteger[Any]], K: int) -> Fl
 
 
 def _distances(queries: Words, base: Words) -> npt.NDArray[np.uint16]:
-    """Hamming distances ``(Q, n)``."""
+    """Hamming distances of all pairs ``(Q, n)``."""
     distance = np.zeros((len(queries), len(base)), np.uint16)
     for w in range(queries.shape[1]):
         distance += np.bitwise_count(queries[:, w, None] ^ base[:, w])
@@ -176,10 +170,6 @@ def _interval(values: Floats) -> list[float]:
     means = values @ draw(len(values), RESAMPLES, seed=SEED) / len(values)
     low, high, _ = interval(means, figure=float(values.mean()))
     return [low, high]
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def _check(query_codes: Packed, query_labels: Labels, base_codes: Packed, base_labels: Labels, K: int) -> None:

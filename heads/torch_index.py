@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .neighbours import ExhaustiveIndex, Neighbours, Packed, as_neighbours
+from .neighbours import Index, Neighbours, Packed
 
 CHUNK_BYTES = 1 << 30  # of a chunk of codes, unpacked, and of the keys of all its pairs with queries, on a GPU
 CPU_CHUNK_BYTES = 1 << 26
@@ -17,10 +17,10 @@ _KEY_BYTES = 32  # of one of the K nearest of a query, while those of two chunks
 HALF_EXACT = 2048
 
 
-class TorchIndex(ExhaustiveIndex):
+class TorchIndex(Index):
     """Exhaustive Hamming search, ties by index.
 
-    ``dist = (B - b1 . b2) / 2`` (SPEC section 8); the product is one of tensor cores in half precision on a GPU. Ties
+    ``dist = (B - b1 . b2) / 2``; the product is one of tensor cores in half precision on a GPU. Ties
     are settled by one integer key a pair, ``dist * n + index``, whose K smallest are the K first by (distance, index):
     no two keys are equal, so it does not matter which of equals ``topk`` would take.
 
@@ -54,7 +54,7 @@ class TorchIndex(ExhaustiveIndex):
             for start in range(0, len(queries), most):
                 block = torch.from_numpy(np.ascontiguousarray(queries[start : start + most])).to(self.device)
                 keys[start : start + most] = self._keys(signs(block, self._dtype), K).cpu().numpy()
-        return as_neighbours(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
+        return Neighbours.from_distance(keys % len(self), (keys // len(self)).astype(np.int32), self.bits)
 
     def _keys(self, queries: Tensor, K: int) -> Tensor:
         """Keys ``dist * N + index`` of the K nearest ``(Q, K)`` int64, ascending."""

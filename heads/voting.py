@@ -5,6 +5,7 @@ a group of equal distance.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +13,21 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from .config import KnnConfig, Vote
-from .neighbours import Neighbours, Packed, Rows, load_faiss
+from .knn import build_index
+from .neighbours import Neighbours, Packed, Rows, Soft, load_faiss
 
 Labels = npt.NDArray[Any]
 Weights = npt.NDArray[np.float64]
+Scores = npt.NDArray[np.float32]
 
 # Labels of so many neighbours are looked at together: they stay in the cache.
 BLOCK_BYTES = 1 << 20
+# Of rows that a range search returns at a time, twelve bytes each; every code of the index may be one.
+RANGE_BYTES = 1 << 28
 
 
 def weights(similarity: npt.NDArray[np.floating[Any]], strategy: Vote, *, tau: float, theta: float) -> Weights:
-    """Weights of the votes of K neighbours, the nearest first; they sum to 1 for every query (SPEC section 8).
+    """Weights of the votes of K neighbours, the nearest first; they sum to 1 for every query.
 
     - ``softmax``: ``w_i = exp(s_i / tau) / sum_j exp(s_j / tau)`` (as in Wu et al. 2018, eq. 5, normalised over K).
     - ``uniform``: ``w_i = 1 / K``.
@@ -58,16 +63,26 @@ def weights(similarity: npt.NDArray[np.floating[Any]], strategy: Vote, *, tau: f
     return normalised
 
 
-def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, K: int | None = None) -> npt.NDArray[np.float32]:
-    """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1].
+class Boundary(NamedTuple):
+    """All codes at the distance of neighbour K of each query, whether they are among its neighbours or not.
 
-    One search at the largest K serves every smaller one: neighbours beyond K are dropped before weights are made.
+    Attributes:
+        size: g, how many they are ``(Q,)`` int64.
+        labels: Sum of their labels ``(Q, C)`` int64.
+    """
+
+    size: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+
+def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: Boundary | None = None) -> Scores:
+    """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1], w as of :func:`vote_weights`.
 
     Args:
-        neighbours: Of a search with at least K neighbours.
+        neighbours: Of a search with at least K neighbours; those beyond K are dropped before weights are made.
         labels: Labels of the index ``(N, C)`` of 0 and 1.
-        config: Strategy, tau and theta; and K where it is not given.
-        K: Neighbours that vote.
+        config: K, strategy, tau and theta.
+        boundary: As for :func:`vote_weights`; with it the scores do not depend on the order of the index.
 
     Returns:
         ``(Q, C)`` float32, in class order. The scores of an image do not depend on the others of the batch.
@@ -75,95 +90,49 @@ def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, K: int | Non
     Raises:
         InputError: K is larger than the search's.
     """
-    K = _checked(config.K if K is None else K, neighbours)
-    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
-    return _scores(neighbours.index[:, :K], w, labels).clip(0.0, 1.0).astype(np.float32)
-
-
-def vote_shared(
-    neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: "Boundary", K: int | None = None
-) -> npt.NDArray[np.float32]:
-    """Scores that do not depend on the order of the index: codes of equal distance share their votes equally.
-
-    With w the weights of :func:`weights` by rank, and the ranks ``j <= K`` that the group of i's distance takes,
-    ``w_i = sum_j w_j / g``, where g counts all members of the group: those beyond K too, at the boundary. So uniform
-    and softmax weights change at the boundary only, where r places are shared by g: each gets ``r / g`` of its vote.
-    Ranks are averaged within every group. Where none reaches theta, all of the nearest distance share the one vote.
-
-    Args:
-        neighbours: Of a Hamming search with at least K neighbours.
-        labels: Labels of the index ``(N, C)`` of 0 and 1.
-        config: As for :func:`vote`.
-        boundary: The groups at the distance of neighbour K.
-        K: Neighbours that vote.
-
-    Returns:
-        ``(Q, C)`` float32, the same to the last bit for every order of the index.
-
-    Raises:
-        InputError: K is larger than the search's.
-    """
-    w = shared_weights(neighbours, config, boundary, K)
-    K = w.shape[1]
-    distance = neighbours.distance[:, :K]
-    scores = _scores(neighbours.index[:, :K], np.where(distance == distance[:, -1:], 0.0, w), labels)
-    scores += w[:, -1:] * boundary.labels
+    w = vote_weights(neighbours, config, boundary)
+    index, distance = neighbours.index[:, : config.K], neighbours.distance[:, : config.K]
+    if boundary is None:
+        scores = _scores(index, w, labels)
+    else:
+        scores = _scores(index, np.where(distance == distance[:, -1:], 0.0, w), labels)
+        scores += w[:, -1:] * boundary.labels
     return scores.clip(0.0, 1.0).astype(np.float32)
 
 
-def shared_weights(neighbours: Neighbours, config: KnnConfig, boundary: "Boundary", K: int | None = None) -> Weights:
-    """The weight of each listed neighbour where ties share their votes, as of :func:`vote_shared`.
+def vote_weights(neighbours: Neighbours, config: KnnConfig, boundary: Boundary | None = None) -> Weights:
+    """The weight of each neighbour that votes ``(Q, K)`` float64.
+
+    Without ``boundary`` these are the weights of :func:`weights`. With it, codes of equal distance share their votes
+    equally: with w the weights by rank, and the ranks ``j <= K`` that the group of i's distance takes,
+    ``w_i = sum_j w_j / g``, where g counts all members of the group, at the boundary those beyond K too. So uniform
+    and softmax weights change at the boundary only, where r places are shared by g: each gets ``r / g`` of its vote.
+    Ranks are averaged within every group. Where none reaches theta, all of the nearest distance share the one vote.
+    Members of the group at the boundary that are not listed have the weight of the last one, so the sum may be below 1.
 
     Args:
-        neighbours: As there.
-        config: Likewise.
-        boundary: Likewise.
-        K: Likewise.
-
-    Returns:
-        ``(Q, K)`` float64. Members of the group at the boundary that are not listed have the weight of the last one, so
-        the sum may be below 1.
+        neighbours: Of a search with at least K neighbours.
+        config: K, strategy, tau and theta.
+        boundary: The groups at the distance of neighbour K of a Hamming search.
 
     Raises:
         InputError: K is larger than the search's.
     """
-    K = _checked(config.K if K is None else K, neighbours)
-    distance = neighbours.distance[:, :K]
-    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
-    last = distance == distance[:, -1:]
-    share = np.where(last, w, 0.0).sum(axis=1) / boundary.size
-    return np.where(last, share[:, None], _averaged(w, distance))
-
-
-def label_sums(query: npt.NDArray[np.int64], index: npt.NDArray[np.int64], labels: Labels, Q: int) -> Any:  # noqa: ANN401
-    """How often each tag stands among the rows of each query ``(Q, C)`` int64.
-
-    Args:
-        query: Whose row it is ``(n,)``, from 0 to Q - 1.
-        index: The row ``(n,)``.
-        labels: ``(N, C)`` of 0 and 1.
-        Q: Queries.
-    """
-    C = labels.shape[1]
-    sums = np.zeros(Q * C, np.int64)
-    step = max(1, 16 * BLOCK_BYTES // max(C, 1))
-    for start in range(0, len(index), step):
-        rows = slice(start, start + step)
-        place, tag = np.nonzero(labels[index[rows]])
-        sums += np.bincount(query[rows][place] * C + tag, minlength=Q * C)
-    return sums.reshape(Q, C)
-
-
-def _checked(K: int, neighbours: Neighbours) -> int:
-    searched = neighbours.index.shape[1]
-    if not 1 <= K <= searched:
+    K, searched = config.K, neighbours.index.shape[1]
+    if searched < K:
         raise InputError(
             "more votes than neighbours",
             got=f"K {K}",
             wanted=f"1 to {searched}, the neighbours searched for",
             do="search with the largest K",
         )
-    return K
+    w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
+    if boundary is None:
+        return w
+    distance = neighbours.distance[:, :K]
+    last = distance == distance[:, -1:]
+    share = np.where(last, w, 0.0).sum(axis=1) / boundary.size
+    return np.where(last, share[:, None], _averaged(w, distance))
 
 
 def _scores(index: npt.NDArray[np.int64], w: Weights, labels: Labels) -> Weights:
@@ -179,8 +148,8 @@ def _scores(index: npt.NDArray[np.int64], w: Weights, labels: Labels) -> Weights
         part = index[start : start + step]
         votes = labels[part]
         # NumPy finds what is not zero faster among booleans, and a byte of 0 or 1 is one.
-        found = np.flatnonzero(votes.view(np.bool_) if votes.dtype == np.uint8 else votes)
-        vote_of, tag = np.divmod(found, C)
+        tagged = np.flatnonzero(votes.view(np.bool_) if votes.dtype == np.uint8 else votes)
+        vote_of, tag = np.divmod(tagged, C)
         cell = vote_of // K * C + tag
         added = np.bincount(cell, weights=w[start : start + step].reshape(-1)[vote_of], minlength=len(part) * C)
         scores[start : start + step] = added.reshape(-1, C)
@@ -200,24 +169,8 @@ def _averaged(w: Weights, distance: npt.NDArray[Any]) -> Weights:
     return averaged
 
 
-# Of rows found at a time, twelve bytes each; every code of the index may be one.
-RANGE_BYTES = 1 << 28
-
-
-class Boundary(NamedTuple):
-    """The group at the boundary of each query.
-
-    Attributes:
-        size: g, all codes at that distance ``(Q,)`` int64.
-        labels: Sum of their labels ``(Q, C)`` int64.
-    """
-
-    size: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-
-
 class BoundaryIndex:
-    """Finds the groups by FAISS's range search over packed codes, exhaustively.
+    """Groups of codes at one distance, from FAISS's exhaustive range search over packed codes.
 
     Args:
         packed: ``(N, B // 8)`` uint8.
@@ -230,11 +183,11 @@ class BoundaryIndex:
         self._index.add(np.ascontiguousarray(packed))
 
     def groups(self, packed: Packed, distance: npt.NDArray[np.integer], exclude: Rows | None = None) -> Boundary:
-        """The group of each query at a distance.
+        """All codes at a given distance of each query.
 
         Args:
             packed: Queries ``(Q, B // 8)`` uint8.
-            distance: Of their groups ``(Q,)``.
+            distance: The distance of each query's group ``(Q,)``.
             exclude: A row that takes no part ``(Q,)``, -1 for none.
         """
         size = np.zeros(len(packed), np.int64)
@@ -247,13 +200,108 @@ class BoundaryIndex:
                 kept &= index != exclude[rows][query]
             query, index = query[kept], index[kept]
             size[rows] = np.bincount(query, minlength=len(rows))
-            sums[rows] = label_sums(query, index, self._labels, len(rows))
+            sums[rows] = self._label_sums(query, index, len(rows))
         return Boundary(size, sums)
 
     def _blocks(self, distance: npt.NDArray[np.integer]) -> Iterator[tuple[Rows, int]]:
-        """Queries of one distance, few enough that whatever they find fits into the memory."""
+        """Queries of one distance, few enough that the rows in range fit into the memory."""
         step = max(1, RANGE_BYTES // (12 * len(self._packed)))
         for radius in np.unique(distance):
             rows = np.flatnonzero(distance == radius)
             for start in range(0, len(rows), step):
                 yield rows[start : start + step], int(radius)
+
+    def _label_sums(self, query: Rows, index: Rows, Q: int) -> npt.NDArray[np.int64]:
+        """How often each tag occurs among the rows ``index`` of each of Q queries, ``query`` saying whose row it is."""
+        C = self._labels.shape[1]
+        sums = np.zeros(Q * C, np.int64)
+        step = max(1, 16 * BLOCK_BYTES // max(C, 1))
+        for start in range(0, len(index), step):
+            rows = slice(start, start + step)
+            place, tag = np.nonzero(self._labels[index[rows]])
+            sums += np.bincount(query[rows][place] * C + tag, minlength=Q * C)
+        return sums.reshape(Q, C)
+
+
+@dataclass(kw_only=True)
+class Voters:
+    """The neighbours of some queries, and the groups at their boundaries as far as they were needed.
+
+    Attributes:
+        neighbours: Of the search.
+        packed: The queries' codes ``(Q, B // 8)``, if any.
+        exclude: The row that each query left out, -1 for none; ``None`` where no query left one out.
+        boundaries: Groups at the distance of neighbour K, by K.
+    """
+
+    neighbours: Neighbours
+    packed: Packed | None
+    exclude: Rows | None
+    boundaries: dict[int, Boundary] = field(default_factory=dict)
+
+
+class VotingIndex:
+    """Codes with labels: the nearest of them vote for the tags of a query.
+
+    Args:
+        knn: Metric, index kind and ties.
+        labels: Labels of the codes ``(N, C)`` of 0 and 1.
+        packed: Hard codes ``(N, B // 8)`` uint8, ``None`` without hash layer.
+        soft: Soft codes ``(N, F)`` float32.
+        device: Where to search, a name that torch knows.
+
+    Raises:
+        InputError: The codes do not serve the metric, or the metric the ties.
+    """
+
+    def __init__(
+        self, knn: KnnConfig, labels: Labels, *, packed: Packed | None, soft: Soft | None, device: str = "cpu"
+    ) -> None:
+        check_ties(knn)
+        self.index = build_index(knn.distance_metric, packed=packed, soft=soft, kind=knn.index, device=device)
+        self._labels, self._packed = labels, packed
+        self._boundary_index: BoundaryIndex | None = None
+
+    def search(self, K: int, *, packed: Packed | None, soft: Soft | None, exclude: Rows | None = None) -> Voters:
+        """The K nearest of each query; the arguments are those of :meth:`mmcli.heads.neighbours.Index.search`."""
+        return Voters(
+            neighbours=self.index.search(K=K, packed=packed, soft=soft, exclude=exclude), packed=packed, exclude=exclude
+        )
+
+    def vote(self, voters: Voters, knn: KnnConfig) -> Scores:
+        """Scores of every class ``(Q, C)``; the K of ``knn`` is at most that of the search."""
+        return vote(voters.neighbours, self._labels, knn, self._shared(voters, knn))
+
+    def weights(self, voters: Voters, knn: KnnConfig) -> Weights:
+        """The share of the vote that each neighbour has ``(Q, K)``."""
+        return vote_weights(voters.neighbours, knn, self._shared(voters, knn))
+
+    def boundary(self, voters: Voters, K: int) -> Boundary:
+        """The groups at the distance of neighbour K of a Hamming search; each K is searched for once."""
+        if K not in voters.boundaries:
+            assert voters.packed is not None
+            assert self._packed is not None
+            if self._boundary_index is None:
+                self._boundary_index = BoundaryIndex(self._packed, self._labels)
+            distance = voters.neighbours.distance[:, K - 1].astype(np.int32)
+            voters.boundaries[K] = self._boundary_index.groups(voters.packed, distance, voters.exclude)
+        return voters.boundaries[K]
+
+    def _shared(self, voters: Voters, knn: KnnConfig) -> Boundary | None:
+        return self.boundary(voters, knn.K) if knn.ties == "average" else None
+
+
+def check_ties(knn: KnnConfig) -> None:
+    """Refuse shared ties of distances that do not tie.
+
+    Raises:
+        InputError: The metric is not Hamming.
+    """
+    if knn.ties == "average" and knn.distance_metric != "hamming":
+        raise InputError(
+            "only Hamming distances tie",
+            where="--ties",
+            got=f"average with metric {knn.distance_metric}",
+            wanted="--metric hamming",
+            do="leave --ties out: cosines are settled by index",
+        )

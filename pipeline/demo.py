@@ -1,8 +1,9 @@
 """Every stage in turn on the generated miniature; each step names the command that does it alone."""
 
+import hashlib
 import json
-import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,18 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from .. import __version__
+from ..cache.folder import discard
 from ..cache.locks import SOFT
 from ..cache.ownership import contents, remove_files
 from ..cache.strict_json import parse_json
-from ..cache.sweep import discard
 from ..errors import InputError
-from ..heads.config import KnnConfig
 from .core.config import Config, ModelConfig, load_config
 from .core.console import metrics_table
 from .core.device import pick_device
-from .core.files import command, make_folder, one_line, write_text
+from .core.files import command, make_folder, one_line, remove_leftovers_of, write_folder, write_text
 from .core.interrupts import interruptible
 from .core.progress import Progress
-from .core.results import Codes, read_codes
+from .core.results import read_codes
 from .core.run import Run
 from .core.run_folders import LOCK, hold
 from .data.manifest import read_manifest
@@ -35,31 +35,20 @@ from .evaluation.zero_shot import zero_shot
 from .extraction.extract import ExtractPlan, extract
 from .extraction.miniature_model import STEPS, make_checkpoint
 from .report.report import ReportPlan, report
-from .tagging.encode import Coded
 from .tagging.explain import show
-from .tagging.tagger import run_index
-from .tagging.voting import Query, Voters
+from .tagging.tagger import Tagger
 from .training.train_head import train_head
 
 PATCHES = 64
 EPOCHS = 100  # the miniature has 21 steps an epoch where COCO has 1,771
-MARK = "miniature.json"
-# Every file of the miniature, which the next demo throws away; whatever else lies there is somebody's own.
-FILES = re.compile(
-    r"""
-    data/(dataset_coco\.json | manifest\.parquet)
-    | data/annotations/instances_(train|val)2014\.json
-    | data/(?P<folder>train|val)2014/COCO_(?P=folder)2014_[0-9]{12}\.jpg
-    | model/(config | preprocessor_config | processor_config | tokenizer | tokenizer_config | special_tokens_map)\.json
-    | model/model\.safetensors
-    """,
-    re.VERBOSE,
-)
+RECORD, RECORD_KEYS = "miniature.json", {"version", "seed", "whole", "files"}
+FOLDERS = ("data", "data/annotations", "data/train2014", "data/val2014", "model", "store", "runs", "report")
+Digests = dict[str, list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo made and measured."""
+    """The folder of a demo, its last table as rows, the files to open next with what they are, and the wall time."""
 
     out: Path
     rows: tuple[dict[str, Any], ...]
@@ -67,11 +56,11 @@ class DemoResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object: the rows of the last table and the wall time."""
+        """The rows of the last table and the wall time, as ``--json`` prints them."""
         return {"out": str(self.out), "seconds": self.seconds, "rows": list(self.rows)}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """What the command prints at its end."""
         width = max(len(str(path)) for path, _ in self.files)
         lines = [f"  {path!s:<{width}}  {what}" for path, what in self.files]
         return [
@@ -88,13 +77,13 @@ def run_demo(config: Config, *, out: Path, force: bool = False, progress: Progre
     A miniature that is already in ``out``, made by the same version and seed, is used again.
 
     Args:
-        config: Hardware section (device, seed) is used.
+        config: The configuration, of which the hardware section (device, seed) is used.
         out: The folder to write.
-        force: Generate the miniature again in any case.
-        progress: Who to tell.
+        force: Generate the miniature again even if it is there.
+        progress: Progress bars and messages; silent when not given.
 
     Raises:
-        InputError: ``out`` holds files that are not a demo's.
+        InputError: ``out`` holds files or links that are not a demo's.
     """
     make_folder(out)
     with hold(out, what="makes a demo there", keep=False), interruptible():
@@ -126,7 +115,7 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
     trained = train_head(config, store=store, out=runs / "head-64", force=True, progress=progress)
     _step(progress, 6, "let Hamming neighbours vote", command("knn-eval", "--run", trained.run.folder))
     voted = knn_eval(config, run=trained.run, progress=progress)
-    _explain(trained.run, data, config.knn, progress)
+    _explain(config, trained.run, data, progress)
     rows = (shot.metrics, trained.metrics, voted.metrics)
     plan = ReportPlan(runs=runs, data=data, out=out / "report", force=True)
     _step(progress, 8, "one page of answers, tables, plots, queries and failures", plan.command)
@@ -142,75 +131,122 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
 
 
 def _make_miniature(config: Config, out: Path, *, force: bool, progress: Progress) -> None:
-    """Data set and checkpoint, unless the same ones are there already."""
-    mark = out / MARK
-    making = {"version": __version__, "seed": config.hardware.seed, "whole": False}
-    made = _read_mark(mark)
-    if made is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir()):
+    """Generate data set and checkpoint, unless the same ones are there already.
+
+    ``miniature.json`` lists every generated file with its SHA-256: only these are ever replaced or removed, and only
+    while they have that content. Runs stay: the demo replaces its own two, and others may be a user's.
+    """
+    _check_folder(out)
+    record = _read_record(out)
+    identity = {"version": __version__, "seed": config.hardware.seed}
+    _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
+    if not force and record is not None and record == {**record, **identity, "whole": True}:
+        progress.say(f"  already in {out} (--force makes it again)")
+        return
+    listed: Digests = {} if record is None else record["files"]
+    remove_leftovers_of(out / RECORD)
+    # Written first, so that the folder of an interrupted demo is known for one.
+    write_text(out / RECORD, json.dumps({**identity, "whole": False, "files": listed}))
+    generated: Digests = {}
+
+    def generate(scratch: Path) -> None:
+        _generate(config, scratch, progress, lambda: _check_overwritten(out, scratch, listed))
+        generated.update({name: [_sha256(scratch / name)] for name in contents(scratch, lambda _: True).ours})
+        either = {name: [*listed.get(name, []), *generated.get(name, [])] for name in {*listed, *generated}}
+        write_text(out / RECORD, json.dumps({**identity, "whole": False, "files": either}))
+
+    write_folder(out, generate, alone=True)
+    with one_line(out):
+        discard(out / "store")
+        remove_files(out, contents(out, lambda name: name not in generated and _is_listed(out, name, listed)).ours)
+    write_text(out / RECORD, json.dumps({**identity, "whole": True, "files": generated}))
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse links, which lead to what is not the demo's, and a folder that holds files but no record of a demo."""
+    links = [name for name in (*FOLDERS, RECORD, "legend.png") if (out / name).is_symlink()]
+    is_foreign = _read_record(out) is None and any(path.name not in {LOCK, LOCK + SOFT} for path in out.iterdir())
+    if links or is_foreign:
         raise InputError(
             "the folder is in use",
             where=out,
-            got="files that are not a demo's",
-            wanted="a new or empty folder",
+            got=f"a link, {links[0]}" if links else "files that are not a demo's",
+            wanted="a new folder, or one of a demo",
             do="give another --out",
         )
-    _step(progress, 1, "draw a small COCO and train a small SigLIP2 on it", None)
-    if not force and made == {**making, "whole": True}:
-        progress.say(f"  already in {out} (--force makes it again)")
-        return
-    # The mark comes first: from here on these three are the demo's, and may be thrown away by the next one. Runs stay:
-    # the demo replaces its own two, and others may be somebody's.
-    write_text(mark, json.dumps(making))
-    with one_line(out):
-        discard(out / "store")
-        remove_files(out, contents(out, lambda name: FILES.fullmatch(name) is not None).ours)
+
+
+def _generate(config: Config, folder: Path, progress: Progress, check: Callable[[], None]) -> None:
+    """Draw the pictures, check what they would replace, and train the towers on them."""
     seed, device = config.hardware.seed, pick_device(config.hardware.device)
-    draw_legend(out / "legend.png")
+    draw_legend(folder / "legend.png")
     with progress.task("pictures", N_TRAIN + N_VAL + N_TEST) as task:
-        make_dataset(out / "data", seed=seed, progress=lambda _done, _total: task.advance(1))
+        make_dataset(folder / "data", seed=seed, progress=lambda _n, _total: task.advance(1))
+    check()
     with progress.task("tower training", STEPS) as task:
         make_checkpoint(
-            out / "data",
-            out / "model",
+            folder / "data",
+            folder / "model",
             seed=seed,
             device=str(device),
-            progress=lambda _done, _total, loss: task.advance(1, f"loss {loss:.3f}"),
+            progress=lambda _n, _total, loss: task.advance(1, f"loss {loss:.3f}"),
         )
-    write_text(mark, json.dumps({**making, "whole": True}))
+    check()
 
 
-def _read_mark(mark: Path) -> dict[str, object] | None:
-    """What a demo's mark says; None where a file of that name is none."""
+def _check_overwritten(out: Path, scratch: Path, listed: Digests) -> None:
+    """Refuse to replace a file that the miniature did not write."""
+    for name in contents(scratch, lambda _: True).ours:
+        path = out / name
+        if (path.exists() or path.is_symlink()) and not _is_listed(out, name, listed):
+            raise InputError(
+                "will not replace what mmcli did not write",
+                where=path,
+                got="a file that is not the miniature's, or was changed since",
+                do="move it away, or give another --out",
+            )
+
+
+def _is_listed(out: Path, name: str, listed: Digests) -> bool:
+    """Whether a file is a regular one with the content that the record lists."""
+    path = out / name
+    return name in listed and path.is_file() and not path.is_symlink() and _sha256(path) in listed[name]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_record(out: Path) -> dict[str, Any] | None:
+    """The record of a demo's miniature; None where there is none, or another file of that name."""
+    path = out / RECORD
     try:
-        made = parse_json(mark.read_bytes())
+        record = parse_json(path.read_bytes()) if path.is_file() else None  # a FIFO would be waited for without end
     except (OSError, ValueError):
         return None
-    return made if isinstance(made, dict) and made.keys() == {"version", "seed", "whole"} else None
+    if not isinstance(record, dict) or not {"version", "seed", "whole"} <= record.keys() <= RECORD_KEYS:
+        return None
+    files = record.get("files")
+    sound = isinstance(files, dict) and all(isinstance(digests, list) for digests in files.values())
+    return record | {"files": files if sound else {}}
 
 
 def _step(progress: Progress, number: int, what: str, line: str | None) -> None:
-    """A heading, and the command that does this step alone."""
+    """Show a heading, and the command that does this step alone."""
     progress.show(Text.assemble(f"\n{number}. ", (what, "bold")))
     if line is not None:
         progress.show(Text(f"   $ {line}", "cyan"))
 
 
-def _explain(run: Run, data: Path, knn: KnnConfig, progress: Progress) -> None:
-    """The test image with several tags that the classifier is surest of, and the neighbours that voted."""
-    query, listing = read_codes(run.folder, "test"), read_manifest(data / "manifest.parquet")
-    row = _telling_row(query)
-    at = listing.image_ids.tolist().index(query.image_id[row])
-    image, caption, one = str(data / listing.paths[at]), listing.captions[at][0], slice(row, row + 1)
-    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
-    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
-    coded = Coded(query.soft[one], None if query.packed is None else query.packed[one])
-    (tagging,) = Voters(run_index(run), knn).tag(coded, [Query(image, caption)], top=knn.top_n_tags)
-    progress.show(show(tagging, truth=[listing.category_names[c] for c in np.flatnonzero(query.labels[row])]))
-
-
-def _telling_row(query: Codes) -> int:
-    """The image with several tags whose classifier loss is the lowest."""
+def _explain(config: Config, run: Run, data: Path, progress: Progress) -> None:
+    """Show the test image with several tags that the classifier is surest of, and the neighbours that voted."""
+    query, manifest = read_codes(run.folder, "test"), read_manifest(data / "manifest.parquet")
     assert query.logits is not None
     loss = np.logaddexp(0, query.logits).sum(1) - (query.logits * query.labels).sum(1)
-    several = query.labels.sum(1) >= 2
-    return int(np.argmin(np.where(several, loss, np.inf)))
+    row = int(np.argmin(np.where(query.labels.sum(1) >= 2, loss, np.inf)))
+    listed = manifest.image_ids.tolist().index(query.image_id[row])
+    image, caption = str(data / manifest.paths[listed]), manifest.captions[listed][0]
+    words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
+    _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
+    (tagging,) = Tagger.load(run.folder, device=config.hardware.device).predict([image], [caption])
+    progress.show(show(tagging, truth=[manifest.category_names[c] for c in np.flatnonzero(query.labels[row])]))

@@ -102,6 +102,22 @@ def test_help_lists_options_by_what_they_are_for() -> None:
     assert len(re.findall(r"^  (?:-\w, )?--", text, re.MULTILINE)) == text.count("\n  -") > 30
 
 
+def test_an_option_of_a_key_is_described_by_its_field() -> None:
+    """Name, type, default and help stand once, beside the field; every key with an option is taken by a command."""
+    from mmcli.pipeline.core.config import OPTION_NAMES, KeyOption
+
+    help_ = {name: " ".join(mmcli(name, "--help").stdout.split()) for name in ("train-head", "finetune", "knn-eval")}
+    for key in OPTION_NAMES:
+        option = KeyOption(key)
+        text = " ".join(option.help.split())
+        shown = [page for page in help_.values() if f"{option.flag} " in page]
+        assert shown, key
+        assert any(text.replace("-", "") in page.replace("- ", "").replace("-", "") for page in shown), key
+    gamma = KeyOption("loss.hash_weight")
+    assert (gamma.flag, gamma.type, gamma.default) == ("--gamma", float, "the preset's")
+    assert (KeyOption("training.ema_decay").type, KeyOption("training.ema_decay").default) == (float, "")
+
+
 def test_every_command_of_the_readme_exists(repo: Path) -> None:
     """Commands in fenced blocks of README and docs, up to their first option, answer to --help."""
     blocks = (repo / "README.md").read_text().split("```")[1::2]

@@ -22,49 +22,44 @@ Dry = Callable[..., Results]
 
 # Most launches of a step of a head, by case.
 LAUNCHES = {
-    "recommended": 260,
-    "plan": 229,
-    "small": 258,
-    "direction-only": 257,
-    "0 bits": 166,
-    "32 bits": 248,
-    "128 bits": 260,
-    "mlp": 143,
-    "fusion concat": 255,
-    "fusion hadamard": 257,
-    "image alone": 255,
-    "text alone": 255,
-    "adapter": 320,
-    "focal": 266,
-    "balanced": 262,
-    "average": 285,
-    "accumulation": 526,
-    "two sizes": 260,
-    "float32": 223,
-    "float16": 264,
-    "beta": 262,
-    "straight-through": 266,
-    "no mixtures": 254,
-    "unclipped": 255,
-    "deterministic": 260,
-    "monitor": 260,
-    "monitor of the classifier": 260,
-    "3 replicas": 326,
-    "3 replicas, plan": 255,
-    "3 replicas, small": 306,
-    "3 replicas, average": 351,
-    "3 replicas, adapter": 394,
-    "3 replicas, focal": 332,
+    "recommended": 274,
+    "plan": 243,
+    "small": 272,
+    "direction-only": 271,
+    "0 bits": 180,
+    "32 bits": 262,
+    "128 bits": 274,
+    "mlp": 157,
+    "fusion concat": 269,
+    "fusion hadamard": 271,
+    "image alone": 269,
+    "text alone": 269,
+    "adapter": 334,
+    "focal": 280,
+    "balanced": 276,
+    "average": 301,
+    "accumulation": 558,
+    "two sizes": 274,
+    "float32": 237,
+    "float16": 288,
+    "beta": 276,
+    "straight-through": 280,
+    "no mixtures": 268,
+    "unclipped": 269,
+    "deterministic": 274,
+    "monitor": 274,
+    "monitor of the classifier": 274,
 }
+AVERAGED = ("average", "accumulation")
 # Of a step of towers and head.
 TOWER_LAUNCHES = {
-    "last-2": 893,
-    "all": 940,
-    "all, deterministic": 940,
-    "last-1 of images, accumulated": 1217,
-    "all, checkpointed": 1052,
-    "last-1 of texts, augmented, float32": 516,
-    "frozen, augmented": 474,
+    "last-2": 907,
+    "all": 954,
+    "all, deterministic": 954,
+    "last-1 of images, accumulated": 1231,
+    "all, checkpointed": 1066,
+    "last-1 of texts, augmented, float32": 530,
+    "frozen, augmented": 488,
 }
 
 
@@ -129,12 +124,11 @@ def test_a_step_of_a_head_runs_on_a_gpu_without_a_fault(dry: Dry) -> None:
 
 
 def test_a_step_of_a_head_never_waits_for_the_gpu(dry: Dry) -> None:
-    """But for the first, which puts constants there, and those of float16, whose scaler asks whether anything is inf."""
+    """But for those of float16, whose scaler asks whether anything is inf, and torch's average, which sends its count."""
     for name, result in dry("heads").items():
-        first, *others = result["steps"]
-        assert sum(first["waits"].values()) <= 1, (name, first)
-        waits = {place for step in others for place in step["waits"]}
-        assert all("a number is fetched" in place for place in waits) if name == "float16" else not waits, (name, waits)
+        waits = {place.partition(" at ")[0] for step in result["steps"] for place in step["waits"]}
+        allowed = {"float16": {"a number is fetched"}} | {case: {"host to device"} for case in AVERAGED}
+        assert waits <= allowed.get(name, set()), (name, waits)
 
 
 def test_every_size_of_batch_warms_up_and_is_then_replayed(dry: Dry) -> None:
@@ -148,7 +142,9 @@ def test_every_size_of_batch_warms_up_and_is_then_replayed(dry: Dry) -> None:
             how = [step["how"] for step in result["steps"] if tuple(step["sizes"]) == size]
             assert how[:4] == ["eager"] * 3 + ["captured"], (name, how)
             assert set(how[4:]) == {"replayed"}, (name, how)
-        assert not any(step["on_default_stream"] for step in result["steps"]), name
+        # Outside the graph are the learning rates, one of each group of parameters, and the average.
+        outside = max(step["on_default_stream"] for step in result["steps"][1:])
+        assert outside <= (32 if name in AVERAGED else 3), (name, outside)
 
 
 def test_a_step_of_a_head_launches_no_more_than_it_did(dry: Dry) -> None:

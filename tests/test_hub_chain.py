@@ -107,7 +107,7 @@ def test_a_store_is_resumed_at_its_commit_alone(mmcli, miniature, hub, tmp_path:
     code, _, err = mmcli(*words, "--out", tmp_path / "store")
     assert (code, err.count("\n")) == (2, 1)
     assert f"revision: {FIRST} against {SECOND}" in err
-    assert f"give --revision {FIRST} to go on with it" in err
+    assert f"give --revision {FIRST} to resume it" in err
     for revision in (FIRST, "v1", FIRST[:7]):
         code, out, _ = mmcli(*words, "--out", tmp_path / "store", "--revision", revision)
         assert code == 0
@@ -125,7 +125,7 @@ def test_stores_of_another_commit_are_named(mmcli, miniature, hub, tmp_path: Pat
     hub.add(other_version(miniature.model, tmp_path / "moved"), SECOND, "main")
     code, _, err = mmcli(*words)
     assert code == 0
-    assert f"commit {FIRST}; --revision {FIRST} goes on with that one" in err
+    assert f"commit {FIRST}; give --revision {FIRST} to resume it" in err
     assert len(list((tmp_path / "data" / "cache").iterdir())) == 2
 
 

@@ -37,10 +37,10 @@ from mmcli.pipeline.evaluation.prompts import read_prompts
 from mmcli.pipeline.evaluation.search import Evaluated
 from mmcli.pipeline.extraction.images import load_image
 from mmcli.pipeline.extraction.import_store import ImportPlan, import_store
-from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index import build
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 from mmcli.pipeline.training.state import TrainingState, read_state, write_state
 
 SECONDS = 10
@@ -101,9 +101,6 @@ READERS = {
     "store index": Reader("store/index.parquet", lambda f: _whole(f / "store"), is_exact=True),
     "store images": Reader("store/image-00000.h5", lambda f: _whole(f / "store"), is_exact=True),
     "store texts": Reader("store/text-00001.h5", lambda f: _whole(f / "store"), is_exact=True),
-    "store notes": Reader(
-        "store/.checked.json", lambda f: _whole(f / "store"), is_exact=True, is_text=True, refuses=False
-    ),
     "shard alone": Reader("bare/image-00000.h5", lambda f: verify(f / "bare").problems, refuses=False),
     "key alone": Reader("bare/key.json", lambda f: verify(f / "bare").problems, is_text=True, refuses=False),
     "train codes": Reader("run/codes/train.safetensors", lambda f: _codes(f / "run"), is_exact=True),
@@ -128,8 +125,10 @@ READERS = {
         is_exact=True,
     ),
     "index file": Reader("index.safetensors", lambda f: _index(f / "index.safetensors"), is_exact=True),
-    "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_known(f / "run")), is_text=True),
-    "metrics": Reader("run/metrics.json", lambda f: (read_metrics(f / "run"), read_known(f / "run")), is_text=True),
+    "run": Reader("run/run.json", lambda f: (read_info(f / "run"), read_finished_run(f / "run")), is_text=True),
+    "metrics": Reader(
+        "run/metrics.json", lambda f: (read_metrics(f / "run"), read_finished_run(f / "run")), is_text=True
+    ),
     "history": Reader("run/history.jsonl", lambda f: read_history(f / "run"), is_text=True),
     "run configuration": Reader("run/config.yaml", lambda f: load_config(f / "run/config.yaml"), is_text=True),
     "compared runs": Reader(
@@ -147,8 +146,8 @@ READERS = {
     ),
     "instances": Reader("instances.json", lambda f: read_instances(f / "instances.json"), is_text=True),
     "Karpathy split": Reader("dataset_coco.json", lambda f: read_karpathy(f / "dataset_coco.json"), is_text=True),
-    "captions in JSON": Reader("c.jsonl", lambda f: gather([], None, f / "c.jsonl"), is_text=True),
-    "captions in CSV": Reader("c.csv", lambda f: gather([], None, f / "c.csv")),
+    "captions in JSON": Reader("c.jsonl", lambda f: read_requests([], None, f / "c.jsonl"), is_text=True),
+    "captions in CSV": Reader("c.csv", lambda f: read_requests([], None, f / "c.csv")),
     "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
     "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
     "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),
@@ -168,9 +167,6 @@ def folder(made: Path, miniature, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("mutations")
     store = next((made / "data" / "cache").iterdir())
     shutil.copytree(store, folder / "store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmcli.cache.checked.SETTLED_NS", 0)
-        _whole(folder / "store")  # leaves a note of what was found whole
     shutil.copytree(store, folder / "bare")
     (folder / "bare" / "manifest.json").unlink()
     run = shutil.copytree(next((made / "runs").iterdir()), folder / "run")

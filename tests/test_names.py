@@ -18,7 +18,7 @@ from mmcli.pipeline.data.coco import read_json
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.tagging.explain import plain
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 
 COMPOSED = "café.jpg"
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
@@ -45,14 +45,14 @@ def test_what_systems_leave_is_passed_over(folder) -> None:
     fill(folder, "a.jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini")
     (folder / "__MACOSX").mkdir()
     notes: list[str] = []
-    assert [one.path.name for one in gather([folder], None, None, notes=notes)] == ["a.jpg"]
+    assert [one.path.name for one in read_requests([folder], None, None, notes=notes)] == ["a.jpg"]
     assert notes == []
 
 
 def test_every_kind_of_picture_is_tagged(folder) -> None:
     names = ["a.jfif", "b.JPE", "c.avif", "d.jp2", "e.TIF", "f.webp", "g.bmp", "h.gif", "i.JPG"]
     fill(folder, *names)
-    assert [one.path.name for one in gather([folder], None, None)] == names
+    assert [one.path.name for one in read_requests([folder], None, None)] == names
 
 
 def test_what_is_left_out_of_a_folder_is_said(folder) -> None:
@@ -60,57 +60,57 @@ def test_what_is_left_out_of_a_folder_is_said(folder) -> None:
     (folder / "2024").mkdir()
     (folder / "c.csv").write_text("path,caption\na.jpg,x\n")
     notes: list[str] = []
-    gather([folder], None, folder / "c.csv", notes=notes)
+    read_requests([folder], None, folder / "c.csv", notes=notes)
     (note,) = notes
     for part in ("the folder 2024", "b.svg", ".hidden.jpg", r"c\nd.txt"):
         assert part in note
     assert "c.csv" not in note
     assert "\n" not in note
     fill(folder, *(f"{row}.mp4" for row in range(9)))
-    gather([folder], None, None, notes=notes)
+    read_requests([folder], None, None, notes=notes)
     assert "more" in notes[-1]
     (folder / "a.jpg").unlink()
     with pytest.raises(InputError, match=r"a folder without images.*the folder 2024"):
-        gather([folder], None, None)
+        read_requests([folder], None, None)
 
 
 @pytest.mark.parametrize(("on_disk", "in_file"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
 def test_names_match_in_any_unicode_form(folder, on_disk, in_file) -> None:
     fill(folder, on_disk)
     file = captions(folder, in_file)
-    assert [one.caption for one in gather([folder], None, file)] == ["x"]
-    assert gather([], None, captions(folder, f"f/{in_file}"))[0].path == folder / on_disk
+    assert [one.caption for one in read_requests([folder], None, file)] == ["x"]
+    assert read_requests([], None, captions(folder, f"f/{in_file}"))[0].path == folder / on_disk
 
 
 def test_two_unicode_forms_of_a_name_are_told_apart(folder) -> None:
     third = "cafe\u0301\u0323.jpg"
     fill(folder, COMPOSED, DECOMPOSED)
-    requests = gather([folder], None, captions(folder, DECOMPOSED))
+    requests = read_requests([folder], None, captions(folder, DECOMPOSED))
     assert {one.path.name: one.caption for one in requests} == {DECOMPOSED: "x", COMPOSED: None}
     fill(folder, third, unicodedata.normalize("NFC", third))
     with pytest.raises(InputError, match="differ in their Unicode form alone"):
-        gather([folder], None, captions(folder, unicodedata.normalize("NFD", third)))
+        read_requests([folder], None, captions(folder, unicodedata.normalize("NFD", third)))
 
 
 def test_half_surrogate_pairs_are_refused(folder) -> None:
     fill(folder, "a.jpg")
     for file in (captions(folder, "a.jpg", "a dog \ud83d"), captions(folder, "\ud83d.jpg")):
         with pytest.raises(InputError, match=r"line 1: got a \w+ with half a surrogate pair.*\\ud83d"):
-            gather([folder], None, file)
+            read_requests([folder], None, file)
     with pytest.raises(InputError, match=r"--caption: got caf\\xe9") as error:
-        gather([folder / "a.jpg"], "caf\udce9", None)
+        read_requests([folder / "a.jpg"], "caf\udce9", None)
     str(error.value).encode()
 
 
 def test_names_that_are_not_utf8_are_matched_and_shown(folder) -> None:
     name = os.fsdecode(b"broken_\xe9.jpg")
     fill(folder, name)
-    assert [one.caption for one in gather([folder], None, captions(folder, name))] == ["x"]
+    assert [one.caption for one in read_requests([folder], None, captions(folder, name))] == ["x"]
     shown = plain(name)
     assert shown.encode()
     assert "broken_" in shown
     with pytest.raises(InputError, match=r"broken_\\xe9.jpg") as error:
-        gather([folder], None, captions(folder, "other.jpg"))
+        read_requests([folder], None, captions(folder, "other.jpg"))
     str(error.value).encode()
 
 
@@ -119,7 +119,7 @@ def test_captions_in_encodings_with_a_mark(folder, encoding) -> None:
     fill(folder, "a.jpg")
     file = folder.parent / "c.csv"
     file.write_text("path,caption\na.jpg,käse\n", encoding=encoding)
-    assert gather([folder], None, file)[0].caption == "käse"
+    assert read_requests([folder], None, file)[0].caption == "käse"
 
 
 def test_captions_in_latin_1_are_refused(folder) -> None:
@@ -127,7 +127,7 @@ def test_captions_in_latin_1_are_refused(folder) -> None:
     file = folder.parent / "c.csv"
     file.write_text("path,caption\na.jpg,käse\n", encoding="latin-1")
     with pytest.raises(InputError, match=r"not UTF-8 \(byte 0xe4.*save it as UTF-8"):
-        gather([folder], None, file)
+        read_requests([folder], None, file)
 
 
 def test_links_to_blobs_are_tagged_with_their_captions(folder) -> None:
@@ -138,10 +138,10 @@ def test_links_to_blobs_are_tagged_with_their_captions(folder) -> None:
         (folder / name).symlink_to("../blobs/0123")
     file = folder / "c.jsonl"
     file.write_text('{"path": "a.jpg", "caption": "x"}\n{"path": "b.jpg", "caption": "y"}\n')
-    assert [one.caption for one in gather([folder], None, file)] == ["x", "y"]
+    assert [one.caption for one in read_requests([folder], None, file)] == ["x", "y"]
     with pytest.raises(InputError, match="--follow-links"):
-        gather([], None, file)
-    assert [one.caption for one in gather([], None, file, follow_links=True)] == ["x", "y"]
+        read_requests([], None, file)
+    assert [one.caption for one in read_requests([], None, file, follow_links=True)] == ["x", "y"]
 
 
 def test_followed_links_are_of_files_alone(folder) -> None:
@@ -159,11 +159,11 @@ def test_followed_links_are_of_files_alone(folder) -> None:
 
 
 READERS = {
-    "captions": lambda path: gather([], None, path),
+    "captions": lambda path: read_requests([], None, path),
     "manifest": read_manifest,
     "config": load_config,
     "index": read_index,
-    "json": lambda path: read_json(path, lambda record: record),
+    "json": lambda path: read_json(path, dict, lambda record: record),
     "text": lambda path: read_text(path, "cannot read a text"),
     "run": lambda path: read_info(path.parent),
 }

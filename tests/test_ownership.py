@@ -21,6 +21,7 @@ from mmcli.cache import StoreError
 from mmcli.pipeline import demo
 from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.files import remove_leftovers, remove_leftovers_of, write_folder, write_text, write_whole
+from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.run import RunInfo, begun_config, now, open_run, read_info, start_run
 from mmcli.pipeline.data.prepare import prepare
 from mmcli.pipeline.report import report as stage
@@ -142,9 +143,8 @@ def test_leftovers_of_a_killed_training_go_and_others_stay(tmp_path: Path) -> No
     (out / "checkpoints").mkdir()
     ours = [
         ".history.jsonl.0a1b2c3d.host-1.tmp",
-        "checkpoints/.epoch-001.safetensors.abcd_123.tmp",
-        ".model.abcd_123/new/x",
-        "codes/.tmpAbC123",
+        "checkpoints/.epoch-001.safetensors.0a1b2c3d.host-1.tmp",
+        ".model.0a1b2c3d.host-1.tmp/new/x",
     ]
     theirs = [
         ".notes.txt.0a1b2c3d.host-1.tmp",
@@ -205,7 +205,6 @@ def test_a_report_with_foreign_files_is_not_replaced_and_loses_nothing(
         assert snapshot(out) == before
         (out / name).unlink()
     write_files(out, ".DS_Store")
-    (out / ".report.json").unlink()  # as of before reports listed their files
     report(at(plan, out, force=True))
     wanted = {name for name in snapshot(written) if not name.startswith("tables/")}
     assert {*snapshot(out)} == wanted | {".DS_Store"}
@@ -474,28 +473,131 @@ def test_an_export_that_was_killed_can_be_replaced(here: Path, monkeypatch: pyte
     assert snapshot(out) == whole
 
 
-def test_a_new_demo_leaves_foreign_files_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "demo"
-    ours = ("data/val2014/COCO_val2014_000000000009.jpg", "data/dataset_coco.json", "model/model.safetensors")
-    theirs = ("data/val2014/holiday.jpg", "data/mine/a.jpg", "model/adapter.bin", "store/notes.txt", "notes.txt")
-    write_files(out, *ours, *theirs)
+IMAGE = "data/val2014/COCO_val2014_000000000009.jpg"
 
-    class Stop(Exception):
-        pass
 
-    def stop(*_: object, **__: object) -> None:
-        raise Stop
+@pytest.fixture
+def make_miniature(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The demo's first step with three small files in place of pictures and towers; a seed has an image of its own."""
 
-    monkeypatch.setattr(demo, "draw_legend", stop)
-    config = load_config(options={"hardware.device": "cpu"})
-    for mark in ("", "somebody's own", '{"version": 1}'):
-        (out / demo.MARK).write_text(mark)
+    def dataset(folder: Path, *, seed: int, **_: object) -> None:
+        write_files(folder, f"val2014/COCO_val2014_{seed:012d}.jpg", text=f"picture {seed}")
+
+    monkeypatch.setattr(demo, "draw_legend", lambda path: path.write_text("legend"))
+    monkeypatch.setattr(demo, "make_dataset", dataset)
+    monkeypatch.setattr(demo, "make_checkpoint", lambda _, out, *, seed, **__: write_files(out, "x", text=f"{seed}"))
+
+    def make(out: Path, seed: int, *, force: bool = False) -> None:
+        config = load_config(options={"hardware.device": "cpu", "hardware.seed": seed})
+        demo._make_miniature(config, out, force=force, progress=Progress())
+
+    return make
+
+
+def test_a_demo_refuses_a_folder_without_its_record(tmp_path: Path) -> None:
+    write_files(tmp_path, "data/dataset_coco.json", "notes.txt")
+    for text in ("", "somebody's own", '{"version": 1}'):
+        (tmp_path / demo.RECORD).write_text(text)
+        before = snapshot(tmp_path)
         with pytest.raises(InputError, match="files that are not a demo's"):
-            demo.run_demo(config, out=out, force=True)
-    (out / demo.MARK).write_text(json.dumps({"version": "0", "seed": 1, "whole": True}))
-    with pytest.raises(Stop):
-        demo.run_demo(config, out=out)
-    assert {*snapshot(out)} == {*theirs, demo.MARK}
+            demo.run_demo(Config(), out=tmp_path, force=True)
+        assert snapshot(tmp_path) == before
+
+
+def test_a_new_demo_replaces_its_own_files_alone(tmp_path: Path, make_miniature) -> None:
+    make_miniature(tmp_path, 9)
+    theirs = ("data/val2014/COCO_val2014_000000000001.jpg", "data/mine/a.jpg", "model/adapter.bin", "store/notes.txt")
+    write_files(tmp_path, *theirs)
+    make_miniature(tmp_path, 10)
+    names = {"legend.png", "data/val2014/COCO_val2014_000000000010.jpg", "model/x", demo.RECORD}
+    assert {*snapshot(tmp_path)} == {*theirs, *names}
+    assert (tmp_path / "model" / "x").read_text() == "10"
+    make_miniature(tmp_path, 10, force=True)
+    assert {*snapshot(tmp_path)} == {*theirs, *names}
+
+
+def test_a_demo_refuses_to_replace_a_changed_file(tmp_path: Path, make_miniature) -> None:
+    make_miniature(tmp_path, 9)
+    write_files(tmp_path, IMAGE, "data/val2014/COCO_val2014_000000000010.jpg")
+    before = snapshot(tmp_path)
+    for seed, force in ((9, True), (10, False)):
+        with pytest.raises(InputError, match="will not replace what mmcli did not write"):
+            make_miniature(tmp_path, seed, force=force)
+        assert {name: data for name, data in snapshot(tmp_path).items() if name != demo.RECORD} == {
+            name: data for name, data in before.items() if name != demo.RECORD
+        }
+    make_miniature(tmp_path, 11)
+    assert (tmp_path / IMAGE).read_text() == "somebody's own"  # no longer what the miniature wrote
+
+
+@pytest.mark.parametrize("name", ["data", "data/val2014", "store", "model", "runs", demo.RECORD])
+def test_a_demo_follows_no_link(tmp_path: Path, make_miniature, name: str) -> None:
+    out, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
+    out.mkdir()
+    make_miniature(out, 9)
+    (out / "store").mkdir()
+    (out / "runs").mkdir()
+    (out / name).rename(elsewhere)
+    (out / name).symlink_to(elsewhere)
+    before = snapshot(tmp_path)
+    for seed in (9, 10):
+        with pytest.raises(InputError, match=r"the folder is in use: .* a link"):
+            make_miniature(out, seed, force=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_killed_demo_is_made_again(tmp_path: Path, make_miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = "data/val2014/COCO_val2014_000000000001.jpg"
+    make_miniature(tmp_path, 9)
+    write_files(tmp_path, theirs)
+
+    def check() -> None:
+        assert (tmp_path / theirs).read_text() == "somebody's own"
+
+    assert kills(monkeypatch, lambda: make_miniature(tmp_path, 10, force=True), check, 1) > 5
+    make_miniature(tmp_path, 11)
+    assert {*snapshot(tmp_path)} == {
+        theirs,
+        "legend.png",
+        "data/val2014/COCO_val2014_000000000011.jpg",
+        "model/x",
+        demo.RECORD,
+    }
+
+
+@pytest.mark.parametrize("name", [demo.RECORD, ".report.json", "report.html"])
+def test_a_fifo_is_foreign_and_not_waited_for(mmcli, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / name)
+    make_kit(tmp_path / "kit", rows=False)
+    words = ("demo",) if name == demo.RECORD else ("report", "--runs", tmp_path / "kit" / "runs")
+    code, _, err = mmcli(*words, "--out", out, "--force", "-q")
+    assert refused(code, err, "--out")
+    assert stat.S_ISFIFO((out / name).stat().st_mode)
+
+
+def test_notes_about_a_report_are_not_a_report(mmcli, tmp_path: Path) -> None:
+    kit, notes = make_kit(tmp_path / "kit", rows=False), tmp_path / "notes.md"
+    words = ("report", "--runs", kit.runs, "--markdown-only", notes, "--force", "-q")
+    text = "# Notes\n\nThe page beside this says: Written by `mmcli report --runs runs`, never by hand.\n"
+    notes.write_text(text)
+    code, _, err = mmcli(*words)
+    assert refused(code, err, "--markdown-only")
+    assert notes.read_text() == text
+    notes.unlink()
+    for _ in range(2):
+        code, _, err = mmcli(*words)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize("option", ["--out", "--markdown-only"])
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(mmcli, tmp_path: Path, option: str) -> None:
+    kit, name = make_kit(tmp_path / "kit", rows=False), os.fsdecode(b"caf\xe9")
+    code, _, err = mmcli("report", "--runs", kit.runs, option, tmp_path / name, "-q")
+    assert refused(code, err, option)
+    assert "not UTF-8" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
 
 
 # Permissions, names, leftovers

@@ -12,7 +12,7 @@ from mmcli.pipeline.core.console import make_console
 from mmcli.pipeline.core.metrics_file import by_precision
 from mmcli.pipeline.core.run import mark, open_run, write_info
 from mmcli.pipeline.evaluation.compare import Arm, Sample, arm_pair, compare
-from mmcli.pipeline.report.inputs import read_inputs
+from mmcli.pipeline.report.collect import collect
 from mmcli.pipeline.report.report import ReportPlan, report
 from mmcli.pipeline.training.train_head import resume_training
 
@@ -109,7 +109,7 @@ def test_a_report_has_a_line_for_each_precision(tmp_path: Path) -> None:
     for one in rows:
         one["precision"] = "bfloat16" if one["seed"] == rows[0]["seed"] else "float32"
     write_rows(kit.ablations, rows)
-    names = [one.name for one in read_inputs(kit.runs, kit.ablations, kit.data).arms("A3")]
+    names = [one.name for one in collect(kit.runs, kit.ablations, kit.data).arms("A3")]
     assert names == ["knn, bfloat16", "knn, float32", "classifier, bfloat16", "classifier, float32"]
     report(ReportPlan(runs=kit.runs, markdown_only=tmp_path / "report.md"))
     text = (tmp_path / "report.md").read_text().replace("*", "")

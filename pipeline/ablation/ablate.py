@@ -1,15 +1,15 @@
 """Experiments and grids: plan, make what is missing, evaluate it, keep every row, and print a table an experiment.
 
-Every result is kept when it is there, so a stop at any moment loses at most the training that was under way, and that
-one goes on where it was. The table is made anew from what was kept.
+Every result is kept as soon as it exists, so a stop at any moment loses at most the training that was under way, which
+the next call resumes. The table is made anew from what was kept.
 """
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 from ...cache import Store, is_remote
 from ..core.files import make_folder
@@ -17,272 +17,217 @@ from ..core.interrupts import interruptible
 from ..core.progress import NoteOf, Progress
 from ..core.run_folders import hold
 from ..extraction.stores import DEFAULT_CACHE
-from .plan import Plan, Training
-from .records import OWN, STORES, Record, find_runs, find_stores, lines_of, merge, read_record, read_rows, write_rows
-from .request import Order, Ordered, place_order
-from .tables import AblateResult, DryRun, Estimate, counts, estimate
+from .plan import Evaluation, Plan, Training
+from .records import ROWS, Record, merge, read_record, read_rows, rows_of, write_rows
+from .request import Planned, Request, plan_request
+from .runs import RUNS, STORES, find_runs, find_stores
+from .tables import AblateResult, DryRun, estimate
 
-OUT, RUNS = Path("runs/ablations"), Path("runs")
+if TYPE_CHECKING:
+    from .engines import Results
+    from .worker import Unit, Workplace
+
 WRITE_EVERY_S = 5.0
-Engine = Literal["local", "ray"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """How a plan is carried out.
-
-    Attributes:
-        out: The folder of the table.
-        runs: Where runs that were made by hand lie.
-        data: Folder of the images, for what needs them.
-        force: Make everything again.
-        max_time: Seconds after which nothing more is begun.
-        workers: Processes.
-        engine: This machine, or a Ray cluster.
-        address: The cluster's.
-    """
-
-    out: Path = OUT
-    runs: Path = RUNS
-    data: Path = Path("data/coco")
-    force: bool = False
-    max_time: float | None = None
-    workers: int = 1
-    engine: Engine = "local"
-    address: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What of a plan is there.
+    """What of a plan is finished, and what is missing.
 
     Attributes:
         records: Finished evaluations by key.
-        runs: Runs by key of the training.
+        runs: Finished runs by key of the training.
         stores: Stores by digest.
-        missing: Trainings that have to be made.
+        evaluations: Evaluations that have to be made.
+        trainings: Trainings that have to be made for them.
     """
 
     records: Mapping[str, Record]
     runs: Mapping[str, Path]
     stores: Mapping[str, Path]
-    missing: tuple[Training, ...]
+    evaluations: tuple[Evaluation, ...]
+    trainings: tuple[Training, ...]
 
 
-def dry_run(order: Order, means: Means) -> DryRun:
-    """Plan and look at what is there; write nothing.
+def dry_run(request: Request) -> DryRun:
+    """Plan, and look at what is finished already; write nothing.
 
     Raises:
-        InputError: As of :func:`ablate`.
+        InputError: The request cannot be planned, as in :func:`ablate`.
     """
-    ordered = place_order(order)
-    plan = ordered.plan
-    state = look(plan, order.store, means)
-    todo = [one for one in plan.evaluations.values() if one.key not in state.records]
-    store = Store.open(order.store)
-    splits = store.columns(["split"])["split"].to_pylist()
-    guess = estimate(
-        plan, state.missing, len(todo), state.runs, n_train=splits.count("train"), n_test=splits.count("test")
-    )
-    status = {key: _state(one, state, {e.training for e in todo}) for key, one in plan.trainings.items()}
-    absent = [digest for digest in plan.stores if digest not in state.stores]
-    lines = counts(
-        plan,
-        guess,
-        missing=len(state.missing),
-        found=len(plan.trainings) - len(state.missing),
-        evaluations=len(todo),
-        stores=len(absent),
-    )
+    plan = plan_request(request).plan
+    state = read_state(plan, request)
+    splits = Store.open(request.store).columns(["split"])["split"].to_pylist()
+    needed, missing = {item.training for item in state.evaluations}, {item.key for item in state.trainings}
     return DryRun(
         plan=plan,
-        status=status,
-        runs={key: str(path) for key, path in state.runs.items()},
-        lines=tuple(lines),
-        counted=_counted(plan, state, len(todo), guess, len(absent)),
+        status={
+            key: "done" if key not in needed else "to be made" if key in missing else "found" for key in plan.trainings
+        },
+        runs=state.runs,
+        n_evaluations=len(state.evaluations),
+        n_stores=len(plan.stores.keys() - state.stores.keys()),
+        estimate=estimate(
+            state.trainings,
+            len(state.evaluations),
+            state.runs.values(),
+            n_train=splits.count("train"),
+            n_test=splits.count("test"),
+        ),
     )
 
 
-def ablate(order: Order, means: Means, progress: Progress | None = None) -> AblateResult:
-    """Make every row that was asked for and is not there.
+def ablate(request: Request, progress: Progress | None = None) -> AblateResult:
+    """Make every row that was asked for and is missing.
 
     Args:
-        order: What is asked for.
-        means: How it is done.
-        progress: Who to tell.
+        request: What is asked for, and how it is carried out.
+        progress: Progress bars and messages; silent by default.
 
     Raises:
-        InputError: Nothing to plan from, a folder that another process works in, or no Ray. A training or an
-            evaluation that fails is a row that says so.
+        InputError: A request that cannot be planned, a folder that another process works in, or no Ray. A training or
+            an evaluation that fails is a row that says so.
     """
-    started, progress = time.perf_counter(), progress or Progress()
-    ordered = place_order(order)
-    make_folder(means.out)
-    with hold(means.out, what="works in it"), interruptible():
-        return _Work(ordered, order, means, progress, started).run()
+    started = time.perf_counter()
+    planned = plan_request(request)
+    make_folder(request.out)
+    with hold(request.out, what="works in it"), interruptible():
+        return _Work(planned, request, progress or Progress(), started).run()
 
 
-def look(plan: Plan, store: Path, means: Means) -> State:
-    """What of a plan is there already; nothing where it is made again."""
-    records, runs = {}, {}
-    if not means.force:
-        found = ((key, read_record(means.out, key)) for key in plan.evaluations)
-        records = {key: record for key, record in found if record is not None and record.finished}
-        runs = find_runs(plan.trainings, (means.out / OWN, means.runs))
-    digests = plan.stores
+def read_state(plan: Plan, request: Request) -> State:
+    """What of a plan is finished; nothing of it counts where everything is made again."""
+    out, store = request.out, request.store
+    records: dict[str, Record] = {}
+    runs: dict[str, Path] = {}
+    if not request.force:
+        kept = ((key, read_record(out, key)) for key in plan.evaluations)
+        records = {key: record for key, record in kept if record is not None and record.finished}
+        runs = find_runs(plan.trainings, (out / RUNS, request.runs))
     beside = () if is_remote(store) else (store.parent,)
-    stores = find_stores(digests, (means.out / STORES, *beside, DEFAULT_CACHE))
-    own = Store.open(store).key.digest
-    stores |= {own: store}
-    needed = {one.training for key, one in plan.evaluations.items() if key not in records}
-    missing = tuple(one for key, one in plan.trainings.items() if key in needed and key not in runs)
-    return State(records=records, runs=runs, stores=stores, missing=missing)
-
-
-def anywhere(store: Path) -> Path:
-    """A store's place from whatever folder; a URL is one already."""
-    return store if is_remote(store) else store.absolute()
+    stores = find_stores(plan.stores, (out / STORES, *beside, DEFAULT_CACHE))
+    stores[Store.open(store).key.digest] = store
+    evaluations = tuple(item for key, item in plan.evaluations.items() if key not in records)
+    needed = {item.training for item in evaluations}
+    trainings = tuple(item for key, item in plan.trainings.items() if key in needed and key not in runs)
+    return State(records=records, runs=runs, stores=stores, evaluations=evaluations, trainings=trainings)
 
 
 class _Work:
     """One call: extractions, then units, with the table written now and then."""
 
-    def __init__(self, ordered: Ordered, order: Order, means: Means, progress: Progress, started: float) -> None:
-        self._plan, self._titles, self._config = ordered.plan, ordered.titles, ordered.config
-        self._order, self._means, self._progress, self._started = order, means, progress, started
-        self._state = look(self._plan, order.store, means)
+    def __init__(self, planned: Planned, request: Request, progress: Progress, started: float) -> None:
+        self._plan, self._titles, self._config = planned.plan, planned.titles, planned.config
+        self._request, self._progress, self._started = request, progress, started
+        self._state = read_state(self._plan, request)
         self._records = dict(self._state.records)
-        self._known = read_rows(means.out)
+        self._rows_before = read_rows(request.out)
         self._written = 0.0
         self._left = 0
-        self._refused: dict[str, str] = {}
-        self._epochs = NoteOf()
 
     def run(self) -> AblateResult:
-        found, trained = len(self._records), 0
+        """Make what is missing; whatever stops it, the table holds what was finished."""
+        progress, state, trained = self._progress, self._state, 0
         units = self._units()
-        progress, n_made = self._progress, len(self._state.missing)
         progress.say(
-            f"{len(self._plan.rows)} rows: {n_made} trainings and {len(self._plan.evaluations) - found} evaluations to"
-            f" be made, {found} evaluations are there"
+            f"{len(self._plan.rows)} rows: {len(state.trainings)} trainings and {len(state.evaluations)} evaluations to"
+            f" be made, {len(state.records)} evaluations are there"
         )
+        epochs = NoteOf()
         try:
-            with progress.task("trainings", len(units)) as task, closing(self._engine(units)) as done:
-                self._epochs.task_of_all = task
-                for unit, record in done:
+            with progress.task("trainings", len(units)) as task, closing(self._results(units, epochs)) as results:
+                epochs.task_of_all = task
+                for unit, record in results:
                     if record is None:
-                        trained += len(unit.missing)
+                        trained += unit.run is None
                         task.advance(1)
                         continue
                     self._records[record.key] = record
                     task.advance(0, _note(record))
-                    self._write(at_most_every=WRITE_EVERY_S)
+                    if time.perf_counter() - self._written >= WRITE_EVERY_S:
+                        self._write()
         finally:
             self._write()
-        return self._result(found, trained)
+        return self._result(trained)
 
-    def _units(self) -> list[Any]:
-        """What is to be done, in order; on a GPU together what can run in one pass."""
-        from .worker import Unit, pass_of
+    def _units(self) -> "list[Unit]":
+        """The trainings that something is to be evaluated of, in the order in which they are best made."""
+        from .worker import Unit
 
-        todo = [one for key, one in self._plan.evaluations.items() if key not in self._records]
-        needed = {one.training for one in todo}
-        groups: dict[tuple[str, ...], list[Training]] = {}
-        together = self._on_gpu()
-        for key, one in self._plan.trainings.items():
-            if key in needed:
-                groups.setdefault(pass_of(one) if together else (key,), []).append(one)
-        units = []
-        for group in groups.values():
-            keys = {one.key for one in group}
-            units.append(
-                Unit(
-                    trainings=tuple(group),
-                    evaluations=tuple(one for one in todo if one.training in keys),
-                    runs={key: self._state.runs[key] for key in keys if key in self._state.runs},
-                )
-            )
-        return units
+        evaluations: dict[str, list[Evaluation]] = {}
+        for item in self._state.evaluations:
+            evaluations.setdefault(item.training, []).append(item)
+        return [
+            Unit(training=training, evaluations=tuple(evaluations[key]), run=self._state.runs.get(key))
+            for key, training in self._plan.trainings.items()
+            if key in evaluations
+        ]
 
-    def _engine(self, units: Sequence[Any]) -> Generator[tuple[Any, Record | None]]:
-        from .engines import in_processes, in_this_process
+    def _results(self, units: "Sequence[Unit]", epochs: Progress) -> "Results":
+        """The records of all units, by the engine that was asked for."""
+        from .engines import Assignment, in_processes, in_this_process, on_ray
         from .worker import BASE, Workplace
 
         if not units:
             return
-        means = self._means
-        stores = self._extracted(units) | {BASE: anywhere(self._order.store)}
+        request = self._request
+        stores = {digest: _absolute(path) for digest, path in self._state.stores.items()}
         place = Workplace(
-            out=means.out.absolute(),
-            stores=stores,
-            data=means.data.absolute(),
-            refused=self._refused,
-            force=means.force,
+            out=request.out.absolute(),
+            stores=stores | {BASE: _absolute(request.store)},
+            data=request.data.absolute(),
+            force=request.force,
         )
-        if means.engine == "ray":
+        place = self._extract_missing(units, place)
+        assignment = Assignment(place=place, units=units, stop=self._stop)
+        if request.engine == "ray":
             from ..extraction.ray_cluster import ignored_address
-            from .engines import on_ray
 
-            if (note := ignored_address(means.address)) is not None:
+            if (note := ignored_address(request.address)) is not None:
                 self._progress.say(note)
-
-            yield from on_ray(place, units, self._stop, self._config, workers=means.workers, address=means.address)
-        elif means.workers > 1:
-            yield from in_processes(
-                place, units, self._stop, workers=min(means.workers, len(units)), devices=self._every_gpu()
-            )
+            yield from on_ray(assignment, self._config, workers=request.workers, address=request.address)
+        elif request.workers > 1:
+            yield from in_processes(assignment, workers=min(request.workers, len(units)), devices=self._gpus())
         else:
-            yield from in_this_process(place, units, self._stop, told=self._epochs)
+            yield from in_this_process(assignment, progress=epochs)
 
-    def _extracted(self, units: Sequence[Any]) -> dict[str, Path]:
-        """Every store that is needed; one that cannot be extracted fails the rows that need it."""
-        stores = {digest: anywhere(path) for digest, path in self._state.stores.items()}
-        needed = {one.store: one.patches for unit in units for one in unit.missing if one.kind != "finetune"}
-        for digest, patches in needed.items():
+    def _extract_missing(self, units: "Sequence[Unit]", place: "Workplace") -> "Workplace":
+        """The workplace with every store that is needed; one that cannot be extracted fails the rows that need it."""
+        from .worker import extract_store
+
+        stores, refused = dict(place.stores), dict[str, str]()
+        missing = [unit.training for unit in units if unit.run is None and unit.training.kind != "finetune"]
+        for digest, patches in {training.store: training.patches for training in missing}.items():
             if digest in stores or self._stop():
                 continue
-            from .worker import extract_at
-
             try:
-                stores[digest] = extract_at(
-                    patches, digest, self._order.store, self._means, self._config, self._progress
-                )
+                stores[digest] = extract_store(patches, digest, place, self._config, self._progress)
             except Exception as error:  # noqa: BLE001 - its rows say so
-                self._refused[digest] = " ".join(str(error).split())
+                refused[digest] = " ".join(str(error).split())
                 self._progress.say(f"no store of {patches} patches: {error}")
-        return stores
+        return replace(place, stores=stores, refused=refused)
 
-    def _on_gpu(self) -> bool:
-        device = self._config.hardware.device
-        if self._means.engine == "ray" or device == "cpu":
-            return False
-        from ..core.device import pick_device
-
-        return pick_device(device).type == "cuda"
-
-    def _every_gpu(self) -> list[str]:
-        """The GPUs of this machine, where it has several and none was named."""
-        if self._config.hardware.device not in {"auto", "cuda"} or not self._on_gpu():
+    def _gpus(self) -> list[str]:
+        """The GPUs of this machine, for processes to take in turn; none where one device was named."""
+        if self._config.hardware.device not in {"auto", "cuda"}:
             return []
         import torch
 
-        return [f"cuda:{at}" for at in range(torch.cuda.device_count())]
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
     def _stop(self) -> bool:
-        limit = self._means.max_time
+        limit = self._request.max_time
         return limit is not None and time.perf_counter() - self._started >= limit
 
-    def _write(self, *, at_most_every: float = 0.0) -> None:
-        if time.perf_counter() - self._written < at_most_every:
-            return
-        rows, self._left = merge(self._known, lines_of(self._plan, self._records))
-        write_rows(self._means.out, rows)
+    def _write(self) -> None:
+        rows, self._left = merge(self._rows_before, rows_of(self._plan, self._records))
+        write_rows(self._request.out, rows)
         self._written = time.perf_counter()
 
-    def _result(self, found: int, trained: int) -> AblateResult:
-        rows = tuple(lines_of(self._plan, self._records))
+    def _result(self, trained: int) -> AblateResult:
+        rows, n_found = tuple(rows_of(self._plan, self._records)), len(self._state.records)
         return AblateResult(
-            path=self._means.out / "rows.parquet",
+            path=self._request.out / ROWS,
             rows=rows,
             titles=self._titles,
             left=self._left,
@@ -290,12 +235,17 @@ class _Work:
             counted={
                 "n_rows": len(self._plan.rows),
                 "trained": trained,
-                "evaluated": len(self._records) - found,
-                "found": found,
+                "evaluated": len(self._records) - n_found,
+                "found": n_found,
                 "failed": sum(row["status"] == "failed" for row in rows),
                 "open": len(self._plan.rows) - len(rows),
             },
         )
+
+
+def _absolute(store: Path) -> Path:
+    """A store's path from any working directory; a URL stays as it is."""
+    return store if is_remote(store) else store.absolute()
 
 
 def _note(record: Record) -> str:
@@ -303,26 +253,3 @@ def _note(record: Record) -> str:
         return f"failed: {record.note[:80]}"
     value = record.figures.get("mAP")
     return f"{record.method} mAP {value:.3f}" if value is not None else record.method
-
-
-def _state(one: Training, state: State, needed: set[str]) -> str:
-    if one.key not in needed:
-        return "done"
-    return "found" if one.key in state.runs else "to be made"
-
-
-def _counted(plan: Plan, state: State, todo: int, guess: Estimate, stores: int) -> dict[str, Any]:
-    return {
-        "n_rows": len(plan.rows),
-        "n_asked": plan.asked,
-        "n_trainings": plan.count("head", "finetune"),
-        "n_trainings_missing": sum(one.kind in {"head", "finetune"} for one in state.missing),
-        "n_baselines": plan.count("zero-shot", "prior"),
-        "n_evaluations": len(plan.evaluations),
-        "n_evaluations_missing": todo,
-        "n_searches": plan.searches,
-        "n_votes": plan.votes,
-        "n_stores_missing": stores,
-        "estimate_s": guess.seconds,
-        "estimate_basis": guess.basis,
-    }

@@ -1,124 +1,130 @@
-"""Who does the units of an ablation: this process, or several of this machine, each with its share of threads."""
+"""Who does the units of an ablation: this process, several of this machine, or the actors of a Ray cluster."""
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
+from ..core.processes import end_children, end_with_parent
 from ..core.progress import Progress
 from ..extraction.ray_cluster import cluster, share_out
-from ..extraction.reader import end_children, end_with_parent
-from .plan import flat_config
-from .records import Record, failed, write_record
+from .records import Record
 from .worker import Unit, Worker, Workplace
 
-Stop = Callable[[], bool]
+# Every record as soon as it is kept; and a unit with None when it is done.
+Results = Generator[tuple[Unit, Record | None], None, None]
 # A worker that was killed most likely took too much memory: once is bad luck, twice is the unit.
 ATTEMPTS = 2
+RESTARTS = 3
 # Processes of a pool find these before they load anything that has threads.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _worker: Worker | None = None
 
 
-def in_this_process(
-    place: Workplace, units: Sequence[Unit], stop: Stop, *, told: Progress | None = None
-) -> Iterator[tuple[Unit, Record | None]]:
-    """Do units one after another.
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What has to be done, by whatever engine.
 
-    Args:
-        place: Where everything is.
-        units: In the order in which they are done.
+    Attributes:
+        place: Where everything is; for a cluster, by paths that are the same on every machine.
+        units: The units in the order in which they are begun.
         stop: Asked before a unit is begun; after the first yes none is.
-        told: Who is told of epochs.
-
-    Yields:
-        Every record as soon as it is kept; and a unit with None when it is done.
     """
-    worker = Worker(place, told=told)
-    for unit in units:
-        if stop():
+
+    place: Workplace
+    units: Sequence[Unit]
+    stop: Callable[[], bool] = lambda: False
+
+
+def in_this_process(assignment: Assignment, *, progress: Progress | None = None) -> Results:
+    """Do units one after another; ``progress`` shows the epochs of each training."""
+    worker = Worker(assignment.place, progress=progress)
+    for unit in assignment.units:
+        if assignment.stop():
             return
         for record in worker.do(unit):
             yield unit, record
         yield unit, None
 
 
-def in_processes(
-    place: Workplace, units: Sequence[Unit], stop: Stop, *, workers: int, devices: Sequence[str] = ()
-) -> Iterator[tuple[Unit, Record | None]]:
-    """The same in several processes; a unit whose process is killed is tried once more, then fails.
+def in_processes(assignment: Assignment, *, workers: int, devices: Sequence[str] = ()) -> Results:
+    """Do units in several processes; a unit whose process is killed is tried once more, then fails.
 
     Args:
-        place: As of :func:`in_this_process`.
-        units: Likewise.
-        stop: Likewise.
-        workers: Processes.
-        devices: Taken by the processes in turn; that of the configuration where there are none.
+        assignment: What has to be done.
+        workers: How many processes.
+        devices: Taken by the processes in turn; by default each takes that of the configuration.
     """
-    waiting, attempts = list(units), dict.fromkeys(range(len(units)), 0)
-    number = {id(unit): at for at, unit in enumerate(units)}
-    while waiting and not stop():
-        broken = False
-        for unit, records in _pooled(place, waiting, stop, workers, devices):
-            if records is None:
-                broken = True
-                attempts[number[id(unit)]] += 1
-                if attempts[number[id(unit)]] < ATTEMPTS:
-                    continue
-            waiting = [other for other in waiting if other is not unit]
-            for record in killed(place, unit) if records is None else records:
-                yield unit, record
-            yield unit, None
-        if not broken:
-            return
-        workers = 1 if max(attempts.values()) else workers  # alone, a unit has all of the memory
-
-
-def _pooled(
-    place: Workplace, units: Sequence[Unit], stop: Stop, workers: int, devices: Sequence[str]
-) -> Iterator[tuple[Unit, list[Record] | None]]:
-    """What each unit gave, as they end; None where the processes died under it."""
-    threads = max(1, count_cores() // workers)
-    context = multiprocessing.get_context("spawn")
-    turn = context.Value("i", 0)
-    left, running = list(units), {}  # type: ignore[var-annotated]
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, str(threads)))
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin, initargs=(place, threads, devices, turn)
-    )
+    environment = {name: os.environ.get(name) for name in _THREADS}
+    pool = _Pool(assignment.place, workers, devices)
     try:
-        while True:
-            while left and len(running) < workers and not stop():
-                running[pool.submit(_do, left[0])] = left[0]  # a pool that broke says so here
-                left.pop(0)
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), _result(future)
-    except BrokenProcessPool:
-        for unit in [*running.values()] or left[:1]:
-            yield unit, None
+        yield from _drive(assignment, pool, BrokenProcessPool)
     finally:
-        end_children(others)
-        pool.shutdown(wait=True, cancel_futures=True)
-        for name, value in before.items():
+        pool.close()
+        for name, value in environment.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _result(future: "Future[list[Record]]") -> list[Record] | None:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return None
+def _drive(assignment: Assignment, workers: "_Pool | _Actors", died: type[BaseException]) -> Results:
+    """Keep workers busy; a unit is tried once more where its future raises that its worker died, then fails."""
+    waiting, attempts, running = deque(assignment.units), Counter[int](), dict[Future[list[Record]], Unit]()
+    while True:
+        while waiting and len(running) < workers.size and not assignment.stop():
+            unit = waiting.popleft()
+            running[workers.submit(unit)] = unit
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            unit = running.pop(future)
+            try:
+                records = future.result()
+            except died:
+                attempts[id(unit)] += 1
+                if attempts[id(unit)] < ATTEMPTS:
+                    waiting.appendleft(unit)
+                    continue
+                records = fail_killed(assignment.place, unit)
+            for record in records:
+                yield unit, record
+            yield unit, None
+
+
+class _Pool:
+    """Processes of this machine; when one is killed, and with it all, a single new one has all of the memory."""
+
+    def __init__(self, place: Workplace, size: int, devices: Sequence[str]) -> None:
+        self._place, self.size, self._devices = place, size, devices
+        self._siblings = multiprocessing.active_children()
+        self._open()
+
+    def submit(self, unit: Unit) -> "Future[list[Record]]":
+        """Give a unit to the pool; to a new one where the pool broke."""
+        try:
+            return self._executor.submit(_do, unit)
+        except BrokenProcessPool:
+            self.close()
+            self.size = 1
+            self._open()
+            return self._executor.submit(_do, unit)
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        end_children(self._siblings)
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _open(self) -> None:
+        threads, context = max(1, count_cores() // self.size), multiprocessing.get_context("spawn")
+        os.environ.update(dict.fromkeys(_THREADS, str(threads)))
+        arguments = (self._place, threads, self._devices, context.Value("i", 0))
+        self._executor = ProcessPoolExecutor(self.size, mp_context=context, initializer=_begin, initargs=arguments)
 
 
 def _begin(place: Workplace, threads: int, devices: Sequence[str], turn: Any) -> None:  # noqa: ANN401
@@ -129,8 +135,8 @@ def _begin(place: Workplace, threads: int, devices: Sequence[str], turn: Any) ->
 
     torch.set_num_threads(threads)
     with turn.get_lock():
-        at, turn.value = turn.value, turn.value + 1
-    _worker = Worker(place, device=devices[at % len(devices)] if devices else None)
+        number, turn.value = turn.value, turn.value + 1
+    _worker = Worker(place, device=devices[number % len(devices)] if devices else None)
 
 
 def _do(unit: Unit) -> list[Record]:
@@ -138,7 +144,7 @@ def _do(unit: Unit) -> list[Record]:
     return list(_worker.do(unit))
 
 
-def killed(place: Workplace, unit: Unit) -> list[Record]:
+def fail_killed(place: Workplace, unit: Unit) -> list[Record]:
     """Keep a unit as failed because its process was killed, most likely for the memory that it took."""
     error = InputError(
         "a worker was killed",
@@ -146,13 +152,7 @@ def killed(place: Workplace, unit: Unit) -> list[Record]:
         wanted="room for the store in each",
         do="give fewer --workers; what was finished is kept",
     )
-    records = [failed(one.key, one.training, error, flat_config(one.config)) for one in unit.evaluations]
-    for record in records:
-        write_record(place.out, record)
-    return records
-
-
-RESTARTS = 3
+    return [place.fail(evaluation, error) for evaluation in unit.evaluations]
 
 
 class UnitActor:
@@ -160,7 +160,7 @@ class UnitActor:
 
     Args:
         place: Where everything is.
-        threads: Of torch.
+        threads: How many threads torch uses.
         device: ``cuda``, which is the GPU that Ray gave the actor, or ``cpu``.
     """
 
@@ -168,31 +168,35 @@ class UnitActor:
         import torch
 
         torch.set_num_threads(threads)
-        self._worker, self._device = Worker(place, device=device), device
+        self._worker = Worker(place, device=device)
 
     def do(self, unit: Unit) -> list[Record]:
         """Every record of a unit; they are kept already."""
         return list(self._worker.do(unit))
 
 
-def on_ray(
-    place: Workplace,
-    units: Sequence[Unit],
-    stop: Callable[[], bool],
-    config: Config,
-    *,
-    workers: int,
-    address: str | None,
-) -> Iterator[tuple[Unit, Record | None]]:
+class _Actors:
+    """Actors of a Ray cluster, which Ray starts again when they die."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors, self.size = actors, len(actors)
+        self._busy: dict[Any, Future[list[Record]]] = {}
+
+    def submit(self, unit: Unit) -> "Future[list[Record]]":
+        """Give a unit to a free actor."""
+        actor = next(actor for actor in self._actors if actor not in self._busy or self._busy[actor].done())
+        self._busy[actor] = actor.do.remote(unit).future()
+        return self._busy[actor]
+
+
+def on_ray(assignment: Assignment, config: Config, *, workers: int, address: str | None) -> Results:
     """Do units in actors; one whose actor dies is tried once more, then fails.
 
     Args:
-        place: Where everything is, by paths that are the same on every machine.
-        units: In the order in which they are begun.
-        stop: Asked before a unit is begun.
+        assignment: What has to be done.
         config: Its device: ``auto`` takes the GPUs where the cluster has any.
-        workers: Actors; with 1, one a GPU, and one a machine on a cluster without.
-        address: Of the cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.
+        workers: How many actors; with 1, one a GPU, and one a machine on a cluster without.
+        address: Address of the cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.
 
     Raises:
         InputError: There is no Ray, no such cluster or no such device in it.
@@ -200,26 +204,6 @@ def on_ray(
     with cluster(address) as ray:
         shares = share_out(ray, config, workers if workers > 1 else None)
         remote = ray.remote(UnitActor).options(**shares.actor, max_restarts=RESTARTS)
-        n = min(shares.actors, len(units))
-        free = [remote.remote(place, shares.threads, shares.device) for _ in range(n)]
-        waiting, attempts, running = list(units), dict.fromkeys(map(id, units), 0), dict[Any, tuple[Any, Unit]]()
-        while True:
-            while waiting and free and not stop():
-                actor, unit = free.pop(), waiting.pop(0)
-                running[actor.do.remote(unit)] = actor, unit
-            if not running:
-                return
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            actor, unit = running.pop(done)
-            free.append(actor)
-            try:
-                records = ray.get(done)
-            except ray.exceptions.RayActorError:
-                attempts[id(unit)] += 1
-                if attempts[id(unit)] < ATTEMPTS:
-                    waiting.insert(0, unit)
-                    continue
-                records = killed(place, unit)
-            for record in records:
-                yield unit, record
-            yield unit, None
+        n = min(shares.actors, len(assignment.units))
+        actors = _Actors([remote.remote(assignment.place, shares.threads, shares.device) for _ in range(n)])
+        yield from _drive(assignment, actors, ray.exceptions.RayActorError)

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from ...heads.retrieval import retrieval_row
 from ..core.metrics_file import read_metrics
 from ..core.run import Run
-from ..evaluation.metrics import check_predictor, classifier_row, metrics_row, mix, tune_mix
-from ..evaluation.search import Evaluated, Searcher, settings
+from ..evaluation.metrics import check_predictor, classifier_row
+from ..evaluation.search import Evaluated, NeighbourSearch, Votes
 from .plan import Evaluation, search_of
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -28,11 +26,11 @@ class Measured:
     """What an evaluation gave.
 
     Attributes:
-        evaluation: Which.
-        figures: A row as of ``metrics.json``.
-        scores: ``(N, C)``, probabilities in class order.
-        image_id: ``(N,)``.
-        labels: ``(N, C)``.
+        evaluation: The evaluation.
+        figures: A row of the form that ``metrics.json`` has.
+        scores: Probabilities in class order ``(N, C)``.
+        image_id: Ids of the images ``(N,)``.
+        labels: Labels of the images ``(N, C)``.
         facts: Seconds and bytes.
     """
 
@@ -50,44 +48,39 @@ def evaluate_run(
     """Every evaluation of a run, in any order; one that fails does not stop the others.
 
     Args:
-        run: Finished, with codes.
-        evaluations: Of its training.
-        split: Whose images are tagged.
+        run: A finished run with codes.
+        evaluations: Evaluations of its training.
+        split: The split whose images are tagged.
         device: Where to search.
 
     Raises:
         InputError: Its codes are damaged.
     """
     codes = Evaluated.of(run, split)
-    searches: dict[tuple[str, str, int], list[Evaluation]] = {}
-    for one in evaluations:
-        found = search_of(one)
-        if found is None:
-            try:
-                yield _of_classifier(one, codes, run)
-            except Exception as error:  # noqa: BLE001 - kept with its row
-                yield one, error
-        else:
-            try:
-                codes.check_k(one.config.knn.K, run)
-            except InputError as error:
-                yield one, error
+    searches: dict[tuple[str, int], list[Evaluation]] = {}
+    for evaluation in evaluations:
+        search_key = search_of(evaluation)
+        try:
+            if search_key is None:
+                yield _of_classifier(evaluation, codes, run)
                 continue
-            searches.setdefault(found, []).append(one)
+            codes.check_k(evaluation.config.knn.K, run)
+            searches.setdefault(search_key, []).append(evaluation)
+        except Exception as error:  # noqa: BLE001 - kept with its row
+            yield evaluation, error
     retrieval: dict[str, Any] = {}
     for parts in searches.values():
         try:
             search = _Search(codes, parts, run, device)
-            if search.hamming and not retrieval:
-                retrieval = _retrieval(codes)
+            retrieval = retrieval or codes.retrieval()
         except Exception as error:  # noqa: BLE001 - kept with its rows
-            yield from ((one, error) for one in parts)
+            yield from ((evaluation, error) for evaluation in parts)
             continue
-        for one in parts:
+        for evaluation in parts:
             try:
-                yield search.measure(one, retrieval)
+                yield search.measure(evaluation, retrieval)
             except Exception as error:  # noqa: BLE001 - kept with its row
-                yield one, error
+                yield evaluation, error
 
 
 class _Search:
@@ -95,69 +88,40 @@ class _Search:
 
     def __init__(self, codes: Evaluated, evaluations: Sequence[Evaluation], run: Run, device: str) -> None:
         self._codes, self._run = codes, run
-        knn = max((one.config.knn for one in evaluations), key=lambda section: section.K)
-        self._searcher = Searcher(codes.base, knn, device)
-        started = time.perf_counter()
-        self._found = self._searcher.find(codes.query, knn.K)
-        self._search_s = time.perf_counter() - started
-        self._on_val = self._found if codes.query is codes.val else self._searcher.find(codes.val, knn.K)
+        self._search = NeighbourSearch(codes, [evaluation.config.knn for evaluation in evaluations], device)
         self._latencies: dict[int, dict[str, float]] = {}
-        self._recall = self._searcher.recall(codes.query, self._found, knn)
-
-    @property
-    def hamming(self) -> bool:
-        """Whether packed codes were searched."""
-        return self._codes.base.packed is not None
 
     def measure(self, evaluation: Evaluation, retrieval: Mapping[str, Any]) -> Measured:
-        """One evaluation."""
-        codes, searcher = self._codes, self._searcher
+        """The figures and the costs of one evaluation."""
+        codes, search, knn = self._codes, self._search, evaluation.config.knn
         started = time.perf_counter()
-        knn = evaluation.config.knn
-        scores = searcher.score(self._found, knn)
-        vote_s = time.perf_counter() - started
-        on_val = searcher.score(self._on_val, knn)
-        shown, more = self._mixed(scores, on_val) if evaluation.method == "hybrid" else ((scores, on_val), {})
-        tuned_on = None if codes.split == "val" else (shown[1], codes.val.labels)
-        row = metrics_row(evaluation.method, codes.split, shown[0], codes.query.labels, tuned_on=tuned_on)
-        row |= settings(knn, codes.base, searcher.index.kind) | more
-        if knn.distance_metric == "hamming":
-            row |= searcher.boundary_facts(self._found, knn.K)
+        votes = search.vote(knn)
+        shown, more = votes, {}
+        if evaluation.method == "hybrid":
+            check_predictor("hybrid", codes.query, codes.val, self._run)
+            shown, weight = search.mix(votes)
+            more["hybrid_weight_knn"] = weight
+        row = search.row(evaluation.method, shown, knn) | more | search.boundary_facts(knn)
         if evaluation.method == "knn" and knn.distance_metric == "hamming":
             row |= retrieval
         eval_s = time.perf_counter() - started
         return Measured(
             evaluation=evaluation,
-            figures=row | self._recall,
-            scores=shown[0],
+            figures=row,
+            scores=shown.scores,
             image_id=codes.query.image_id,
             labels=codes.query.labels,
-            facts=self._efficiency(evaluation, vote_s) | {"eval_s": eval_s},
+            facts=self._efficiency(evaluation, votes) | {"eval_s": eval_s},
         )
 
-    def _mixed(self, scores: Scores, on_val: Scores) -> tuple[tuple[Scores, Scores], dict[str, Any]]:
-        codes = self._codes
-        check_predictor("hybrid", codes.query, codes.val, self._run)
-        classifier, classifier_val = codes.query.probabilities, codes.val.probabilities
-        assert classifier is not None
-        assert classifier_val is not None
-        a = tune_mix(on_val, classifier_val, codes.val.labels)
-        return (mix(a, scores, classifier), mix(a, on_val, classifier_val)), {"hybrid_weight_knn": a}
-
-    def _efficiency(self, evaluation: Evaluation, vote_s: float) -> dict[str, Any]:
-        searcher, knn, codes = self._searcher, evaluation.config.knn, self._codes
+    def _efficiency(self, evaluation: Evaluation, votes: Votes) -> dict[str, Any]:
+        search, knn = self._search, evaluation.config.knn
         if knn.K not in self._latencies:
-            self._latencies[knn.K] = searcher.latency(codes.query, knn)
-        sizes = searcher.sizes()
-        return {
-            "index_build_s": searcher.build_s,
-            "search_s": self._search_s,
-            "throughput_qps": len(codes.query) / (self._search_s + vote_s),
-            **self._latencies[knn.K],
-            "index_bytes": int(sizes["index_bytes"]),
-            "float_bytes": int(sizes["float_code_bytes"]),
-            **({"binary_bytes": int(sizes["binary_code_bytes"])} if "binary_code_bytes" in sizes else {}),
-        }
+            self._latencies[knn.K] = search.latency(knn)
+        facts = search.efficiency(votes)
+        facts.pop("float_over_binary_bytes", None)
+        sizes = {key.replace("_code_", "_"): int(facts.pop(key)) for key in list(facts) if key.endswith("_bytes")}
+        return {"search_s": search.search_s, **facts, **self._latencies[knn.K], **sizes}
 
 
 def _of_classifier(evaluation: Evaluation, codes: Evaluated, run: Run) -> Measured:
@@ -165,8 +129,8 @@ def _of_classifier(evaluation: Evaluation, codes: Evaluated, run: Run) -> Measur
     started = time.perf_counter()
     query, val = codes.query, codes.val
     check_predictor("classifier", query, val, run)
-    known = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", codes.split)]
-    row = dict(known[0]) if known and "ci" in known[0] else classifier_row(codes.split, query, val=val)
+    rows = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", codes.split)]
+    row = dict(rows[0]) if rows and "ci" in rows[0] else classifier_row(codes.split, query, val=val)
     row = {**row, "method": evaluation.method}
     facts = {"eval_s": time.perf_counter() - started}
     if "query_latency_ms" in row:
@@ -176,11 +140,3 @@ def _of_classifier(evaluation: Evaluation, codes: Evaluated, run: Run) -> Measur
     return Measured(
         evaluation=evaluation, figures=row, scores=scores, image_id=query.image_id, labels=query.labels, facts=facts
     )
-
-
-def _retrieval(codes: Evaluated) -> dict[str, Any]:
-    """How good the codes are for finding images; nothing without hash layer, or of queries that are in the base."""
-    base, query = codes.base, codes.query
-    if base.packed is None or query.packed is None or np.isin(query.image_id, base.image_id).any():
-        return {}
-    return retrieval_row(query.packed, query.labels, base.packed, base.labels)

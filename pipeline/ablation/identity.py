@@ -1,19 +1,21 @@
-"""What a training and an evaluation depend on: configurations that give the same numbers have one identity.
+"""What a training, an evaluation and a row depend on: configurations that give the same numbers have one identity.
 
 A key of the configuration plays no part where nothing reads it (``data.num_workers``), where another key turns off what
 reads it (``hash.beta`` without bits), or where what it weighs has no trainable input (alpha with frozen towers).
 Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from ...cache.key import digest_of
-from ...heads.config import APPROXIMATE_KINDS, LossConfig
+from ...heads.config import LossConfig
 from ..core.config import Config
 from ..data.protocols import lists_digest
+from ..evaluation.prompts import TEMPLATES
 
-# Raised where the meaning of a key or the computation behind it changes: rows of before are computed again then.
+Kind = Literal["head", "finetune", "zero-shot", "prior"]
+# To be raised when the meaning of a key or the computation behind it changes: earlier rows are then computed again.
 VERSION = 1
 FROZEN = "frozen"
 # Keys that no number of a training from a store depends on; the store's own digest stands for the model.
@@ -35,7 +37,7 @@ _ASIDE = (
     "knn.predictor",
     "knn.top_n_tags",
 )
-# Of a training of towers: what is said by ``towers``, and what memory it takes.
+# Keys of a training of towers that ``towers`` replaces, or that only change how much memory it takes.
 _OF_MEMORY = ("finetune.unfreeze", "finetune.gradient_checkpointing", "finetune.batch_tokens")
 _FOCAL = ("loss.focal_alpha", "loss.focal_gamma")
 _ASYMMETRIC = ("loss.asymmetric_gamma_pos", "loss.asymmetric_gamma_neg", "loss.asymmetric_shift")
@@ -64,9 +66,9 @@ def training_identity(config: Config, towers: str = FROZEN, lists: str = "") -> 
     """Every key that a number of a training depends on, dotted, with its value; the seed is one of them.
 
     Args:
-        config: A settled configuration; of its knn section that counts which chooses the best epoch.
-        towers: What of the towers is trained.
-        lists: Digest of the protocol's lists, as a run read them; of what they say now where it is not given.
+        config: A resolved configuration; its knn section counts where neighbours choose the best epoch.
+        towers: Which part of the towers is trained.
+        lists: Digest of the protocol's lists as a run read them; by default that of their present content.
     """
     tree = config.model_dump(mode="json")
     if tree["scheduler"]["total_epochs"] is None:
@@ -98,7 +100,7 @@ def evaluation_identity(config: Config, method: str) -> dict[str, Any]:
     """Every key that an evaluation of a trained head depends on, dotted, with its value.
 
     Args:
-        config: A settled configuration; its knn section counts.
+        config: A resolved configuration, of which the knn section counts.
         method: ``knn``, ``hybrid``, or one without neighbours.
     """
     tree = {f"knn.{key}": value for key, value in config.knn.model_dump(mode="json").items()}
@@ -111,8 +113,7 @@ def evaluation_idle(config: Config, method: str) -> dict[str, str]:
     if method not in {"knn", "hybrid"}:
         return {f"knn.{key}": f"the method {method} has no neighbours" for key in type(config.knn).model_fields}
     idle = _vote_idle(config)
-    if config.knn.index not in APPROXIMATE_KINDS:
-        idle["knn.index"] = "every exact index finds the same neighbours"
+    idle["knn.index"] = "every index finds the same neighbours"
     if config.knn.distance_metric != "hamming":
         idle["knn.ties"] = "only Hamming distances tie"
     return idle
@@ -128,17 +129,55 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return digest_of({"version": VERSION, **parts})
 
 
+def kind_of(method: str | None, towers: str) -> Kind:
+    """Which stage makes what a value needs: a baseline for a method of its own, else a head, or towers with a head."""
+    if method is not None:
+        return "prior" if method == "prior" else "zero-shot"
+    return "head" if towers == FROZEN else "finetune"
+
+
+def group_key(config: Config, store: str, towers: str = FROZEN, lists: str = "") -> str:
+    """The key of a training apart from its seed; the arguments are those of :func:`training_key`."""
+    identity = training_identity(config, towers, lists)
+    identity.pop("hardware.seed")
+    return key_of({"kind": kind_of(None, towers), "store": store, **identity})
+
+
+def baseline_key(kind: Kind, config: Config, store: str) -> str:
+    """The key of a baseline without training: it depends on the images and labels, and zero-shot on its prompts."""
+    asked = {"prompts": TEMPLATES} if kind == "zero-shot" else {}
+    data = {"split_type": config.data.split_type, "lists": lists_digest(config.data)}
+    return key_of({"kind": kind, "store": store, **asked, **data})
+
+
+def seed_key(group: str, seed: int) -> str:
+    """The key of a training with its seed."""
+    return key_of({"group": group, "seed": seed})
+
+
+def training_key(config: Config, store: str, towers: str = FROZEN, lists: str = "") -> str:
+    """The key of a training, from the configuration that is saved with its run.
+
+    Args:
+        config: The configuration in the run's ``config.yaml``.
+        store: Digest of the store's key.
+        towers: Which part of the towers was trained.
+        lists: Digest of the protocol's lists, as in :func:`training_identity`.
+    """
+    return seed_key(group_key(config, store, towers, lists), config.hardware.seed)
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """Every dotted key of a configuration, with its value as JSON has it."""
+    return flatten(config.model_dump(mode="json"))
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested sections."""
-    return dict(_flat(tree, prefix))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _hash_rules(config: Config) -> tuple[Rule, ...]:

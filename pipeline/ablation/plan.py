@@ -5,31 +5,31 @@ read share the training; rows that differ in nothing at all share the evaluation
 cannot differ, such as alpha on frozen towers, one row is left, which says why.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ...errors import InputError
-from ..core.config import Config
-from ..core.config_rules import settle
-from ..data.protocols import lists_digest
-from ..evaluation.sweep import own_search
-from ..finetuning.settings import settle_finetune
+from ..core.config import Config, resolve
+from ..evaluation.sweep import search_key
+from ..finetuning.settings import resolve_finetune
 from .experiments import Choice
 from .identity import (
     FROZEN,
+    Kind,
+    baseline_key,
     evaluation_identity,
     evaluation_idle,
-    flatten,
+    flat_config,
+    group_key,
     key_of,
+    kind_of,
     method_of,
-    training_identity,
+    seed_key,
     training_idle,
 )
 
-Kind = Literal["head", "finetune", "zero-shot", "prior"]
 Status = Literal["planned", "failed", "collapsed"]
-TRAINED = ("head", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,13 @@ class Training:
     """What has to be made before it can be evaluated: a head, finetuned towers, or a baseline.
 
     Attributes:
-        key: Hex digest of everything that a number of it depends on.
+        key: Hex digest of everything that a figure of it depends on.
         group: The same without the seed.
         kind: Which stage makes it.
         store: Digest of the store's key.
         patches: The store's patch budget.
-        towers: What of the towers is trained.
-        config: Settled; of the knn section that counts which chooses the best epoch.
+        towers: Which part of the towers is trained.
+        config: Resolved; its knn section is the one that chooses the best epoch.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Training:
 
     @property
     def seed(self) -> int:
-        """Of every random draw."""
+        """The seed of every random draw."""
         return self.config.hardware.seed
 
 
@@ -75,19 +75,19 @@ class Row:
     """One line of the table: a value of an experiment, with one seed.
 
     Attributes:
-        experiment: Its id.
-        varies: What it varies.
-        value: What is shown.
+        experiment: Id of the experiment.
+        varies: What the experiment varies.
+        value: The value as tables show it.
         order: Place of the value in its experiment.
         seed: The seed.
-        base: Digest of the base configuration, the store and the experiment's values: rows of another base are not
-            beside it.
-        status: Before anything ran.
+        base: Digest of the base configuration, the store and the experiment's values; the table keeps the rows of one
+            base for each experiment.
+        status: Its state before anything ran.
         note: Why it failed or was collapsed.
-        key: Of its evaluation; empty where the configuration is refused.
+        key: Key of its evaluation; empty where the configuration is refused.
         training: Key of its training.
-        config: Resolved; None where it is refused.
-        towers: What of the towers is trained.
+        config: The resolved configuration; None where it is refused.
+        towers: Which part of the towers is trained.
         patches: Patch budget of its images.
         stands_for: How many values of the experiment this row is.
     """
@@ -109,11 +109,10 @@ class Row:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every dotted key of its configuration, with what only the plan knows; nothing where it is refused."""
+        """Every dotted key of its configuration, with its patches and towers; nothing where it is refused."""
         if self.config is None:
             return {}
-        own = {"model.max_num_patches": self.patches, "towers": self.towers}
-        return flat_config(self.config) | own
+        return flat_config(self.config) | {"model.max_num_patches": self.patches, "towers": self.towers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,25 +137,34 @@ class Plan:
     @property
     def stores(self) -> dict[str, int]:
         """Patch budgets of the stores that are read, by digest."""
-        return {one.store: one.patches for one in self.trainings.values() if one.kind != "finetune"}
+        return {training.store: training.patches for training in self.trainings.values() if training.kind != "finetune"}
 
     @property
     def searches(self) -> int:
         """Searches of a split: one serves every K, vote and temperature of a training and a metric."""
-        return len({(one.training, search_of(one)) for one in self.evaluations.values() if search_of(one) is not None})
+        searches = {(item.training, search_of(item)) for item in self.evaluations.values()}
+        return sum(search is not None for _, search in searches)
 
     @property
     def votes(self) -> int:
-        """Evaluations of neighbours."""
-        return sum(search_of(one) is not None for one in self.evaluations.values())
+        """Evaluations in which neighbours vote."""
+        return sum(search_of(item) is not None for item in self.evaluations.values())
 
     def count(self, *kinds: Kind) -> int:
         """How many trainings there are of some kinds."""
-        return sum(one.kind in kinds for one in self.trainings.values())
+        return sum(training.kind in kinds for training in self.trainings.values())
 
     def of(self, training: str) -> tuple[Evaluation, ...]:
         """The evaluations of a training."""
-        return tuple(one for one in self.evaluations.values() if one.training == training)
+        return tuple(item for item in self.evaluations.values() if item.training == training)
+
+
+def search_of(evaluation: Evaluation) -> tuple[str, int] | None:
+    """The search that serves an evaluation, as :func:`~mmcli.pipeline.evaluation.sweep.search_key` names it.
+
+    None where nothing votes.
+    """
+    return search_key(evaluation.config.knn) if evaluation.method in {"knn", "hybrid"} else None
 
 
 def restrict(plan: Plan, wanted: Callable[[Row], bool]) -> Plan:
@@ -165,46 +173,9 @@ def restrict(plan: Plan, wanted: Callable[[Row], bool]) -> Plan:
     keys, trainings = {row.key for row in rows}, {row.training for row in rows}
     return Plan(
         rows=rows,
-        trainings={key: one for key, one in plan.trainings.items() if key in trainings},
-        evaluations={key: one for key, one in plan.evaluations.items() if key in keys},
+        trainings={key: training for key, training in plan.trainings.items() if key in trainings},
+        evaluations={key: item for key, item in plan.evaluations.items() if key in keys},
     )
-
-
-def search_of(evaluation: Evaluation) -> tuple[str, str, int] | None:
-    """What has to be searched for an evaluation: metric and index, and K where the K nearest depend on it.
-
-    None where nothing votes. An exact search for more neighbours begins with those for fewer; then K is 0.
-    """
-    if evaluation.method not in {"knn", "hybrid"}:
-        return None
-    knn = evaluation.config.knn
-    index = str(evaluation_identity(evaluation.config, evaluation.method).get("knn.index", ""))
-    return knn.distance_metric, index, own_search(knn)
-
-
-def with_seed(config: Config, seed: int) -> Config:
-    """The same configuration with another seed."""
-    return config.model_copy(update={"hardware": config.hardware.model_copy(update={"seed": seed})})
-
-
-def training_key(config: Config, store: str, towers: str = FROZEN, lists: str = "") -> str:
-    """The key of a training that was made elsewhere, from the configuration that is saved with it.
-
-    Args:
-        config: As it is in the run's ``config.yaml``.
-        store: Digest of its store's key.
-        towers: What of the towers was trained.
-        lists: As of :func:`~mmcli.pipeline.ablation.identity.training_identity`.
-    """
-    identity = training_identity(config, towers, lists)
-    seed = identity.pop("hardware.seed")
-    kind = "head" if towers == FROZEN else "finetune"
-    return key_of({"group": key_of({"kind": kind, "store": store, **identity}), "seed": seed})
-
-
-def flat_config(config: Config) -> dict[str, Any]:
-    """Every dotted key of a configuration, with its value as JSON has it."""
-    return flatten(config.model_dump(mode="json"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,28 +183,16 @@ class Base:
     """What rows are resolved against.
 
     Attributes:
-        resolve: The configuration of the base with some dotted keys over it, checked; it is not settled.
+        resolve: The checked base configuration with some dotted keys over it.
         store_digest: Digest of the store for a patch budget.
         images_digest: The same for what is trained from the images themselves.
         patches: Budget of the store that was named.
-        prompts: What zero-shot is asked, hashed into its key.
     """
 
     resolve: Callable[[Mapping[str, Any]], Config]
     store_digest: Callable[[int], str]
     images_digest: Callable[[int], str]
     patches: int
-    prompts: tuple[str, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """Hex digest of the configuration and the store."""
-        tree = self.resolve({}).model_dump(mode="json")
-        for key in ("hardware", "grid_search", "model"):
-            tree.pop(key)
-        for key in ("num_workers", "prefetch_factor", "pin_memory"):
-            tree["data"].pop(key)
-        return key_of({"base": tree, "store": self.store_digest(self.patches)})
 
 
 def make_plan(choices: Iterable[Choice], seeds: Sequence[int], base: Base) -> Plan:
@@ -241,177 +200,137 @@ def make_plan(choices: Iterable[Choice], seeds: Sequence[int], base: Base) -> Pl
 
     Args:
         choices: Values of experiments, in order.
-        seeds: Each value has a row a seed.
+        seeds: Each value has a row for each of them.
         base: What they are resolved against.
     """
-    builder = _Builder(base, seeds)
+    plain = base.resolve({})
+    digest = _base_digest(plain, base)
     experiments: dict[str, list[Choice]] = {}
     for choice in choices:
         experiments.setdefault(choice.experiment, []).append(choice)
-    for own in experiments.values():
-        told = [(one.parts, dict(one.settings), one.method, one.towers) for one in own]
-        digest = key_of({"base": base.digest, "values": told})
-        for choice in own:
-            builder.add(choice, digest)
-    return builder.plan()
+    alike: dict[tuple[object, ...], list[_Value]] = {}
+    trainings: dict[str, Training] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for listed in experiments.values():
+        contents = [(choice.parts, dict(choice.settings), choice.method, choice.towers) for choice in listed]
+        base_key = key_of({"base": digest, "values": contents})
+        for value in (value for choice in listed for value in _resolve(choice, seeds, base, plain, base_key)):
+            alike.setdefault(value.likeness, []).append(value)
+            if value.training and value.evaluation:
+                trainings.setdefault(value.training.key, value.training)
+                evaluations.setdefault(value.evaluation.key, value.evaluation)
+    names, rank = list(experiments), {seed: place for place, seed in enumerate(seeds)}
+    rows = sorted(
+        map(_collapsed, alike.values()), key=lambda row: (names.index(row.experiment), row.order, rank[row.seed])
+    )
+    # A stable sort: within a seed the order of the experiments stays. What trains towers comes last.
+    ordered = sorted(trainings.values(), key=lambda item: (item.kind == "finetune", rank[item.seed]))
+    return Plan(rows=tuple(rows), trainings={item.key: item for item in ordered}, evaluations=evaluations)
 
 
-@dataclass(kw_only=True)
-class _Candidate:
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """A value of an experiment with a seed, and what it needs; nothing where the configuration is refused."""
+
+    choice: Choice
     row: Row
-    choices: list[Choice] = field(default_factory=list)
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """Equal for values that set the same keys and cannot differ, and are one row; others may well be equal."""
+        same = (self.row.key, *sorted(self.choice.settings)) if self.row.key else (self.choice.order,)
+        return self.row.experiment, self.row.seed, same
 
 
-class _Builder:
-    """Collects rows and what they need."""
-
-    def __init__(self, base: Base, seeds: Sequence[int]) -> None:
-        self._base, self._seeds = base, seeds
-        self._plain_knn = base.resolve({}).knn
-        self._rows: dict[tuple[str, int, str], _Candidate] = {}
-        self._trainings: dict[str, Training] = {}
-        self._evaluations: dict[str, Evaluation] = {}
-
-    def add(self, choice: Choice, digest: str) -> None:
-        """A value, for every seed."""
-        line = Row(
-            experiment=choice.experiment,
-            varies=choice.varies,
-            value=choice.value,
-            order=choice.order,
-            seed=0,
-            base=digest,
-        )
-        try:
-            config = _settled(self._base.resolve(choice.settings), choice.towers)
-            trained = self._trained_with(config, choice.towers)
-            group = self._group(choice, trained)
-        except InputError as error:
-            for seed in self._seeds:
-                failed = replace(line, seed=seed, status="failed", note=str(error))
-                self._rows[choice.experiment, seed, f"{choice.order}"] = _Candidate(row=failed)
-            return
-        for seed in self._seeds:
-            training = self._training(choice, with_seed(trained, seed), group)
-            method = choice.method or method_of(config)
-            identity = {"training": training.key, **evaluation_identity(config, method)}
-            evaluation = Evaluation(
-                key=key_of(identity), training=training.key, method=method, config=with_seed(config, seed)
-            )
-            self._evaluations.setdefault(evaluation.key, evaluation)
-            self._trainings.setdefault(training.key, training)
-            row = replace(
-                line,
-                seed=seed,
-                key=evaluation.key,
-                training=training.key,
-                config=evaluation.config,
-                towers=choice.towers,
-                patches=training.patches,
-            )
-            self._put(row, choice)
-
-    def plan(self) -> Plan:
-        """What was collected."""
-        rows = [_collapsed(one) for one in self._rows.values()]
-        rank = {seed: at for at, seed in enumerate(self._seeds)}
-        names = list(dict.fromkeys(row.experiment for row in rows))
-        rows.sort(key=lambda row: (names.index(row.experiment), row.order, rank[row.seed]))
-        # A stable sort: within a seed the order of the experiments stays. What trains towers comes last.
-        trainings = sorted(self._trainings.values(), key=lambda one: (one.kind == "finetune", rank.get(one.seed, 0)))
-        return Plan(
-            rows=tuple(rows), trainings={one.key: one for one in trainings}, evaluations=dict(self._evaluations)
-        )
-
-    def _trained_with(self, config: Config, towers: str) -> Config:
-        """The same with the base's knn section: what a row votes with is no reason to train again."""
-        metric = {} if config.hash.bits else {"distance_metric": "cosine"}
-        return _settled(config.model_copy(update={"knn": self._plain_knn.model_copy(update=metric)}), towers)
-
-    def _group(self, choice: Choice, config: Config) -> str:
-        store = self._store(choice)
-        if choice.method is not None:
-            prompts = {"prompts": self._base.prompts} if choice.method == "zero-shot" else {}
-            data = {"split_type": config.data.split_type, "lists": lists_digest(config.data)}
-            return key_of({"kind": choice.method, "store": store, **prompts, **data})
-        identity = training_identity(config, choice.towers)
-        identity.pop("hardware.seed")
-        kind = "head" if choice.towers == FROZEN else "finetune"
-        return key_of({"kind": kind, "store": store, **identity})
-
-    def _training(self, choice: Choice, config: Config, group: str) -> Training:
-        patches = self._patches(choice)
-        if choice.method == "zero-shot":
-            kind: Kind = "zero-shot"
-        elif choice.method == "prior":
-            kind = "prior"
-        else:
-            kind = "head" if choice.towers == FROZEN else "finetune"
+def _resolve(choice: Choice, seeds: Sequence[int], base: Base, plain: Config, base_key: str) -> Iterator[_Value]:
+    """A value with every seed; where it is refused, a failed row a seed."""
+    line = Row(
+        experiment=choice.experiment,
+        varies=choice.varies,
+        value=choice.value,
+        order=choice.order,
+        seed=0,
+        base=base_key,
+        towers=choice.towers,
+    )
+    try:
+        config = _settled(base.resolve(choice.settings), choice.towers)
+        training = _training(choice, config, plain, base)
+    except InputError as error:
+        for seed in seeds:
+            yield _Value(choice=choice, row=replace(line, seed=seed, status="failed", note=str(error)))
+        return
+    method = choice.method or method_of(config)
+    identity = evaluation_identity(config, method)
+    for seed in seeds:
+        seeded = _with_seed(config, seed)
         # Baselines without training do not depend on a seed.
-        key = key_of({"group": group, "seed": config.hardware.seed}) if kind in TRAINED else group
-        return Training(
-            key=key,
-            group=group,
-            kind=kind,
-            store=self._store(choice),
-            patches=patches,
-            towers=choice.towers,
-            config=config,
-        )
+        key = training.group if choice.method else seed_key(training.group, seed)
+        seeded_training = replace(training, key=key, config=_with_seed(training.config, seed))
+        evaluation = Evaluation(key=key_of({"training": key, **identity}), training=key, method=method, config=seeded)
+        row = replace(line, seed=seed, key=evaluation.key, training=key, config=seeded, patches=training.patches)
+        yield _Value(choice=choice, row=row, training=seeded_training, evaluation=evaluation)
 
-    def _store(self, choice: Choice) -> str:
-        digest = self._base.store_digest if choice.towers == FROZEN else self._base.images_digest
-        return digest(self._patches(choice))
 
-    def _patches(self, choice: Choice) -> int:
-        return int(choice.settings.get("model.max_num_patches", self._base.patches))
+def _training(choice: Choice, config: Config, plain: Config, base: Base) -> Training:
+    """What a value needs, before it has a seed.
 
-    def _put(self, row: Row, choice: Choice) -> None:
-        # Of values that set the same keys, those that cannot differ are one row; others may well be equal.
-        keys = ",".join(sorted(choice.settings))
-        found = self._rows.setdefault((row.experiment, row.seed, f"{row.key} {keys}"), _Candidate(row=row))
-        found.choices.append(choice)
+    Its knn section is that of the base: what a row votes with is no reason to train again.
+    """
+    metric = {} if config.hash.bits else {"distance_metric": "cosine"}
+    config = _settled(config.model_copy(update={"knn": plain.knn.model_copy(update=metric)}), choice.towers)
+    patches = int(choice.settings.get("model.max_num_patches", base.patches))
+    store = (base.store_digest if choice.towers == FROZEN else base.images_digest)(patches)
+    kind = kind_of(choice.method, choice.towers)
+    group = baseline_key(kind, config, store) if choice.method else group_key(config, store, choice.towers)
+    return Training(key="", group=group, kind=kind, store=store, patches=patches, towers=choice.towers, config=config)
 
 
 def _settled(config: Config, towers: str) -> Config:
     """The configuration as the stage that trains it will have it."""
     if towers == FROZEN:
-        return settle(config)
-    return settle_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
+        return resolve(config)
+    return resolve_finetune(config, unfreeze=towers, towers=config.finetune.towers, start=None)
 
 
-def _collapsed(found: _Candidate) -> Row:
+def _with_seed(config: Config, seed: int) -> Config:
+    return config.model_copy(update={"hardware": config.hardware.model_copy(update={"seed": seed})})
+
+
+def _base_digest(plain: Config, base: Base) -> str:
+    """Hex digest of the base configuration and its store, apart from the machine's settings."""
+    tree = plain.model_dump(mode="json")
+    for key in ("hardware", "grid_search", "model"):
+        tree.pop(key)
+    for key in ("num_workers", "prefetch_factor", "pin_memory"):
+        tree["data"].pop(key)
+    return key_of({"base": tree, "store": base.store_digest(base.patches)})
+
+
+def _collapsed(values: Sequence[_Value]) -> Row:
     """The row, or the one row of several values that cannot differ, with the reason."""
-    choices, row = found.choices, found.row
-    if len(choices) < 2 or row.config is None:
+    row, choices = values[0].row, [value.choice for value in values]
+    if len(values) < 2 or row.config is None:
         return row
-    parts = ["/".join(_distinct(texts)) for texts in zip(*(choice.parts for choice in choices), strict=True)]
-    tidy = [_joined([choice.parts[at] for choice in choices]) for at in range(len(parts))]
+    parts = [_joined(texts) for texts in zip(*(choice.parts for choice in choices), strict=True)]
     differing = [
         key
         for key in dict.fromkeys(key for choice in choices for key in choice.settings)
         if len({repr(choice.settings.get(key)) for choice in choices}) > 1
     ]
     method = choices[0].method or method_of(row.config)
-    idle = {**evaluation_idle(row.config, method), **training_idle(row.config, choices[0].towers)}
-    reasons = _distinct([why for key in differing for at, why in idle.items() if _covers(at, key)])
+    idle = {**evaluation_idle(row.config, method), **training_idle(row.config, row.towers)}
+    reasons = dict.fromkeys(why for key in differing for root, why in idle.items() if f"{key}.".startswith(f"{root}."))
     note = "; ".join(reasons) or "these values resolve to one configuration"
-    return replace(row, value=", ".join(tidy), status="collapsed", note=note, stands_for=len(choices))
+    return replace(row, value=", ".join(parts), status="collapsed", note=note, stands_for=len(values))
 
 
-def _joined(texts: Sequence[str]) -> str:
+def _joined(texts: Iterable[str]) -> str:
     """``alpha 0.5``, ``alpha 1`` to ``alpha 0.5/1``."""
-    texts = _distinct(texts)
-    heads = {text.rpartition(" ")[0] for text in texts}
-    if len(texts) == 1 or len(heads) > 1:
-        return "/".join(texts)
-    head = heads.pop()
-    return f"{head} {'/'.join(text.rpartition(' ')[2] for text in texts)}".strip()
-
-
-def _distinct(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
-
-
-def _covers(root: str, key: str) -> bool:
-    return key == root or key.startswith(f"{root}.")
+    distinct = list(dict.fromkeys(texts))
+    labels = {text.rpartition(" ")[0] for text in distinct}
+    if len(distinct) == 1 or len(labels) > 1:
+        return "/".join(distinct)
+    return f"{labels.pop()} {'/'.join(text.rpartition(' ')[2] for text in distinct)}".strip()

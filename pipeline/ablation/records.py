@@ -1,12 +1,12 @@
-"""``rows.parquet``: one row for every experiment, value and seed, made from the evaluations that were kept.
+"""What an ablation keeps: a record and the scores of every evaluation, and ``rows.parquet`` made from the records.
 
-Written whole or not at all. Rows of an experiment that was not asked for this time stay; of one that was, those of the
-same base configuration stay beside the new ones, and those of another base leave the table (their evaluations stay on
-disk, and asking again brings them back).
+The table has one row for every experiment, value and seed, and is written whole or not at all. Rows of an experiment
+that was not asked for this time stay; of one that was, those of the same base configuration stay beside the new ones,
+and those of another base leave the table (their evaluations stay on disk, and asking again brings them back).
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from ...cache import Store, list_stores
 from ...cache.parquet import read_parquet
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from ...heads.tensor_files import write_tensors
-from ..core.config import load_config
 from ..core.files import write_text, write_whole
-from ..core.metrics_file import check_row, read_metrics
-from ..core.results import SPLITS, codes_path
-from ..core.run import Run, RunInfo, open_run, read_info
-from ..core.run_folders import MARK
-from ..data.protocols import lists_digest
-from ..evaluation.prompts import TEMPLATES
-from .identity import FROZEN
-from .plan import Plan, Row, Training, training_key
+from ..core.metrics_file import check_row
+from .plan import Plan, Row
 
-_TEXTS = ("key", "training", "status", "note", "method", "split", "run", "scores")
-EVALUATIONS, SCORES = "evaluations", "scores"
+EVALUATIONS, SCORES, ROWS = "evaluations", "scores", "rows.parquet"
+VERSION = 1
+_RECORD_TEXTS = ("key", "training", "status", "note", "method", "split", "run", "scores")
+# Columns of every table that hold text, and those that hold whole numbers.
+TEXTS = (
+    *("experiment", "varies", "value", "status", "note", "key", "training_key", "base", "run", "scores"),
+    *("method", "split", "preset", "config"),
+)
+WHOLE = ("order", "seed")
+# Keys of the configuration that have a column of their own in every table.
+CONFIG_COLUMNS = (
+    *("hash.bits", "head", "training.num_epochs", "model.max_num_patches", "towers"),
+    *("fusion.type", "fusion.block_norm", "fusion.inputs", "fusion.magnitude", "fusion.adapter"),
+    *("loss.cosine_weight", "loss.hash_weight", "loss.hash_reg.lambda_balance", "loss.hash_reg.lambda_decorr"),
+    *("loss.focal_loss", "loss.asymmetric_loss", "loss.class_weights"),
+    *("knn.K", "knn.distance_metric", "knn.voting_strategy", "knn.tau", "knn.theta", "knn.ties", "knn.predictor"),
+)
+FIGURES = (
+    *("mAP", "mAP_sample", "F1_micro", "F1_macro", "F1_micro_tuned", "F1_macro_tuned", "CF1", "OF1"),
+    *("P@1", "P@5", "R@1", "R@5", "hamming_loss", "threshold_tuned"),
+)
+# Figures that are no columns: lists, and what other columns say.
+_NO_COLUMN = {"method", "split", "ci", "ci_undefined", "retrieval_ci", "prompts", "note"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +55,14 @@ class Record:
     """An evaluation that was done, or failed.
 
     Attributes:
-        key: Of the evaluation.
+        key: Key of the evaluation.
         training: Key of its training.
         status: ``finished`` or ``failed``.
         note: The error.
         method: What predicts.
-        split: Whose images.
+        split: Whose images are evaluated.
         run: The run's folder, relative to the table's.
-        scores: The file of its scores, likewise.
+        scores: The file of its scores, relative to the table's folder.
         figures: Every figure of ``metrics.json``, with ``ci``.
         facts: Seconds, epochs, bytes, versions, device, and when it was done.
         config: The resolved configuration, dotted.
@@ -69,43 +82,33 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether there are figures."""
+        """Whether the evaluation has figures."""
         return self.status == "finished"
 
 
-def record_path(out: Path, key: str) -> Path:
-    """Where the figures of an evaluation are kept."""
-    return out / EVALUATIONS / f"{key[:32]}.json"
-
-
-def scores_file(key: str) -> str:
-    """The file of an evaluation's scores, relative to the table's folder."""
-    return f"{SCORES}/{key[:32]}.safetensors"
-
-
 def write_record(out: Path, record: Record) -> None:
-    """Keep an evaluation."""
-    write_text(record_path(out, record.key), json.dumps(asdict(record), indent=1, allow_nan=False))
+    """Write the record of an evaluation below the folder of the table."""
+    write_text(_record_path(out, record.key), json.dumps(asdict(record), indent=1, allow_nan=False))
 
 
 def read_record(out: Path, key: str) -> Record | None:
-    """An evaluation that was kept; None where there is none, or its scores are gone.
+    """The record of an evaluation; None where there is none, or its scores are gone.
 
-    A file that is damaged is none either: the evaluation is done again.
+    A file that is damaged counts as none: the evaluation is done again.
     """
     try:
-        record = Record(**parse_json(record_path(out, key).read_bytes()))
-        if not all(isinstance(getattr(record, name), str) for name in _TEXTS):
+        record = Record(**parse_json(_record_path(out, key).read_bytes()))
+        if not all(isinstance(getattr(record, name), str) for name in _RECORD_TEXTS):
             return None
         if record.finished:
             check_row({**record.figures, "method": record.method, "split": record.split})
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    whole = record.key == key and (not record.finished or (out / record.scores).is_file())
-    return record if whole else None
+    complete = record.key == key and (not record.finished or (out / record.scores).is_file())
+    return record if complete else None
 
 
-def keep_scores(
+def write_scores(
     out: Path, key: str, image_id: npt.NDArray[np.int64], scores: npt.NDArray[Any], labels: npt.NDArray[Any]
 ) -> str:
     """Keep the scores of an evaluation: ``scores (N, C)`` float32, ``image_id (N,)`` int64, ``labels (N, C)`` uint8.
@@ -118,123 +121,42 @@ def keep_scores(
         "image_id": np.ascontiguousarray(image_id, np.int64),
         "labels": np.ascontiguousarray(labels, np.uint8),
     }
-    name = scores_file(key)
+    name = f"{SCORES}/{key[:32]}.safetensors"
     write_whole(out / name, lambda temporary: write_tensors(temporary, save_file, arrays, {"key": key}))
     return name
 
 
-def failed(key: str, training: str, error: Exception, config: Mapping[str, Any]) -> Record:
-    """The record of an evaluation that could not be done."""
-    note = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return Record(key=key, training=training, status="failed", note=" ".join(note.split()), config=config)
-
-
-ROWS = "rows.parquet"
-VERSION = 1
-TEXTS = (
-    "experiment",
-    "varies",
-    "value",
-    "status",
-    "note",
-    "key",
-    "training_key",
-    "base",
-    "run",
-    "scores",
-    "method",
-    "split",
-    "preset",
-    "config",
-)
-WHOLE = ("order", "seed")
-# Keys of the configuration that have a column of their own in every table.
-CONFIG_COLUMNS = (
-    "hash.bits",
-    "fusion.type",
-    "fusion.block_norm",
-    "fusion.inputs",
-    "fusion.magnitude",
-    "fusion.adapter",
-    "head",
-    "loss.cosine_weight",
-    "loss.hash_weight",
-    "loss.hash_reg.lambda_balance",
-    "loss.hash_reg.lambda_decorr",
-    "loss.focal_loss",
-    "loss.asymmetric_loss",
-    "loss.class_weights",
-    "training.num_epochs",
-    "knn.K",
-    "knn.distance_metric",
-    "knn.voting_strategy",
-    "knn.tau",
-    "knn.theta",
-    "knn.ties",
-    "knn.predictor",
-    "model.max_num_patches",
-    "towers",
-)
-FIGURES = (
-    "mAP",
-    "mAP_sample",
-    "F1_micro",
-    "F1_macro",
-    "F1_micro_tuned",
-    "F1_macro_tuned",
-    "CF1",
-    "OF1",
-    "P@1",
-    "P@5",
-    "R@1",
-    "R@5",
-    "hamming_loss",
-    "threshold_tuned",
-)
-# Figures that are not of the table: lists, and what other columns say.
-_LEFT = {"method", "split", "ci", "ci_undefined", "retrieval_ci", "prompts", "note"}
-
-
-def lines_of(plan: Plan, records: Mapping[str, Record]) -> list[dict[str, Any]]:
+def rows_of(plan: Plan, records: Mapping[str, Record]) -> list[dict[str, Any]]:
     """The rows of a plan that are finished, failed or collapsed.
 
     Args:
         plan: What was asked for.
-        records: By key of the evaluation.
+        records: Records by key of the evaluation.
     """
-    found = []
-    for row in plan.rows:
-        record = records.get(row.key)
-        if row.status == "failed" or record is not None:
-            found.append(_line(row, record))
-    return found
+    return [_table_row(row, records.get(row.key)) for row in plan.rows if row.status == "failed" or row.key in records]
 
 
-def merge(known: Iterable[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """The table after some rows were made, and how many rows of another base left it.
 
     Args:
-        known: Rows that were in the table.
+        old: Rows that were in the table.
         new: Rows of the experiments that were asked for; of each experiment all have one base.
     """
     bases = {row["experiment"]: row["base"] for row in new}
-    fresh = {_place(row) for row in new}
-    kept, left = [], 0
-    for row in known:
-        name = row["experiment"]
-        if name in bases and row["base"] != bases[name]:
-            left += 1
-        elif _place(row) not in fresh:
-            kept.append(dict(row))
-    rows = [*kept, *map(dict, new)]
+    places = {_place(row) for row in new}
+    stay = [row for row in old if bases.get(row["experiment"], row["base"]) == row["base"]]
+    rows = [dict(row) for row in (*(row for row in stay if _place(row) not in places), *new)]
     rows.sort(key=lambda row: (row["experiment"], row["order"], row["seed"]))
-    return rows, left
+    return rows, len(old) - len(stay)
 
 
 def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the table."""
+    """Write the table; a column is text, whole numbers, floats or lists, never a mixture."""
     path = out / ROWS
-    table = _table(rows)
+    names = dict.fromkeys([*TEXTS[:3], *WHOLE, *TEXTS[3:], *(key for row in rows for key in row)])
+    table = pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
+    table = table.replace_schema_metadata({"mmcli_table": json.dumps({"version": VERSION})})
     write_whole(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
     return path
 
@@ -273,6 +195,10 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _record_path(out: Path, key: str) -> Path:
+    return out / EVALUATIONS / f"{key[:32]}.json"
+
+
 def _check_types(table: pa.Table) -> None:
     """Refuse columns that are missing or of other types than those that :func:`write_rows` gives them.
 
@@ -292,8 +218,7 @@ def _check_types(table: pa.Table) -> None:
             raise ValueError(f"the column {name} of {column.type}")
 
 
-def _line(row: Row, record: Record | None) -> dict[str, Any]:
-    """One line of the table."""
+def _table_row(row: Row, record: Record | None) -> dict[str, Any]:
     line: dict[str, Any] = {
         "experiment": row.experiment,
         "varies": row.varies,
@@ -311,169 +236,28 @@ def _line(row: Row, record: Record | None) -> dict[str, Any]:
         if not record.finished:
             line |= {"status": "failed", "note": record.note}
     if row.config is not None:
-        config = row.settings
-        line |= {"preset": row.config.preset, "config": json.dumps(config, sort_keys=True)}
-        line |= {key: config[key] for key in CONFIG_COLUMNS}
-        if row.config.knn.distance_metric == "hamming" and row.config.hash.bits:
-            line["tau_times_bits"] = row.config.knn.tau * row.config.hash.bits
+        settings, knn = row.settings, row.config.knn
+        line |= {"preset": row.config.preset, "config": json.dumps(settings, sort_keys=True)}
+        line |= {key: settings[key] for key in CONFIG_COLUMNS}
+        if knn.distance_metric == "hamming" and row.config.hash.bits:
+            line["tau_times_bits"] = knn.tau * row.config.hash.bits
     if record is not None and record.finished:
-        line |= {key: value for key, value in record.figures.items() if key not in _LEFT and key not in line}
-        line["ci"] = {**(record.figures.get("ci") or {}), **(record.figures.get("retrieval_ci") or {})} or None
-        line["thresholds_note"] = record.figures.get("note")
+        figures = record.figures
+        line |= {key: value for key, value in figures.items() if key not in _NO_COLUMN and key not in line}
+        line["ci"] = {**(figures.get("ci") or {}), **(figures.get("retrieval_ci") or {})} or None
+        line["thresholds_note"] = figures.get("note")
         line |= dict(record.facts)
     return line
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as one table; a column is text, whole numbers or floats, never a mixture."""
-    names = list(dict.fromkeys([*TEXTS[:3], *WHOLE, *TEXTS[3:], *(key for row in rows for key in row)]))
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        columns[name] = pa.array(values, type=_intervals(values)) if name == "ci" else _column(name, values)
-    return pa.table(columns).replace_schema_metadata({"mmcli_table": json.dumps({"version": VERSION})})
-
-
-def _column(name: str, values: Sequence[Any]) -> pa.Array:
+def _column(name: str, values: list[Any]) -> pa.Array:
     if name in TEXTS:
-        return pa.array([value if value is not None else "" for value in values], pa.string())
-    present = [value for value in values if value is not None]
-    if present and all(isinstance(value, list) for value in present):
-        return pa.array(values, pa.list_(pa.float64()))
-    if all(isinstance(value, bool) for value in present):
-        return pa.array(values, pa.bool_())
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in present):
-        return pa.array(values, pa.int64())
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
-        return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    return pa.array([None if value is None else str(value) for value in values], pa.string())
-
-
-def _intervals(values: Sequence[Any]) -> pa.DataType:
-    """A field a figure, each ``[low, high]``, as the rows of ``metrics.json`` have it."""
-    keys = dict.fromkeys(key for value in values if value for key in value)
-    pair = pa.list_(pa.float64())
-    return pa.struct([(key, pair) for key in keys] or [("mAP", pair)])
+        return pa.array([value or "" for value in values], pa.string())
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a mixture, as of numbers and words
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["experiment"], row["value"], row["seed"]
-
-
-OWN, STORES = "runs", "stores"
-KINDS = {"head": "train-head", "finetune": "finetune", "zero-shot": "zero-shot"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """Keys of trainings that a search looks for, and the digests of their stores."""
-
-    trainings: Mapping[str, Training]
-
-    @property
-    def stores(self) -> set[str]:
-        """Digests of the stores that any of them is of."""
-        return {one.store for one in self.trainings.values()}
-
-
-def find_runs(plan: Mapping[str, Training], places: Iterable[Path]) -> dict[str, Path]:
-    """Finished runs that are trainings of a plan.
-
-    Args:
-        plan: Trainings by key.
-        places: Folders of runs; of several that are one training the first is taken.
-
-    Returns:
-        The run's folder by key.
-    """
-    wanted = Wanted(trainings=plan)
-    found: dict[str, Path] = {}
-    for place in places:
-        for mark in sorted(place.glob(f"*/{MARK}")):
-            key = _key_of_run(mark.parent, wanted)
-            if key is not None:
-                found.setdefault(key, mark.parent)
-    return found
-
-
-def own_folder(out: Path, training: Training) -> Path:
-    """Where a training of the plan is made. Replicas of one configuration differ in the end of the name alone."""
-    config = training.config
-    name = "mlp" if config.head == "mlp" else f"b{config.hash.bits}-{config.fusion.type}"
-    towers = "" if training.kind != "finetune" else f"-{training.towers}"
-    label = name if training.kind in {"head", "finetune"} else training.kind
-    return out / OWN / f"{training.group[:12]}-{label}{towers}-seed{training.seed}"
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run that ended lies there."""
-    try:
-        return read_info(folder).status == "finished"
-    except InputError:
-        return False
-
-
-def resumable(folder: Path, training: Training) -> bool:
-    """Whether an interrupted run of this very training lies there."""
-    try:
-        info = read_info(folder)
-        config = load_config(folder / "config.yaml")
-        towers, store = _began_with(folder, info)
-    except (InputError, OSError, ValueError, LookupError, TypeError):
-        return False
-    if info.kind not in {KINDS["head"], KINDS["finetune"]} or info.status not in {"running", "interrupted"}:
-        return False
-    return training_key(config, store, towers, info.lists_digest) == training.key
-
-
-def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Path]:
-    """Finished stores below some folders, by the digest of their key."""
-    wanted, found = set(digests), dict[str, Path]()
-    for place in places:
-        for folder in list_stores(place) if place.is_dir() else []:
-            digest = Store.open(folder).key.digest
-            if digest in wanted:
-                found.setdefault(digest, folder)
-    return found
-
-
-def _key_of_run(folder: Path, wanted: Wanted) -> str | None:
-    """The training that a run is, if it is finished, whole and one of those wanted."""
-    try:
-        info = read_info(folder)
-        towers, store = _began_with(folder, info)
-        if info.status != "finished" or store not in wanted.stores:
-            return None
-        run = open_run(folder, kind=info.kind)
-        if info.kind == "zero-shot":
-            return _zero_shot(run, wanted)
-        if info.kind not in {KINDS["head"], KINDS["finetune"]} or not all(
-            codes_path(folder, s).is_file() for s in SPLITS
-        ):
-            return None
-        key = training_key(load_config(folder / "config.yaml"), store, towers, info.lists_digest)
-    except (InputError, OSError, ValueError, LookupError, TypeError):
-        return None  # half-written, of another version, or somebody's own
-    return key if key in wanted.trainings else None
-
-
-def _began_with(folder: Path, info: RunInfo) -> tuple[str, str]:
-    """What of the towers a run trained, and the digest of the store that it, or its towers, began with."""
-    if info.kind != KINDS["finetune"]:
-        return FROZEN, info.store_digest
-    record = parse_json((folder / "finetune.json").read_bytes())
-    return str(record["unfreeze"]), str(record["base"]["store_digest"])
-
-
-def _zero_shot(run: Run, wanted: Wanted) -> str | None:
-    """A run of zero-shot with the default prompts, on the images alone, is the baseline of every seed."""
-    rows = [row for row in read_metrics(run.folder) if row["split"] == "test"]
-    if not rows or rows[0].get("inputs") != "image" or tuple(rows[0].get("prompts", ())) != TEMPLATES:
-        return None
-    data = load_config(run.folder / "config.yaml").data
-    own = (run.info.store_digest, data.split_type, run.info.lists_digest or lists_digest(data))
-    for one in wanted.trainings.values():
-        read = one.config.data
-        if one.kind == "zero-shot" and (one.store, read.split_type, lists_digest(read)) == own:
-            return one.key
-    return None

@@ -1,7 +1,7 @@
 """Tables of an ablation for a person: one an experiment, and what a dry run would do."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -14,15 +14,25 @@ from ..core.console import FittingTable
 from ..core.metrics_file import TWO_PRECISIONS, by_precision, read_history
 from .plan import Plan, Row, Training
 
-# Train images a second of a head on two cores; README, the loop over bits.
+# Train images that a head sees in a second on two cores; README, the loop over bits.
 IMAGES_PER_S = 10_000.0
-# Of an evaluation: votes, metrics and intervals of 5,000 images, on two cores.
+# Seconds an image that votes, metrics and intervals of an evaluation take on two cores.
 EVALUATION_S_PER_IMAGE = 6e-4
+MOST_GRID_ROWS, MOST_TRAININGS, MOST_SHOWN = 20, 40, 4
+FOOT = (
+    "mAP: mean over seeds; spread: standard deviation over seeds; interval: 95% bootstrap over the test images, mean of"
+    " the ends over seeds. F1 at the one threshold that is best on val."
+)
+# What `--json` prints of a row.
+JSON_KEYS = (
+    *("experiment", "value", "order", "seed", "status", "note", "key", "training_key", "method", "mAP"),
+    *("F1_micro_tuned", "P@5", "precision", "run", "scores"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds, and what they rest on."""
+    """Seconds that trainings and evaluations will take, and what the estimate rests on."""
 
     train_s: float
     evaluate_s: float
@@ -30,35 +40,34 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of all."""
+        """Seconds of trainings and evaluations together."""
         return self.train_s + self.evaluate_s
 
 
 def estimate(
-    plan: Plan, missing: Iterable[Training], n_evaluations: int, runs: Mapping[str, Path], *, n_train: int, n_test: int
+    missing: Iterable[Training], n_evaluations: int, runs: Iterable[Path], *, n_train: int, n_test: int
 ) -> Estimate:
     """Estimate what is still to be done.
 
     Args:
-        plan: Everything that was asked for.
-        missing: Trainings that are not there.
-        n_evaluations: Evaluations that are not there.
-        runs: Runs that are there.
+        missing: Trainings that have to be made.
+        n_evaluations: How many evaluations have to be made.
+        runs: Runs of the same plan that are finished.
         n_train: Train images of the store.
         n_test: Images that are evaluated.
     """
-    known = [spent for key, folder in runs.items() if key in plan.trainings and (spent := seconds_of(folder)) > 0]
-    heads = [one for one in missing if one.kind == "head"]
-    if known:
-        each, basis = median(known), f"the median of {len(known)} finished trainings of this plan"
-        train_s = each * len(heads)
+    missing = list(missing)
+    heads = [training for training in missing if training.kind == "head"]
+    seconds = [spent for folder in runs if (spent := seconds_of(folder)) > 0]
+    if seconds:
+        train_s, basis = median(seconds) * len(heads), f"the median of {len(seconds)} finished trainings of this plan"
     else:
+        train_s = sum(training.config.training.num_epochs * n_train / IMAGES_PER_S for training in heads)
         basis = (
             f"{IMAGES_PER_S:,.0f} train images a second, every epoch of every training: early stopping makes it less"
         )
-        train_s = sum(one.config.training.num_epochs * n_train / IMAGES_PER_S for one in heads)
-    others = [one for one in missing if one.kind == "finetune"]
-    basis += f"; {len(others)} trainings of towers are not estimated" if others else ""
+    n_towers = sum(training.kind == "finetune" for training in missing)
+    basis += f"; {n_towers} trainings of towers are not estimated" if n_towers else ""
     return Estimate(train_s=train_s, evaluate_s=n_evaluations * n_test * EVALUATION_S_PER_IMAGE, basis=basis)
 
 
@@ -70,15 +79,15 @@ def seconds_of(folder: Path) -> float:
         return 0.0
 
 
-MOST_GRID_ROWS, MOST_TRAININGS, MOST_SHOWN = 20, 40, 4
-FOOT = (
-    "mAP: mean over seeds; spread: standard deviation over seeds; interval: 95% bootstrap over the test images, mean of"
-    " the ends over seeds. F1 at the one threshold that is best on val."
-)
+def duration(seconds: float) -> str:
+    """Seconds in a unit that is easily read: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
-    """A line a value of one experiment."""
+    """A line for each value of one experiment."""
     table = FittingTable()
     table.add_column("value", style="bold")
     for name in ("mAP", "spread", "interval", "F1_micro*", "train"):
@@ -89,11 +98,11 @@ def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> Renderabl
     values = list(dict.fromkeys((row["order"], row["value"]) for row in rows))
     for order, value in values[:MOST_GRID_ROWS]:
         of_value = [row for row in rows if (row["order"], row["value"]) == (order, value)]
-        for precision, own in by_precision(of_value).items():
-            few = f" ({len(own)} of {n_seeds} seeds)" if len(own) < n_seeds else ""
-            table.add_row(value + (f", {precision}" if precision else "") + few, *_cells(own))
+        for precision, group in by_precision(of_value).items():
+            few = f" ({len(group)} of {n_seeds} seeds)" if len(group) < n_seeds else ""
+            table.add_row(value + (f", {precision}" if precision else "") + few, *_cells(group))
             mixed |= bool(precision)
-            notes |= {f"{value}: {row['note']}": None for row in own if row.get("note")}
+            notes |= {f"{value}: {row['note']}": None for row in group if row.get("note")}
     parts: list[RenderableType] = [Text(f"{title}, {n_seeds} seed{'s' * (n_seeds > 1)}", "bold"), table]
     if len(values) > MOST_GRID_ROWS:
         parts.append(Text(f"and {len(values) - MOST_GRID_ROWS} more values, in the table", "dim"))
@@ -103,76 +112,15 @@ def experiment_table(rows: Sequence[Mapping[str, Any]], title: str) -> Renderabl
     return Group(*parts)
 
 
-def plan_table(plan: Plan, status: Mapping[str, str]) -> RenderableType:
-    """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is there already."""
-    table = FittingTable()
-    for name, justify in (
-        ("training", "left"),
-        ("kind", "left"),
-        ("seeds", "right"),
-        ("rows", "right"),
-        ("for", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("state")
-    groups: dict[str, list[str]] = {}
-    for key, one in plan.trainings.items():
-        groups.setdefault(one.group, []).append(key)
-    rows: dict[str, list[Row]] = {}
-    for row in plan.rows:
-        rows.setdefault(row.training, []).append(row)
-    for group, keys in list(groups.items())[:MOST_TRAININGS]:
-        own = [row for key in keys for row in rows.get(key, ())]
-        shown = list(dict.fromkeys(f"{row.experiment} {row.value}" for row in own))
-        more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
-        states = ", ".join(dict.fromkeys(status[key] for key in keys))
-        kind = plan.trainings[keys[0]].kind
-        table.add_row(group[:8], kind, str(len(keys)), str(len(own)), ", ".join(shown[:MOST_SHOWN]) + more, states)
-    if len(groups) > MOST_TRAININGS:
-        table.add_row("", "", "", "", f"and {len(groups) - MOST_TRAININGS} more configurations", "")
-    return table
-
-
-def counts(plan: Plan, estimate: Estimate, *, missing: int, found: int, evaluations: int, stores: int) -> list[str]:
-    """What a plan comes to, in lines."""
-    asked, rows = plan.asked, len(plan.rows)
-    collapsed = f", {asked - rows:,} of {asked:,} collapsed into others" if asked > rows else ""
-    refused = [row for row in plan.rows if row.status == "failed"]
-    trained, baselines = plan.count("head", "finetune"), plan.count("zero-shot", "prior")
-    return [
-        f"{rows:,} rows{collapsed}" + (f", {len(refused):,} refused" if refused else ""),
-        *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
-        f"{trained:,} trainings ({plan.count('finetune'):,} of towers) and {baselines:,} baselines:"
-        f" {found:,} are there, {missing:,} to be made",
-        f"{len(plan.evaluations):,} evaluations, {plan.searches:,} searches, {plan.votes:,} votes;"
-        f" {evaluations:,} evaluations to be made",
-        f"{stores:,} stores to be extracted (images alone: captions are shared)" if stores else "no store to extract",
-        f"about {duration(estimate.seconds)} on this machine, of which evaluations {duration(estimate.evaluate_s)};"
-        f" by {estimate.basis}",
-    ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     done = [row for row in rows if row["status"] != "failed" and row.get("mAP") is not None]
     if not done:
         return ["failed", *["-"] * 4]
     maps = [row["mAP"] for row in done]
     ends = [row["ci"]["mAP"] for row in done if row.get("ci") and row["ci"].get("mAP")]
-    interval = f"[{mean(e[0] for e in ends):.3f}, {mean(e[1] for e in ends):.3f}]" if ends else "-"
-    return [
-        f"{mean(maps):.3f}",
-        f"{stdev(maps):.3f}" if len(maps) > 1 else "-",
-        interval,
-        _mean(done, "F1_micro_tuned"),
-        _mean(done, "train_s", "{:.1f} s"),
-    ]
+    interval = f"[{mean(low for low, _ in ends):.3f}, {mean(high for _, high in ends):.3f}]" if ends else "-"
+    spread = f"{stdev(maps):.3f}" if len(maps) > 1 else "-"
+    return [f"{mean(maps):.3f}", spread, interval, _mean(done, "F1_micro_tuned"), _mean(done, "train_s", "{:.1f} s")]
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str = "{:.3f}") -> str:
@@ -186,11 +134,11 @@ class AblateResult:
 
     Attributes:
         path: The table.
-        rows: Those that were asked for and are there.
-        titles: Of experiments.
-        counted: Rows, trainings, evaluations, of this call and in all.
-        left: Rows of another base that left the table.
-        seconds: Of this call.
+        rows: The rows that were asked for and are finished, failed or collapsed.
+        titles: Titles of experiments.
+        counted: How many rows, trainings and evaluations there are, of this call and in all.
+        left: How many rows of another base left the table.
+        seconds: Duration of this call.
     """
 
     path: Path
@@ -202,34 +150,18 @@ class AblateResult:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object; of every row what identifies it and its main figures."""
-        keys = (
-            "experiment",
-            "value",
-            "order",
-            "seed",
-            "status",
-            "note",
-            "key",
-            "training_key",
-            "method",
-            "mAP",
-            "ci",
-            "F1_micro_tuned",
-            "P@5",
-            "precision",
-            "run",
-            "scores",
-        )
-        rows = [{key: row.get(key) for key in keys} | {"ci": (row.get("ci") or {}).get("mAP")} for row in self.rows]
+        rows = [{key: row.get(key) for key in JSON_KEYS} for row in self.rows]
+        for line, row in zip(rows, self.rows, strict=True):
+            line["ci"] = (row.get("ci") or {}).get("mAP")
         return {"table_path": str(self.path), **self.counted, "seconds": self.seconds, "rows": rows}
 
     def summary(self) -> list[RenderableType]:
         """What a person reads at the end."""
         tables: list[RenderableType] = []
         for name, title in self.titles.items():
-            own = [row for row in self.rows if row["experiment"] == name]
-            if own:
-                tables.append(experiment_table(own, f"{name}: {title}"))
+            rows = [row for row in self.rows if row["experiment"] == name]
+            if rows:
+                tables.append(experiment_table(rows, f"{name}: {title}"))
         done = self.counted
         lines = [
             f"{done['trained']} trainings and {done['evaluated']} evaluations in {self.seconds:.0f} s;"
@@ -248,32 +180,106 @@ class AblateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What would be done."""
+    """What would be done.
+
+    Attributes:
+        plan: The plan.
+        status: For every training by key, ``done``, ``found`` or ``to be made``.
+        runs: Runs that are finished already, by key of the training.
+        n_evaluations: How many evaluations have to be made.
+        n_stores: How many stores have to be extracted.
+        estimate: How long it takes.
+    """
 
     plan: Plan
     status: Mapping[str, str]
-    runs: Mapping[str, str]
-    lines: tuple[str, ...]
-    counted: Mapping[str, Any] = field(default_factory=dict)
+    runs: Mapping[str, Path]
+    n_evaluations: int
+    n_stores: int
+    estimate: Estimate
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """How many rows, trainings, evaluations, searches, votes and stores there are, and how long they take."""
+        plan = self.plan
+        missing = [training for key, training in plan.trainings.items() if self.status[key] == "to be made"]
+        return {
+            "n_rows": len(plan.rows),
+            "n_asked": plan.asked,
+            "n_trainings": plan.count("head", "finetune"),
+            "n_trainings_missing": sum(training.kind in {"head", "finetune"} for training in missing),
+            "n_baselines": plan.count("zero-shot", "prior"),
+            "n_evaluations": len(plan.evaluations),
+            "n_evaluations_missing": self.n_evaluations,
+            "n_searches": plan.searches,
+            "n_votes": plan.votes,
+            "n_stores_missing": self.n_stores,
+            "estimate_s": self.estimate.seconds,
+            "estimate_basis": self.estimate.basis,
+        }
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """One JSON object, with what is shared and missing of every training."""
         trainings = [
             {
                 "key": key,
-                "kind": one.kind,
-                "seed": one.seed,
-                "patches": one.patches,
-                "towers": one.towers,
+                "kind": training.kind,
+                "seed": training.seed,
+                "patches": training.patches,
+                "towers": training.towers,
                 "state": self.status[key],
-                "run": self.runs.get(key),
+                "run": str(self.runs[key]) if key in self.runs else None,
                 "evaluations": len(self.plan.of(key)),
                 "rows": [f"{row.experiment}: {row.value}" for row in self.plan.rows if row.training == key],
             }
-            for key, one in self.plan.trainings.items()
+            for key, training in self.plan.trainings.items()
         ]
         return {**self.counted, "trainings": trainings}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads."""
-        return [plan_table(self.plan, self.status), *self.lines, "nothing was written (--dry-run)"]
+        """The trainings as a table, and what the plan comes to, for a person."""
+        return [self._table(), *self._lines(), "nothing was written (--dry-run)"]
+
+    def _table(self) -> RenderableType:
+        """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is finished."""
+        table = FittingTable()
+        for name in ("training", "kind", "seeds", "rows", "for", "state"):
+            table.add_column(name, justify="right" if name in {"seeds", "rows"} else "left")
+        groups: dict[str, list[str]] = {}
+        for key, training in self.plan.trainings.items():
+            groups.setdefault(training.group, []).append(key)
+        rows: dict[str, list[Row]] = {}
+        for row in self.plan.rows:
+            rows.setdefault(row.training, []).append(row)
+        for group, keys in list(groups.items())[:MOST_TRAININGS]:
+            served = [row for key in keys for row in rows.get(key, ())]
+            labels = list(dict.fromkeys(f"{row.experiment} {row.value}" for row in served))
+            more = f" and {len(labels) - MOST_SHOWN} more" if len(labels) > MOST_SHOWN else ""
+            states = ", ".join(dict.fromkeys(self.status[key] for key in keys))
+            kind, purpose = self.plan.trainings[keys[0]].kind, ", ".join(labels[:MOST_SHOWN]) + more
+            table.add_row(group[:8], kind, str(len(keys)), str(len(served)), purpose, states)
+        if len(groups) > MOST_TRAININGS:
+            table.add_row("", "", "", "", f"and {len(groups) - MOST_TRAININGS} more configurations", "")
+        return table
+
+    def _lines(self) -> list[str]:
+        """What the plan comes to."""
+        plan, n = self.plan, self.counted
+        collapsed = n["n_asked"] - n["n_rows"]
+        refused = [row for row in plan.rows if row.status == "failed"]
+        missing = sum(state == "to be made" for state in self.status.values())
+        stores = f"{self.n_stores:,} stores to be extracted (images alone: captions are shared)"
+        return [
+            f"{n['n_rows']:,} rows"
+            + (f", {collapsed:,} of {n['n_asked']:,} collapsed into others" if collapsed else "")
+            + (f", {len(refused):,} refused" if refused else ""),
+            *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
+            f"{n['n_trainings']:,} trainings ({plan.count('finetune'):,} of towers) and"
+            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are there,"
+            f" {missing:,} to be made",
+            f"{n['n_evaluations']:,} evaluations, {n['n_searches']:,} searches, {n['n_votes']:,} votes;"
+            f" {self.n_evaluations:,} evaluations to be made",
+            stores if self.n_stores else "no store to extract",
+            f"about {duration(self.estimate.seconds)} on this machine, of which evaluations"
+            f" {duration(self.estimate.evaluate_s)}; by {self.estimate.basis}",
+        ]

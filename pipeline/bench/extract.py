@@ -26,7 +26,7 @@ from ..extraction.images import Resizer, image_size, read_patches
 from ..extraction.reader import ImageReader, Piece
 from ..extraction.shards import CAPTIONS, Clock, ShardJobs, Unreadable
 from .data import draw_photographs, make_base_checkpoint, write_captions
-from .harness import BenchResult, Case, best_of
+from .harness import BenchResult, Case, Way, chunks, time_case
 
 PLAIN_BATCH = 32
 FULL_IMAGES, FULL_CAPTIONS = 123_287, 616_767
@@ -34,8 +34,8 @@ SHARD_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """What all ways have in common."""
+class Setting:
+    """What all ways have in common: encoder, model and processor, the files, and where stores are written."""
 
     encoder: Encoder
     model: Any
@@ -45,16 +45,11 @@ class _Setting:
     captions: tuple[str, ...]
     workers: int
     scratch: Path
-    threads: int
 
     @property
     def device(self) -> torch.device:
+        """The device that the towers run on."""
         return self.encoder.device
-
-    @property
-    def budget(self) -> dict[str, int]:
-        """What NaFlex processors are told and others are not."""
-        return {"max_num_patches": self.encoder.spec.budget} if self.encoder.spec.fixed is None else {}
 
 
 def bench_extract(
@@ -71,12 +66,12 @@ def bench_extract(
 
     Args:
         config: Model (patches), hardware and data sections are used.
-        checkpoint: A SigLIP checkpoint; towers of base size with random weights when not given.
-        images: A folder of JPEGs; photographs of COCO's sizes are drawn when not given.
+        checkpoint: A SigLIP checkpoint; by default towers of base size are made, with random weights.
+        images: A folder of JPEGs; by default photographs of COCO's sizes are drawn.
         n_images: Images of a round.
         n_captions: Captions of a round.
         repeats: Rounds; the best of each way counts.
-        progress: Who to tell.
+        progress: Progress bars and messages; silent by default.
 
     Returns:
         Cases ``images``, ``captions`` and ``image work`` (one core), the bottleneck, and the time all of COCO takes.
@@ -105,170 +100,132 @@ def bench_extract(
 
 def _set_up(
     config: Config, scratch: Path, checkpoint: str | None, images: Path | None, n_images: int, n_captions: int
-) -> _Setting:
+) -> Setting:
     captions = write_captions(n_captions)
     name = checkpoint or str(make_base_checkpoint(scratch / "model", captions))
     data = images or draw_photographs(scratch / "images", n_images)
-    found = sorted(str(path.relative_to(data)) for path in data.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
-    if not found:
+    files = [path for path in data.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"}]
+    paths = sorted(str(path.relative_to(data)) for path in files)[:n_images]
+    if not paths:
         raise InputError("no JPEGs", where=data, wanted="*.jpg in it or below", do="name another folder with --images")
-    for path in found[:n_images]:
+    for path in paths:
         image_size(data / path)  # one line here rather than an error of a worker's later
     device = pick_device(config.hardware.device)
     parts = Encoder.parts(name, patches=config.model.max_num_patches, device=device)
     processor = parts.source.load("the processor", transformers.AutoProcessor)
-    return _Setting(
+    return Setting(
         encoder=Encoder(parts),
         model=parts.model,
         processor=processor,
         data=data,
-        paths=tuple(found[:n_images]),
+        paths=tuple(paths),
         captions=tuple(captions),
-        scratch=scratch,
         workers=reader_count(config.data.num_workers, device),
-        threads=torch.get_num_threads(),
+        scratch=scratch,
     )
 
 
-def _measure(setting: _Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str, Any]]:
-    clocks: list[Clock] = []
-    pieces, seconds = _resident(setting)
+def _measure(setting: Setting, repeats: int) -> tuple[tuple[Case, ...], dict[str, Any]]:
+    pieces, decode_s = _read_all(setting)
     ids = setting.encoder.tokenize(setting.captions).to(setting.device)
-    images = best_of(
-        {
-            "plain": partial(_plain_images, setting),
-            "ours": partial(_ours, setting, "image", clocks),
-            "ceiling": partial(_towers_alone, setting, pieces),
-        },
-        repeats=repeats,
-    )
-    captions = best_of(
-        {
-            "plain": partial(_plain_captions, setting),
-            "ours": partial(_ours, setting, "text", []),
-            "ceiling": partial(_text_alone, setting, ids),
-        },
-        repeats=repeats,
-    )
-    few = setting.paths[: 2 * PLAIN_BATCH]
-    work = best_of(
-        {
-            "plain": partial(_process, setting, few),
-            "ours": partial(_cut, setting, few, "pillow"),
-            "torch": partial(_cut, setting, few, "torch"),
-        },
-        repeats=2 * repeats,
-    )
-    n, m = len(setting.paths), len(setting.captions)
-    cases = (
-        Case(
-            name="images",
-            unit="images",
-            plain=n / images["plain"],
-            ours=n / images["ours"],
-            ceiling=n / images["ceiling"],
-            note=f"plain: AutoProcessor, DataLoader, padded, {PLAIN_BATCH} a batch",
-        ),
-        Case(
-            name="captions",
-            unit="captions",
-            plain=m / captions["plain"],
-            ours=m / captions["ours"],
-            ceiling=m / captions["ceiling"],
-            note=f"plain: tokenizer and get_text_features, {PLAIN_BATCH} a batch",
-        ),
-        Case(
-            name="image work, one core",
-            unit="images",
-            plain=len(few) / work["plain"],
-            ours=len(few) / work["ours"],
-            note="plain: Image.open and the image processor; ours: the same numbers as uint8 patches",
-        ),
-        Case(
-            name="image work, --resizer torch",
-            unit="images",
-            plain=len(few) / work["plain"],
-            ours=len(few) / work["torch"],
-        ),
-    )
-    facts = {
-        "decode_per_s": n / seconds,
-        "decode_workers": count_cores(),
-        "n_images": n,
-        "n_captions": m,
-        "batch_tokens": setting.encoder.batch_tokens,
-        "bottleneck": clocks[-1].bottleneck,
-        "read_s": clocks[-1].read_s,
-        "compute_s": clocks[-1].compute_s,
-        "write_s": clocks[-1].write_s,
+    few, clocks = setting.paths[: 2 * PLAIN_BATCH], list[Clock]()
+    images: dict[str, Way] = {
+        "plain": partial(_plain_images, setting),
+        "ours": lambda: clocks.append(_extract_images(setting)),
+        "ceiling": partial(_towers_alone, setting, pieces),
     }
-    return cases, facts
+    captions: dict[str, Way] = {
+        "plain": partial(_plain_captions, setting),
+        "ours": partial(_extract_captions, setting),
+        "ceiling": partial(_text_alone, setting, ids),
+    }
+    work = {"plain": partial(_process, setting, few), "ours": partial(_cut, setting, few, "pillow")}
+    torch_work = work | {"ours": partial(_cut, setting, few, "torch")}
+    n_images, n_captions = len(setting.paths), len(setting.captions)
+    timed = partial(time_case, repeats=repeats, device=setting.device)
+    cases = [timed("images", "images", n_images, images, note=f"plain: AutoProcessor, {PLAIN_BATCH} a padded batch")]
+    cases.append(timed("captions", "captions", n_captions, captions, note=f"plain: {PLAIN_BATCH} a batch"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    note = "plain: Image.open and the image processor; ours: the same numbers as uint8 patches"
+    cases.append(timed("image work, one core", "images", len(few), work, note=note))
+    cases.append(timed("image work, --resizer torch", "images", len(few), torch_work))
+    torch.set_num_threads(threads)
+    facts = {
+        "decode_per_s": n_images / decode_s,
+        "decode_workers": count_cores(),
+        "n_images": n_images,
+        "n_captions": n_captions,
+        "bottleneck": clocks[-1].bottleneck,
+    }
+    return tuple(cases), facts
 
 
-def _resident(setting: _Setting) -> tuple[list[Piece], float]:
+def _read_all(setting: Setting) -> tuple[list[Piece], float]:
     """Every batch in memory, and the seconds that reading them took with all cores at it."""
     spec, tokens = setting.encoder.spec, setting.encoder.batch_tokens
     workers = count_cores()
-    with ImageReader(setting.data, spec, tokens=tokens, workers=workers, ahead=2 * workers) as reader:
+    with ImageReader(setting.data, spec, tokens=tokens, workers=workers) as reader:
         list(reader.read([setting.paths[: 8 * workers]]))  # the processes have to be there
         started = time.perf_counter()
         pieces = list(reader.read([setting.paths]))
         return pieces, time.perf_counter() - started
 
 
-def _ours(setting: _Setting, part: str, clocks: list[Clock]) -> None:
-    """A whole store's image or text part, read, computed and written."""
-    n, m = len(setting.paths), len(setting.captions)
-    rows = n if part == "image" else -(-m // CAPTIONS)
-    each = (
-        [list(setting.captions[at : at + CAPTIONS]) for at in range(0, m, CAPTIONS)] if part == "text" else [["-"]] * n
-    )
+def _extract_images(setting: Setting) -> Clock:
+    """The image part of a whole store, read, computed and written; where its time went."""
+    return _extract(setting, "image", setting.paths, [["-"]] * len(setting.paths))
+
+
+def _extract_captions(setting: Setting) -> Clock:
+    captions = [list(part) for part in chunks(setting.captions, CAPTIONS)]
+    paths = [setting.paths[row % len(setting.paths)] for row in range(len(captions))]
+    return _extract(setting, "text", paths, captions)
+
+
+def _extract(setting: Setting, part: str, paths: Sequence[str], captions: list[list[str]]) -> Clock:
+    n, encoder = len(paths), setting.encoder
     listing = Manifest.from_columns(
-        image_ids=np.arange(rows),
-        paths=[*setting.paths, *setting.paths * rows][:rows],
-        splits=["train"] * rows,
-        captions=each,
-        labels=[[]] * rows,
+        image_ids=np.arange(n),
+        paths=list(paths),
+        splits=["train"] * n,
+        captions=captions,
+        labels=[[]] * n,
         category_names=["-"],
         name="bench",
     )
-    encoder = setting.encoder
     key = StoreKey(**vars(encoder.identity), dtype="float16", manifest_sha256=listing.sha256)
     store = setting.scratch / f"{part}-{time.monotonic_ns()}"
     with StoreWriter(
         store, key, listing.table, width=encoder.width, shard_rows=SHARD_ROWS, batch_tokens=encoder.batch_tokens
     ) as writer:
         unreadable = Unreadable(setting.data, listing.paths, "stop", encoder.spec)
-        jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, ahead=2, progress=Progress())
+        jobs = ShardJobs(encoder, listing, writer, unreadable, workers=setting.workers, progress=Progress())
         if part == "image":
             jobs.encode_images(writer.missing("image"))
         else:
             jobs.encode_captions(writer.missing("text"))
-        clocks.append(jobs.clock)
+        return jobs.clock
 
 
-def _towers_alone(setting: _Setting, pieces: Sequence[Piece]) -> None:
+def _towers_alone(setting: Setting, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         assert piece.batch is not None
         setting.encoder.image_features(piece.pixels, piece.batch.grid)
-    _wait(setting.device)
 
 
-def _text_alone(setting: _Setting, ids: torch.Tensor) -> None:
+def _text_alone(setting: Setting, ids: torch.Tensor) -> None:
     for part in torch.split(ids, max(1, setting.encoder.batch_tokens // ids.shape[1])):
         setting.encoder.text_features(part)
-    _wait(setting.device)
 
 
 @torch.inference_mode()
-def _plain_images(setting: _Setting) -> None:
+def _plain_images(setting: Setting) -> None:
     """What a first script does: the processor in a DataLoader's workers, the model on padded batches."""
     files: Any = [str(setting.data / path) for path in setting.paths]
+    collate = partial(process_images, setting.processor, budget_of(setting.model, setting.encoder.spec.budget))
     loader: DataLoader[Any] = DataLoader(
-        files,
-        batch_size=PLAIN_BATCH,
-        num_workers=min(4, count_cores()),
-        collate_fn=partial(_collate, setting.processor, setting.budget),
+        files, batch_size=PLAIN_BATCH, num_workers=min(4, count_cores()), collate_fn=collate
     )
     for batch in loader:
         with autocast(setting.device):
@@ -276,39 +233,41 @@ def _plain_images(setting: _Setting) -> None:
             setting.model.get_image_features(**moved).pooler_output.float().cpu()
 
 
-def _collate(processor: Any, budget: dict[str, int], paths: list[str]) -> dict[str, torch.Tensor]:  # noqa: ANN401
-    images = [Image.open(path).convert("RGB") for path in paths]
-    return dict(processor(images=images, return_tensors="pt", **budget))
-
-
 @torch.inference_mode()
-def _plain_captions(setting: _Setting) -> None:
-    for at in range(0, len(setting.captions), PLAIN_BATCH):
-        texts = [text.lower() for text in setting.captions[at : at + PLAIN_BATCH]]
-        ids = setting.processor.tokenizer(
-            texts, padding="max_length", padding_side="right", truncation=True, max_length=64, return_tensors="pt"
-        ).input_ids
+def _plain_captions(setting: Setting) -> None:
+    for texts in chunks(setting.captions, PLAIN_BATCH):
+        ids = tokenize(setting.processor, texts)
         with autocast(setting.device):
             setting.model.get_text_features(input_ids=ids.to(setting.device)).pooler_output.float().cpu()
 
 
-def _process(setting: _Setting, paths: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    for at in range(0, len(paths), PLAIN_BATCH):
-        _collate(setting.processor, setting.budget, [str(setting.data / path) for path in paths[at : at + PLAIN_BATCH]])
-    torch.set_num_threads(setting.threads)
+def budget_of(model: Any, budget: int) -> dict[str, int]:  # noqa: ANN401
+    """The patch budget, as NaFlex processors take it; others take none."""
+    return {"max_num_patches": budget} if model.config.model_type == "siglip2" else {}
 
 
-def _cut(setting: _Setting, paths: Sequence[str], resizer: Resizer) -> None:
+def process_images(processor: Any, budget: dict[str, int], paths: Sequence[str]) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """The plain way from files to what the tower reads."""
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return dict(processor(images=images, return_tensors="pt", **budget))
+
+
+def tokenize(processor: Any, texts: Sequence[str]) -> torch.Tensor:  # noqa: ANN401
+    """The plain way from captions to token ids ``(n, 64)``."""
+    options: dict[str, Any] = {"padding": "max_length", "padding_side": "right", "truncation": True, "max_length": 64}
+    ids: torch.Tensor = processor.tokenizer([text.lower() for text in texts], return_tensors="pt", **options).input_ids
+    return ids
+
+
+def _process(setting: Setting, paths: Sequence[str]) -> None:
+    budget = budget_of(setting.model, setting.encoder.spec.budget)
+    for part in chunks(paths, PLAIN_BATCH):
+        process_images(setting.processor, budget, [str(setting.data / path) for path in part])
+
+
+def _cut(setting: Setting, paths: Sequence[str], resizer: Resizer) -> None:
     spec = replace(setting.encoder.spec, resizer=resizer)
-    torch.set_num_threads(1)
     out = np.empty((spec.most_tokens, spec.width), np.uint8)
     for path in paths:
         grid = spec.grid(*image_size(setting.data / path))
         read_patches(setting.data / path, grid, spec, out[: grid.tokens])
-    torch.set_num_threads(setting.threads)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -3,11 +3,8 @@
 import ctypes
 import gc
 import itertools
-import os
 import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
 
 from ...heads.model import Head
 from ..core.config import Config
@@ -26,27 +20,24 @@ from ..core.device import autocast, pick_device
 from ..core.progress import Progress
 from ..data.manifest import Manifest
 from ..extraction.encoder import Encoder
-from ..finetuning.batches import Feed, TowerStep
-from ..finetuning.distributed import Team
+from ..finetuning.batches import TowerBatches, TowerStep
+from ..finetuning.distributed import ProcessGroup
 from ..finetuning.embeddings import LiveStore
 from ..finetuning.towers import Towers
-from ..training.replicas import Replicas
 from ..training.setup import draw_head
 from ..training.step import Step
-from .data import draw_photographs, make_base_checkpoint, write_captions
-from .harness import BenchResult, Case, best_of, plainly
-from .plain import plain_loss
+from .data import CAPTIONS, draw_photographs, make_base_checkpoint, write_captions
+from .extract import budget_of, process_images, tokenize
+from .harness import BenchResult, Case, chunks, time_case
+from .plain import make_loader, plain_step
 
 UNFROZEN = {"frozen": "none", "last-2": "last-2", "full": "all"}
-PLAIN_WORKERS = 4
 N_CLASSES = 80
-LOOK_EVERY_S = 0.01
-TEXT_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """What all ways have in common."""
+class Setting:
+    """What both ways have in common: the configuration with what is unfrozen, the checkpoint, and the images."""
 
     config: Config
     checkpoint: str
@@ -54,13 +45,17 @@ class _Setting:
     data: Path
     device: torch.device
 
+    def load_parts(self) -> Any:  # noqa: ANN401
+        """The checkpoint's model and processor, with weights of its own for each way."""
+        return Encoder.parts(self.checkpoint, patches=self.config.model.max_num_patches, device=self.device)
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Seconds of the best round, and the most memory of a round beyond what was there before."""
-
-    seconds: float
-    peak_bytes: int
+    def make_head(self, width: int) -> Head:
+        """A new head on the device."""
+        classifier = self.config.classifier.model_copy(update={"num_classes": N_CLASSES})
+        head = draw_head(self.config.model_copy(update={"classifier": classifier}), width=width, device=self.device)
+        assert isinstance(head, Head)
+        head.fusion.fit_log_norms(torch.randn(8, 2))
+        return head
 
 
 def bench_finetune(
@@ -77,12 +72,12 @@ def bench_finetune(
 
     Args:
         config: Everything but the data set and the run; ``training.batch_size`` is that of both ways.
-        checkpoint: A SigLIP checkpoint; towers of base size with random weights when not given.
+        checkpoint: A SigLIP checkpoint; by default towers of base size are made, with random weights.
         n_images: Images of a round.
         repeats: Rounds; the best of each way counts.
         unfreeze: Of ``frozen``, ``last-2`` and ``full``.
-        vocabulary: Token embeddings of the made towers; as many as the made tokenizer knows when not given.
-        progress: Who to tell.
+        vocabulary: Token embeddings of the made towers; by default as many as the made tokenizer needs.
+        progress: Progress bars and messages; silent by default.
 
     Returns:
         A case for each; as facts the peak memory of both ways.
@@ -91,229 +86,152 @@ def bench_finetune(
         InputError: A bad checkpoint.
     """
     progress = progress or Progress()
-    device = pick_device(config.hardware.device)
+    device, batch = pick_device(config.hardware.device), config.training.batch_size
+    cases, memory = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         progress.say("making images and towers")
-        captions = write_captions(5 * n_images)
+        captions = write_captions(CAPTIONS * n_images)
         name = checkpoint or str(make_base_checkpoint(Path(scratch) / "model", captions, vocabulary))
         data = draw_photographs(Path(scratch) / "images", n_images)
         listing = _listing(data, captions)
-        setting = _Setting(config=config, checkpoint=name, listing=listing, data=data, device=device)
-        cases, facts = [], {}
-        for one in unfreeze:
-            progress.say(f"timing {one}: {n_images} images, batch {config.training.batch_size}, {repeats} rounds")
-            plain, ours = _measure(setting, UNFROZEN[one], repeats)
-            facts[one] = {"plain_peak_bytes": plain.peak_bytes, "ours_peak_bytes": ours.peak_bytes}
-            note = "ours: the first epoch, later ones run no tower at all" if one == "frozen" else ""
-            rates = {"plain": n_images / plain.seconds, "ours": n_images / ours.seconds}
-            cases.append(Case(name=one, unit="images", note=note, **rates))
+        for label in unfreeze:
+            progress.say(f"timing {label}: {n_images} images, batch {batch}, {repeats} rounds")
+            section = config.finetune.model_copy(update={"unfreeze": UNFROZEN[label]})
+            config = config.model_copy(update={"finetune": section})
+            setting = Setting(config=config, checkpoint=name, listing=listing, data=data, device=device)
+            case, memory[label] = _measure(setting, label, repeats)
+            cases.append(case)
     lines = [
-        f"peak memory beyond the weights, {one}: plain {_mib(fact['plain_peak_bytes'])},"
-        f" ours {_mib(fact['ours_peak_bytes'])}"
-        for one, fact in facts.items()
+        f"peak memory beyond the weights, {label}: plain {peaks['plain_peak_bytes'] / 2**20:,.0f} MiB,"
+        f" ours {peaks['ours_peak_bytes'] / 2**20:,.0f} MiB"
+        for label, peaks in memory.items()
     ]
     lines.append("plain: AutoProcessor in a DataLoader, padded batches, the model of transformers in train mode, AdamW")
     budget, precision = config.model.max_num_patches, autocast(device).name
-    title = f"finetuning at {budget} patches, batch {config.training.batch_size}, on {device.type} ({precision})"
-    return BenchResult(title=title, cases=tuple(cases), facts={"memory": facts}, lines=tuple(lines))
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
+    title = f"finetuning at {budget} patches, batch {batch}, on {device.type} ({precision})"
+    return BenchResult(title=title, cases=tuple(cases), facts={"memory": memory}, lines=tuple(lines))
 
 
 def _listing(data: Path, captions: Sequence[str]) -> Manifest:
     paths = sorted(path.name for path in data.iterdir())
     rng = np.random.default_rng(0)
-    labels = [sorted(set(rng.integers(0, N_CLASSES, 3).tolist())) for _ in paths]
     return Manifest.from_columns(
         image_ids=np.arange(len(paths)),
         paths=paths,
         splits=["train"] * (len(paths) - 2) + ["val", "test"],
-        captions=[list(captions[5 * at : 5 * at + 5]) for at in range(len(paths))],
-        labels=labels,
-        category_names=[f"class {at}" for at in range(N_CLASSES)],
+        captions=[list(part) for part in chunks(captions, CAPTIONS)],
+        labels=[sorted(set(rng.integers(0, N_CLASSES, 3).tolist())) for _ in paths],
+        category_names=[f"class {number}" for number in range(N_CLASSES)],
         name="bench",
     )
 
 
-def _measure(setting: _Setting, unfreeze: str, repeats: int) -> tuple[Measured, Measured]:
-    """The plain way and ours, by turns; each has the memory to itself only as far as weights go."""
-    ways: dict[str, Callable[[], None]] = {}
-    store, ways["ours"] = _ours(setting, unfreeze)
-    ways["plain"] = plainly(_plain(setting, unfreeze))
+def _measure(setting: Setting, label: str, repeats: int) -> tuple[Case, dict[str, int]]:
+    """A case, and the peak of each way beyond the weights; both ways have their weights in memory.
+
+    The peak has a round of its own, because freed memory is given back before it.
+    """
+    store, ours = _ours(setting)
+    ways = {"plain": _plain(setting), "ours": ours}
+    note = "ours: the first epoch, later ones run no tower at all" if label == "frozen" else ""
     with store:
         for way in ways.values():
             way()  # workers start, buffers are made
-        peaks = {name: _peak(way, setting.device) for name, way in ways.items()}
-        seconds = best_of({name: _whole(way, setting.device) for name, way in ways.items()}, repeats=repeats)
-    plain, ours = (Measured(seconds=seconds[name], peak_bytes=peaks[name]) for name in ("plain", "ours"))
-    return plain, ours
+        peaks = {f"{name}_peak_bytes": _peak_bytes(way, setting.device) for name, way in ways.items()}
+        n_images = len(setting.listing.paths)
+        return time_case(label, "images", n_images, ways, repeats=repeats, device=setting.device, note=note), peaks
 
 
-def _whole(way: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A way until its last kernel."""
-
-    def run() -> None:
+def _peak_bytes(way: Callable[[], None], device: torch.device) -> int:
+    """The most memory that a way takes: allocated on a GPU, resident on a CPU; 0 where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         way()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
-
-
-def _peak(way: Callable[[], None], device: torch.device) -> int:
-    """Bytes that a way takes; in a round of its own, because freed memory is given back before it."""
-    with _Peak(device) as peak:
-        _whole(way, device)()
-    return peak.bytes
-
-
-class _Peak:
-    """The most memory that is taken meanwhile: allocated on a GPU, resident on a CPU (looked at every 10 ms)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._over, self.bytes = device, threading.Event(), 0
-
-    def __enter__(self) -> "_Peak":
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
-        else:
-            _give_back()
-            self._before = _resident()
-            self._thread = threading.Thread(target=self._look, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
-        else:
-            self._over.set()
-            self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(LOOK_EVERY_S):
-            self.bytes = max(self.bytes, _resident() - self._before)
-
-
-def _give_back() -> None:
-    """Let the C library give freed memory back, or what one way had would count for none in the next."""
+        return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _resident() -> int:
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that one way has freed must not hide what the next one takes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
+        before = _peak_resident()
+        way()
+        return _peak_resident() - before
+    except (OSError, AttributeError):
         return 0
 
 
-def _ours(setting: _Setting, unfreeze: str) -> tuple[LiveStore, Callable[[], None]]:
+def _peak_resident() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _ours(setting: Setting) -> tuple[LiveStore, Callable[[], None]]:
     """An epoch of ours; of frozen towers embedding everything and a step a batch."""
-    config, team = setting.config, Team(setting.device)
-    section = config.finetune.model_copy(update={"unfreeze": unfreeze})
-    config = config.model_copy(update={"finetune": section})
-    parts = Encoder.parts(setting.checkpoint, patches=config.model.max_num_patches, device=setting.device)
-    towers = Towers(parts, section)
+    config, group, parts = setting.config, ProcessGroup(setting.device), setting.load_parts()
+    towers = Towers(parts, config.finetune)
     store = LiveStore(
-        setting.listing, setting.data, parts, config, captions=1 if towers.sides else 5, team=team, progress=Progress()
+        setting.listing,
+        setting.data,
+        parts,
+        config,
+        captions=1 if towers.sides else CAPTIONS,
+        group=group,
+        progress=Progress(),
     )
-    train, head = store.whole, _head(setting, store.encoder.width)
+    train, head = store.whole, setting.make_head(store.encoder.width)
     steps = -(-len(train) // config.training.batch_size)
-    members = Replicas([head], stacked=False)
     step: Step = (
-        TowerStep(members, train, config, steps=steps, feed=Feed(towers, store, config))
+        TowerStep(head, train, config, steps=steps, batches=TowerBatches(towers, store, config))
         if towers.sides
-        else Step(members, train, config, steps=steps)
+        else Step(head, train, config, steps=steps)
     )
     numbers = itertools.count(1)
 
     def epoch() -> None:
         if not towers.sides:
-            store.embed_images(store.used, None)
-            store.embed_captions(store.used, None)
+            store.embed("image", store.used, quiet=True)
+            store.embed("text", store.used, quiet=True)
         order = torch.randperm(len(train)).to(setting.device)
         step.begin(next(numbers), order, torch.zeros_like(order))
-        members.train()
+        head.train()
         for part in torch.tensor_split(order, steps):
             step.run((len(part),))
 
     return store, epoch
 
 
-def _head(setting: _Setting, width: int) -> Head:
-    classifier = setting.config.classifier.model_copy(update={"num_classes": N_CLASSES})
-    head = draw_head(setting.config.model_copy(update={"classifier": classifier}), width=width, device=setting.device)
-    assert isinstance(head, Head)
-    head.fusion.fit_log_norms(torch.randn(8, 2))
-    return head
-
-
-def _plain(setting: _Setting, unfreeze: str) -> Callable[[], None]:
+def _plain(setting: Setting) -> Callable[[], None]:
     """An epoch of what a first script does."""
-    config, device, listing = setting.config, setting.device, setting.listing
-    parts = Encoder.parts(setting.checkpoint, patches=config.model.max_num_patches, device=device)
-    Towers(parts, config.finetune.model_copy(update={"unfreeze": unfreeze}))  # says which parameters are trained
+    config, device, listing, parts = setting.config, setting.device, setting.listing, setting.load_parts()
+    Towers(parts, config.finetune)  # says which parameters are trained
     model = parts.model.train()
-    head = _head(setting, int(model.config.text_config.hidden_size)).train()
-    learnt = [*head.parameters(), *(one for one in model.parameters() if one.requires_grad)]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-5, weight_decay=config.optimizer.weight_decay)
+    head = setting.make_head(int(model.config.text_config.hidden_size)).train()
+    trained = [*head.parameters(), *(weight for weight in model.parameters() if weight.requires_grad)]
+    step = plain_step(trained, config, rate=1e-5)
     processor = parts.source.load("the processor", transformers.AutoProcessor)
-    collate = partial(_collate, processor, _budget(setting, model))
     labels = listing.labels_matrix()
-    items: Any = [
+    items = [
         (str(setting.data / path), listing.captions[row][0], labels[row]) for row, path in enumerate(listing.paths)
     ]
-    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-    loader: DataLoader[Any] = DataLoader(
-        items,
-        batch_size=config.training.batch_size,
-        shuffle=True,
-        num_workers=PLAIN_WORKERS,
-        collate_fn=collate,
-        persistent_workers=True,
-    )
+    collate = partial(_collate, processor, budget_of(model, config.model.max_num_patches))
+    loader = make_loader(items, config.training.batch_size, collate_fn=collate)
 
     def epoch() -> None:
-        for pixels, ids, y in _moved(loader, device):
+        for pixels, ids, y in loader:
             with autocast(device):
-                v_img = model.get_image_features(**pixels).pooler_output
-                v_txt = model.get_text_features(input_ids=ids).pooler_output
+                moved = {name: value.to(device) for name, value in pixels.items()}
+                v_img = model.get_image_features(**moved).pooler_output
+                v_txt = model.get_text_features(input_ids=ids.to(device)).pooler_output
                 output = head(v_img.float(), v_txt.float())
-            optimizer.zero_grad()
-            plain_loss(config.loss, output, y).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(learnt, 1.0)
-            optimizer.step()
+            step(output, y.to(device))
 
     return epoch
 
 
-def _budget(setting: _Setting, model: Any) -> dict[str, int]:  # noqa: ANN401
-    """What NaFlex processors are told and others are not."""
-    return {"max_num_patches": setting.config.model.max_num_patches} if model.config.model_type == "siglip2" else {}
-
-
-def _moved(
-    loader: DataLoader[Any], device: torch.device
-) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
-    for pixels, ids, y in loader:
-        yield {name: value.to(device) for name, value in pixels.items()}, ids.to(device), y.to(device)
-
-
 def _collate(processor: Any, budget: dict[str, int], items: list[Any]) -> Any:  # noqa: ANN401
-    images = [Image.open(path).convert("RGB") for path, _, _ in items]
-    pixels = dict(processor(images=images, return_tensors="pt", **budget))
-    ids = processor.tokenizer(
-        [text.lower() for _, text, _ in items],
-        padding="max_length",
-        padding_side="right",
-        truncation=True,
-        max_length=TEXT_LENGTH,
-        return_tensors="pt",
-    ).input_ids
-    return pixels, ids, torch.from_numpy(np.stack([labels for _, _, labels in items])).float()
+    paths, texts, labels = zip(*items, strict=True)
+    return (
+        process_images(processor, budget, paths),
+        tokenize(processor, texts),
+        torch.from_numpy(np.stack(labels)).float(),
+    )

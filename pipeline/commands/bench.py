@@ -1,165 +1,130 @@
 """``mmcli bench``: this machine beside the plain way."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...errors import InputError
-from .options import ConfigFile, Device, Json, PresetName, Quiet, Set, finish, make_progress, read_config
+from .options import Output, Repeats, Settings, command, option
+
+_Store = Annotated[Path | None, option("--store DIR", "Store to read [default: one that is made, of COCO's size].")]
+_NTrain = Annotated[
+    int | None, option("--n-train", "Train images of the made store [default: COCO's 113,287].", min=2048)
+]
+_Model = Annotated[str | None, option("--model NAME", "Checkpoint [default: base-size towers, random weights].")]
 
 
+@command("model.max_num_patches", "hardware.device", "data.num_workers", file=False)
 def bench_extract(
-    patches: Annotated[
-        int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="NAME", help="Checkpoint [default: base-size towers, random weights]."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Folder of JPEGs [default: drawn, of COCO's sizes].")
-    ] = None,
-    n_images: Annotated[int, typer.Option("--n-images", min=1, help="Images of a round.")] = 96,
-    n_captions: Annotated[int, typer.Option("--n-captions", min=1, help="Captions of a round.")] = 160,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
-    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images.")] = None,
-    device: Device = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    settings: Settings,
+    output: Output,
+    model: _Model = None,
+    images: Annotated[Path | None, option("--images DIR", "Folder of JPEGs [default: drawn, of COCO's sizes].")] = None,
+    n_images: Annotated[int, option("--n-images", "Images of a round.", min=1)] = 96,
+    n_captions: Annotated[int, option("--n-captions", "Captions of a round.", min=1)] = 160,
+    repeats: Repeats = 3,
 ) -> None:
     """Images and captions a second: the plain transformers loop, ours, the towers alone, decoding alone."""
-    resolved = read_config(
-        None, None, {"model.max_num_patches": patches, "hardware.device": device, "data.num_workers": workers}
-    )
+    config = settings.load()
     from ..bench.extract import bench_extract as stage
 
     result = stage(
-        resolved,
+        config,
         checkpoint=model,
         images=images,
         n_images=n_images,
         n_captions=n_captions,
         repeats=repeats,
-        progress=make_progress(quiet),
+        progress=output.progress,
     )
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(result)
 
 
+@command("hash.bits", "preset", "hardware.device")
 def bench_train(
-    bits: Annotated[int | None, typer.Option("--bits", help="Bits of the code [default: 64].")] = None,
-    n_train: Annotated[
-        int | None,
-        typer.Option("--n-train", min=2048, help="Train images of the made store [default: COCO's 113,287]."),
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps of a round at batch 64.")] = 150,
-    replicas: Annotated[int, typer.Option("--replicas", min=2, help="Heads that train in one pass.")] = 5,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
-    preset: PresetName = None,
-    store: Annotated[
-        Path | None,
-        typer.Option("--store", metavar="DIR", help="Store to train from [default: one that is made, of COCO's size]."),
-    ] = None,
-    device: Device = None,
-    config: ConfigFile = None,
-    set_: Set = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    settings: Settings,
+    output: Output,
+    n_train: _NTrain = None,
+    steps: Annotated[int, option("--steps", "Steps of a round at batch 64.", min=2)] = 150,
+    repeats: Repeats = 3,
+    store: _Store = None,
 ) -> None:
-    """Training images a second: a plain DataLoader loop, ours, the products alone; loading, and the first step."""
-    options = {"preset": preset, "hash.bits": bits, "hardware.device": device}
-    resolved = read_config(config, set_, options)
+    """Training images a second: a plain DataLoader loop, ours, the matrix products alone."""
+    config = settings.load()
     from ..bench.train import bench_train as stage
 
     result = stage(
-        resolved,
+        config,
         store=store,
         n_train=n_train,
         steps=steps,
         repeats=repeats,
-        replicas=replicas,
-        progress=make_progress(quiet),
+        progress=output.progress,
     )
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(result)
 
 
-def bench_knn(
-    sizes: Annotated[
-        str, typer.Option("--sizes", metavar="N,..", help="Codes of each index; 1M is a million.")
-    ] = "113287,1M",
-    bits: Annotated[str, typer.Option("--bits", metavar="B,..", help="Bits of a code.")] = "64,128",
-    index: Annotated[
-        str,
-        typer.Option(
-            "--index", metavar="NAME,..", help="Indexes: auto, flat, fastscan, torch, gpu, ivf, hnsw, multihash."
-        ),
-    ] = "auto,flat,ivf,hnsw,multihash",
-    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours.")] = 20,
-    queries: Annotated[int, typer.Option("--queries", min=1, help="Queries of a batch at most.")] = 5000,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 3,
-    rivals: Annotated[bool, typer.Option("--rivals/--no-rivals", help="Time scikit-learn and USearch too.")] = True,
-    device: Device = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Queries a second: the plan's loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+@dataclass(frozen=True, kw_only=True)
+class Searches:
+    """What is searched, and how."""
+
+    sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M"
+    bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128"
+    index: Annotated[str, option("--index NAME,..", "Indexes: auto, flat, fastscan, torch, gpu.")] = "auto,flat"
+    k: Annotated[int, option("--k", "Neighbours.", min=1)] = 20
+    queries: Annotated[int, option("--queries", "Queries of a batch at most.", min=1)] = 5000
+    repeats: Repeats = 3
+    baselines: Annotated[bool, option("--baselines/--no-baselines", "Time scikit-learn too.")] = True
+
+
+@command("hardware.device", file=False)
+def bench_knn(settings: Settings, searches: Searches, output: Output) -> None:
+    """Queries a second: a plain loop, search and vote of ours, FAISS's search alone; every index with its recall."""
+    config = settings.load()
+    from ..bench.knn import Workload, parse_kinds, parse_numbers
     from ..bench.knn import bench_knn as stage
-    from ..bench.knn import parse_kinds, parse_numbers
     from ..core.device import pick_device
 
-    result = stage(
-        sizes=parse_numbers(sizes, "--sizes"),
-        bits=parse_numbers(bits, "--bits"),
-        kinds=parse_kinds(index),
-        K=k,
-        queries=queries,
-        repeats=repeats,
-        rivals=rivals,
-        device=str(pick_device(device or "auto")),
-        progress=make_progress(quiet),
+    workload = Workload(
+        sizes=parse_numbers(searches.sizes, "--sizes"),
+        bits=parse_numbers(searches.bits, "--bits"),
+        kinds=parse_kinds(searches.index),
+        K=searches.k,
+        queries=searches.queries,
     )
-    finish(result.to_json(), json_, *result.summary())
+    result = stage(
+        workload,
+        repeats=searches.repeats,
+        baselines=searches.baselines,
+        device=str(pick_device(config.hardware.device)),
+        progress=output.progress,
+    )
+    output.finish(result)
 
 
+@command("model.max_num_patches", "data.num_workers", "preset", "hardware.device")
 def bench_finetune(
-    patches: Annotated[
-        int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="NAME", help="Checkpoint [default: base-size towers, random weights]."),
-    ] = None,
-    n_images: Annotated[int, typer.Option("--n-images", min=8, help="Images of a round.")] = 48,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Images of a step, in both ways.")] = 16,
-    unfreeze: Annotated[
-        str, typer.Option("--unfreeze", metavar="NAME,..", help="Of frozen, last-2, full.")
-    ] = "frozen,last-2,full",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; the best of each way counts.")] = 2,
-    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that read images.")] = None,
+    settings: Settings,
+    output: Output,
+    model: _Model = None,
+    n_images: Annotated[int, option("--n-images", "Images of a round.", min=8)] = 48,
+    batch_size: Annotated[int, option("--batch-size", "Images of a step, in both ways.", min=2)] = 16,
+    unfreeze: Annotated[str, option("--unfreeze NAME,..", "Of frozen, last-2, full.")] = "frozen,last-2,full",
+    repeats: Repeats = 2,
     vocabulary: Annotated[
         int | None,
-        typer.Option(
+        option(
             "--vocabulary",
+            "Token embeddings of the made towers; SigLIP2 has 256000, on which a step of full spends seconds"
+            " [default: as many as the made tokenizer knows].",
             min=4096,
-            help="Token embeddings of the made towers; SigLIP2 has 256000, on which a step of full spends seconds [default: as many as the made tokenizer knows].",
         ),
     ] = None,
-    preset: PresetName = None,
-    device: Device = None,
-    config: ConfigFile = None,
-    set_: Set = None,
-    json_: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Finetuning images a second and peak memory: a plain transformers loop, and ours."""
-    options = {
-        "preset": preset,
-        "model.max_num_patches": patches,
-        "training.batch_size": batch_size,
-        "hardware.device": device,
-        "data.num_workers": workers,
-    }
-    resolved = read_config(config, set_, options)
+    config = settings.load({"training.batch_size": batch_size})
     names = [name.strip() for name in unfreeze.split(",")]
     from ..bench.finetune import UNFROZEN
     from ..bench.finetune import bench_finetune as stage
@@ -167,12 +132,48 @@ def bench_finetune(
     if set(names) - set(UNFROZEN):
         raise InputError("nothing to time", where="--unfreeze", got=unfreeze, wanted=f"of {', '.join(UNFROZEN)}")
     result = stage(
-        resolved,
+        config,
         checkpoint=model,
         n_images=n_images,
         repeats=repeats,
         unfreeze=names,
         vocabulary=vocabulary,
-        progress=make_progress(quiet),
+        progress=output.progress,
     )
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(result)
+
+
+@command("training.num_epochs", "preset", "hardware.device")
+def bench_ablate(
+    settings: Settings,
+    output: Output,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="EXPERIMENT...",
+            help="Experiments that a store alone serves [default: A1 A2 A3 B2 B4 C1 C2 C3 C4].",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, option("--seeds N", "Rows of N seeds.", min=1)] = 1,
+    n_train: _NTrain = None,
+    workers: Annotated[int, option("--workers", "Processes, each with its share of threads.", min=1)] = 1,
+    store: _Store = None,
+    out: Annotated[Path | None, option("--out DIR", "Keep the table and its runs here [default: thrown away].")] = None,
+) -> None:
+    """Experiments on a store of COCO's size: seconds of planning, training, evaluating, and a loop without sharing."""
+    from ..ablation.request import ConfigSource
+    from ..bench.ablate import NAMES
+    from ..bench.ablate import bench_ablate as stage
+
+    result = stage(
+        ConfigSource(file=settings.file, options=settings.given, flags=settings.flags),
+        names=names or NAMES,
+        store=store,
+        n_train=n_train,
+        seeds=seeds,
+        workers=workers,
+        out=out,
+        progress=output.progress,
+    )
+    output.finish(result)

@@ -1,252 +1,174 @@
-"""The commands up to a store: demo, prepare, extract."""
+"""The commands up to a store, and those that look at one: demo, prepare, extract, cache."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ...errors import InputError
-from .options import (
-    ConfigFile,
-    Data,
-    Device,
-    FollowLinks,
-    Force,
-    Json,
-    Model,
-    Quiet,
-    Revision,
-    Seed,
-    Set,
-    Store,
-    StoreOut,
-    data_folder,
-    finish,
-    make_progress,
-    read_config,
-)
+from ..core.defaults import DATA
+from .options import Engine, Force, Images, OnError, Output, Settings, Store, StoreOut, command, option
 
 
+@command("hardware.seed", "hardware.device", file=False)
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")] = Path("demo"),
-    seed: Seed = None,
-    device: Device = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    settings: Settings,
+    output: Output,
+    out: Annotated[Path, option("--out DIR", "Folder to write.")] = Path("demo"),
     force: Force = False,
 ) -> None:
     """Every stage, on a generated miniature: about three minutes on two cores."""
+    config = settings.load()
     from ..demo import run_demo
 
-    config = read_config(None, None, {"hardware.seed": seed, "hardware.device": device})
-    result = run_demo(config, out=out, force=force, progress=make_progress(quiet))
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(run_demo(config, out=out, force=force, progress=output.progress))
 
 
+@command()
 def prepare(
-    data: Data = Path("data/coco"),
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Folder for manifest.parquet [default: the data folder]."),
-    ] = None,
-    check_images: Annotated[
-        bool, typer.Option("--check-images/--no-check-images", help="Look for every image file.")
-    ] = True,
-    follow_links: FollowLinks = False,
-    json_: Json = False,
-    quiet: Quiet = False,  # noqa: ARG001 - taken everywhere; there is no progress to show
+    images: Images,
+    output: Output,
+    out: Annotated[Path | None, option("--out DIR", "Folder for manifest.parquet [default: the data folder].")] = None,
+    check_images: Annotated[bool, option("--check-images/--no-check-images", "Look for every image file.")] = True,
 ) -> None:
     """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
     from ..data.prepare import prepare as stage
     from ..data.prepare import statistics_tables
 
-    result = stage(data_folder(data, follow_links), out, check_images=check_images)
-    finish(result.to_json(), json_, *statistics_tables(result.statistics), f"wrote {result.path}")
+    result = stage(images.folder, out, check_images=check_images)
+    output.show(result.to_json(), *statistics_tables(result.statistics), f"wrote {result.path}")
 
 
-def extract(
-    patches: Annotated[
-        int | None, typer.Option("--patches", help="Patch budget of a NaFlex checkpoint [default: 256].")
-    ] = None,
-    data: Data = Path("data/coco"),
-    manifest: Annotated[
-        Path | None, typer.Option("--manifest", metavar="FILE", help="Manifest [default: DATA/manifest.parquet].")
-    ] = None,
-    out: StoreOut = None,
-    model: Model = None,
-    revision: Revision = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option("--dtype", help="How embeddings are stored.")
-    ] = "float16",
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")
-    ] = "stop",
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What an extraction writes, and how."""
+
+    manifest: Annotated[Path | None, option("--manifest FILE", "Manifest [default: DATA/manifest.parquet].")] = None
+    out: StoreOut = None
+    dtype: Annotated[Literal["float16", "float32"], option("--dtype", "How embeddings are stored.")] = "float16"
+    on_error: OnError = "stop"
     resizer: Annotated[
         Literal["pillow", "torch"],
-        typer.Option(
-            "--resizer",
-            help="pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there.",
+        option(
+            "--resizer", "pillow: the processor's own numbers; torch: faster, off by one level of 255 here and there."
         ),
-    ] = "pillow",
+    ] = "pillow"
     batch_tokens: Annotated[
         int | None,
-        typer.Option(
+        option(
             "--batch-tokens",
+            "Patches or text tokens of a forward pass of a new store [default: 1024 or 2048 on a CPU, by its caches;"
+            " 32768 on a GPU].",
             min=1,
-            help="Patches or text tokens of a forward pass of a new store [default: 1024 or 2048 on a CPU, by its caches; 32768 on a GPU].",
         ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", min=0, help="Processes that read images [default: one a core with a GPU, else one for eight]."
-        ),
-    ] = None,
+    ] = None
+    shard: Annotated[str | None, option("--shard I/N", "Fill one of N stripes; run the others elsewhere.")] = None
+    force: Force = False
+
+
+@command("model.max_num_patches", "model.siglip2_variant", "model.revision", "data.num_workers", "hardware.device")
+def extract(
+    settings: Settings,
+    images: Images,
+    extraction: Extraction,
+    engine: Engine,
+    output: Output,
     processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="Processes that compute [default: one a GPU].")
+        int | None, option("--processes", "Processes that compute [default: one a GPU].", min=1)
     ] = None,
-    engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option("--engine", help="This machine, or a Ray cluster (install the extra ray)."),
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray-address", metavar="ADDRESS", help="Cluster of --engine ray [default: one of this machine alone]."
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Fill one of N stripes; run the others elsewhere.")
-    ] = None,
-    follow_links: FollowLinks = False,
-    device: Device = None,
-    config: ConfigFile = None,
-    set_: Set = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    force: Force = False,
 ) -> None:
     """Stage 1: run the frozen SigLIP2 once and store its raw embeddings; resumes where it was stopped."""
-    options = {
-        "model.max_num_patches": patches,
-        "model.siglip2_variant": model,
-        "model.revision": revision,
-        "data.num_workers": workers,
-        "hardware.device": device,
-    }
-    resolved = read_config(config, set_, options)
-    from ..extraction.extract import ExtractPlan, parse_stripe
+    config = settings.load()
+    from ..extraction.extract import ExtractPlan, extract_here, parse_stripe
 
-    plan = ExtractPlan(
-        data=data_folder(data, follow_links),
-        manifest=manifest,
-        out=out,
-        dtype=dtype,
-        on_error=on_error,
-        resizer=resizer,
-        batch_tokens=batch_tokens,
-        force=force,
-        stripe=None if shard is None else parse_stripe(shard),
-    )
-    if ray_address is not None and engine != "ray":
-        raise InputError("--ray-address without Ray", got=ray_address, wanted="--engine ray", do="give both or neither")
-    if engine == "ray":
+    options = vars(extraction).copy()
+    shard = options.pop("shard")
+    plan = ExtractPlan(data=images.folder, stripe=None if shard is None else parse_stripe(shard), **options)
+    if engine.engine == "ray":
         from ..extraction.ray_engine import extract_on_ray
 
-        result = extract_on_ray(resolved, plan, processes=processes, address=ray_address, progress=make_progress(quiet))
+        address = engine.ray_address
+        result = extract_on_ray(config, plan, processes=processes, address=address, progress=output.progress)
     else:
-        from ..extraction.extract import extract_here
-
-        result = extract_here(resolved, plan, processes=processes, progress=make_progress(quiet))
-    finish(result.to_json(), json_, *result.summary())
+        result = extract_here(config, plan, processes=processes, progress=output.progress)
+    output.finish(result)
 
 
-def cache_info(store: Store = None, json_: Json = False, quiet: Quiet = False) -> None:  # noqa: ARG001 - as everywhere
+@command()
+def cache_info(output: Output, store: Store = None) -> None:
     """What a store is: model, patches, sizes, skipped images, distribution of norms."""
     from ...cache import describe
     from ..extraction.stores import find_store, info_summary
 
     facts = describe(find_store(store))
-    finish(facts, json_, *info_summary(facts))
+    output.show(facts, *info_summary(facts))
 
 
+@command()
 def cache_verify(
+    output: Output,
     store: Store = None,
-    leaks: Annotated[bool, typer.Option("--leaks", help="List near-duplicate images across splits too.")] = False,
+    leaks: Annotated[bool, option("--leaks", "List near-duplicate images across splits too.")] = False,
     threshold: Annotated[
-        float | None,
-        typer.Option("--threshold", min=-1, max=1, help="Least cosine of near-duplicates [default: 0.98]."),
+        float | None, option("--threshold", "Least cosine of near-duplicates [default: 0.98].", min=-1, max=1)
     ] = None,
-    most: Annotated[
-        int | None, typer.Option("--most", min=0, help="Near-duplicates to list at most [default: 50].")
-    ] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    most: Annotated[int | None, option("--most", "Near-duplicates to list at most [default: 50].", min=0)] = None,
 ) -> None:
     """Check everything in a store: checksums, counts, order, NaN, norms, key."""
     from ..extraction.stores import check_store, find_store
 
-    checked = check_store(find_store(store), make_progress(quiet), leaks=leaks, threshold=threshold, most=most)
-    finish(checked.to_json(), json_, *checked.summary())
+    checked = check_store(find_store(store), output.progress, leaks=leaks, threshold=threshold, most=most)
+    output.finish(checked)
     if checked.problems:
         raise typer.Exit(2)
 
 
+@command()
 def cache_export(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write, new or empty.")],
+    output: Output,
+    out: Annotated[Path, option("--out DIR", "Folder to write, new or empty.")],
     format_: Annotated[
-        Literal["npy", "parquet"],
-        typer.Option("--format", help="npy: as clip-retrieval, embedding-reader and autofaiss read it."),
+        Literal["npy", "parquet"], option("--format", "npy: as clip-retrieval, embedding-reader and autofaiss read it.")
     ] = "npy",
     captions: Annotated[
         Literal["first", "all"] | None,
-        typer.Option(
-            "--captions", help="Of npy: a row an image, or a row a caption with its image repeated [default: first]."
-        ),
+        option("--captions", "With npy: a row an image, or a row a caption with its image repeated [default: first]."),
     ] = None,
     store: Store = None,
-    json_: Json = False,
-    quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Write a store's raw embeddings for other tools, shard by shard."""
     from ..extraction.stores import export, export_summary, find_store
 
-    report = export(find_store(store), out, format_, make_progress(quiet), captions=captions, force=force)
-    finish(report.to_json(), json_, *export_summary(report))
+    report = export(find_store(store), out, format_, output.progress, captions=captions, force=force)
+    output.show(report.to_json(), *export_summary(report))
 
 
-def cache_import(
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Embeddings from elsewhere, and the store that they become."""
+
     images: Annotated[
-        Path,
-        typer.Option(
-            "--images", metavar="PATH", help="Image vectors: .npy or .parquet, a file or a folder of numbered ones."
-        ),
-    ],
-    texts: Annotated[
-        Path, typer.Option("--texts", metavar="PATH", help="Caption vectors, likewise: one an image, or one a caption.")
-    ],
-    name: Annotated[str, typer.Option("--name", help="Model that computed them.")],
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Revision of that model [default: hash of the content].")
-    ] = None,
-    manifest: Annotated[
-        Path, typer.Option("--manifest", metavar="FILE", help="Manifest of their images, in their order.")
-    ] = Path("data/coco/manifest.parquet"),
-    out: StoreOut = None,
+        Path, option("--images PATH", "Image vectors: .npy or .parquet, a file or a folder of numbered ones.")
+    ]
+    texts: Annotated[Path, option("--texts PATH", "Caption vectors in the same form: one an image, or one a caption.")]
+    name: Annotated[str, option("--name", "Model that computed them.")]
+    revision: Annotated[str | None, option("--revision", "Revision of that model [default: hash of the content].")] = (
+        None
+    )
+    manifest: Annotated[Path, option("--manifest FILE", "Manifest of their images, in their order.")] = (
+        DATA / "manifest.parquet"
+    )
+    out: StoreOut = None
     dtype: Annotated[
-        Literal["float16", "float32"] | None,
-        typer.Option("--dtype", help="How they are stored [default: as they are]."),
-    ] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    force: Force = False,
-) -> None:
+        Literal["float16", "float32"] | None, option("--dtype", "How they are stored [default: as they are].")
+    ] = None
+    force: Force = False
+
+
+@command()
+def cache_import(vectors: Import, output: Output) -> None:
     """Make a store of embeddings that another tool computed."""
     from ..extraction.import_store import ImportPlan, import_store
 
-    plan = ImportPlan(
-        images=images, texts=texts, manifest=manifest, name=name, revision=revision, out=out, dtype=dtype, force=force
-    )
-    result = import_store(plan, make_progress(quiet))
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(import_store(ImportPlan(**vars(vectors)), output.progress))

@@ -1,130 +1,100 @@
-"""``mmcli index``: a file of samples that vote, which grows and shrinks without training."""
+"""The commands that tag new images: predict, and index, a file of samples that vote."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import InputError, read_text
-from .options import (
-    Data,
-    Device,
-    FollowLinks,
-    Force,
-    Json,
-    Model,
-    Quiet,
-    RunDir,
-    data_folder,
-    finish,
-    make_progress,
-    read_config,
-)
+from ..core.defaults import RUNS
+from .options import Force, Images, OnError, Output, RunDir, Settings, command, option
 
 if TYPE_CHECKING:
     from ..core.run import Run
 
-IndexFile = Annotated[
-    Path | None,
-    typer.Option("--index", metavar="FILE", help="Index file [default: index.safetensors of the run]."),
-]
+IndexFile = Annotated[Path | None, option("--index FILE", "Index file [default: index.safetensors of the run].")]
 
 
+@command()
 def index_build(
+    output: Output,
     run: RunDir = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="File to write [default: RUN/index.safetensors].")
-    ] = None,
-    json_: Json = False,
-    quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
+    out: Annotated[Path | None, option("--out FILE", "File to write [default: RUN/index.safetensors].")] = None,
     force: Force = False,
 ) -> None:
     """Write a run's train codes with labels, captions and paths to one file; no towers, no images."""
     from ..tagging.index import build
 
-    result = build(find_run(run), out, force=force)
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(build(find_run(run), out, force=force))
 
 
+@command("model.siglip2_variant", "hardware.device", file=False, defaults={"": "the run's", "hardware.device": "auto"})
 def index_add(
-    manifest: Annotated[
-        Path, typer.Option("--manifest", metavar="FILE", help="Manifest of the new samples; its tags may be new.")
-    ],
-    data: Data = Path("data/coco"),
+    settings: Settings,
+    images: Images,
+    output: Output,
+    manifest: Annotated[Path, option("--manifest FILE", "Manifest of the new samples; its tags may be new.")],
     index: IndexFile = None,
     run: RunDir = None,
-    model: Model = None,
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")
-    ] = "stop",
-    follow_links: FollowLinks = False,
-    device: Device = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    on_error: OnError = "stop",
     force: Force = False,
 ) -> None:
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
-    found = find_run(run)
-    from ..tagging.index import NAME, add
+    source = find_run(run)
+    from ..tagging.index import NAME, AddOptions, add
 
     result = add(
-        index or found.folder / NAME,
-        found,
+        index or source.folder / NAME,
+        source,
         manifest=manifest,
-        data=data_folder(data, follow_links),
-        device=device or "auto",
-        model=model,
-        on_error=on_error,
-        force=force,
-        progress=make_progress(quiet),
+        data=images.folder,
+        options=AddOptions(
+            device=settings.options.get("hardware.device", "auto"),
+            model=settings.options.get("model.siglip2_variant"),
+            on_error=on_error,
+            force=force,
+        ),
+        progress=output.progress,
     )
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(result)
 
 
+@command()
 def index_remove(
-    ids: Annotated[
-        str | None, typer.Option("--ids", metavar="ID,...", help="Image ids of the samples to remove.")
-    ] = None,
-    ids_file: Annotated[
-        Path | None, typer.Option("--ids-file", metavar="FILE", help="The same, from a file: one a line.")
-    ] = None,
+    output: Output,
+    ids: Annotated[str | None, option("--ids ID,...", "Image ids of the samples to remove.")] = None,
+    ids_file: Annotated[Path | None, option("--ids-file FILE", "A file of such image ids, one a line.")] = None,
     index: IndexFile = None,
     run: RunDir = None,
-    json_: Json = False,
-    quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
 ) -> None:
     """Take samples out by their image ids."""
-    given = _parse_ids(ids or "", "--ids")
+    numbers = _parse_ids(ids or "", "--ids")
     if ids_file is not None:
-        given += _parse_ids(read_text(ids_file, "cannot read image ids", wanted="one a line"), ids_file)
-    if not given:
+        numbers += _parse_ids(read_text(ids_file, "cannot read image ids", wanted="one a line"), ids_file)
+    if not numbers:
         raise InputError("no image ids", got="neither --ids nor --ids-file", wanted="one of them", do="as in --ids 1,2")
     path = index or _default(run)
     from ..tagging.index import remove
 
-    result = remove(path, given)
-    finish(result.to_json(), json_, *result.summary())
+    output.finish(remove(path, numbers))
 
 
-def index_info(
-    index: IndexFile = None,
-    run: RunDir = None,
-    json_: Json = False,
-    quiet: Quiet = False,  # noqa: ARG001 - taken everywhere
-) -> None:
+@command()
+def index_info(output: Output, index: IndexFile = None, run: RunDir = None) -> None:
     """What an index file holds; compares its checksum."""
     path = index or _default(run)
     from ..tagging.index import describe, info_summary
 
     facts = describe(path)
-    finish(facts, json_, *info_summary(facts))
+    output.show(facts, *info_summary(facts))
 
 
 def find_run(run: Path | None) -> "Run":
     """The run that was named, or the newest finished one of ``train-head``."""
     from ..core.run import newest_run, open_run
 
-    return newest_run(Path("runs")) if run is None else open_run(run)
+    return newest_run(RUNS) if run is None else open_run(run)
 
 
 def _default(run: Path | None) -> Path:
@@ -136,106 +106,92 @@ def _default(run: Path | None) -> Path:
 
 def _parse_ids(text: str, where: object) -> list[int]:
     """Whole numbers of 64 bits between commas and white space."""
-    found = []
+    numbers = []
     for word in text.replace(",", " ").split():
         digits = word.removeprefix("-")
         if not (digits.isascii() and digits.isdecimal() and len(digits) < 20 and -(2**63) <= int(word) < 2**63):
             raise InputError("no image id", where=where, got=repr(word), wanted="whole numbers", do="as in 1,2,3")
-        found.append(int(word))
-    return found
+        numbers.append(int(word))
+    return numbers
 
 
-def predict(
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The images to tag, and whose samples vote."""
+
     images: Annotated[
         list[Path] | None,
         typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.", show_default=False),
-    ] = None,
-    caption: Annotated[str | None, typer.Option("--caption", help="Caption of the image.")] = None,
+    ] = None
+    caption: Annotated[str | None, option("--caption", "Caption of the image.")] = None
     captions: Annotated[
         Path | None,
-        typer.Option(
-            "--captions",
-            metavar="FILE",
-            help="Captions of several: JSON lines or CSV, path and caption; names the images where no IMAGE does.",
+        option(
+            "--captions FILE",
+            "Captions of several: JSON lines or CSV, path and caption; names the images where no IMAGE does.",
         ),
-    ] = None,
-    run: RunDir = None,
+    ] = None
+    run: RunDir = None
     index: Annotated[
-        Path | None,
-        typer.Option("--index", metavar="FILE", help="Index file whose samples vote [default: the run's train split]."),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Tags of an image at most.")] = 5,
-    neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="Neighbours shown a tag; --json has all.")] = 3,
-    k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote [default: the run's, 20].")] = None,
-    metric: Annotated[
-        Literal["hamming", "cosine", "hybrid", "asymmetric"] | None,
-        typer.Option("--metric", help="Distance [default: the run's; cosine without hash]."),
-    ] = None,
-    vote: Annotated[
-        Literal["softmax", "uniform", "rank", "threshold"] | None,
-        typer.Option("--vote", help="Weights of the votes [default: the run's]."),
-    ] = None,
-    tau: Annotated[
-        float | None, typer.Option("--tau", help="Temperature of the softmax vote [default: the run's].")
-    ] = None,
-    theta: Annotated[
-        float | None, typer.Option("--theta", help="Least similarity of the threshold vote [default: the run's].")
-    ] = None,
-    ties: Annotated[
-        Literal["index", "average"] | None,
-        typer.Option(
-            "--ties",
-            help="Who votes among equals at the boundary: the lower index, or all of them share [default: the run's].",
-        ),
-    ] = None,
-    panel: Annotated[
-        Path | None, typer.Option("--panel", metavar="FILE", help="Draw images and neighbours into a PNG file.")
-    ] = None,
-    data: Data = Path("data/coco"),
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option("--on-error", help="What an image that cannot be read does.")
-    ] = "stop",
-    follow_links: FollowLinks = False,
-    model: Model = None,
-    device: Device = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    force: Force = False,
-) -> None:
+        Path | None, option("--index FILE", "Index file whose samples vote [default: the run's train split].")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How much of the answer is shown, and where it is drawn."""
+
+    top: Annotated[int, option("--top", "Tags of an image at most.", min=1)] = 5
+    neighbours: Annotated[int, option("--neighbours", "Neighbours shown a tag; --json has all.", min=1)] = 3
+    panel: Annotated[Path | None, option("--panel FILE", "Draw images and neighbours into a PNG file.")] = None
+    on_error: OnError = "stop"
+    force: Force = False
+
+
+@command(
+    "knn.K",
+    "knn.distance_metric",
+    "knn.voting_strategy",
+    "knn.tau",
+    "knn.theta",
+    "knn.ties",
+    "model.siglip2_variant",
+    "hardware.device",
+    file=False,
+    defaults={"": "the run's", "hardware.device": "auto"},
+)
+def predict(question: Question, settings: Settings, answer: Answer, files: Images, output: Output) -> None:
     """Tag images with their captions, and show the neighbours that voted for every tag."""
-    from ..tagging.predict import gather
+    from ..core.run_folders import RunPaths
+    from ..tagging.requests import read_requests
 
     notes: list[str] = []
-    requests = gather(images or [], caption, captions, follow_links=follow_links, notes=notes)
-    found = find_run(run)
-    options = {
-        "knn.K": k,
-        "knn.distance_metric": metric,
-        "knn.voting_strategy": vote,
-        "knn.tau": tau,
-        "knn.theta": theta,
-        "knn.ties": ties,
-    }
-    resolved = read_config(found.folder / "config.yaml", None, options)
+    asked = (question.images or [], question.caption, question.captions)
+    requests = read_requests(*asked, follow_links=files.follow_links, notes=notes)
+    source = find_run(question.run).folder
+    votes = {key: value for key, value in settings.options.items() if key.startswith("knn.")}
+    config = Settings(options=votes).load(file=RunPaths(source).config)
     from ..tagging.explain import check_panel
+    from ..tagging.predict import PredictOptions
     from ..tagging.predict import predict as stage
     from ..tagging.tagger import Tagger
 
-    check_panel(panel, force=force)
-    progress = make_progress(quiet)
-    progress.say(f"tagging with {found.folder}")
-    tagger = Tagger.load(found.folder, index=index, device=device or "auto", model=model, knn=resolved.knn)
-    result = stage(
-        tagger,
-        requests,
-        top=top,
-        data=data_folder(data, follow_links),
-        on_error=on_error,
-        voters=neighbours,
-        panel=panel,
-        force=force,
-        index=index,
-        notes=notes,
-        progress=progress,
+    check_panel(answer.panel, force=answer.force)
+    output.progress.say(f"tagging with {source}")
+    tagger = Tagger.load(
+        source,
+        index=question.index,
+        device=settings.options.get("hardware.device", "auto"),
+        model=settings.options.get("model.siglip2_variant"),
+        knn=config.knn,
     )
-    finish(result.to_json(), json_, *result.summary())
+    options = PredictOptions(
+        top=answer.top,
+        data=files.folder,
+        on_error=answer.on_error,
+        voters=answer.neighbours,
+        panel=answer.panel,
+        force=answer.force,
+        index=question.index,
+    )
+    output.finish(stage(tagger, requests, options, notes=notes, progress=output.progress))

@@ -21,9 +21,10 @@ from .config import Config
 from .device import pick_device
 from .files import write_folder, write_text, write_whole
 from .run import read_info, run_identity
-from .run_folders import MARK
+from .run_folders import MARK, RunPaths
 
 INDEX = "checkpoints.json"
+TRAIN_AGAIN = "train the head again with `mmcli train-head`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,51 +52,49 @@ class CheckpointKeeper:
         new = Kept(file=checkpoint_name(epoch), epoch=epoch, val_mAP=val_mAP)
         save_head(self._folder / new.file, head, self._config, width=self._width, epoch=epoch, val_mAP=val_mAP)
         # A later epoch that is no better than an earlier one stays behind it.
-        self.kept = sorted([*self.kept, new], key=lambda one: (-one.val_mAP, one.epoch))
+        self.kept = sorted([*self.kept, new], key=_rank)
         self._gone += self.kept[keep:]
         self.kept = self.kept[:keep]
-        write_text(self._folder / INDEX, json.dumps([vars(one) for one in self.kept], indent=1))
+        write_text(self._folder / INDEX, json.dumps([vars(kept) for kept in self.kept], indent=1))
         return True
 
     def sweep(self) -> None:
         """Remove the files of what is no longer kept.
 
-        Not before a later epoch can be resumed from: one that goes on before it would want them again.
+        Not before a later epoch can be resumed from: a training that resumes earlier would want them again.
         """
         while self._gone:
             (self._folder / self._gone.pop().file).unlink(missing_ok=True)
 
-    def take_up(self, epoch: int) -> None:
-        """Go on after an epoch, with the best of what is there up to it; what later epochs left is removed.
+    def resume(self, epoch: int) -> None:
+        """Begin after an epoch, with the best checkpoints up to it; those of later epochs are removed.
 
         Raises:
             InputError: A checkpoint is damaged.
         """
-        found = []
+        earlier = []
         for path in sorted(self._folder.glob("epoch-*.safetensors")):
             try:
                 note = read_about(path)
-                one = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
+                kept = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
             except (OSError, KeyError, ValueError) as error:
-                raise InputError(
-                    "damaged checkpoint",
-                    where=path,
-                    got=reason(error),
-                    wanted="what mmcli wrote",
-                    do="train again, from the start",
-                ) from None
-            if one.epoch <= epoch:
-                found.append(one)
+                raise _unusable("damaged checkpoint", path, reason(error), "what mmcli wrote") from None
+            if kept.epoch <= epoch:
+                earlier.append(kept)
             else:
                 path.unlink()
-        found.sort(key=lambda one: (-one.val_mAP, one.epoch))
+        earlier.sort(key=_rank)
         keep = self._config.training.save_top_k
-        self.kept, self._gone = found[:keep], found[keep:]
+        self.kept, self._gone = earlier[:keep], earlier[keep:]
 
     @property
     def best(self) -> Path:
-        """The best checkpoint's file."""
+        """The file of the best checkpoint."""
         return self._folder / self.kept[0].file
+
+
+def _rank(kept: Kept) -> tuple[float, int]:
+    return -kept.val_mAP, kept.epoch
 
 
 def save_head(path: Path, head: BaseHead, config: Config, *, width: int, epoch: int, val_mAP: float) -> None:
@@ -133,10 +132,9 @@ def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | Ml
         return head
     if path.is_dir():
         kind = read_config(path).get("head", "fusion")
-        known = [head for name, head in HEADS.items() if name == kind]
-        if not known:
+        if kind not in tuple(HEADS):
             raise cannot_load(path, ValueError(f"a head of kind {kind!r}"))
-        return known[0].from_pretrained(path, map_location=place)
+        return HEADS[kind].from_pretrained(path, map_location=place)
     if path.suffix in PICKLES:
         raise refuse_pickle(path, path.name)
     return _read_checkpoint(path, place)
@@ -150,17 +148,13 @@ def describe_head(run: Path) -> dict[str, Any]:
     """
     info = read_info(run)
     # Towers that were trained with the head are another encoder than the one they were.
-    encoder = (
-        f"{info.model}, finetuned with this head"
-        if info.kind == "finetune" and (run / "towers").is_dir()
-        else info.model
-    )
+    is_finetuned = info.kind == "finetune" and RunPaths(run).towers.is_dir()
     return {
         "mmcli": __version__,
         "preset": info.preset,
         "seed": info.seed,
         "config_digest": info.config_digest,
-        "encoder": encoder,
+        "encoder": f"{info.model}, finetuned with this head" if is_finetuned else info.model,
         "patches": info.patches,
         "data": f"manifest {info.manifest_sha256[:12]}",
         "category_names": list(info.category_names),
@@ -168,23 +162,23 @@ def describe_head(run: Path) -> dict[str, Any]:
 
 
 def _read_checkpoint(path: Path, device: torch.device, run: Path | None = None) -> Head | MlpBaseline:
-    wanted, do = "a checkpoint of mmcli", "train the head again with `mmcli train-head`"
+    wanted = "a checkpoint of mmcli"
     try:
         tensors, note = load_tensors(path, str(device))
         for name, mine in ({} if run is None else run_identity(run)).items():
             if note.get(name, mine) != mine:
-                raise InputError(f"a checkpoint of another {name}", where=path, got=note[name], wanted=mine, do=do)
+                raise _unusable(f"a checkpoint of another {name}", path, note[name], mine)
         build: dict[str, Any] = parse_json(note["build"])
         # Checkpoints of 0.1.0 do not say their kind.
         return restore(HEADS[build.get("head", "fusion")], build, tensors)
     except FileNotFoundError:
-        raise InputError("no checkpoint", where=path, got="no file", wanted=wanted, do=do) from None
+        raise _unusable("no checkpoint", path, "no file", wanted) from None
     except OSError as error:
-        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=do) from None
+        raise cannot_read("cannot read a checkpoint", path, error, wanted=wanted, do=TRAIN_AGAIN) from None
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise InputError("damaged checkpoint", where=path, got=reason(error), wanted=wanted, do=do) from None
+        raise _unusable("damaged checkpoint", path, reason(error), wanted) from None
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -193,33 +187,27 @@ def best_checkpoint(run: Path) -> Path:
     Raises:
         InputError: The run keeps none.
     """
-    path = run / "checkpoints" / INDEX
+    path = RunPaths(run).checkpoints / INDEX
     try:
-        kept = [Kept(**one) for one in parse_json(path.read_bytes())]
+        kept = [Kept(**record) for record in parse_json(path.read_bytes())]
         first = kept[0]
-        if first.file != checkpoint_name(first.epoch) or any(one.val_mAP > first.val_mAP for one in kept):
+        if first.file != checkpoint_name(first.epoch) or any(other.val_mAP > first.val_mAP for other in kept):
             raise ValueError("a list that does not begin with the best")
     except OSError as error:
         what = "no checkpoint" if error.errno in NOT_THERE else "cannot read the list of checkpoints"
-        do = "train the head again with `mmcli train-head`"
-        raise cannot_read(what, path, error, wanted="a list of at least one", do=do) from None
+        raise cannot_read(what, path, error, wanted="a list of at least one", do=TRAIN_AGAIN) from None
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(
-            "no checkpoint",
-            where=path,
-            got="no list of checkpoints",
-            wanted="at least one",
-            do="train the head again with `mmcli train-head`",
-        ) from None
+        raise _unusable("no checkpoint", path, "no list of checkpoints", "at least one") from None
     return path.parent / first.file
+
+
+def _unusable(what: str, path: Path, got: object, wanted: str) -> InputError:
+    return InputError(what, where=path, got=got, wanted=wanted, do=TRAIN_AGAIN)
 
 
 def checkpoint_name(epoch: int) -> str:
     """The file of an epoch's checkpoint."""
     return f"epoch-{epoch:03d}.safetensors"
-
-
-FOLDER = "model"
 
 
 def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mapping[str, Any] | None = None) -> Path:
@@ -240,7 +228,7 @@ def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mappi
     about = {**describe_head(run), "preset": config.preset, "seed": config.hardware.seed}
     if metrics is not None:
         about["metrics"] = {key: _plain(metrics[key]) for key in ("method", "split", *FIGURES) if key in metrics}
-    folder = run / FOLDER
+    folder = RunPaths(run).model
     write_folder(folder, lambda scratch: head.save_pretrained(scratch, config=about))
     return folder
 

@@ -5,6 +5,7 @@
 
 import json
 import re
+from functools import reduce
 from typing import Any
 
 from .config import Config, load_config
@@ -20,8 +21,12 @@ keeps it as `config.yaml`. A choice may be written in any case; `null` is writte
 
 A file is UTF-8 and at most 256 KiB, nested at most 20 deep, with at most ten aliases. A key that stands twice or is no
 text, a merge key `<<`, a tag such as `!!python/name`, a whole number beyond 64 bits, and one that YAML 1.1 reads in
-another base (`010`, `1:30`) are refused in one line with their place; a date is text. Files of experiments and grids
-are read in the same way.
+another base (`010`, `1:30`) are refused in one line with their place, and so is a truth value (`yes`, `on`, `true`)
+where a number belongs; a date is text. Files of experiments and grids are read in the same way.
+
+What a step sees is decided in one file, `pipeline/core/config.py`: `load_config` reads and checks what was given, and
+`resolve` then decides, once, what the keys and the store say about one another (a head without hash layer has 0 bits
+and looks for neighbours by cosine; a store gives its model, patch budget and number of classes).
 
 This page is written from the schema: `python -m mmcli.pipeline.core.config_reference > docs/configuration.md`.
 """
@@ -37,57 +42,42 @@ NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool
 
 
 def reference() -> str:
-    """The page as Markdown."""
+    """Write the whole page as Markdown."""
     schema = Config.model_json_schema()
-    own = {name: field for name, field in schema["properties"].items() if "$ref" not in field}
-    parts = [HEADER, _section("At the top", "", own, "Beside the sections.")]
-    parts += _sections(schema, schema, "")
-    return "\n".join(parts)
+    return "\n".join([HEADER, *_sections(schema, schema, "")])
 
 
-def _sections(schema: dict[str, Any], node: dict[str, Any], path: str) -> list[str]:
-    parts = []
-    for name, field in node["properties"].items():
+def _sections(schema: dict[str, Any], section: dict[str, Any], path: str) -> list[str]:
+    """A section as a title, its text and a table of its keys, and then the sections inside it."""
+    fields = {name: field for name, field in section["properties"].items() if "$ref" not in field}
+    rows = [_row(path + name, field) for name, field in fields.items()]
+    title = f"`{path.rstrip('.')}`" if path else "At the top"
+    text = " ".join(section["description"].split()).replace("``", "`") if path else "Beside the sections."
+    text = re.sub(r" \(SPEC section \d+\)", "", text)
+    table = "\n".join(["| key | type | default | range | what |", "|---|---|---|---|---|", *rows])
+    parts = [f"## {title}\n\n{text}\n\n{table}\n"]
+    for name, field in section["properties"].items():
         if "$ref" in field:
-            inner = schema["$defs"][field["$ref"].rpartition("/")[2]]
-            own = {key: value for key, value in inner["properties"].items() if "$ref" not in value}
-            text = re.sub(r" \(SPEC section \d+\)", "", " ".join(inner["description"].split())).replace("``", "`")
-            parts.append(_section(f"`{path}{name}`", f"{path}{name}.", own, text))
-            parts += _sections(schema, inner, f"{path}{name}.")
+            parts += _sections(schema, schema["$defs"][field["$ref"].rpartition("/")[2]], f"{path}{name}.")
     return parts
 
 
-def _section(title: str, path: str, fields: dict[str, Any], text: str) -> str:
-    rows = [_row(path + name, field) for name, field in fields.items()]
-    table = "\n".join(["| key | type | default | range | what |", "|---|---|---|---|---|", *rows])
-    return f"## {title}\n\n{text}\n\n{table}\n"
-
-
 def _row(key: str, field: dict[str, Any]) -> str:
-    kind, limits = _kind(field), _limits(field)
-    usual, *others = (_value(preset, key) for preset in PRESETS)
+    trees = (load_config(options={"preset": preset}).model_dump(mode="json") for preset in PRESETS)
+    usual, *others = (reduce(dict.__getitem__, key.split("."), tree) for tree in trees)
     changed = [
         f"{name}: {_shown(value)}" for name, value in zip(list(PRESETS)[1:], others, strict=True) if value != usual
     ]
     default = ", ".join([_shown(usual), *(changed if key != "preset" else [])])
-    return f"| `{key}` | {kind} | {default} | {limits} | {field['description']} |"
-
-
-def _value(preset: str, key: str) -> Any:  # noqa: ANN401
-    """What a key is with a preset and nothing else given."""
-    value: Any = load_config(options={"preset": preset}).model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value
+    return f"| `{key}` | {_kind(field)} | {default} | {_limits(field)} | {field['description']} |"
 
 
 def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
-        return " or ".join(_kind(one) for one in field["anyOf"])
+        return " or ".join(map(_kind, field["anyOf"]))
     kind = NAMES.get(field.get("type", ""), field.get("type", ""))
     if kind == "list":
-        inner = field.get("items") or field["prefixItems"][0]
-        return f"list of {_kind(inner)}"
+        return f"list of {_kind(field.get('items') or field['prefixItems'][0])}"
     return "choice" if "enum" in field or "const" in field else kind
 
 
@@ -96,14 +86,10 @@ def _limits(field: dict[str, Any]) -> str:
     if "minItems" in field and field["minItems"] == field.get("maxItems"):
         words = [f"{field['minItems']} items"]
     if "enum" in field or "const" in field:
-        words += [", ".join(_shown(choice) for choice in field.get("enum", [field.get("const")]))]
-    inner = [
-        *field.get("anyOf", []),
-        *field.get("prefixItems", [])[:1],
-        *([field["items"]] if field.get("items") else []),
-    ]
-    words += [limits for one in inner if (limits := _limits(one))]
-    return ", ".join(words)
+        words.append(", ".join(_shown(choice) for choice in field.get("enum", [field.get("const")])))
+    items = [field["items"]] if field.get("items") else field.get("prefixItems", [])[:1]
+    inner = [*field.get("anyOf", []), *items]
+    return ", ".join([*words, *filter(None, map(_limits, inner))])
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,6 @@ and a control character in one is shown and not sent to the terminal.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
@@ -18,17 +17,12 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from ...errors import visible
+
 # Wide enough for any table: where no terminal sets a limit, nothing is folded.
 WIDEST = 10_000
 # A column of text may be folded to so many characters; where even that is too wide, the table becomes a list.
 NARROWEST_TEXT = 12
-# Control characters but line feed and tab, half surrogates, and what turns the direction of the text around it.
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """A text whose control characters are spelled out as in Python's source, and not sent as they are."""
-    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -140,10 +134,7 @@ FOOTNOTE = (
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per method under a title, with the ceilings of P@5 and R@5 where they are known."""
-    table = FittingTable()
-    table.add_column("method", style="bold")
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+    table = _figures("method")
     for row in rows:
         table.add_row(str(row["method"]), *cells(row))
     ceilings = {"P@5": rows[0].get("P@5_ceiling"), "R@5": rows[0].get("R@5_ceiling")}
@@ -151,6 +142,15 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableTy
         table.add_section()
         table.add_row("ceiling", *["" if ceilings.get(n) is None else f"{ceilings[n]:.3f}" for n, _, _ in COLUMNS])
     return Group(Text(title, "bold"), table, Text(FOOTNOTE, "dim"))
+
+
+def _figures(first: str) -> FittingTable:
+    """A table without rows: a first column and one for every figure."""
+    table = FittingTable()
+    table.add_column(first, style="bold")
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    return table
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -168,10 +168,7 @@ def _interval(row: Mapping[str, Any], key: str) -> str:
 
 def spread_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """One line per seed of one method, then mean and standard deviation of every column."""
-    table = FittingTable()
-    table.add_column("seed", style="bold")
-    for name, _, _ in COLUMNS:
-        table.add_column(name, justify="right")
+    table = _figures("seed")
     for row in rows:
         table.add_row(str(row["seed"]), *cells(row))
     table.add_section()

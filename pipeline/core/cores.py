@@ -1,4 +1,4 @@
-"""How many cores this process may use, which in a container are fewer than the machine has."""
+"""How many cores and how much memory this process may use: in a container less than the machine has."""
 
 import math
 import os
@@ -10,7 +10,7 @@ ROOT = Path("/")
 # Folders of cgroup v1 that hold the quota, by the names that distributions give them.
 _V1_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
 
-# Says in each process how many there are, so that it can name the command that goes on.
+# Says in each process how many there are, so that it can name the command that resumes.
 PROCESSES = "MMCLI_NUM_PROCESSES"
 
 
@@ -37,6 +37,36 @@ def limit_threads() -> None:
         del os.environ["OMP_NUM_THREADS"]
     if cores < _cores_of_affinity() and not os.environ.get("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(cores)
+
+
+def free_memory(root: Path = ROOT) -> int:
+    """Bytes of memory that this process may still take: what the machine has, and what its control groups leave.
+
+    A container with ``docker run --memory 4g`` sees the memory of its host in ``/proc/meminfo``. File pages that a
+    group can give up at once count as free, as they do for the machine.
+
+    Args:
+        root: The root of the file system that describes memory and control groups.
+    """
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc" / "meminfo"), re.MULTILINE)
+    machine = 1024 * int(available[1]) if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(0, min([machine, *_memory_left(root)]))
+
+
+def _memory_left(root: Path) -> Iterator[int]:
+    """Bytes that the control groups of this process leave, of each that has a limit."""
+    groups = root / "sys" / "fs" / "cgroup"
+    for path in _group_paths(root):
+        for folder in (path, *path.parents):
+            below = folder.relative_to("/")
+            for group, limit, usage in (
+                (groups / below, "memory.max", "memory.current"),
+                (groups / "memory" / below, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+            ):
+                numbers = [_read(group / name).strip() for name in (limit, usage)]
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+                if all(number.isdecimal() for number in numbers):
+                    yield int(numbers[0]) - int(numbers[1]) + (int(cached[1]) if cached else 0)
 
 
 def _cores_of_affinity() -> int:

@@ -87,7 +87,7 @@ class autocast:  # noqa: N801
 
     @property
     def name(self) -> str:
-        """The precision's name."""
+        """Name of the precision, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
     def __enter__(self) -> None:
@@ -160,7 +160,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let this process keep memory that it has freed, where the C library is glibc and can be told to.
+    """Let this process keep memory that it has freed, where the C library is glibc.
 
     A training frees and asks for the same tens of megabytes in every step; handed back to the system, every page of
     them is cleared and mapped again, 7 % of a step of 1,024 images (docs/lab-notes.md).

@@ -24,19 +24,13 @@ from ...cache.layout import this_host
 from ...errors import NOT_THERE, InputError, check_file
 
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp")
-# As of before the process was in the name: files end in .tmp, scratch folders hold `new` and `old`.
-OLDER_TEMPORARY = re.compile(r"\.(?P<name>[^.].*)\.[a-z0-9_]{8}(?P<end>\.tmp)?")
 NAME_BYTES = 100  # of a file's own name in that of its temporary one; a name may have 255
 
 
 def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) -> None:
     """Refuse what is no regular file before it is opened, and say whether it is missing or cannot be looked at.
 
-    Args:
-        path: The file.
-        kind: What it should hold, for the error.
-        wanted: The same in more words.
-        do: What mends it.
+    ``kind`` says what the file should hold, ``wanted`` says so in more words, and ``do`` is what mends it.
 
     Raises:
         InputError: No such file, a folder, a FIFO, a device or a socket; or the system does not let one look.
@@ -48,6 +42,18 @@ def check_input(path: Path, kind: str, *, wanted: str, do: str | None = None) ->
     except ValueError:  # a NUL in the path
         is_missing = True
     check_file(path, f"no {kind}" if is_missing else f"cannot read the {kind}", wanted=wanted, do=do)
+
+
+def check_name(path: str | Path) -> None:
+    """Refuse a path that is not UTF-8: files that say where something lies could not be written.
+
+    Raises:
+        InputError: It is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError("a name that is not UTF-8", where=path, wanted="a folder with another name") from None
 
 
 def make_folder(folder: Path) -> None:
@@ -178,10 +184,8 @@ def write_folder(
 def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: bool = False) -> None:
     """Remove temporary files and scratch folders that killed processes left in a folder.
 
-    Args:
-        folder: The folder.
-        is_ours: Whether we write a file or folder of this name there.
-        alone: Whether nobody else can be writing there; otherwise only what dead processes of this machine left goes.
+    ``is_ours`` says whether we write a file or folder of a name there. Where others may be writing (not ``alone``) only
+    what dead processes of this machine left goes.
     """
     with suppress(OSError):  # what may not be looked at or removed stays: it is in nobody's way
         for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -191,16 +195,10 @@ def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: boo
 
 def _remove_leftover(path: Path, is_ours: Callable[[str], bool], *, alone: bool) -> None:
     """Remove a file or folder if it is a temporary one of ours whose process is gone."""
-    written = TEMPORARY.fullmatch(path.name)
-    if path.is_symlink():
+    temporary = TEMPORARY.fullmatch(path.name)
+    if temporary is None or path.is_symlink() or not is_ours(temporary["name"]):
         return
-    if written is not None:
-        name = written["name"]
-        gone = alone or is_dead(written["host"], int(written["pid"]))
-    else:
-        name = _older(path) if alone else ""
-        gone = alone
-    if name and gone and is_ours(name):
+    if alone or is_dead(temporary["host"], int(temporary["pid"])):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -222,23 +220,13 @@ def refuse_existing(path: Path, is_ours: Callable[[Path], bool], *, force: bool,
     """
     if not path.exists() and not path.is_symlink():
         return
-    if path.is_dir() or not path.is_file() or not is_ours(path):
-        got = "a folder" if path.is_dir() else "another file"
-        raise InputError(
-            "will not replace what mmcli did not write",
-            where=path,
-            got=got,
-            wanted=f"a new file, or {what}",
-            do=f"give another {option}",
-        )
-    if not force:
-        raise InputError(
-            "the file is there",
-            where=path,
-            got=what,
-            wanted="a new file",
-            do=f"give another {option}, or --force to replace it",
-        )
+    wrong, got, wanted, do = "the file is there", what, "a new file", f"give another {option}, or --force to replace it"
+    if not path.is_file() or not is_ours(path):
+        wrong, got = "will not replace what mmcli did not write", "a folder" if path.is_dir() else "another file"
+        wanted, do = f"a new file, or {what}", f"give another {option}"
+    elif force:
+        return
+    raise InputError(wrong, where=path, got=got, wanted=wanted, do=do)
 
 
 def remove_leftovers_of(path: Path) -> None:
@@ -276,22 +264,10 @@ def one_line(path: Path) -> Iterator[None]:
         raise unwritable(Path(error.filename or path), error) from None
 
 
-def _older(path: Path) -> str:
-    """The name in a temporary one of before the process was in it; empty where it is none."""
-    found = OLDER_TEMPORARY.fullmatch(path.name)
-    if found is None:
-        return ""
-    if path.is_dir():
-        right = found["end"] is None and {child.name for child in path.iterdir()} <= {"new", "old"}
-    else:
-        right = found["end"] is not None
-    return found["name"] if right else ""
-
-
 def final_name(name: str) -> str:
     """The name that a temporary file or folder is going to have; empty for one that is no temporary."""
-    found = TEMPORARY.fullmatch(name)
-    return "" if found is None else found["name"]
+    temporary = TEMPORARY.fullmatch(name)
+    return "" if temporary is None else temporary["name"]
 
 
 def _temporary_name(name: str) -> str:
@@ -388,10 +364,10 @@ def resolve_image(root: Path, relative: str) -> Path:
 def _bases(root: Path, parts: tuple[str, ...]) -> list[Path]:
     """The folders an image may lie below: the data folder and its image folder, which may be a link."""
     depth = 2 if parts[0] == "images" and len(parts) > 2 else 1
-    return [root, *(root.joinpath(*parts[: at + 1]) for at in range(min(depth, len(parts) - 1)))]
+    return [root, *(root.joinpath(*parts[: i + 1]) for i in range(min(depth, len(parts) - 1)))]
 
 
-# What a picture that a person asked for says of its maker, so that it can be told from any other before it is replaced.
+# What a picture that a person asked for says of its maker, which tells it from any other before it is replaced.
 DRAWN = {"Software": "mmcli"}
 
 

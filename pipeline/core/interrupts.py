@@ -1,4 +1,4 @@
-"""What a command that was interrupted says: what is kept, and the command line that goes on."""
+"""What a command that was interrupted says: what is kept, and the command line that resumes it."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         kept: What is kept.
-        commands: Command lines that go on, each as words after ``mmcli``; the same one again when not given.
+        commands: Command lines that resume it, each as words after ``mmcli``; the same one again when not given.
         without: Options that the same one is to be given without.
         also: Options that it is to be given as well.
         silent: Whether another process has said it all.
@@ -41,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
         again = [word for word in words if word not in self._without]
         again += [word for word in self._also if word not in again]
         commands = [shlex.join(["mmcli", *command]) for command in self._commands or [again]]
-        return f"interrupted; {self.kept}; go on with `{' && '.join(commands)}`"
+        return f"interrupted; {self.kept}; resume with `{' && '.join(commands)}`"
 
 
 @contextmanager

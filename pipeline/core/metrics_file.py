@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from .files import write_text
-from .run_folders import hold
+from .run_folders import RunPaths, hold
 
-METRICS, HISTORY = "metrics.json", "history.jsonl"
+METRICS, HISTORY = RunPaths(Path()).metrics.name, RunPaths(Path()).history.name
 TWO_PRECISIONS = (
     "Trainings in two precisions are not seeds of one method: each precision has a line of its own. To train in float32"
     " everywhere, give --set training.mixed_precision=false."
@@ -32,7 +32,7 @@ _LARGEST = 1e300
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write the rows of a run, the headline first."""
-    path = folder / METRICS
+    path = RunPaths(folder).metrics
     write_text(path, json.dumps({**rows[0], "others": [dict(row) for row in rows[1:]]}, indent=1, allow_nan=False))
     return path
 
@@ -59,7 +59,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: The file is not what :func:`write_metrics` writes.
     """
-    path = folder / METRICS
+    path = RunPaths(folder).metrics
     try:
         first = parse_json(path.read_bytes())
         rows = [first, *first.pop("others")]
@@ -78,20 +78,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def merge_rows(known: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def merge_rows(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a run after some were computed again.
 
     Args:
-        known: Rows that the run has.
-        new: Rows just computed, the headline first. The headline replaces the known row of its method and split: its
-            settings may be others. The rest may know less than the known ones (a latency is measured once), and adds
+        old: Rows that the run has.
+        new: Rows just computed, the headline first. The headline replaces the old row of its method and split: its
+            settings may be others. The rest may hold less than the old ones (a latency is measured once), and adds
             to them.
 
     Returns:
-        The headline, then every other row, those that were known in their order.
+        The headline, then every other row, the old ones in their order.
     """
     headline, *rest = new
-    rows = {_key(row): dict(row) for row in known if _key(row) != _key(headline)}
+    rows = {_key(row): dict(row) for row in old if _key(row) != _key(headline)}
     for row in rest:
         rows[_key(row)] = {**rows.get(_key(row), {}), **row}
     return [dict(headline), *rows.values()]
@@ -122,7 +122,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: Another line is not what mmcli writes.
     """
-    path = folder / HISTORY
+    path = RunPaths(folder).history
     records: list[dict[str, Any]] = []
     try:
         for line in path.read_bytes().splitlines(keepends=True):

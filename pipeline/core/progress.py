@@ -1,43 +1,46 @@
-"""What a long stage tells the person who waits: lines and counted tasks, behind one small interface.
+"""What a long stage shows the person who waits: lines and counted tasks, behind one small interface.
 
-Stages take a :class:`Progress`; the command line passes one that draws on stderr, tests pass the silent one.
+Stages take a :class:`Progress`; the command line passes one that writes to stderr. :mod:`tqdm` draws the bars, in a
+notebook too.
 """
 
+import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichBar
 from rich.text import Text
 
+from ...errors import visible
 from .console import make_console
 
+# Where nothing can be drawn over, a line of progress is written so often.
 LINE_EVERY_S = 10.0
+# At 80 columns: what is counted, how much of it, the time it took and the time that is left, and a note.
+_BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_LINE = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Task(Protocol):
     """One counted piece of work."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count ``count`` more done, with a short note on how it goes."""
+        """Count ``count`` more as done, with a short note on how it goes."""
 
 
 class Progress:
-    """The silent one, and the interface of the others."""
+    """Progress that shows nothing, and the interface of the others."""
+
+    @classmethod
+    def quiet(cls) -> "Progress":
+        """Make progress that shows nothing at all."""
+        return Progress()
 
     def say(self, line: str) -> None:
-        """Tell one line."""
+        """Show one line to the person who waits."""
 
     def show(self, renderable: RenderableType) -> None:
         """Show a table or a panel."""
@@ -48,8 +51,13 @@ class Progress:
         yield _Silent()
 
 
+class _Silent:
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Show nothing of what is counted."""
+
+
 class NoteOf(Progress):
-    """Tells what is counted below another task as the note of that one; lines are not told.
+    """Progress of a part of another task: what it counts becomes that task's note, and its lines are not shown.
 
     Attributes:
         task_of_all: The other task.
@@ -69,78 +77,82 @@ class _Below:
         self._owner, self._title, self._total, self._done = owner, title, total, 0
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Say how far this one is."""
+        """Put how far this one is into the note of the other task."""
         self._done += count
         self._owner.task_of_all.advance(0, f"{self._title} {self._done:,} of {self._total:,}, {note}".rstrip(", "))
 
 
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count nothing."""
-
-
 class ConsoleProgress(Progress):
-    """Bars on a terminal, a line every ten seconds elsewhere; always on stderr, so that stdout stays clean."""
+    """Bars on a terminal and in a notebook, a line every ten seconds elsewhere; on stderr, so that stdout stays clean.
+
+    Args:
+        console: Where to write; stderr when not given.
+        bars: Draw bars where they can be drawn; else lines.
+    """
 
     def __init__(self, console: Console | None = None, *, bars: bool = True) -> None:
         self.console = console or make_console(sys.stderr)
         # Not what the console takes for a terminal: FORCE_COLOR asks a log of CI for colours, not for bars.
-        self._bars = bars and self.console.file.isatty() and not self.console.is_dumb_terminal
+        is_drawn = self.console.file.isatty() and not self.console.is_dumb_terminal
+        self._bars = bars and (is_drawn or "ipykernel" in sys.modules)
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self.console.print(line)
+        """Write one line, above the bars."""
+        self._write(line)
 
     def show(self, renderable: RenderableType) -> None:
-        """Print a table or a panel."""
+        """Write a table or a panel, above the bars."""
         # A command is copied whole from a terminal; a table has to fit it.
-        self.console.print(renderable, soft_wrap=isinstance(renderable, Text))
+        self._write(renderable, soft_wrap=isinstance(renderable, Text))
+
+    def _write(self, renderable: RenderableType, **options: Any) -> None:  # noqa: ANN401 - those of rich
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.console.file):
+            self.console.print(renderable, **options)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:
         """Draw a bar with count, elapsed and remaining time, and leave one line when it is done."""
-        started = time.perf_counter()
+        from tqdm.auto import tqdm
+
+        tqdm.monitor_interval = 0  # no thread of its own: processes are forked beside it
+        options: dict[str, Any] = {"desc": f"  {visible(title)}", "total": total, "leave": False, "unit": ""}
         if self._bars:
-            columns = (
-                SpinnerColumn("line"),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            with RichBar(*columns, console=self.console, transient=True) as bar:
-                counted: _Bar | _Lines = _Bar(bar, title, total)
-                yield counted
+            options |= {"file": self.console.file, "bar_format": _BAR, "dynamic_ncols": True}
         else:
-            counted = _Lines(self, title, total)
-            yield counted
-        seconds = time.perf_counter() - started
-        note = f", {counted.note}" if counted.note else ""
-        self.say(f"  {title}: {counted.done:,} in {seconds:.1f} s{note}")
+            lines = _Lines(lambda line: self.say(line) if counted.n < total else None)
+            pace = {"mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S, "delay": LINE_EVERY_S}
+            options |= {"file": lines, "bar_format": _LINE, "miniters": 1, **pace}
+        started = time.perf_counter()
+        with tqdm(**options) as counted:
+            task = _Counted(counted)
+            yield task
+        note = f", {task.note}" if task.note else ""
+        self.say(f"  {title}: {task.done:,} in {time.perf_counter() - started:.1f} s{note}")
 
 
-class _Bar:
-    def __init__(self, bar: RichBar, title: str, total: int) -> None:
-        self._bar, self._id = bar, bar.add_task(title, total=total, note="")
-        self.done, self.note = 0, ""
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.done, self.note = self.done + count, note or self.note
-        self._bar.update(self._id, advance=count, note=self.note)
-
-
-class _Lines:
-    def __init__(self, owner: ConsoleProgress, title: str, total: int) -> None:
-        self._owner, self._title, self._total = owner, title, total
-        self._last = time.perf_counter()
-        self.done, self.note = 0, ""
+class _Counted:
+    def __init__(self, bar: Any) -> None:  # noqa: ANN401 - of tqdm
+        self._bar, self.done, self.note = bar, 0, ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self.done, self.note = self.done + count, note or self.note
-        now = time.perf_counter()
-        if now - self._last >= LINE_EVERY_S and self.done < self._total:
-            self._last = now
-            note = f", {self.note}" if self.note else ""
-            self._owner.say(f"  {self._title}: {self.done:,} of {self._total:,}{note}")
+        """Count on, and keep the last note."""
+        self.done += count
+        if note and note != self.note:
+            self.note = note
+            self._bar.set_postfix_str(visible(note), refresh=False)
+        self._bar.update(count)
+
+
+class _Lines(io.TextIOBase):
+    """A file for tqdm that cannot be drawn over: each state of the bar becomes a line."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+
+    def write(self, text: str) -> int:
+        """Write a state of the bar as a line."""
+        if line := text.strip("\r\n").rstrip():
+            self._say(line)
+        return len(text)

@@ -17,6 +17,7 @@ from ...heads.sigmoid import sigmoid
 from ...heads.tensor_files import Arrays, load_arrays, write_tensors
 from .files import write_text, write_whole
 from .run import run_identity
+from .run_folders import RunPaths
 
 SPLITS = ("train", "val", "test")
 
@@ -33,7 +34,7 @@ class Codes:
         logits: The classifier's, ``(n, C)`` float32; ``None`` for the train split.
         norm_img: Norms of the image embeddings as the head read them ``(n,)`` float32; ``None`` in runs of before
             they were kept.
-        norm_txt: Those of the first captions, likewise.
+        norm_txt: Norms of the first captions, in the same form.
     """
 
     image_id: npt.NDArray[np.int64]
@@ -58,7 +59,7 @@ class Codes:
 
 def codes_path(run: Path, split: str) -> Path:
     """Where a run keeps the codes of a split."""
-    return run / "codes" / f"{split}.safetensors"
+    return RunPaths(run).codes(split)
 
 
 def write_codes(run: Path, split: str, codes: Codes) -> Path:
@@ -123,7 +124,7 @@ def read_run_arrays(
         return InputError(f"damaged {what}", where=where, got=got, wanted=wanted, do=do)
 
     try:
-        arrays, said = load_arrays(path)
+        arrays, note = load_arrays(path)
     except FileNotFoundError:
         raise InputError(f"no {what}", where=path, got="no file", wanted=f"the {what} of a run", do=do) from None
     except OSError as error:
@@ -131,8 +132,8 @@ def read_run_arrays(
     except ValueError as error:
         raise damaged(str(error)) from None
     for name, wanted in {**about, **run_identity(path.parent.parent)}.items():
-        if said.get(name, wanted) != wanted:
-            raise InputError(f"{what} of another {name}", where=path, got=said[name], wanted=wanted, do=do)
+        if note.get(name, wanted) != wanted:
+            raise InputError(f"{what} of another {name}", where=path, got=note[name], wanted=wanted, do=do)
     _check_arrays(arrays, _NEEDED[what], damaged, path)
     return arrays
 
@@ -160,7 +161,7 @@ COUNTS = ("n_positive", "n_predicted")
 
 def per_class_path(run: Path, method: str, split: str) -> Path:
     """Where a run keeps the rows of the classes."""
-    return run / "per_class" / f"{method}-{split}.json"
+    return RunPaths(run).per_class(method, split)
 
 
 def write_per_class(

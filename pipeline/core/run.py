@@ -6,10 +6,13 @@ A run folder holds ``run.json`` (what it is and whether it is finished), ``confi
 
 import errno
 import json
+import math
 import platform
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,12 +26,11 @@ from ...cache.strict_json import parse_json
 from ...errors import NOT_THERE, InputError, cannot_read, check_file
 from .config import Config, dump_config
 from .cores import count_cores
-from .files import command, write_text
+from .files import check_name, command, write_text
 from .metrics_file import write_metrics
-from .run_folders import MARK, REPLACED, claim_named, claim_new
+from .run_folders import MARK, REPLACED, RunPaths, claim_named, claim_new
 
 RUN_VERSION = 1
-CONFIG = "config.yaml"
 # Where a run keeps towers that it trained.
 TOWERS = "towers"
 # In a run.json of before config.yaml was written: its text, so that a run that was killed then can begin again.
@@ -88,6 +90,11 @@ class Run:
     folder: Path
     info: RunInfo
 
+    @property
+    def paths(self) -> RunPaths:
+        """Where everything lies in the folder."""
+        return RunPaths(self.folder)
+
 
 def start_run(
     info: RunInfo,
@@ -98,6 +105,7 @@ def start_run(
     runs: Path,
     device: str,
     force: bool = False,
+    locks: ExitStack | None = None,
 ) -> Run:
     """Make a run folder and write what is known before the work starts.
 
@@ -109,48 +117,55 @@ def start_run(
         runs: The folder of all runs.
         device: Where it computes.
         force: Throw an existing run in ``out`` away first.
+        locks: Keeps the run's lock, so that no other process can replace or resume the run until the stack is closed;
+            when not given, the folder is held only while it is claimed.
 
     Raises:
         InputError: ``out`` holds something already and ``force`` is not given, is no run, or was taken by another
-            process at the same moment.
+            process at the same moment; its name, or the store's, is not UTF-8.
     """
+    for path in (out or runs, info.store):
+        check_name(path)
     stamp, settings = datetime.now(UTC).strftime("%Y%m%d-%H%M%S"), dump_config(config)
     record = json.dumps({**asdict(info), BEGUN_WITH: settings}, indent=1)
-    folder = claim_new(runs / f"{stamp}-{label}", record) if out is None else claim_named(out, record, force=force)
+    with ExitStack() as claim:
+        folder = (
+            claim_new(runs / f"{stamp}-{label}", record, locks or claim)
+            if out is None
+            else claim_named(out, record, locks or claim, force=force)
+        )
     run = Run(folder=folder, info=info)
-    write_text(folder / CONFIG, settings)
-    write_text(folder / "environment.json", json.dumps(environment(device, info.seed), indent=1))
+    write_text(run.paths.config, settings)
+    write_text(run.paths.environment, json.dumps(environment(device, info.seed), indent=1))
     write_info(run)
     return run
 
 
 def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
-    """The configuration that an interrupted run goes on with.
-
-    Args:
-        folder: The run.
-        kind: The command that makes such a run, for messages.
+    """The file of the configuration that an interrupted run is resumed with; ``kind`` is as for :func:`read_info`.
 
     Raises:
         InputError: No run, or one that was interrupted before it said how it was configured.
     """
-    again = "give the command that began it again, with --force"
-    path, mark_path = folder / CONFIG, folder / MARK
+    path, mark_path = RunPaths(folder).config, folder / MARK
     if path.is_file() and not mark_path.exists():
         return path  # whoever needs a run says that there is none
     if mark_path.is_file() and mark_path.stat().st_size == 0:
-        raise InputError("nothing to go on with", where=folder, got="a run that was interrupted as it began", do=again)
+        raise _not_resumable(folder, "a run that was interrupted as it began")
     info = read_info(folder, kind=kind)
     if info.status == REPLACED:
-        raise InputError(
-            "nothing to go on with", where=folder, got="a run that was being replaced when it was interrupted", do=again
-        )
+        raise _not_resumable(folder, "a run that was being replaced when it was interrupted")
     if not path.is_file():
         settings = parse_json(mark_path.read_bytes()).get(BEGUN_WITH)
         if not isinstance(settings, str):
-            raise InputError("nothing to go on with", where=folder, got=f"a run without {CONFIG}", do=again)
+            raise _not_resumable(folder, f"a run without {path.name}")
         write_text(path, settings)
     return path
+
+
+def _not_resumable(folder: Path, got: str) -> InputError:
+    do = "give the command that began it again, with --force"
+    return InputError("cannot resume this run", where=folder, got=got, do=do)
 
 
 def finish_run(run: Run, rows: Sequence[Mapping[str, Any]]) -> Run:
@@ -166,26 +181,29 @@ def open_run(folder: Path, *, kind: str = "train-head") -> Run:
         InputError: No such folder, no run, an unfinished run, or a run of another kind.
     """
     info = read_info(folder, kind=kind)
-    kinds = TRAINED if kind in TRAINED else (kind,)
-    if info.kind not in kinds or info.status != "finished" or info.version != RUN_VERSION:
-        begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
-        do = f"finish it with `{command(info.kind, '--resume', folder)}`" if begun else f"run `mmcli {kind}`"
+    if (got := _why_unusable(info, kind)) is not None:
+        is_begun = info.kind in TRAINED and info.status in {"running", "interrupted"}
+        do = f"finish it with `{command(info.kind, '--resume', folder)}`" if is_begun else f"run `mmcli {kind}`"
         raise InputError(
             "cannot use this run",
             where=folder,
-            got=f"a run of {info.kind}, {info.status}, version {info.version}",
+            got=got,
             wanted=f"a finished run of {kind}, version {RUN_VERSION}",
             do=f"{do}, or name another run",
         )
     return Run(folder=folder, info=info)
 
 
-def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
-    """What ``run.json`` of a run says, finished or not.
+def _why_unusable(info: RunInfo, kind: str) -> str | None:
+    """What a run is where it is not a finished one of a kind; None where it is."""
+    kinds = TRAINED if kind in TRAINED else (kind,)
+    if info.kind in kinds and info.status == "finished" and info.version == RUN_VERSION:
+        return None
+    return f"a run of {info.kind}, {info.status}, version {info.version}"
 
-    Args:
-        folder: The run.
-        kind: The command that makes such a run, for messages.
+
+def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
+    """What ``run.json`` of a run says, finished or not; ``kind`` is the command that makes such a run, for messages.
 
     Raises:
         InputError: No such folder, or no run.
@@ -233,15 +251,31 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
     """The finished run of one kind that was made last, as :func:`open_run` takes it.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or a run that may be newer cannot be read.
     """
-    found = []
-    for path in runs.glob(f"*/{MARK}"):
+    usable: list[Run] = []
+    unreadable: list[tuple[float, InputError]] = []
+    for folder in sorted(runs.iterdir()) if runs.is_dir() else []:
         try:
-            found.append(open_run(path.parent, kind=kind))
-        except InputError:
-            continue  # another kind, or not finished
-    if not found:
+            info = read_info(folder, kind=kind)
+        except InputError as error:
+            if (changed := _change_time(folder / MARK)) is not None:
+                unreadable.append((changed, error))
+        else:
+            if _why_unusable(info, kind) is None:
+                usable.append(Run(folder=folder, info=info))
+    newest = max(usable, key=lambda run: run.info.created, default=None)
+    created = 0.0 if newest is None else datetime.fromisoformat(newest.info.created).timestamp()
+    for changed, problem in unreadable:
+        if changed > created:  # the file is written again when its run ends, so an older time means an older run
+            raise InputError(
+                "cannot read a run that may be the newest",
+                where=problem.where,
+                got=problem.got,
+                wanted=problem.wanted,
+                do="mend or remove it, or name a run with --run",
+            ) from None
+    if newest is None:
         raise InputError(
             "no run",
             where=runs,
@@ -249,7 +283,16 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
             wanted="at least one",
             do=f"run `mmcli {kind}` first, or name a run elsewhere with --run",
         )
-    return max(found, key=lambda run: run.info.created)
+    return newest
+
+
+def _change_time(path: Path) -> float | None:
+    """When a mark was written last; None where there is none, or an empty one of a run that was killed as it began."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return None if error.errno in NOT_THERE else math.inf
+    return None if stat.S_ISREG(status.st_mode) and not status.st_size else status.st_mtime
 
 
 def now() -> str:
@@ -283,7 +326,7 @@ def _git_state() -> dict[str, Any] | None:
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # installed code may lie in somebody else's clone
         return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
@@ -292,7 +335,8 @@ def _git(*words: str) -> str:
         ["git", *words],  # noqa: S607
         cwd=Path(__file__).parent,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # git writes the names of files as they are
         check=True,
         timeout=5,
     )
@@ -307,5 +351,5 @@ def mark(run: Run, status: str) -> Run:
 
 
 def write_info(run: Run) -> None:
-    """Write ``run.json``."""
+    """Write what a run says of itself to its ``run.json``."""
     write_text(run.folder / MARK, json.dumps(asdict(run.info), indent=1))

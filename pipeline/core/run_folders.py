@@ -1,13 +1,14 @@
 """Run folders taken so that no two processes hold the same one, and emptied so that nothing else is lost.
 
 A run's ``run.json`` is made in a single step of the file system, whole, when none is there yet: so only one process can
-be the first, and a folder with one can be gone on with.
+be the first, and a folder with one can be resumed.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,56 @@ from ...errors import InputError
 from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
 MARK, LOCK = "run.json", ".lock"
+
+
+class _Inside:
+    """A path inside a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, paths: "RunPaths", _owner: type) -> Path:
+        return paths.folder / self._name
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where everything lies in the folder of a run.
+
+    Attributes:
+        folder: The folder.
+        config: The resolved configuration.
+        environment: Versions, device, seed and git state.
+        metrics: The figures.
+        history: One record an epoch.
+        checkpoints: The folder of the best heads, with ``checkpoints.json``, which lists them.
+        towers: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it.
+        model: The best head as a folder for the hub.
+    """
+
+    folder: Path
+
+    config = _Inside("config.yaml")
+    environment = _Inside("environment.json")
+    metrics = _Inside("metrics.json")
+    history = _Inside("history.jsonl")
+    checkpoints = _Inside("checkpoints")
+    towers = _Inside("towers")
+    model = _Inside("model")
+
+    def codes(self, split: str) -> Path:
+        """The codes of a split."""
+        return self.folder / "codes" / f"{split}.safetensors"
+
+    def scores(self, method: str, split: str) -> Path:
+        """The scores that a method gave the images of a split."""
+        return self.folder / "scores" / f"{method}-{split}.safetensors"
+
+    def per_class(self, method: str, split: str) -> Path:
+        """The figures of every class by one method on a split."""
+        return self.folder / "per_class" / f"{method}-{split}.json"
+
+
 # A run that was being thrown away when its process was killed.
 REPLACED = "replaced"
 # Every file that stages write into a run folder, by its exact name; whatever else lies there is somebody's own.
@@ -40,18 +91,14 @@ FILES = re.compile(
     """,
     re.VERBOSE,
 )
-# What safetensors left of a killed process before it wrote into scratch folders: under a name of its own.
-SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 LINKS = re.compile(r"wandb/.+")
 FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
 
 
-def claim_new(folder: Path, record: str) -> Path:
+def claim_new(folder: Path, record: str, locks: ExitStack) -> Path:
     """Make a folder that nobody has: this name, or the first free one of ``NAME-2``, ``NAME-3`` and so on.
 
-    Args:
-        folder: The name.
-        record: The text of its ``run.json``.
+    ``record`` is the text of its ``run.json``; ``locks`` keeps the folder's lock.
 
     Raises:
         InputError: It cannot be made.
@@ -61,6 +108,7 @@ def claim_new(folder: Path, record: str) -> Path:
     while True:
         try:
             free.mkdir()
+            locks.enter_context(hold(free, keep=False))
             write_new(free / MARK, record)
         except FileExistsError:
             number += 1
@@ -71,12 +119,13 @@ def claim_new(folder: Path, record: str) -> Path:
             return free
 
 
-def claim_named(folder: Path, record: str, *, force: bool) -> Path:
+def claim_named(folder: Path, record: str, locks: ExitStack, *, force: bool) -> Path:
     """Take a folder that was asked for; it is made when absent.
 
     Args:
         folder: The folder; a link to one, or the working folder, stays what it is.
         record: The text of its ``run.json``.
+        locks: Keeps the folder's lock: what is emptied here nobody else may take before the run is done.
         force: Throw an existing run away first. What runs write goes; the folder itself and all else in it stay.
 
     Returns:
@@ -91,10 +140,15 @@ def claim_named(folder: Path, record: str, *, force: bool) -> Path:
         with one_line(folder):
             if not all(_passes(path.name) for path in folder.iterdir()):
                 _check_replaceable(folder, force=force)
-                with hold(folder, keep=False):
-                    _empty(folder)
-                    write_text(folder / MARK, record)
+                locks.enter_context(hold(folder, keep=False))
+                _check_replaceable(folder, force=force)  # another run may have begun and ended meanwhile
+                _empty(folder)
+                write_text(folder / MARK, record)
                 return folder
+        try:
+            locks.enter_context(locked(folder / LOCK, keep=False))
+        except LockHeld:
+            raise FileExistsError from None
         write_new(folder / MARK, record)
     except (FileExistsError, FileNotFoundError):
         raise _in_use(folder, "a run that another process has just started") from None
@@ -141,9 +195,6 @@ def clean_up(folder: Path) -> None:
         place = folder / name
         if place.is_dir() and (not name or not place.is_symlink()):
             remove_leftovers(place, partial(_is_written, f"{name}/" if name else ""), alone=True)
-            for path in place.iterdir():
-                if SAFETENSORS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                    path.unlink(missing_ok=True)
 
 
 def is_run(folder: Path) -> bool:

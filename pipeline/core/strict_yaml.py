@@ -118,13 +118,7 @@ def yaml_problem(error: yaml.YAMLError, where: object) -> tuple[str, str]:
 
 
 def read_yaml(path: Path, what: str, *, wanted: str, do: str | None = None) -> Any:  # noqa: ANN401 - YAML
-    """The value of a YAML file in UTF-8; None for an empty one.
-
-    Args:
-        path: The file.
-        what: What it holds, for messages.
-        wanted: What it should be.
-        do: What the user should do.
+    """The value of a YAML file in UTF-8; None for an empty one. ``what`` says in messages what it holds.
 
     Raises:
         InputError: It cannot be read, or is not YAML as :func:`parse_yaml` takes it.

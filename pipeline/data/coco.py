@@ -5,16 +5,18 @@ user, and what it prints goes nowhere, so that stdout stays clean.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools.coco import COCO
+from pydantic import AfterValidator, FailFast, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from ...cache.strict_json import parse_json
 from ...errors import InputError, cannot_read, check_file
@@ -63,23 +65,72 @@ AGAIN = "download the file again"
 
 Ints = npt.NDArray[np.int64]
 Record = dict[str, Any]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# JSON can spell half a surrogate pair, which no file can hold: encoding it is an error.
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+T = TypeVar("T")
+# The first mistake is enough: a file may have a million of them.
+Records = Annotated[list[T], FailFast()]
 
 
-def read_json(path: Path, slim: Callable[[Record], Record]) -> Record:
+class _Image(TypedDict):
+    id: Int64
+
+
+class _Annotation(TypedDict):
+    id: Int64
+    image_id: Int64
+    category_id: Int64
+
+
+class _Category(TypedDict):
+    id: Int64
+    name: Text
+
+
+class _InstancesFile(TypedDict):
+    images: Records[_Image]
+    annotations: Records[_Annotation]
+    categories: Records[_Category]
+
+
+class _Sentence(TypedDict):
+    raw: Text
+
+
+class _SplitImage(TypedDict):
+    cocoid: Int64
+    split: Text
+    filepath: Text
+    filename: Text
+    sentences: Records[_Sentence]
+
+
+class _SplitFile(TypedDict):
+    images: Records[_SplitImage]
+
+
+# How a mistake that pydantic found reads in an error: what should have stood there.
+_WANTED = {"list_type": "a list", "dict_type": "an object", "string_type": "text", "value_error": "text"}
+_NAMED = {list: "a list", dict: "an object", type(None): "nothing"}
+
+
+def read_json(path: Path, form: type[T], slim: Callable[[Record], Record]) -> T:
     """Read a file that holds one JSON object.
 
     Args:
         path: The file.
-        slim: Given every object as soon as it is read, returns what is to be kept of it, so that a large file never
-            stands in memory as a whole.
+        form: The form that it must have, a typed dictionary; other keys are left out.
+        slim: Called with every object as soon as it is read, returns what is to be kept of it, so that a large file
+            never stands in memory as a whole.
 
     Raises:
-        InputError: It cannot be read, with line and column where it is not JSON.
+        InputError: The file cannot be read, with line and column where it is not JSON, or it has another form.
     """
     try:
         if path.exists():
             check_file(path, "cannot read JSON", wanted="a whole JSON file", do=AGAIN)
-        found = parse_json(path.read_bytes(), slim=slim)
+        content = parse_json(path.read_bytes(), slim=slim)
     except InputError:
         raise
     except FileNotFoundError:
@@ -89,84 +140,44 @@ def read_json(path: Path, slim: Callable[[Record], Record]) -> Record:
         raise InputError("broken JSON", where=place, got=error.msg, wanted="a whole JSON file", do=AGAIN) from None
     except (OSError, ValueError) as error:
         raise cannot_read("cannot read JSON", path, error, wanted="a whole JSON file", do=AGAIN) from None
-    if type(found) is not dict:
-        raise wrong_structure(path, "the file", found, "a JSON object")
-    return found
+    if type(content) is not dict:
+        raise _wrong_structure(path, "the file", content, "a JSON object")
+    try:
+        return TypeAdapter(form).validate_python(content, strict=True)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+    *parents, last = mistake["loc"]
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in mistake["loc"]).removeprefix(".")
+    if mistake["type"] != "missing":
+        wanted = _WANTED.get(mistake["type"], "a whole number of 64 bits")
+        raise _wrong_structure(path, name, mistake["input"], wanted)
+    if not parents or last == "sentences":
+        raise _wrong_structure(path, name, None, "a list")
+    where = f"{path}, {name.removesuffix(f'.{last}')}"
+    raise InputError(f"missing {last}", where=where, wanted=f"the key {last}", do=AGAIN)
 
 
-def records_of(data: Record, key: str, path: Path) -> list[Any]:
-    """The list under a key; its entries are yet to be checked.
-
-    Raises:
-        InputError: There is none.
-    """
-    records = data.get(key)
-    if type(records) is not list:
-        raise wrong_structure(path, key, records, "a list")
-    return records
+def _wrong_structure(path: Path, name: str, got: object, wanted: str) -> InputError:
+    """The error for something of another kind than it should be; lists and objects are named, not shown."""
+    shown = _NAMED.get(type(got)) or ascii(got)[:60]
+    return InputError("wrong structure", where=f"{path}, {name}", got=shown, wanted=wanted, do=AGAIN)
 
 
-def ints(records: Sequence[Any], name: str, key: str, path: Path) -> Ints:
-    """The whole numbers under a key of n records ``(n,)`` int64.
-
-    Args:
-        records: The entries of a list of the file.
-        name: The list's name, for the error.
-        key: The key in every record.
-        path: The file, for the error.
-
-    Raises:
-        InputError: An entry is not an object, lacks the key, or has something else there.
-    """
-    values = _values(records, name, key, path)
-    for row, value in enumerate(values):
-        # bool is an int to Python, not to COCO.
-        if type(value) is not int or not -(2**63) <= value < 2**63:
-            raise wrong_structure(path, f"{name}[{row}].{key}", value, "a whole number of 64 bits")
-    return np.array(values, np.int64)
-
-
-def texts_of(records: Sequence[Any], name: str, key: str, path: Path) -> list[str]:
-    """The texts under a key of n records; see :func:`ints`."""
-    values = _values(records, name, key, path)
-    for row, value in enumerate(values):
-        if type(value) is not str or not (value.isascii() or _is_unicode(value)):
-            raise wrong_structure(path, f"{name}[{row}].{key}", value, "text")
-    return values
-
-
-def _values(records: Sequence[Any], name: str, key: str, path: Path) -> list[Any]:
-    for row, record in enumerate(records):
-        if type(record) is not dict:
-            raise wrong_structure(path, f"{name}[{row}]", record, "an object")
-        if key not in record:
-            raise InputError(f"missing {key}", where=f"{path}, {name}[{row}]", wanted=f"the key {key}", do=AGAIN)
-    return [record[key] for record in records]
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which no file can hold."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def _ints(records: Iterable[Any], key: str) -> Ints:
+    return np.array([record[key] for record in records], np.int64)
 
 
 def unique(values: npt.NDArray[Any], what: str, path: Path) -> npt.NDArray[Any]:
     """The values, when every one of them is there once.
 
     Raises:
-        InputError: One is there more often.
+        InputError: A value is there more often.
     """
-    found, counts = np.unique(values, return_counts=True)
+    different, counts = np.unique(values, return_counts=True)
     if (counts > 1).any():
-        again = found[counts > 1][0]
+        again = different[counts > 1][0]
         raise InputError(f"a duplicate {what}", where=path, got=f"{again} twice", wanted=f"every {what} once", do=AGAIN)
     return values
-
-
-def wrong_structure(path: Path, name: str, got: object, wanted: str) -> InputError:
-    """The error for something of another kind than it should be; lists and objects are named, not shown."""
-    kinds = {list: "a list", dict: "an object", type(None): "nothing"}
-    shown = kinds.get(type(got)) or ascii(got)[:60]
-    return InputError("wrong structure", where=f"{path}, {name}", got=shown, wanted=wanted, do=AGAIN)
 
 
 SPLIT_FILE = "dataset_coco.json"
@@ -229,38 +240,31 @@ def read_instances(path: Path) -> Instances:
     Raises:
         InputError: The file is missing, not JSON, or something in it is wrong.
     """
-    found = read_json(path, _slim)
-    data = {key: records_of(found, key, path) for key in ("images", "annotations", "categories")}
-    image_id = unique(ints(data["images"], "images", "id", path), "image", path)
-    category_id = unique(ints(data["categories"], "categories", "id", path), "category", path)
-    names = _category_names(data["categories"], path)
-    _check_annotations(data["annotations"], {"image_id": image_id, "category_id": category_id}, path)
+    content = read_json(path, _InstancesFile, _slim)
+    image_id = unique(_ints(content["images"], "id"), "image", path)
+    category_id = unique(_ints(content["categories"], "id"), "category", path)
+    names = [category["name"] for category in content["categories"]]
+    unique(np.array(names), "category name", path)
+    if not names or not all(name.strip() for name in names):
+        raise InputError("no categories, or one without a name", where=path, wanted="COCO's categories", do=AGAIN)
+    _check_annotations(content["annotations"], {"image_id": image_id, "category_id": category_id}, path)
     order = np.argsort(category_id)
-    images_of = _images_of_categories(data)
+    images_of = _images_of_categories(content)
     of_class = [np.array(images_of.get(int(category), ()), np.int64) for category in category_id[order]]
     return Instances(
         path=path,
         image_id=image_id,
         category_id=category_id[order],
-        category_names=tuple(names[at] for at in order),
+        category_names=tuple(names[index] for index in order),
         annotation_image=np.concatenate(of_class),
         annotation_label=np.repeat(np.arange(len(order)), [len(images) for images in of_class]),
     )
 
 
-def _category_names(categories: list[Any], path: Path) -> list[str]:
-    names = texts_of(categories, "categories", "name", path)
-    unique(np.array(names), "category name", path)
-    if not names or not all(name.strip() for name in names):
-        raise InputError("no categories, or one without a name", where=path, wanted="COCO's categories", do=AGAIN)
-    return names
-
-
-def _check_annotations(annotations: list[Any], known: dict[str, Ints], path: Path) -> None:
-    ints(annotations, "annotations", "id", path)
-    for key, ids in known.items():
-        values = ints(annotations, "annotations", key, path)
-        if len(unknown := np.flatnonzero(~np.isin(values, ids))):
+def _check_annotations(annotations: list[_Annotation], ids: dict[str, Ints], path: Path) -> None:
+    for key, listed in ids.items():
+        values = _ints(annotations, key)
+        if len(unknown := np.flatnonzero(~np.isin(values, listed))):
             row = int(unknown[0])
             raise InputError(
                 f"an annotation of an unknown {key.removesuffix('_id')}",
@@ -271,11 +275,11 @@ def _check_annotations(annotations: list[Any], known: dict[str, Ints], path: Pat
             )
 
 
-def _images_of_categories(data: dict[str, list[dict[str, Any]]]) -> dict[int, list[int]]:
+def _images_of_categories(content: _InstancesFile) -> dict[int, list[int]]:
     """Category id to the image ids of its annotations, one entry an annotation, by pycocotools' index."""
     with redirect_stdout(StringIO()):
         coco = COCO()
-        coco.dataset = data
+        coco.dataset = content
         coco.createIndex()
     return dict(coco.catToImgs)
 
@@ -289,9 +293,10 @@ def read_karpathy(path: Path) -> KarpathySplit:
     Raises:
         InputError: The file is missing, not JSON, or something in it is wrong; the image is named.
     """
-    records = records_of(read_json(path, _slim), "images", path)
-    image_id = unique(ints(records, "images", "cocoid", path), "image", path)
-    origin, folders, filenames = (texts_of(records, "images", key, path) for key in ("split", "filepath", "filename"))
+    records = read_json(path, _SplitFile, _slim)["images"]
+    image_id = unique(_ints(records, "cocoid"), "image", path)
+    origin = [record["split"] for record in records]
+    folders, filenames = [record["filepath"] for record in records], [record["filename"] for record in records]
     for row, name in enumerate(origin):
         if name not in ORIGINS:
             raise InputError("unknown split", where=_place(path, row), got=repr(name), wanted=", ".join(ORIGINS))
@@ -317,12 +322,8 @@ def read_karpathy(path: Path) -> KarpathySplit:
     )
 
 
-def _captions(record: dict[str, Any], row: int, path: Path) -> tuple[str, ...]:
-    sentences = record.get("sentences")
-    if type(sentences) is not list:
-        raise wrong_structure(path, f"images[{row}].sentences", sentences, "a list")
-    texts = texts_of(sentences, f"images[{row}].sentences", "raw", path)
-    kept = tuple(text for text in texts if text.strip())
+def _captions(record: _SplitImage, row: int, path: Path) -> tuple[str, ...]:
+    kept = tuple(sentence["raw"] for sentence in record["sentences"] if sentence["raw"].strip())
     if not kept:
         raise InputError(
             "an image with no caption", where=_place(path, row), got="none", wanted="at least one", do=AGAIN

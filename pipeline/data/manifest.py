@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...cache.arrow import numbers
 from ...cache.parquet import read_parquet
 from ...errors import InputError, cannot_read
 from ..core.files import check_input, is_inside, resolve_image, write_whole
@@ -117,13 +116,13 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """The data set's name."""
+        """The name of the data set that the manifest lists."""
         return bytes(self.core.schema.metadata[DATA_KEY]).decode()
 
     @cached_property
     def image_ids(self) -> npt.NDArray[np.int64]:
         """``(N,)`` int64, every value once, read-only."""
-        return numbers(self.core.column("image_id"))
+        return _frozen(self.core.column("image_id").to_numpy())
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -135,7 +134,7 @@ class Manifest:
         """``(N,)`` of train, val or test, read-only."""
         coded = self.core.column("split").combine_chunks().dictionary_encode()
         names = np.array(coded.dictionary.to_pylist(), np.str_)
-        return _frozen(names[numbers(coded.indices)])
+        return _frozen(names[coded.indices.to_numpy()])
 
     @cached_property
     def captions(self) -> tuple[tuple[str, ...], ...]:
@@ -146,7 +145,7 @@ class Manifest:
         """Multi-hot labels ``(N, C)`` uint8; images without a label are rows of zeros."""
         labels = self.core.column("labels").combine_chunks()
         matrix = np.zeros((len(self), len(self.category_names)), np.uint8)
-        matrix[numbers(pc.list_parent_indices(labels)), numbers(labels.flatten())] = 1
+        matrix[pc.list_parent_indices(labels).to_numpy(), labels.flatten().to_numpy()] = 1
         return matrix
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
@@ -157,12 +156,12 @@ class Manifest:
         """
         if split not in SPLITS:
             raise InputError("no such split", got=split, wanted=", ".join(SPLITS))
-        found = np.flatnonzero(self.splits == split).astype(np.int64)
-        if not len(found):
+        rows = np.flatnonzero(self.splits == split).astype(np.int64)
+        if not len(rows):
             raise InputError(
                 f"no {split} image in the manifest", where=self.name, wanted=f"at least one row with split {split}"
             )
-        return found
+        return rows
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -185,7 +184,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def says_it_is_of(path: Path, name: str) -> bool:
-    """Whether a file says that it is a manifest of a data set; one that is cut short is taken for it."""
+    """Whether a file says that it is a manifest of a data set; a file that is cut short is taken for one."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):
@@ -220,17 +219,17 @@ def _frozen(array: Array) -> Array:
 def _sha256(table: pa.Table, names: tuple[str, ...]) -> str:
     """Hash of a canonical table: every column as lengths and values, little-endian, free of arrow's layout."""
     digest = hashlib.sha256(json.dumps({"mmcli_manifest": VERSION, "category_names": names}).encode())
-    digest.update(numbers(table.column("image_id")).astype("<i8").tobytes())
+    digest.update(table.column("image_id").to_numpy().astype("<i8").tobytes())
     for name in ("path", "split", "captions", "labels"):
         values = table.column(name).combine_chunks()
         if pa.types.is_list(values.type):
-            digest.update(numbers(pc.list_value_length(values)).astype("<i8").tobytes())
+            digest.update(pc.list_value_length(values).to_numpy().astype("<i8").tobytes())
             values = values.flatten()
         if pa.types.is_string(values.type):
-            digest.update(numbers(pc.binary_length(values)).astype("<i8").tobytes())
+            digest.update(pc.binary_length(values).to_numpy().astype("<i8").tobytes())
             digest.update(_letters(values))
         else:
-            digest.update(numbers(values).astype("<i8").tobytes())
+            digest.update(values.to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...cache.arrow import booleans, integers, numbers, texts
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from ..core.files import SAFE_PATH, UNSAFE_PATH
@@ -40,7 +39,7 @@ def check_table(
         table: Columns ``image_id, path, split, captions, labels`` in any order, others are left out; the schema's
             metadata holds the category names.
         where: The file, for the error.
-        names: The columns that are looked at, ``image_id`` among them.
+        names: The columns that are checked, ``image_id`` among them.
 
     Returns:
         The canonical table of these columns, in the schema's order and with its metadata, and the C category names.
@@ -109,7 +108,7 @@ class _Checker:
         """The checked table in the schema's types."""
         ids = self._ids = self._image_ids()
         checks: dict[str, Callable[[], pa.Array]] = {
-            "image_id": lambda: integers(ids),
+            "image_id": lambda: pa.array(ids),
             "path": self._paths,
             "split": self._splits,
             "captions": self._captions,
@@ -124,11 +123,11 @@ class _Checker:
 
     def _splits(self) -> pa.Array:
         splits = self._cast("split")
-        self._none("split", pc.invert(pc.is_in(splits, texts(SPLITS))), splits, "train, val or test")
+        self._none("split", pc.invert(pc.is_in(splits, pa.array(SPLITS))), splits, "train, val or test")
         return splits
 
     def _image_ids(self) -> npt.NDArray[np.int64]:
-        ids = numbers(self._cast("image_id"))
+        ids: npt.NDArray[np.int64] = self._cast("image_id").to_numpy()
         order = np.argsort(ids, kind="stable")
         again = order[1:][np.diff(ids[order]) == 0]
         if len(again):
@@ -151,12 +150,12 @@ class _Checker:
         values, rows = labels.flatten(), pc.list_parent_indices(labels)
         self._none("labels", values.is_null(), "a null among the labels", rows=rows)
         try:
-            label = numbers(values.cast(pa.int64()))
+            label = values.cast(pa.int64()).to_numpy()
         except pa.ArrowException as error:
             raise self._unreadable("labels", error) from None
-        beyond = booleans((label < 0) | (label >= n_classes))
+        beyond = pa.array((label < 0) | (label >= n_classes))
         self._none("labels", beyond, values, f"0 to {n_classes - 1}", rows=rows)
-        return label_lists(numbers(rows).astype(np.int64), label, len(labels), n_classes)
+        return label_lists(rows.to_numpy().astype(np.int64), label, len(labels), n_classes)
 
     def _typed(self, name: str, kind: pa.DataType) -> None:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -188,9 +187,9 @@ class _Checker:
 
     def _none(self, name: str, bad: pa.Array, got: object, wanted: object = None, *, rows: pa.Array = None) -> None:
         if pc.any(bad).as_py():
-            at = pc.index(bad, True).as_py()
-            shown = repr(got[at].as_py()) if isinstance(got, pa.Array) else got
-            self._refuse(name, at if rows is None else rows[at].as_py(), shown, wanted or SCHEMA.field(name).type)
+            first = pc.index(bad, True).as_py()
+            shown = repr(got[first].as_py()) if isinstance(got, pa.Array) else got
+            self._refuse(name, first if rows is None else rows[first].as_py(), shown, wanted or SCHEMA.field(name).type)
 
     def _refuse(self, name: str, row: int, got: object, wanted: object) -> NoReturn:
         image = "" if self._ids is None else f" (image {self._ids[row]})"
@@ -221,4 +220,4 @@ def label_lists(
     if not (np.diff(pairs) > 0).all():  # they mostly are in order, and sorting is what takes time here
         pairs = np.unique(pairs)
     offsets = np.searchsorted(pairs, np.arange(n_rows + 1, dtype=np.int64) * n_classes)
-    return pa.ListArray.from_arrays(integers(offsets.astype(np.int32)), integers((pairs % n_classes).astype(np.int32)))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array((pairs % n_classes).astype(np.int32)))

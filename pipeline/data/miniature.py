@@ -1,8 +1,10 @@
 """A small data set in COCO's exact on-disk form, drawn from a seed: pictures, annotations, captions, splits."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ from PIL import Image, ImageDraw
 
 from ..core.files import write_text, write_whole
 from .coco import CATEGORIES
-from .pictograms import draw_pictogram, parse_pictograms
 
 FAINT = 0.25  # share of objects that are drawn small and pale
 NAMED_IF_FAINT, NAMED_IF_CLEAR = 0.95, 0.6
@@ -20,92 +21,56 @@ OBJECTS = (0.22, 0.28, 0.22, 0.14, 0.09, 0.05)  # of 1 to 6 objects
 TAIL = 0.75  # exponent of the long tail inside a theme
 PERSON = 0.42  # chance that a person stands in the picture
 
-# Classes of a theme from common to rare; the place in words; background colours above and below the horizon.
-THEMES = {
-    "street": (
-        "car, traffic light, truck, bus, motorcycle, bicycle, bench, handbag, backpack, umbrella, stop sign, "
-        "fire hydrant, parking meter, suitcase",
-        ("on the street", "in the city", "on a road"),
-        "#b9d4ee #8d9096",
-    ),
-    "table": (
-        "dining table, cup, bowl, bottle, pizza, fork, knife, cake, wine glass, sandwich, spoon, donut, banana, "
-        "carrot, broccoli, apple, orange, hot dog",
-        ("on the table", "at dinner", "in a restaurant"),
-        "#ecd9b8 #c79f6e",
-    ),
-    "room": (
-        "chair, couch, tv, book, potted plant, clock, bed, vase, cat, remote, teddy bear, dog",
-        ("in the living room", "at home", "in a room"),
-        "#e6dcec #b08f72",
-    ),
-    "sport": (
-        "sports ball, skateboard, surfboard, tennis racket, baseball bat, baseball glove, kite, skis, frisbee, "
-        "snowboard",
-        ("in the park", "at a game", "outdoors"),
-        "#a9dcf5 #8cc66a",
-    ),
-    "field": (
-        "dog, horse, cow, sheep, bird, elephant, zebra, giraffe, bear",
-        ("in a field", "on the grass", "in the wild"),
-        "#c6e6fa #a7b85c",
-    ),
-    "desk": (
-        "laptop, cell phone, keyboard, mouse, book, cup, tie, scissors, clock",
-        ("on a desk", "at the office", "at work"),
-        "#dfe6ea #a98d6b",
-    ),
-    "kitchen": (
-        "sink, oven, refrigerator, microwave, bottle, bowl, cup, toilet, toothbrush, toaster, hair drier",
-        ("in the kitchen", "in a small flat", "indoors"),
-        "#f2efe4 #b9c4c9",
-    ),
-    "travel": (
-        "boat, airplane, train, suitcase, bird, backpack, umbrella, bench",
-        ("by the water", "on a trip", "at the station"),
-        "#bfe3f2 #7fb2cf",
-    ),
-}
-THEME_SHARE = (0.2, 0.17, 0.16, 0.13, 0.12, 0.09, 0.07, 0.06)
+ASSETS = resources.files(__package__) / "assets"
+TILE, SCALE = 100, 2  # side of a pictogram in its own units, and pixels of each
 
-SYNONYMS = {
-    "person": ("man", "woman", "person", "guy"),
-    "bicycle": ("bike", "bicycle"),
-    "car": ("car",),
-    "tv": ("tv", "television"),
-    "motorcycle": ("motorbike", "motorcycle"),
-    "airplane": ("plane", "airplane", "jet"),
-    "couch": ("sofa", "couch"),
-    "cell phone": ("phone", "cell phone"),
-    "cat": ("cat", "kitten"),
-    "dog": ("dog", "puppy"),
-    "cow": ("cow", "bull"),
-    "sports ball": ("ball", "sports ball"),
-    "potted plant": ("plant", "potted plant"),
-    "dining table": ("table", "dining table"),
-    "donut": ("donut", "doughnut"),
-    "refrigerator": ("fridge", "refrigerator"),
-    "cup": ("cup", "mug"),
-    "boat": ("boat", "ship"),
-    "hair drier": ("hair dryer", "hair drier"),
-    "remote": ("remote", "remote control"),
-    "handbag": ("purse", "handbag"),
-    "laptop": ("laptop", "computer"),
-    "truck": ("truck", "lorry"),
-    "sheep": ("sheep", "lamb"),
-    "book": ("book",),
-}
-ONE = (
-    "a {0} {place}",
-    "a photo of a {0}",
-    "there is a {0} {place}",
-    "a {0}",
-    "a picture of a {0} {place}",
-    "close up of a {0}",
-)
-TWO = ("a {0} and a {1} {place}", "a {0} next to a {1}", "a {0} with a {1}", "there is a {0} near a {1} {place}")
-THREE = ("a {0}, a {1} and a {2} {place}", "a {0} with a {1} and a {2}")
-VAGUE = ("a scene {place}", "something {place}", "a nice view {place}", "a picture taken {place}")
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Where a picture is taken, and what is seen there.
+
+    Attributes:
+        name: Its name.
+        share: Share of pictures.
+        objects: Categories from common to rare.
+        places: The place in words.
+        sky: Background colour above the horizon.
+        ground: Background colour below it.
+    """
+
+    name: str
+    share: float
+    objects: tuple[str, ...]
+    places: tuple[str, ...]
+    sky: str
+    ground: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What scenes and their captions are made of.
+
+    Attributes:
+        themes: The themes by name.
+        synonyms: Words for a category, where it has others than its name.
+        naming: Sentences that name one, two and three things.
+        vague: Sentences that name nothing.
+    """
+
+    themes: dict[str, Theme]
+    synonyms: dict[str, list[str]]
+    naming: list[list[str]]
+    vague: list[str]
+
+    @classmethod
+    def read(cls) -> "Vocabulary":
+        """Read the vocabulary that stands in ``assets/scenes.json``."""
+        content = json.loads((ASSETS / "scenes.json").read_text("utf-8"))
+        themes = [Theme(**theme) for theme in content.pop("themes")]
+        return cls(themes={theme.name: theme for theme in themes}, **content)
+
+
+VOCABULARY = Vocabulary.read()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +98,14 @@ class Scene:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """Draw a theme and its objects; classes are long-tailed inside a theme, themes differ in how common they are."""
-    theme = str(rng.choice(list(THEMES), p=THEME_SHARE))
+    themes = VOCABULARY.themes
+    theme = str(rng.choice(list(themes), p=[theme.share for theme in themes.values()]))
     if rng.random() < EMPTY:
         return Scene(theme=theme, things=())
     count = 1 + int(rng.choice(len(OBJECTS), p=OBJECTS))
-    known = THEMES[theme][0].split(", ")
-    weight = 1.0 / np.arange(1, len(known) + 1) ** TAIL
-    names = [str(name) for name in rng.choice(known, size=count, p=weight / weight.sum())]
+    objects = themes[theme].objects
+    weight = 1.0 / np.arange(1, len(objects) + 1) ** TAIL
+    names = [str(name) for name in rng.choice(objects, size=count, p=weight / weight.sum())]
     if rng.random() < PERSON:
         names[-1] = "person"
     elif rng.random() < 0.15:
@@ -159,13 +125,13 @@ def _thing(name: str, rng: np.random.Generator) -> Thing:
 
 
 def _caption(theme: str, names: Sequence[str], rng: np.random.Generator) -> str:
-    place = _pick(THEMES[theme][1], rng)
+    place = _pick(VOCABULARY.themes[theme].places, rng)
     if not names or rng.random() < 0.06:
-        sentence = _pick(VAGUE, rng).format(place=place)
+        sentence = _pick(VOCABULARY.vague, rng).format(place=place)
     else:
         chosen = [str(name) for name in rng.permutation(names)[: 1 + int(rng.integers(min(3, len(names))))]]
-        words = [_pick(SYNONYMS.get(name, (name,)), rng) for name in chosen]
-        sentence = _pick((ONE, TWO, THREE)[len(words) - 1], rng).format(*words, place=place)
+        words = [_pick(VOCABULARY.synonyms.get(name, [name]), rng) for name in chosen]
+        sentence = _pick(VOCABULARY.naming[len(words) - 1], rng).format(*words, place=place)
     for vowel in "aeiou":
         sentence = sentence.replace(f" a {vowel}", f" an {vowel}")
         sentence = f"an {sentence[2:]}" if sentence.startswith(f"a {vowel}") else sentence
@@ -226,17 +192,17 @@ def make_dataset(
     instances = {folder: _empty_instances(folder) for folder in ("train2014", "val2014")}
     karpathy: list[dict[str, Any]] = []
     order = rng.permutation(len(splits))
-    numbers = _count_up()
+    numbers = itertools.count(1)
     for imgid, image_id in enumerate(int(number) for number in ids):
         split = splits[order[imgid]]
         folder = FOLDERS[split]
         name = f"COCO_{folder}_{image_id:012d}.jpg"
-        own = np.random.default_rng([seed, image_id])
-        scene = draw_scene(own)
-        picture = painter.paint(scene, own)
+        image_rng = np.random.default_rng([seed, image_id])
+        scene = draw_scene(image_rng)
+        picture = painter.paint(scene, image_rng)
         _save(picture.image, out / folder / name)
         _annotate(instances[folder], image_id, name, picture, numbers)
-        captions = write_captions(scene, own, 6 if own.random() < SIX_CAPTIONS else 5)
+        captions = write_captions(scene, image_rng, 6 if image_rng.random() < SIX_CAPTIONS else 5)
         karpathy.append(_entry(imgid, image_id, split, folder, name, captions, karpathy))
         if progress is not None:
             progress(imgid + 1, len(splits))
@@ -252,7 +218,7 @@ def draw_legend(path: Path) -> None:
     rows = -(-len(CATEGORIES) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * (cell + line)), "#dfe6e2")
     draw = ImageDraw.Draw(sheet)
-    pictograms = parse_pictograms()
+    pictograms = read_pictograms()
     for number, category in enumerate(CATEGORIES):
         x, y = number % columns * cell, number // columns * (cell + line)
         tile = draw_pictogram(pictograms[category.name]).resize((cell - 12, cell - 12), Image.Resampling.LANCZOS)
@@ -261,17 +227,48 @@ def draw_legend(path: Path) -> None:
     write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
 
 
+def read_pictograms() -> dict[str, list[list[str]]]:
+    """The parts of each pictogram by category name, in painting order, from ``assets/pictograms.txt``.
+
+    A line is ``name: part; part; ...``, painted in order in a square of 100 by 100. Parts: ``e colour x0 y0 x1 y1`` an
+    ellipse, ``r colour x0 y0 x1 y1`` a rectangle, ``p colour x y x y ...`` a polygon, ``l colour width x y x y ...`` a
+    line, ``a colour width x0 y0 x1 y1 from to`` an arc in degrees.
+    """
+    lines = (line.partition(": ") for line in (ASSETS / "pictograms.txt").read_text("utf-8").splitlines())
+    return {name: [part.split() for part in parts.split("; ")] for name, _, parts in lines}
+
+
+def draw_pictogram(parts: list[list[str]]) -> Image.Image:
+    """One pictogram on a transparent square, RGBA, ``TILE * SCALE`` pixels a side."""
+    image = Image.new("RGBA", (TILE * SCALE, TILE * SCALE))
+    draw = ImageDraw.Draw(image)
+    for kind, colour, *words in parts:
+        numbers = [SCALE * float(word) for word in words]
+        if kind == "e":
+            draw.ellipse(numbers, colour)
+        elif kind == "r":
+            draw.rectangle(numbers, colour)
+        elif kind == "p":
+            draw.polygon(numbers, colour)
+        elif kind == "l":
+            draw.line(numbers[1:], colour, round(numbers[0]), joint="curve")
+        else:
+            start, end = (float(word) for word in words[-2:])
+            draw.arc(numbers[1:5], start, end, colour, round(numbers[0]))
+    return image
+
+
 class _Painter:
     """Paints scenes; pictograms are drawn once."""
 
     def __init__(self) -> None:
-        self._tiles = {name: draw_pictogram(parts) for name, parts in parse_pictograms().items()}
+        self._tiles = {name: draw_pictogram(parts) for name, parts in read_pictograms().items()}
 
     def paint(self, scene: Scene, rng: np.random.Generator) -> _Picture:
         width, height = SIZES[int(rng.integers(len(SIZES)))]
         image = _background(scene.theme, width, height, rng)
         # Pale things first, so that a clear one may stand in front of a pale one and not the other way.
-        things = sorted(scene.things, key=lambda one: not one.faint)
+        things = sorted(scene.things, key=lambda thing: not thing.faint)
         boxes = tuple((thing.name, self._place(image, thing, len(things), rng)) for thing in things)
         return _Picture(image=image.convert("L") if rng.random() < GREY else image, boxes=boxes)
 
@@ -294,10 +291,10 @@ class _Painter:
 
 def _background(theme: str, width: int, height: int, rng: np.random.Generator) -> Image.Image:
     """Two flat areas with a horizon, a slight hue of their own, and a little noise, as cameras have."""
-    above, below = THEMES[theme][2].split()
-    image = Image.new("RGB", (width, height), above)
+    sky, ground = VOCABULARY.themes[theme].sky, VOCABULARY.themes[theme].ground
+    image = Image.new("RGB", (width, height), sky)
     horizon = int(height * rng.uniform(0.4, 0.65))
-    ImageDraw.Draw(image).rectangle((0, horizon, width, height), below)
+    ImageDraw.Draw(image).rectangle((0, horizon, width, height), ground)
     pixels = np.asarray(image).astype(np.float64) + rng.normal(0, 6, 3) + rng.normal(0, 3, (height, width, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -356,10 +353,3 @@ def _entry(
         "sentences": sentences,
         "cocoid": image_id,
     }
-
-
-def _count_up() -> Iterator[int]:
-    number = 0
-    while True:
-        number += 1
-        yield number

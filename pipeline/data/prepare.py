@@ -2,13 +2,13 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich import box
 from rich.table import Table
 
@@ -19,8 +19,16 @@ from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_in
 from .manifest import SPLITS, Manifest, says_it_is_of, write_manifest
 from .manifest_checks import label_lists
 
+MANIFEST_FILE = "manifest.parquet"
+NAME = "coco"
+# What to download for a file that is missing, and where to put it.
+GET_INSTANCES = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download there"
+GET_SPLIT = (
+    f"put {SPLIT_FILE} of caption_datasets.zip there"
+    " (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip)"
+)
+GET_IMAGES = "unpack train2014.zip and val2014.zip from https://cocodataset.org/#download there"
 SHOWN = 3
-DOWNLOAD = "unpack train2014.zip and val2014.zip from https://cocodataset.org/#download there"
 
 
 def place_images(data: Path, folders: Sequence[str], filenames: Sequence[str]) -> list[str]:
@@ -64,23 +72,17 @@ def check_files(data: Path, paths: Sequence[str]) -> list[str]:
     Raises:
         InputError: Some are missing (how many, and the first three), or a link leads out of the data folder.
     """
-    present: dict[str, dict[str, bool]] = {}
-    composed: dict[str, dict[str, list[str]]] = {}
-    missing = []
-    on_disk = []
+    folders: dict[str, _Folder] = {}
+    missing, on_disk = [], []
     for path in paths:
-        folder, slash, name = path.rpartition("/")
-        if folder not in present:
+        parent, slash, name = path.rpartition("/")
+        if parent not in folders:
             # A folder that is itself a link out of the data folder shows in any of its images.
             resolve_image(data, path)
-            present[folder] = _list_files(data / folder)
-        if name not in present[folder] and not name.isascii():
-            if folder not in composed:
-                composed[folder] = _by_composed_form(present[folder])
-            alike = composed[folder].get(unicodedata.normalize("NFC", name), [])
-            name = alike[0] if len(alike) == 1 else name
-        is_link = present[folder].get(name)
-        on_disk.append(f"{folder}{slash}{name}")
+            folders[parent] = _Folder(data / parent)
+        name = folders[parent].name_on_disk(name)
+        is_link = folders[parent].files.get(name)
+        on_disk.append(f"{parent}{slash}{name}")
         if is_link is None:
             missing.append(path)
         elif is_link:
@@ -92,27 +94,40 @@ def check_files(data: Path, paths: Sequence[str]) -> list[str]:
             where=data,
             got=f"{len(missing):,} of {len(paths):,} missing: {shown}",
             wanted="every image of the split file",
-            do=f"{DOWNLOAD}, or give --no-check-images",
+            do=f"{GET_IMAGES}, or give --no-check-images",
         )
     return on_disk
 
 
-def _by_composed_form(names: Iterable[str]) -> dict[str, list[str]]:
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    return alike
+class _Folder:
+    """A folder's files.
 
+    Attributes:
+        files: The name of every file, and whether it is a link; dangling links are left out.
+    """
 
-def _list_files(folder: Path) -> dict[str, bool]:
-    """Name of every file of a folder, and whether it is a link; dangling links are left out."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise cannot_read("cannot look into a folder", folder, error) from None
+    def __init__(self, folder: Path) -> None:
+        try:
+            with os.scandir(folder) as entries:
+                self.files = {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            self.files = {}
+        except OSError as error:
+            raise cannot_read("cannot look into a folder", folder, error) from None
+
+    def name_on_disk(self, name: str) -> str:
+        """The one file whose name is the same in another Unicode form, where there is none of this form."""
+        if name in self.files or name.isascii():
+            return name
+        alike = self._by_composed_form.get(unicodedata.normalize("NFC", name), [])
+        return alike[0] if len(alike) == 1 else name
+
+    @cached_property
+    def _by_composed_form(self) -> dict[str, list[str]]:
+        alike: dict[str, list[str]] = {}
+        for name in self.files:
+            alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+        return alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,39 +170,26 @@ class Statistics:
         return asdict(self) | {"classes": [asdict(row) for row in self.classes]}
 
 
-def count(
-    listing: Manifest,
-    annotations: npt.NDArray[np.int64],
-    *,
-    restval: int,
-    captions_left_out: int,
-    images_left_out: int,
-) -> Statistics:
-    """Count a manifest.
-
-    Args:
-        listing: The manifest of N images and C categories.
-        annotations: Annotations per category in its images, ``(C,)`` int64.
-        restval: As in :class:`Statistics`, like the two after it.
-        captions_left_out: See there.
-        images_left_out: See there.
-    """
-    labels, rows = listing.labels_matrix(), {split: listing.rows(split) for split in SPLITS}
+def count(listing: Manifest, split: KarpathySplit, instances: Instances) -> Statistics:
+    """Count a manifest that was made of a split file and instances."""
+    labels, rows = listing.labels_matrix(), {name: listing.rows(name) for name in SPLITS}
     n_captions = np.array([len(texts) for texts in listing.captions])
-    per_class = {split: labels[at].sum(axis=0, dtype=np.int64) for split, at in rows.items()}
-    positives = {split: int(counts.sum()) for split, counts in per_class.items()}
-    tags = {split: positives[split] / len(at) for split, at in rows.items()}
+    of_class = {name: labels[chosen].sum(axis=0, dtype=np.int64) for name, chosen in rows.items()}
+    positives = {name: int(counts.sum()) for name, counts in of_class.items()}
+    in_split = np.isin(instances.annotation_image, split.image_id)
+    annotations = np.bincount(instances.annotation_label[in_split], minlength=len(listing.category_names))
     return Statistics(
-        images={split: len(at) for split, at in rows.items()},
-        restval=restval,
-        captions={split: int(n_captions[at].sum()) for split, at in rows.items()},
-        captions_left_out=captions_left_out,
-        images_left_out=images_left_out,
-        unlabelled={split: int((~labels[at].any(axis=1)).sum()) for split, at in rows.items()},
+        images={name: len(chosen) for name, chosen in rows.items()},
+        restval=int((split.origin == "restval").sum()),
+        captions={name: int(n_captions[chosen].sum()) for name, chosen in rows.items()},
+        captions_left_out=split.n_captions_found - int(n_captions.sum()),
+        images_left_out=len(instances.image_id) - len(listing),
+        unlabelled={name: int((~labels[chosen].any(axis=1)).sum()) for name, chosen in rows.items()},
         positives=positives,
-        tags_per_image=tags | {"all": sum(positives.values()) / len(listing)},
+        tags_per_image={name: positives[name] / len(chosen) for name, chosen in rows.items()}
+        | {"all": sum(positives.values()) / len(listing)},
         classes=tuple(
-            ClassCount(name=name, images={s: int(per_class[s][c]) for s in SPLITS}, annotations=int(annotations[c]))
+            ClassCount(name=name, images={s: int(of_class[s][c]) for s in SPLITS}, annotations=int(annotations[c]))
             for c, name in enumerate(listing.category_names)
         ),
     )
@@ -201,47 +203,34 @@ def statistics_tables(statistics: Statistics) -> list[Table]:
     return [_split_table(statistics), _class_table(statistics)]
 
 
-def _split_table(found: Statistics) -> Table:
-    notes = [f"train holds {found.restval:,} images of restval"]
-    if found.captions_left_out:
-        notes.append(f"{found.captions_left_out:,} captions beyond five an image were left out")
-    if found.images_left_out:
-        notes.append(f"{found.images_left_out:,} annotated images are in no split")
+def _split_table(statistics: Statistics) -> Table:
+    notes = [f"train holds {statistics.restval:,} images of restval"]
+    if statistics.captions_left_out:
+        notes.append(f"{statistics.captions_left_out:,} captions beyond five an image were left out")
+    if statistics.images_left_out:
+        notes.append(f"{statistics.images_left_out:,} annotated images are in no split")
     table = FittingTable(title="Splits", caption="; ".join(notes), caption_justify="left", **_RULED)
     table.add_column("split", style="bold")
     for name in ("images", "captions", "no label", "tags an image"):
         table.add_column(name, justify="right")
-    counts = (found.images, found.captions, found.unlabelled)
+    counts = (statistics.images, statistics.captions, statistics.unlabelled)
     for split in SPLITS:
-        table.add_row(split, *(f"{column[split]:,}" for column in counts), f"{found.tags_per_image[split]:.2f}")
+        table.add_row(split, *(f"{column[split]:,}" for column in counts), f"{statistics.tags_per_image[split]:.2f}")
     table.add_section()
     totals = (f"{sum(column.values()):,}" for column in counts)
-    table.add_row("all", *totals, f"{found.tags_per_image['all']:.2f}")
+    table.add_row("all", *totals, f"{statistics.tags_per_image['all']:.2f}")
     return table
 
 
-def _class_table(found: Statistics) -> Table:
+def _class_table(statistics: Statistics) -> Table:
     table = FittingTable(title="Categories: images of each split, and annotations", **_RULED)
     table.add_column("label", justify="right")
     table.add_column("category", style="bold")
     for name in (*SPLITS, "annotations"):
         table.add_column(name, justify="right")
-    for label, row in enumerate(found.classes):
+    for label, row in enumerate(statistics.classes):
         table.add_row(str(label), row.name, *(f"{row.images[split]:,}" for split in SPLITS), f"{row.annotations:,}")
     return table
-
-
-__all__ = ["MANIFEST_FILE", "PrepareResult", "Statistics", "prepare", "statistics_tables"]
-
-MANIFEST_FILE = "manifest.parquet"
-NAME = "coco"
-# What to download for a file that is missing, and where to put it.
-GET_INSTANCES = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download there"
-GET_SPLIT = (
-    f"put {SPLIT_FILE} of caption_datasets.zip there"
-    " (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip)"
-)
-GET_IMAGES = "unpack train2014.zip and val2014.zip from https://cocodataset.org/#download there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +271,11 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
     _look_for_files(data)
     path = (out or data) / MANIFEST_FILE
     refuse_existing(
-        path, lambda there: says_it_is_of(there, NAME), force=True, what="a manifest of `mmcli prepare`", option="--out"
+        path,
+        lambda existing: says_it_is_of(existing, NAME),
+        force=True,
+        what="a manifest of `mmcli prepare`",
+        option="--out",
     )
     split = read_karpathy(data / SPLIT_FILE)
     parts = [read_instances(data / name) for name in INSTANCES_FILES]
@@ -290,9 +283,9 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
     paths = place_images(data, split.folders, split.filenames)
     if check_images:
         paths = check_files(data, paths)
-    listing, statistics = _merge(split, instances, paths)
+    listing = _merge(split, instances, paths)
     write_manifest(path, listing)
-    return PrepareResult(path=path, sha256=listing.sha256, statistics=statistics)
+    return PrepareResult(path=path, sha256=listing.sha256, statistics=count(listing, split, instances))
 
 
 def _look_for_files(data: Path) -> None:
@@ -323,12 +316,12 @@ def _join(parts: list[Instances]) -> Instances:
     names = [dict(zip(part.category_id.tolist(), part.category_names, strict=True)) for part in parts]
     if names[0] != names[1]:
         different = min(category for category, _ in names[0].items() ^ names[1].items())
-        said = [repr(found[different]) if different in found else "not listed" for found in names]
+        shown = [repr(part[different]) if different in part else "not listed" for part in names]
         raise InputError(
             "the instances files have different categories",
             where=second.path,
-            got=f"category {different} {said[1]}",
-            wanted=f"{said[0]}, as in {first.path}",
+            got=f"category {different} {shown[1]}",
+            wanted=f"{shown[0]}, as in {first.path}",
         )
     if len(both := np.intersect1d(first.image_id, second.image_id)):
         raise InputError(
@@ -347,7 +340,7 @@ def _join(parts: list[Instances]) -> Instances:
     )
 
 
-def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> tuple[Manifest, Statistics]:
+def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> Manifest:
     """Give every image of the split its labels: y[c] = 1 where it has an annotation of c, crowds included."""
     if len(unknown := np.flatnonzero(~np.isin(split.image_id, instances.image_id))):
         shown = ", ".join(str(image) for image in split.image_id[unknown[:3]])
@@ -359,26 +352,17 @@ def _merge(split: KarpathySplit, instances: Instances, paths: list[str]) -> tupl
             do="take both from COCO 2014",
         )
     order = np.argsort(split.image_id)
-    at = np.searchsorted(split.image_id, instances.annotation_image, sorter=order)
-    row = order[np.minimum(at, len(order) - 1)]
-    ours = split.image_id[row] == instances.annotation_image
-    row, label, n_classes = row[ours], instances.annotation_label[ours], len(instances.category_names)
-    is_restval = split.origin == "restval"
-    listing = Manifest.from_columns(
+    place = np.searchsorted(split.image_id, instances.annotation_image, sorter=order)
+    row = order[np.minimum(place, len(order) - 1)]
+    in_split = split.image_id[row] == instances.annotation_image
+    n_classes = len(instances.category_names)
+    return Manifest.from_columns(
         image_ids=split.image_id,
         paths=paths,
-        splits=np.where(is_restval, "train", split.origin).tolist(),
+        splits=np.where(split.origin == "restval", "train", split.origin).tolist(),
         captions=split.captions,
-        labels=label_lists(row, label, len(order), n_classes),
+        labels=label_lists(row[in_split], instances.annotation_label[in_split], len(order), n_classes),
         category_names=instances.category_names,
         name=NAME,
         where=split.path,
     )
-    statistics = count(
-        listing,
-        np.bincount(label, minlength=n_classes),
-        restval=int(is_restval.sum()),
-        captions_left_out=split.n_captions_found - sum(map(len, split.captions)),
-        images_left_out=len(instances.image_id) - len(order),
-    )
-    return listing, statistics

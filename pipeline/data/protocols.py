@@ -1,14 +1,14 @@
-"""Which images train, tune and test: the protocols of the literature, all from one manifest (SPEC section 2).
+"""Which images train, tune and test: the protocols of the literature, all from one manifest.
 
 A head's figures belong to the protocol that it was trained with: under another one it has seen images of the test.
 Nothing here reads or writes anything but the lists of :func:`read_lists`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from ...cache.key import digest_of
 from ...errors import InputError, read_text
 from ..core.config import DataConfig, ProtocolName
 
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 Rows = npt.NDArray[np.int64]
 
@@ -24,29 +27,6 @@ Rows = npt.NDArray[np.int64]
 HELD_OUT = 20
 LISTS = ("database", "train", "test")
 MOST_SHOWN = 3
-
-
-class Listing(Protocol):
-    """What is asked of a manifest of N images; :class:`~mmcli.pipeline.data.manifest.Manifest` is one."""
-
-    @property
-    def image_ids(self) -> npt.NDArray[np.int64]:
-        """``(N,)``."""
-        ...
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """N paths relative to the data folder."""
-        ...
-
-    @property
-    def splits(self) -> npt.NDArray[Any]:
-        """``(N,)`` of train, val or test."""
-        ...
-
-    def labels_matrix(self) -> npt.NDArray[np.uint8]:
-        """``(N, C)`` of 0 and 1."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +44,7 @@ class Lists:
     n_classes: int
 
 
-def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None) -> dict[str, Rows]:
+def select(protocol: ProtocolName, listing: "Manifest", lists: Lists | None = None) -> dict[str, Rows]:
     """Rows of the manifest for each split of a protocol.
 
     - ``karpathy``: the manifest's own splits.
@@ -79,7 +59,7 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
     Args:
         protocol: Its name.
         listing: The manifest.
-        lists: Of :func:`read_lists`; for ``hashnet`` alone.
+        lists: The lists of :func:`read_lists`; for ``hashnet`` alone.
 
     Returns:
         Split to rows ``(n,)`` int64, ascending. Every split has an image.
@@ -88,9 +68,9 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
         InputError: A split would be empty, ``hashnet`` without lists, or lists of other images.
     """
     if protocol == "karpathy":
-        found = {split: np.flatnonzero(listing.splits == split) for split in ("train", "val", "test")}
+        rows_of = {split: np.flatnonzero(listing.splits == split) for split in ("train", "val", "test")}
     elif protocol == "coco14":
-        found = _coco14(listing)
+        rows_of = _coco14(listing)
     elif lists is None:
         raise InputError(
             "the protocol hashnet needs its lists",
@@ -100,8 +80,8 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
             do="name it, or use --protocol coco14",
         )
     else:
-        found = _hashnet(listing, lists)
-    for split, rows in found.items():
+        rows_of = _hashnet(listing, lists)
+    for split, rows in rows_of.items():
         if not len(rows):
             raise InputError(
                 f"no {split} image under the protocol {protocol}",
@@ -110,14 +90,14 @@ def select(protocol: ProtocolName, listing: Listing, lists: Lists | None = None)
                 wanted=_WANTED[protocol],
                 do="use --protocol karpathy, or prepare the whole data set",
             )
-    return {split: rows.astype(np.int64) for split, rows in found.items()}
+    return {split: rows.astype(np.int64) for split, rows in rows_of.items()}
 
 
-def chosen(data: DataConfig, listing: Listing) -> dict[str, Rows]:
+def chosen(data: DataConfig, listing: "Manifest") -> dict[str, Rows]:
     """The rows of :func:`select` for the protocol of a configuration, its lists read.
 
     Raises:
-        InputError: As of :func:`select` and :func:`read_lists`.
+        InputError: As for :func:`select` and :func:`read_lists`.
     """
     lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
     return select(data.split_type, listing, lists)
@@ -162,15 +142,15 @@ def lists_digest(data: DataConfig) -> str:
         return ""
     folder = Path(data.protocol_lists)
     files = sorted(folder.glob("*.txt"))
-    said = {path.name: path.read_bytes().decode("utf-8", "replace") for path in files}
-    return digest_of(said) if said else str(folder)
+    contents = {path.name: path.read_bytes().decode("utf-8", "replace") for path in files}
+    return digest_of(contents) if contents else str(folder)
 
 
 def check_protocol(wanted: str, trained: str, *, where: object) -> None:
     """Refuse to evaluate a run under a protocol that it was not trained with: it may have seen images of the test.
 
     Raises:
-        InputError: It was not.
+        InputError: The run was trained with another protocol.
     """
     if wanted != trained:
         raise InputError(
@@ -182,7 +162,7 @@ def check_protocol(wanted: str, trained: str, *, where: object) -> None:
         )
 
 
-def _coco14(listing: Listing) -> dict[str, Rows]:
+def _coco14(listing: "Manifest") -> dict[str, Rows]:
     labelled = listing.labels_matrix().any(axis=1)
     folder = np.array([_coco_folder(path) for path in listing.paths])
     first, second = (np.flatnonzero(labelled & (folder == name)) for name in ("train2014", "val2014"))
@@ -190,7 +170,7 @@ def _coco14(listing: Listing) -> dict[str, Rows]:
     return {"train": np.setdiff1d(first, held), "val": held, "test": second}
 
 
-def _hashnet(listing: Listing, lists: Lists) -> dict[str, Rows]:
+def _hashnet(listing: "Manifest", lists: Lists) -> dict[str, Rows]:
     C = listing.labels_matrix().shape[1]
     if lists.n_classes != C:
         raise InputError(

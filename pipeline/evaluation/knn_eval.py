@@ -1,19 +1,17 @@
 """Stage 3: neighbours in the codes of a run vote for the tags of another split."""
 
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import RenderableType
 
 from ...cache import Store
 from ...errors import InputError
 from ...heads.config import KnnConfig
-from ...heads.retrieval import retrieval_row
+from ...heads.voting import check_ties
 from ..core.config import Config
 from ..core.console import FittingTable, metrics_table
 from ..core.device import pick_device
@@ -21,16 +19,16 @@ from ..core.files import write_text
 from ..core.metrics_file import add_metrics, read_metrics
 from ..core.progress import Progress
 from ..core.run import Run, newest_run, open_run
-from .metrics import check_predictor, classifier_row, hybrid_row, metrics_row, write_scores
-from .search import Evaluated, Searcher, check_ties, fitting_metric, settings
-from .sweep import ALL, Search, Sweep, plan
+from .metrics import check_predictor, classifier_row, write_scores
+from .search import Evaluated, NeighbourSearch, fitting_metric
+from .sweep import ALL, Sweep, plan
 
 SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau", "ties", "index_kind")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """The run that was evaluated, where its metrics went, and the row of the predictor that was asked for."""
+    """The run that was evaluated, the file of its metrics, and the row of the predictor that was asked for."""
 
     run: Run
     metrics_path: Path
@@ -38,11 +36,11 @@ class KnnResult:
     others: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """The row of the predictor, the run and the file, as one flat JSON object."""
         return {"run": str(self.run.folder), "metrics_path": str(self.metrics_path), **self.metrics}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """The table and the lines that are printed at the end."""
         described = ", ".join(f"{name} {self.metrics[name]}" for name in SHOWN if name in self.metrics)
         table = metrics_table([self.metrics, *self.others], described)
         return [table, *_lines(self.metrics), f"wrote {self.metrics_path}"]
@@ -59,18 +57,18 @@ def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None 
     Raises:
         InputError: There is none, or it comes from another data set.
     """
-    found = open_run(run) if run is not None else newest_run(runs)
+    chosen = open_run(run) if run is not None else newest_run(runs)
     if store is not None:
         wanted = Store.open(store).key.manifest_sha256
-        if found.info.manifest_sha256 != wanted:
+        if chosen.info.manifest_sha256 != wanted:
             raise InputError(
                 "a run of another data set",
-                where=found.folder,
-                got=f"manifest {found.info.manifest_sha256[:12]}",
+                where=chosen.folder,
+                got=f"manifest {chosen.info.manifest_sha256[:12]}",
                 wanted=f"manifest {wanted[:12]}, as in {store}",
                 do="name another --run, or train from this store",
             )
-    return found
+    return chosen
 
 
 def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progress | None = None) -> KnnResult:
@@ -79,8 +77,8 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     Args:
         config: The knn section and the device are used.
         run: A finished run of ``train-head``.
-        split: Whose images are tagged; an image never votes for itself.
-        progress: Who to tell.
+        split: The split whose images are tagged; an image never votes for itself.
+        progress: Progress bars and messages; none are shown when not given.
 
     Raises:
         InputError: Damaged codes or metrics, Hamming distance asked of a run without hash layer, K larger than the
@@ -93,9 +91,11 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     check_predictor(predictor, query, val, run)
     rows: dict[str, dict[str, Any]] = {}
     if predictor != "classifier":
-        knn = config.knn.model_copy(update={"distance_metric": fitting_metric(config.knn, codes.base, run)})
+        metric = fitting_metric(config.knn, codes.bits, run.folder)
+        knn = config.knn.model_copy(update={"distance_metric": metric})
         codes.check_k(knn.K, run)
-        rows |= _neighbour_rows(codes, knn, config, run, progress)
+        progress.say(f"searching {len(query):,} {split} images among {len(codes.base):,} codes of {run.folder}")
+        rows |= _neighbour_rows(NeighbourSearch(codes, [knn], str(pick_device(config.hardware.device))), knn, run)
     if query.logits is not None and val.logits is not None:
         rows["classifier"] = classifier_row(split, query, val=val, run=run)
     headline = rows.pop(predictor)
@@ -104,39 +104,23 @@ def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progres
     return KnnResult(run=run, metrics_path=path, metrics=headline, others=others)
 
 
-def _neighbour_rows(
-    codes: Evaluated, knn: KnnConfig, config: Config, run: Run, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """The row of the neighbours, and that of the mix where it was asked for."""
-    base, val, query, split = codes.base, codes.val, codes.query, codes.split
-    progress.say(f"searching {len(query):,} {split} images among {len(base):,} codes of {run.folder}")
-    searcher = Searcher(base, knn, str(pick_device(config.hardware.device)))
-    started = time.perf_counter()
-    found = searcher.find(query, knn.K)
-    scores = searcher.score(found, knn)
-    seconds = time.perf_counter() - started
-    on_val = scores if query is val else searcher.score(searcher.find(val, knn.K), knn)
-    tuned_on = None if split == "val" else (on_val, val.labels)
-    row = metrics_row("knn", split, scores, query.labels, tuned_on=tuned_on, run=run)
-    row |= settings(knn, base, searcher.index.kind)
-    row |= {"index_build_s": searcher.build_s, "throughput_qps": len(query) / seconds}
-    row |= searcher.latency(query, knn) | searcher.sizes() | searcher.recall(query, found, knn)
-    row |= searcher.boundary_facts(found, knn.K) if knn.distance_metric == "hamming" else {}
-    row |= _retrieval(codes, progress)
-    write_scores(run.folder, "knn", split, query.image_id, scores)
+def _neighbour_rows(search: NeighbourSearch, knn: KnnConfig, run: Run) -> dict[str, dict[str, Any]]:
+    """The row of the neighbours, and that of the mix where it was asked for; scores are kept in the run."""
+    codes = search.codes
+    split, image_id = codes.split, codes.query.image_id
+    votes = search.vote(knn)
+    row = search.row("knn", votes, knn, run) | search.efficiency(votes) | search.latency(knn)
+    row |= search.boundary_facts(knn) | codes.retrieval()
+    write_scores(run.folder, "knn", split, image_id, votes.scores)
     rows = {"knn": row}
     if knn.predictor == "hybrid":
-        rows["hybrid"] = hybrid_row(split, query, val, scores, on_val, run) | settings(knn, base, searcher.index.kind)
+        mixed, weight = search.mix(votes)
+        rows["hybrid"] = search.row("hybrid", mixed, knn, run)
+        rows["hybrid"] |= {"hybrid_weight_knn": weight, "hybrid_tuned_on": "val"}
+        if split == "val":
+            rows["hybrid"]["hybrid_note"] = "the weight was tuned on these images"
+        write_scores(run.folder, "hybrid", split, image_id, mixed.scores)
     return rows
-
-
-def _retrieval(codes: Evaluated, progress: Progress) -> dict[str, Any]:
-    """How good the codes are for finding images; nothing without hash layer, or of queries that are in the base."""
-    base, query = codes.base, codes.query
-    if base.packed is None or query.packed is None or np.isin(query.image_id, base.image_id).any():
-        return {}
-    progress.say(f"ranking {len(base):,} codes for each of {len(query):,} images")
-    return retrieval_row(query.packed, query.labels, base.packed, base.labels)
 
 
 def _lines(row: dict[str, Any]) -> list[str]:
@@ -150,18 +134,29 @@ def _lines(row: dict[str, Any]) -> list[str]:
     if "hybrid_weight_knn" in row:
         weight = row["hybrid_weight_knn"]
         lines.append(f"hybrid: {weight:.2f} neighbours + {1 - weight:.2f} classifier, tuned on val")
-    if "index_recall" in row:
-        lines.append(f"index {row['index_kind']}: {row['index_recall']:.4f} of the exact neighbours found")
     return lines
 
 
 FILE = "knn_table.json"
 VERSION = 1
+# Heading, key of a row and format of each column; the settings first.
+COLUMNS = (
+    ("metric", "distance_metric", "{}"),
+    ("K", "K", "{}"),
+    ("vote", "voting_strategy", "{}"),
+    ("tau", "tau", "{:g}"),
+    ("tau*B", "tau_bits", "{:.2f}"),
+    ("theta", "theta", "{:g}"),
+    ("mAP", "mAP", "{:.3f}"),
+    ("F1*", "F1_micro_tuned", "{:.3f}"),
+    ("P@5", "P@5", "{:.3f}"),
+    ("tied", "boundary_tied", "{:.0%}"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableResult:
-    """The run, where the table went, and its rows."""
+    """The run, the file of the table, and its rows."""
 
     run: Run
     path: Path
@@ -169,11 +164,11 @@ class TableResult:
     rows: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The rows, the run and the file, as one JSON object."""
         return {"run": str(self.run.folder), "table_path": str(self.path), "split": self.split, "rows": list(self.rows)}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """The table and the lines that are printed at the end."""
         best = max(self.rows, key=lambda row: row["mAP"] if row["mAP"] is not None else -1.0)
         note = (
             "tau * B: the bits of distance that cost a factor e. In brackets: 95% bootstrap interval over images."
@@ -192,8 +187,8 @@ def knn_table(
         config: The knn section gives what the sweep does not; and the device.
         sweep: Values of K, metric, vote, tau and theta.
         run: A finished run of ``train-head``.
-        split: Whose images are tagged; an image never votes for itself.
-        progress: Who to tell.
+        split: The split whose images are tagged; an image never votes for itself.
+        progress: Progress bars and messages; none are shown when not given.
 
     Raises:
         InputError: Damaged codes, a metric that the run does not serve, or K larger than the index.
@@ -209,15 +204,17 @@ def knn_table(
         )
     codes = Evaluated.of(run, split)
     searches = plan(_fitting(sweep, config.knn, codes, run), config.knn)
-    for search in searches:
-        check_ties(search.evaluations[0])
-        codes.check_k(search.K, run)
+    for configs in searches:
+        check_ties(configs[0])
+        codes.check_k(max(knn.K for knn in configs), run)
     device = str(pick_device(config.hardware.device))
     rows: list[dict[str, Any]] = []
-    with progress.task("evaluations", sum(len(search.evaluations) for search in searches)) as task:
-        for search in searches:
-            for row in _evaluations(search, codes, device):
-                rows.append(row)
+    with progress.task("evaluations", sum(map(len, searches))) as task:
+        for configs in searches:
+            search = NeighbourSearch(codes, configs, device)
+            for knn in configs:
+                row = search.row("knn", search.vote(knn), knn) | search.boundary_facts(knn)
+                rows.append({key: value for key, value in row.items() if not _idle(key, knn.voting_strategy)})
                 task.advance(1)
     path = run.folder / FILE
     record = {"version": VERSION, "split": split, "n_searches": len(searches), "rows": rows}
@@ -230,24 +227,10 @@ def _fitting(sweep: Sweep, knn: KnnConfig, codes: Evaluated, run: Run) -> Sweep:
     listed = sweep.distance_metric
     if codes.base.packed is None and set(listed) == set(ALL["distance_metric"]):
         return replace(sweep, distance_metric=("cosine",))
-    one = knn if len(listed) == 1 else None
-    metrics = (fitting_metric(one or knn.model_copy(update={"distance_metric": m}), codes.base, run) for m in listed)
+    # Only an update says that the metric was asked for by name; a single one may be the default.
+    configs = [knn] if len(listed) == 1 else [knn.model_copy(update={"distance_metric": metric}) for metric in listed]
+    metrics = (fitting_metric(config, codes.bits, run.folder) for config in configs)
     return replace(sweep, distance_metric=tuple(dict.fromkeys(metrics)))
-
-
-def _evaluations(search: Search, codes: Evaluated, device: str) -> Iterator[dict[str, Any]]:
-    """One search of the split and one of val; then votes and metrics of each evaluation."""
-    first, query, val = search.evaluations[0], codes.query, codes.val
-    searcher = Searcher(codes.base, first, device)
-    found = searcher.find(query, search.K)
-    on_val = found if query is val else searcher.find(val, search.K)
-    for knn in search.evaluations:
-        scores = searcher.score(found, knn)
-        tuned_on = None if codes.split == "val" else (searcher.score(on_val, knn), val.labels)
-        row = metrics_row("knn", codes.split, scores, query.labels, tuned_on=tuned_on)
-        row |= settings(knn, codes.base, searcher.index.kind)
-        row |= searcher.boundary_facts(found, knn.K) if knn.distance_metric == "hamming" else {}
-        yield {key: value for key, value in row.items() if not _idle(key, row["voting_strategy"])}
 
 
 def _idle(key: str, strategy: str) -> bool:
@@ -255,39 +238,18 @@ def _idle(key: str, strategy: str) -> bool:
     return (key in ("tau", "tau_bits") and strategy != "softmax") or (key == "theta" and strategy != "threshold")
 
 
-def readable(rows: tuple[dict[str, Any], ...], split: str) -> FittingTable:
-    """One line an evaluation."""
-    bits = rows[0]["bits"]
-    table = FittingTable(
-        title=f"Neighbours of {split}, {bits} bits" if bits else f"Neighbours of {split}, no hash layer"
-    )
-    for name in ("metric", "K", "vote", "tau", "tau*B", "theta", "mAP", "F1*", "P@5", "tied"):
+def readable(rows: Sequence[Mapping[str, Any]], split: str) -> FittingTable:
+    """The table that is printed, with one line an evaluation."""
+    bits = f"{rows[0]['bits']} bits" if rows[0]["bits"] else "no hash layer"
+    table = FittingTable(title=f"Neighbours of {split}, {bits}")
+    for name, _, _ in COLUMNS:
         table.add_column(name, justify="left" if name in ("metric", "vote") else "right")
-    before = None
-    for row in rows:
-        group = (row["distance_metric"], row["K"])
-        if before is not None and group != before:
+    for row, before in zip(rows, [rows[0], *rows], strict=False):
+        if any(row[key] != before[key] for key in ("distance_metric", "K")):
             table.add_section()
-        before = group
-        table.add_row(
-            row["distance_metric"],
-            str(row["K"]),
-            row["voting_strategy"],
-            _cell(row, "tau", "{:g}"),
-            _cell(row, "tau_bits", "{:.2f}"),
-            _cell(row, "theta", "{:g}"),
-            _cell(row, "mAP", "{:.3f}"),
-            _cell(row, "F1_micro_tuned", "{:.3f}"),
-            _cell(row, "P@5", "{:.3f}"),
-            _cell(row, "boundary_tied", "{:.0%}"),
-        )
+        table.add_row(*("-" if row.get(key) is None else form.format(row[key]) for _, key, form in COLUMNS))
     return table
 
 
-def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if row.get(key) is not None else "-"
-
-
 def _named(row: Mapping[str, Any]) -> str:
-    keys = (("metric", "distance_metric"), ("K", "K"), ("vote", "voting_strategy"), ("tau", "tau"), ("theta", "theta"))
-    return ", ".join(f"{name} {row[key]}" for name, key in keys if key in row)
+    return ", ".join(f"{name} {row[key]}" for name, key, _ in COLUMNS[:6] if name != "tau*B" and key in row)

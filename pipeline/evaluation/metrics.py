@@ -9,7 +9,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from ...errors import InputError
-from ...heads.bootstrap import RESAMPLES, SEED, Threshold, interval, resample
+from ...heads.bootstrap import RESAMPLES, Threshold, interval, resample
 from ...heads.config import Predictor
 from ...heads.metrics import evaluate, mean_average_precision, tune_thresholds
 from ...heads.sigmoid import sigmoid
@@ -49,17 +49,16 @@ def metrics_row(
         threshold: Where a score predicts a tag.
         logits: The scores are logits. They are ranked as they are: the sigmoid keeps their order, but large ones all
             become 1, and ties cost. Thresholds are given as probabilities all the same, as those of any other method.
-        run: Where given, the rows of the classes are written into it (see :func:`.per_class.write_per_class`), and the
-            row has its ``precision``.
+        run: Where given, the rows of the classes are written into it, and the row has its ``precision``.
 
     Returns:
         Flat keys; F1 and Hamming loss at ``threshold``, again with ``_tuned`` at the one that is best on val, and with
         ``_tuned_per_class`` at the best of each class. A class without a positive in val keeps the ``_tuned`` one:
         ``n_classes_without_own_threshold``, and the ``note``. ``ci`` as :func:`with_intervals` adds it.
     """
-    at = float(np.log(threshold / (1 - threshold))) if logits else threshold
-    thresholds: dict[str, Threshold] = {"": at}
-    row: dict[str, Any] = {"method": method, "split": split, **evaluate(scores, labels, threshold=at)}
+    cut = float(np.log(threshold / (1 - threshold))) if logits else threshold
+    thresholds: dict[str, Threshold] = {"": cut}
+    row: dict[str, Any] = {"method": method, "split": split, **evaluate(scores, labels, threshold=cut)}
     if tuned_on is not None and not tuned_on[1].any():
         row["note"] = NOTHING_TUNED
     elif tuned_on is not None:
@@ -85,13 +84,7 @@ def metrics_row(
 
 
 def with_intervals(
-    row: Mapping[str, Any],
-    scores: Scores,
-    labels: Labels,
-    thresholds: Mapping[str, Threshold],
-    *,
-    n: int = RESAMPLES,
-    seed: int = SEED,
+    row: Mapping[str, Any], scores: Scores, labels: Labels, thresholds: Mapping[str, Threshold]
 ) -> dict[str, Any]:
     """A row with the 95% percentile bootstrap interval of its figures under ``ci``.
 
@@ -103,19 +96,17 @@ def with_intervals(
         scores: ``(N, C)`` that it was computed from.
         labels: ``(N, C)``.
         thresholds: By the ending of its keys.
-        n: Resamples.
-        seed: Of their draws.
 
     Returns:
         The row, and ``ci``: ``{key: [low, high]}`` for every figure that it has and that is defined; ``n_resamples``;
         and where a figure is undefined in some resamples, which its interval leaves out, their number under
         ``ci_undefined``.
     """
-    resampled = resample(scores, labels, thresholds, n=n, seed=seed)
-    found = {key: interval(values, figure=row[key]) for key, values in resampled.items() if row.get(key) is not None}
-    ci = {key: [one.low, one.high] for key, one in found.items() if one.n_undefined < n}
-    undefined = {key: one.n_undefined for key, one in found.items() if one.n_undefined}
-    return {**row, "n_resamples": n, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}
+    resampled = resample(scores, labels, thresholds)
+    intervals = {k: interval(values, figure=row[k]) for k, values in resampled.items() if row.get(k) is not None}
+    ci = {key: [low, high] for key, (low, high, n_undefined) in intervals.items() if n_undefined < RESAMPLES}
+    undefined = {key: n_undefined for key, (_, _, n_undefined) in intervals.items() if n_undefined}
+    return {**row, "n_resamples": RESAMPLES, "ci": ci, **({"ci_undefined": undefined} if undefined else {})}
 
 
 def classifier_row(split: str, codes: Codes, *, val: Codes, run: Run | None = None) -> dict[str, Any]:
@@ -151,11 +142,9 @@ def write_scores(
         scores: ``(N, C)``.
         labels: ``(N, C)``, where the run keeps no codes of the split, which hold them.
     """
-    arrays: dict[str, npt.NDArray[Any]] = {"image_id": image_id, "scores": scores}
-    if labels is not None:
-        arrays["labels"] = labels
-    path = scores_path(run, method, split)
+    arrays = {"image_id": image_id, "scores": scores} | ({} if labels is None else {"labels": labels})
     whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    path = scores_path(run, method, split)
     about = {"method": method, "split": split, **run_identity(run)}
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, whole, about))
     return path
@@ -170,7 +159,7 @@ def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any
     """What :func:`write_scores` kept: ``image_id``, ``scores``, and ``labels`` where they were given.
 
     Raises:
-        InputError: As for :func:`.codes.read_run_arrays`.
+        InputError: As for :func:`~mmcli.pipeline.core.results.read_run_arrays`.
     """
     again = f" (`{command('knn-eval', '--run', run)}`)" if method == "knn" else ""
     return read_run_arrays(
@@ -230,8 +219,8 @@ def tune_mix(knn: Scores, classifier: Scores, labels: npt.NDArray[np.uint8]) -> 
         classifier: Probabilities of the classifier on val ``(n, C)``.
         labels: ``(n, C)``.
     """
-    found = {a: mean_average_precision(mix(a, knn, classifier), labels) for a in GRID}
-    return max(GRID, key=lambda a: (found[a], -abs(a - 0.5)))
+    mAP = {a: mean_average_precision(mix(a, knn, classifier), labels) for a in GRID}
+    return max(GRID, key=lambda a: (mAP[a], -abs(a - 0.5)))
 
 
 def mix(a: float, knn: Scores, classifier: Scores) -> npt.NDArray[np.float64]:
@@ -240,24 +229,22 @@ def mix(a: float, knn: Scores, classifier: Scores) -> npt.NDArray[np.float64]:
     return mixed
 
 
-def hybrid_row(split: str, query: Codes, val: Codes, scores: Scores, val_scores: Scores, run: Run) -> dict[str, Any]:
-    """Every metric of the mix on a split, its weight tuned on val alone; its scores are kept in the run.
+def mix_with_classifier(
+    query: Codes, val: Codes, scores: Scores, on_val: Scores
+) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mix the scores of the neighbours with the classifier's, the weight tuned on val alone.
 
     Args:
-        split: Name of the split.
-        query: Its codes, with logits.
+        query: Codes of a split, with logits.
         val: Codes of val, with logits.
         scores: The neighbours' on the split.
-        val_scores: The neighbours' on val.
-        run: The run.
+        on_val: The neighbours' on val.
+
+    Returns:
+        The weight of the neighbours, the mixed scores of the split and those of val.
     """
-    classifier, on_val = query.probabilities, val.probabilities
+    classifier, classifier_on_val = query.probabilities, val.probabilities
     assert classifier is not None
-    assert on_val is not None
-    a = tune_mix(val_scores, on_val, val.labels)
-    mixed = mix(a, scores, classifier)
-    tuned_on = None if split == "val" else (mix(a, val_scores, on_val), val.labels)
-    row = metrics_row("hybrid", split, mixed, query.labels, tuned_on=tuned_on, run=run)
-    write_scores(run.folder, "hybrid", split, query.image_id, mixed)
-    note = {"hybrid_note": "the weight was tuned on these images"} if split == "val" else {}
-    return row | {"hybrid_weight_knn": a, "hybrid_tuned_on": "val"} | note
+    assert classifier_on_val is not None
+    a = tune_mix(on_val, classifier_on_val, val.labels)
+    return a, mix(a, scores, classifier), mix(a, on_val, classifier_on_val)

@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     do = "write one template a line, such as: a photo of a {}."
     lines = read_text(path, "cannot read prompts", wanted="a text file", do=do).splitlines()
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         template = line.strip()
         if not template:
@@ -33,10 +33,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         if template.count(GAP) != 1:
             got = f"{template.count(GAP)} times {GAP} in '{template}'"
             raise InputError("not a prompt", where=where, got=got, wanted=f"{GAP} once, for the name", do=do)
-        if template in found:
-            got, wanted = f"the template of line {found[template]}", "each once"
+        if template in line_of:
+            got, wanted = f"the template of line {line_of[template]}", "each once"
             raise InputError("a prompt twice", where=where, got=got, wanted=wanted, do="leave one of them out")
-        found[template] = number
-    if not found:
+        line_of[template] = number
+    if not line_of:
         raise InputError("no prompts", where=path, got="an empty file", wanted="at least one template", do=do)
-    return tuple(found)
+    return tuple(line_of)

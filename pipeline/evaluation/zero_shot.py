@@ -44,11 +44,11 @@ class ZeroShotResult:
     metrics: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """The row, the run and its store as one flat JSON object."""
         return {"run": str(self.run.folder), "store": self.run.info.store, **self.metrics}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """The table and the folder, as they are printed."""
         row = self.metrics
         title = f"{row['split']} split, inputs {row['inputs']}, {row['n_prompts']} prompts a class"
         return [metrics_table([self.metrics], title), f"wrote {self.run.folder}"]
@@ -60,7 +60,6 @@ def zero_shot(
     store: Path | None = None,
     split: str = "test",
     out: Path | None = None,
-    runs: Path = Path("runs"),
     templates: Sequence[str] = TEMPLATES,
     inputs: Inputs = "image",
     force: bool = False,
@@ -71,13 +70,12 @@ def zero_shot(
     Args:
         config: Model and hardware sections are used; the model is the store's when none was given.
         store: The store; the newest below ``data/cache`` when not given.
-        split: Whose images are tagged.
+        split: The split whose images are tagged.
         out: The run folder; a new one below ``runs`` when not given.
-        runs: The folder of all runs.
         templates: Prompts with ``{}`` for the category's name.
         inputs: Whose cosine with the prompts counts: the image's, its first caption's, or both by the mean of logits.
         force: Replace an existing run in ``out``.
-        progress: Who to tell.
+        progress: Progress bars and messages; none are shown when not given.
 
     Raises:
         InputError: A bad store, a split without images, an image without the caption that is asked for, a checkpoint
@@ -85,54 +83,35 @@ def zero_shot(
     """
     progress = progress or Progress()
     labelled = _read(find_store(store), config)
-    asked = config.model.revision
+    revision = config.model.revision
     config, listing = resolve_config(config, labelled), labelled.listing
     rows = _rows(config, listing, split)
-    _check_captions(labelled, rows, inputs)
-    encoder = _matching_encoder(config, labelled, asked)
-    names = listing.category_names
+    if inputs != "image":
+        _check_captions(labelled, rows)
+    encoder = _matching_encoder(config, labelled, revision)
+    names, precision = listing.category_names, encoder.identity.compute_dtype
     progress.say(
         f"zero-shot of {labelled.store.folder}: {len(names)} categories x {len(templates)} prompts, {inputs},"
-        f" on {device_line(encoder.device, encoder.identity.compute_dtype)}"
+        f" on {device_line(encoder.device, precision)}"
     )
     prompts = [template.replace(GAP, name) for name in names for template in templates]
-    embedded = encoder.encode_texts(prompts).reshape(len(names), len(templates), -1)
-    score = _Scorer(labelled, class_prototypes(embedded), encoder, inputs)
-    run = start_run(
-        describe_run("zero-shot", config, labelled, precision=encoder.identity.compute_dtype),
-        config,
-        label="zero-shot",
-        out=out,
-        runs=runs,
-        device=str(encoder.device),
-        force=force,
-    )
+    prototypes = class_prototypes(encoder.encode_texts(prompts).reshape(len(names), len(templates), -1))
+    score = _Scorer(labelled, prototypes, encoder, inputs)
+    info = describe_run("zero-shot", config, labelled, precision=precision)
+    device = str(encoder.device)
+    run = start_run(info, config, label="zero-shot", out=out, runs=Path("runs"), device=device, force=force)
     with interruptible(f"{run.folder} is not finished", also=[] if out is None else ["--force"]):
-        return _finish(run, score, listing, rows, split, progress, inputs=inputs, templates=templates)
-
-
-def _finish(
-    run: Run,
-    score: "_Scorer",
-    listing: Manifest,
-    rows: Mapping[str, npt.NDArray[np.int64]],
-    split: str,
-    progress: Progress,
-    *,
-    inputs: Inputs,
-    templates: Sequence[str],
-) -> ZeroShotResult:
-    """Score the images, and write what a run has."""
-    logits = {name: score(at) for name, at in rows.items()}
-    labels = {name: listing.labels_matrix()[at] for name, at in rows.items()}
-    for name, at in rows.items():
-        write_scores(run.folder, "zero-shot", name, listing.image_ids[at], sigmoid(logits[name]), labels[name])
-    row = _row(run, split, logits, labels)
-    if "note" in row:
-        progress.say(f"note: {row['note']}")
-    row |= {"inputs": inputs, "n_prompts": len(templates), "prompts": list(templates)}
-    row["query_latency_ms"] = _latency_ms(score, len(listing))
-    return ZeroShotResult(run=finish_run(run, [row]), metrics=row)
+        logits = {name: score(chosen_rows) for name, chosen_rows in rows.items()}
+        labels = {name: listing.labels_matrix()[chosen_rows] for name, chosen_rows in rows.items()}
+        for name, chosen_rows in rows.items():
+            image_id = listing.image_ids[chosen_rows]
+            write_scores(run.folder, "zero-shot", name, image_id, sigmoid(logits[name]), labels[name])
+        row = _row(run, split, logits, labels)
+        if "note" in row:
+            progress.say(f"note: {row['note']}")
+        row |= {"inputs": inputs, "n_prompts": len(templates), "prompts": list(templates)}
+        row["query_latency_ms"] = _latency_ms(score, len(listing))
+        return ZeroShotResult(run=finish_run(run, [row]), metrics=row)
 
 
 class _Scorer:
@@ -157,8 +136,8 @@ class _Scorer:
 def _rows(config: Config, listing: Manifest, split: str) -> dict[str, npt.NDArray[np.int64]]:
     """Rows of a split and of val under the protocol; a manifest's own splits may lack val."""
     if config.data.split_type != "karpathy":
-        found = chosen(config.data, listing)
-        return {name: found[name] for name in dict.fromkeys((split, "val"))}
+        rows = chosen(config.data, listing)
+        return {name: rows[name] for name in dict.fromkeys((split, "val"))}
     return {name: listing.rows(name) for name in (split, "val") if name == split or (listing.splits == name).any()}
 
 
@@ -175,17 +154,17 @@ def _read(folder: Path, config: Config) -> LabelledStore:
     return read_store(folder, config.model_copy(update={"model": ModelConfig()}) if imported else config)
 
 
-def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.int64]], inputs: Inputs) -> None:
+def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.int64]]) -> None:
     """Refuse images without a caption where captions are asked for."""
-    for split, at in rows.items():
-        without = at[labelled.embeddings.n_captions[at] == 0] if inputs != "image" else at[:0]
+    for split, of_split in rows.items():
+        without = of_split[labelled.embeddings.n_captions[of_split] == 0]
         if len(without):
             first = labelled.listing.image_ids[without[0]]
             raise InputError(
                 "images without a caption",
                 where=labelled.store.folder,
                 wanted="a caption for each",
-                got=f"{len(without)} of {len(at)} {split} images, the first of them image id {first}",
+                got=f"{len(without)} of {len(of_split)} {split} images, the first of them image id {first}",
                 do="give --inputs image, or a manifest with captions",
             )
 
@@ -193,35 +172,38 @@ def _check_captions(labelled: LabelledStore, rows: Mapping[str, npt.NDArray[np.i
 def _matching_encoder(config: Config, labelled: LabelledStore, asked: str | None) -> Encoder:
     """The checkpoint of the store; another one, or changed weights under the same name, is refused.
 
+    Of an imported store only the width can be compared with the checkpoint that it names, or that was given for it.
+
     Args:
         config: With the checkpoint that the store, or the user, names.
         labelled: The store.
         asked: The revision that the user asked for; the commit of the store when not given.
     """
-    key, device = labelled.store.key, pick_device(config.hardware.device)
-    name = config.model.siglip2_variant
+    store, name, device = labelled.store, config.model.siglip2_variant, pick_device(config.hardware.device)
     # An imported store may name a folder, whose revision is a word of whoever imported it.
-    revision = asked or (key.commit if name == key.model and not Path(name).is_dir() else None)
-    if "imported" in labelled.store.extra:
-        return _named_encoder(name, revision, labelled, device)
-    encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)
-    if encoder.identity.revision != key.revision:
-        raise StoreMismatch(
-            "a store of another model",
-            where=labelled.store.folder,
-            got=f"{key.model} at {key.revision[:47]}",
-            wanted=f"{encoder.identity.model} at {encoder.identity.revision[:47]}",
-            do="leave --revision out and name the checkpoint of the store with --model, or run `mmcli extract` again",
-        )
+    revision = asked or (store.key.commit if name == store.key.model and not Path(name).is_dir() else None)
+    if "imported" in store.extra:
+        encoder = _imported_encoder(name, revision, device)
+        fits = encoder.width == store.width
+        got, wanted = f"embeddings {store.width} wide", f"{encoder.width}, as {encoder.identity.model} makes them"
+        do = "give --model the right checkpoint"
+    else:
+        key = store.key
+        encoder = Encoder.load(name, revision=revision, patches=key.patches, text_length=key.text_length, device=device)
+        fits = encoder.identity.revision == key.revision
+        got, wanted = (f"{x.model} at {x.revision[:47]}" for x in (key, encoder.identity))
+        do = "leave --revision out and name the checkpoint of the store with --model, or run `mmcli extract` again"
+    if not fits:
+        raise StoreMismatch("a store of another model", where=store.folder, got=got, wanted=wanted, do=do)
     return encoder
 
 
-def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, device: torch.device) -> Encoder:
-    """The checkpoint that an imported store names, or that was given for it; only its width can be compared."""
+def _imported_encoder(name: str, revision: str | None, device: torch.device) -> Encoder:
+    """The checkpoint that an imported store names, or that was given for it."""
     try:
         source = find_model(name, revision)
-        config = source.load("the configuration", AutoConfig)
-        encoder = Encoder.load(name, revision=source.commit, patches=_own_patches(config), device=device)
+        patches = _patches(source.load("the configuration", AutoConfig))
+        return Encoder.load(name, revision=source.commit, patches=patches, device=device)
     except InputError as error:
         raise InputError(
             error.what,
@@ -230,18 +212,9 @@ def _named_encoder(name: str, revision: str | None, labelled: LabelledStore, dev
             wanted="the checkpoint that computed this imported store",
             do="give --model its folder or hub id",
         ) from error
-    if encoder.width != labelled.store.width:
-        raise StoreMismatch(
-            "a store of another model",
-            where=labelled.store.folder,
-            got=f"embeddings {labelled.store.width} wide",
-            wanted=f"{encoder.width}, as {encoder.identity.model} makes them",
-            do="give --model the right checkpoint",
-        )
-    return encoder
 
 
-def _own_patches(config: Any) -> int:  # noqa: ANN401
+def _patches(config: Any) -> int:  # noqa: ANN401
     """The patch budget of a fixed-resolution checkpoint; any for the others, because no image is encoded here."""
     return fixed_patches(config) if getattr(config, "model_type", None) == "siglip" else ANY_PATCHES
 

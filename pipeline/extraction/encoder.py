@@ -8,6 +8,7 @@ attention mask and pools the last position (Tschannen et al. 2025, arXiv 2502.14
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,18 +42,41 @@ def tokens_of_a_pass(device: torch.device) -> int:
     return BATCH_TOKENS[device.type] * (2 if caches >= LARGE_CACHE_BYTES else 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """What a store is filled by, without the weights: it may be described on another machine than it runs on.
+
+    Attributes:
+        identity: Names for the key of a store.
+        device: Where the encoder computes.
+        spec: What is done to an image before the tower sees it.
+        width: Embedding width D.
+        batch_tokens: Most tokens of a forward pass.
+        logit_scale: SigLIP's learned scale, already exponentiated.
+        logit_bias: SigLIP's learned bias.
+    """
+
+    identity: Identity
+    device: torch.device
+    spec: PatchSpec
+    width: int
+    batch_tokens: int
+    logit_scale: float
+    logit_bias: float
+
+
 class EncoderParts(NamedTuple):
-    """What an encoder is made of; the weights may be trained, and an encoder made again.
+    """What an encoder is made of; the weights may be trained, and another encoder made of them.
 
     Attributes:
         source: Where the files are.
         model: The model of ``transformers`` on its device, float32, in ``eval()`` mode.
         processor: Its image processor.
-        scale: How that normalises pixels.
+        scale: How the processor normalises pixels.
         tokenizer: Its tokenizer.
-        captions: That tokenizer, asked as the text tower was trained.
+        captions: The same tokenizer, called as the text tower was trained.
         identity: Names for the key of a store.
-        device: Where it is.
+        device: Where the model is.
         spec: What is done to an image before the tower sees it.
     """
 
@@ -82,7 +106,7 @@ class Encoder:
         width: Embedding width D.
         logit_scale: SigLIP's learned scale, already exponentiated.
         logit_bias: SigLIP's learned bias.
-        pin_memory: As given.
+        pin_memory: Whether batches go to a GPU by way of page-locked memory.
         batch_tokens: Most tokens of a forward pass; halved when the device runs out of memory.
     """
 
@@ -99,6 +123,11 @@ class Encoder:
         self._image = ImageTower(model.vision_model, parts.scale, dtype)
         self._text = TextTower(model.text_model, dtype)
         self.tokenize = parts.captions
+
+    @property
+    def facts(self) -> EncoderFacts:
+        """Everything that a store is told of the encoder, without the weights."""
+        return EncoderFacts(**{field.name: getattr(self, field.name) for field in fields(EncoderFacts)})
 
     @classmethod
     def load(
@@ -211,7 +240,7 @@ class Encoder:
 
         Args:
             texts: N texts.
-            advance: Told how many texts are done, again and again.
+            advance: Called with the number of texts of each pass.
 
         Returns:
             Raw embeddings, ``(N, D)`` float32.
@@ -235,8 +264,8 @@ class Encoder:
         encoded = self._within_memory(len(unique), ids.shape[1], run)
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        found: Floats = encoded.cpu().numpy()[place[inverse.reshape(-1)]]
-        return found
+        features: Floats = encoded.cpu().numpy()[place[inverse.reshape(-1)]]
+        return features
 
     def text_features(self, ids: Tensor) -> Tensor:
         """Raw embeddings ``(n, D)`` float32 on the device, of token ids ``(n, text_length)`` int64, in one pass."""

@@ -1,7 +1,9 @@
 """Stage 1: a frozen SigLIP2 runs once over a manifest, and its raw embeddings go into a store.
 
 One process fills a whole store or one stripe of its shards; several of them, on one machine or many, fill one store
-together, and whoever ends last finishes it.
+together, and whoever ends last finishes it. :func:`extract` is one process, :func:`extract_here` the processes of this
+machine, and :mod:`~mmcli.pipeline.extraction.ray_engine` those of a Ray cluster; all of them encode shards by
+:class:`~mmcli.pipeline.extraction.shards.ShardJobs`.
 """
 
 import multiprocessing
@@ -10,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -24,22 +26,26 @@ from ..core.config import Config
 from ..core.cores import count_cores
 from ..core.device import pick_device, reader_count
 from ..core.interrupts import interruptible
+from ..core.processes import end_children, end_with_parent
 from ..core.progress import ConsoleProgress, Progress
 from ..data.manifest import Manifest, read_manifest
-from .encoder import Encoder
+from .encoder import Encoder, EncoderFacts
 from .images import Resizer
 from .model_source import pin_revision
-from .reader import end_children, end_with_parent
-from .shards import CAPTIONS, Clock, OnError, ShardJobs, Unreadable, count_captions
-from .siglip import Identity, model_path
+from .shards import CAPTIONS, CLOCK_PARTS, Clock, OnError, ShardJobs, Unreadable, count_captions
+from .siglip import model_path
+
+__all__ = ["ExtractPlan", "ExtractResult", "extract", "extract_here", "parse_stripe"]
 
 DEFAULT_CACHE = Path("data/cache")
+# Smaller shards lose less when an extraction is killed; larger ones fill the batches of rare grids, which a GPU wants.
+SHARD_ROWS = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 SHOWN_REASONS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractPlan:
-    """Everything that an extraction is told, beside the configuration.
+    """The options of an extraction, beside the configuration.
 
     Attributes:
         data: The folder that the manifest's paths are relative to.
@@ -50,7 +56,7 @@ class ExtractPlan:
         on_error: Whether an image that cannot be read stops everything, or is left out and recorded.
         resizer: What resizes images; see :class:`~mmcli.pipeline.extraction.images.PatchSpec`.
         batch_tokens: Most tokens of a forward pass of a new store; what suits the device when not given.
-        shard_rows: Images per shard of a new store; likewise.
+        shard_rows: Images per shard of a new store; what suits the device when not given.
         stripe: Which shards to fill; all when not given.
         force: Throw an existing store in ``out`` away first.
     """
@@ -70,7 +76,7 @@ class ExtractPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractResult:
-    """What an extraction did.
+    """The outcome of an extraction.
 
     Attributes:
         store: The store.
@@ -79,10 +85,10 @@ class ExtractResult:
         digest: Digest of its key.
         n_images: Images in the store.
         n_captions: Captions in the store.
-        n_encoded: Images encoded by this call; the others were already there.
+        n_encoded: Images encoded by this call; the others were in the store already.
         width: Embedding width D.
-        damaged: Shards that were found damaged and were redone, each ``name: reason``.
-        skipped: Rows that this call found unreadable, and why.
+        damaged: Damaged shards, which were encoded again, each ``name: reason``.
+        skipped: Rows that this call could not read, and why.
         reused_text_shards: Caption shards taken from a store with another patch budget.
         seconds: Wall time.
         clock: Seconds by part.
@@ -103,19 +109,16 @@ class ExtractResult:
     clock: Clock
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """The result as one flat JSON object."""
         plain = {name: value for name, value in vars(self).items() if name != "clock"}
         lists = {"store": str(self.store), "damaged": list(self.damaged), "skipped": list(self.skipped.values())}
-        seconds = {name: getattr(self.clock, name) for name in ("read_s", "compute_s", "write_s", "bottleneck")}
-        return {**plain, **lists, **seconds}
+        return {**plain, **lists, **{name: getattr(self.clock, name) for name in (*CLOCK_PARTS, "bottleneck")}}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """Lines for a person at the end of the command."""
         lines = [f"{self.n_images:,} images and {self.n_captions:,} captions, {self.width} wide"]
         if self.n_encoded:
-            waited = ", ".join(
-                f"{name} {getattr(self.clock, f'{name}_s'):.1f} s" for name in ("read", "compute", "write")
-            )
+            waited = ", ".join(f"{part.removesuffix('_s')} {getattr(self.clock, part):.1f} s" for part in CLOCK_PARTS)
             lines += [
                 f"{self.n_encoded:,} images encoded, {self.seconds:.1f} s in all; waited for: {waited}",
                 f"the bottleneck was {self.clock.bottleneck}",
@@ -134,10 +137,10 @@ def parse_stripe(text: str) -> Stripe:
     """Read ``i/n``, as in ``--shard 3/8``: the third of eight stripes.
 
     Raises:
-        InputError: It is not that.
+        InputError: The text does not name a stripe.
     """
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise InputError(
             "no such stripe",
             where="--shard",
@@ -145,98 +148,104 @@ def parse_stripe(text: str) -> Stripe:
             wanted="i/n with i from 1 to n",
             do="as in --shard 1/8 to --shard 8/8",
         )
-    return Stripe(int(number) - 1, int(of))
+    return Stripe(int(number) - 1, int(count))
 
 
-__all__ = ["ExtractPlan", "ExtractResult", "extract", "parse_stripe"]
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An extraction whose encoder is known: all that opening its store takes.
 
-# Smaller shards lose less when an extraction is killed; larger ones fill the batches of rare grids, which a GPU wants.
-SHARD_ROWS = {"cpu": 1024, "mps": 1024, "cuda": 4096}
-
-
-class Described(Protocol):
-    """What a store is told of the encoder that fills it: the encoder itself, or its description from elsewhere."""
-
-    @property
-    def identity(self) -> Identity: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def batch_tokens(self) -> int: ...
-    @property
-    def logit_scale(self) -> float: ...
-    @property
-    def logit_bias(self) -> float: ...
-
-
-def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None) -> ExtractResult:
-    """Encode every image and caption of a manifest into a store; resumes where an earlier call was stopped.
-
-    Args:
-        config: Model, hardware and data sections are used.
-        plan: What to do, from where to where.
-        progress: Who to tell.
-
-    Raises:
-        InputError: A bad manifest, image, checkpoint, or a store of another key in ``out``.
+    Attributes:
+        config: The configuration.
+        plan: The options, with the store's folder.
+        listing: The manifest.
+        facts: The encoder, without its weights.
+        key: The store's key.
     """
-    started = time.perf_counter()
-    progress = progress or Progress()
-    listing, encoder, key, plan = _load(config, plan)
-    for folder, commit in other_commits(key, plan.cache):
-        progress.say(f"  note: {folder} holds the same of commit {commit}; --revision {commit} goes on with that one")
-    with open_store(config, plan, listing, encoder, key) as writer, interruptible(without=["--force"]):
-        was_finished = writer.finished
-        for shard in writer.damaged:
-            progress.say(f"  damaged, will be redone: {shard.name}: {shard.reason}")
-        reused = reuse_text(writer, writer.folder.parent)
-        unreadable = Unreadable(plan.data, listing.paths, plan.on_error, encoder.spec)
-        jobs = ShardJobs(
-            encoder,
-            listing,
-            writer,
-            unreadable,
-            workers=reader_count(config.data.num_workers, encoder.device),
-            ahead=config.data.prefetch_factor,
-            progress=progress,
+
+    config: Config
+    plan: ExtractPlan
+    listing: Manifest
+    facts: EncoderFacts
+    key: StoreKey
+
+    @classmethod
+    def create(cls, config: Config, plan: ExtractPlan, listing: Manifest, facts: EncoderFacts) -> "Job":
+        """The job of a plan, its store named by its key where the plan names none."""
+        key = StoreKey(**vars(facts.identity), dtype=plan.dtype, manifest_sha256=listing.sha256)
+        plan = replace(plan, out=plan.out or plan.cache / key.folder_name)
+        return cls(config=config, plan=plan, listing=listing, facts=facts, key=key)
+
+    def open(self, stripe: Stripe | None = None) -> StoreWriter:
+        """The writer of the store, to be entered; ``stripe`` is filled instead of the plan's where it is given."""
+        plan, facts = self.plan, self.facts
+        assert plan.out is not None
+        extra = {
+            "mmcli": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(facts.device),
+            "logit_scale": facts.logit_scale,
+            "logit_bias": facts.logit_bias,
+            "data": self.listing.name,
+            "model_path": model_path(self.config.model.siglip2_variant),
+        }
+        return StoreWriter(
+            plan.out,
+            self.key,
+            self.listing.table,
+            width=facts.width,
+            n_captions_max=CAPTIONS,
+            shard_rows=plan.shard_rows or SHARD_ROWS[facts.device.type],
+            batch_tokens=plan.batch_tokens or facts.batch_tokens,
+            extra=extra,
+            overwrite=plan.force,
+            stripe=stripe or plan.stripe,
         )
+
+    def unreadable(self) -> Unreadable:
+        """The record of images that cannot be read, empty."""
+        return Unreadable(self.plan.data, self.listing.paths, self.plan.on_error, self.facts.spec)
+
+    def begin(self, writer: StoreWriter, unreadable: Unreadable, progress: Progress) -> ExtractResult:
+        """Look at what the open store has and take what can be reused; the result so far.
+
+        Raises:
+            InputError: An image that was skipped still cannot be read, and ``on_error`` is ``stop``.
+        """
+        for folder, commit in other_commits(self.key, self.plan.cache):
+            progress.say(f"  note: {folder} holds the same of commit {commit}; give --revision {commit} to resume it")
+        was_finished, damaged = writer.finished, tuple(f"{shard.name}: {shard.reason}" for shard in writer.damaged)
+        for line in damaged:
+            progress.say(f"  damaged, will be redone: {line}")
+        reused = reuse_text(writer, writer.folder.parent)
         unreadable.retry(writer)
         missing = writer.missing("image")
         if missing or writer.missing("text"):
-            progress.say(headline(encoder, writer, sum(shard.n_rows for shard in missing)))
-        n_encoded = jobs.encode_images(missing)
-        jobs.encode_captions(writer.missing("text"))
-        writer.finish(unreadable.why)
+            identity = self.facts.identity
+            what = f"{sum(shard.n_rows for shard in missing):,} images" if missing else "captions"
+            how = f"{identity.compute_dtype}, {identity.patches} patches"
+            progress.say(f"encoding {what} with {identity.model} on {self.facts.device} ({how}) into {writer.folder}")
         return ExtractResult(
             store=writer.folder,
             finished=writer.finished,
             was_finished=was_finished,
-            digest=key.digest,
-            n_images=len(listing),
-            n_captions=int(count_captions(listing.captions).sum()),
-            n_encoded=n_encoded,
-            width=encoder.width,
+            digest=self.key.digest,
+            n_images=len(self.listing),
+            n_captions=int(count_captions(self.listing.captions).sum()),
+            n_encoded=0,
+            width=self.facts.width,
+            damaged=damaged,
+            skipped={},
             reused_text_shards=reused,
-            damaged=tuple(f"{shard.name}: {shard.reason}" for shard in writer.damaged),
-            skipped=unreadable.reasons,
-            seconds=time.perf_counter() - started,
-            clock=jobs.clock,
+            seconds=0.0,
+            clock=Clock(),
         )
 
 
-def _load(config: Config, plan: ExtractPlan) -> tuple[Manifest, Encoder, StoreKey, ExtractPlan]:
-    listing = read_manifest(plan.manifest or plan.data / "manifest.parquet")
-    encoder = load_encoder(config, plan, pick_device(config.hardware.device))
-    return listing, encoder, *with_key(plan, listing, encoder)
-
-
-def clear(config: Config, plan: ExtractPlan) -> ExtractPlan:
-    """Throw the store that a plan is for away; the plan of what is left to do."""
-    listing, encoder, key, plan = _load(config, plan)
-    with open_store(config, plan, listing, encoder, key):
-        return replace(plan, force=False)
+def load_listing(plan: ExtractPlan) -> Manifest:
+    """The manifest of a plan."""
+    return read_manifest(plan.manifest or plan.data / "manifest.parquet")
 
 
 def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Encoder:
@@ -256,46 +265,45 @@ def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Enc
     )
 
 
-def with_key(plan: ExtractPlan, listing: Manifest, encoder: Described) -> tuple[StoreKey, ExtractPlan]:
-    """The store's key, and the plan with the store's folder."""
-    key = StoreKey(**vars(encoder.identity), dtype=plan.dtype, manifest_sha256=listing.sha256)
-    return key, replace(plan, out=plan.out or plan.cache / key.folder_name)
+def extract(config: Config, plan: ExtractPlan, progress: Progress | None = None) -> ExtractResult:
+    """Encode every image and caption of a manifest into a store; resumes where an earlier call was stopped.
 
+    Args:
+        config: Model, hardware and data sections are used.
+        plan: What to encode, from where to where.
+        progress: Progress bars; silent when not given.
 
-def open_store(config: Config, plan: ExtractPlan, listing: Manifest, encoder: Described, key: StoreKey) -> StoreWriter:
-    """The writer of a plan's store, to be entered; ``plan.out`` has to be given."""
-    assert plan.out is not None
-    kind = encoder.device.type
-    extra = {
-        "mmcli": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": str(encoder.device),
-        "logit_scale": encoder.logit_scale,
-        "logit_bias": encoder.logit_bias,
-        "data": listing.name,
-        "model_path": model_path(config.model.siglip2_variant),
-    }
-    return StoreWriter(
-        plan.out,
-        key,
-        listing.table,
-        width=encoder.width,
-        n_captions_max=CAPTIONS,
-        shard_rows=plan.shard_rows or SHARD_ROWS[kind],
-        batch_tokens=plan.batch_tokens or encoder.batch_tokens,
-        extra=extra,
-        overwrite=plan.force,
-        stripe=plan.stripe,
-    )
-
-
-def headline(encoder: Described, writer: StoreWriter, n_images: int) -> str:
-    """What is about to be encoded, in one line."""
-    identity = encoder.identity
-    what = f"{n_images:,} images" if n_images else "captions"
-    how = f"{identity.compute_dtype}, {identity.patches} patches"
-    return f"encoding {what} with {identity.model} on {encoder.device} ({how}) into {writer.folder}"
+    Raises:
+        InputError: A bad manifest, image, checkpoint, or a store of another key in ``out``.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress()
+    listing = load_listing(plan)
+    encoder = load_encoder(config, plan, pick_device(config.hardware.device))
+    job = Job.create(config, plan, listing, encoder.facts)
+    with job.open() as writer, interruptible(without=["--force"]):
+        unreadable = job.unreadable()
+        result = job.begin(writer, unreadable, progress)
+        jobs = ShardJobs(
+            encoder,
+            listing,
+            writer,
+            unreadable,
+            workers=reader_count(config.data.num_workers, encoder.device),
+            prefetch_factor=config.data.prefetch_factor,
+            progress=progress,
+        )
+        n_encoded = jobs.encode_images(writer.missing("image"))
+        jobs.encode_captions(writer.missing("text"))
+        writer.finish(unreadable.why)
+        return replace(
+            result,
+            finished=writer.finished,
+            n_encoded=n_encoded,
+            skipped=unreadable.reasons,
+            seconds=time.perf_counter() - started,
+            clock=jobs.clock,
+        )
 
 
 def other_commits(key: StoreKey, cache: Path) -> list[tuple[Path, str]]:
@@ -332,13 +340,13 @@ def reuse_text(writer: StoreWriter, siblings: Path) -> int:
 def extract_here(
     config: Config, plan: ExtractPlan, *, processes: int | None = None, progress: Progress | None = None
 ) -> ExtractResult:
-    """Run an extraction on every GPU of this machine, or in so many processes.
+    """Run an extraction on every GPU of this machine, or in several processes.
 
     Args:
         config: As for :func:`extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
-        plan: Likewise.
+        plan: As for :func:`extract`.
         processes: Processes; one a GPU when not given, and one without a GPU.
-        progress: Who to tell.
+        progress: Progress bars; silent when not given.
 
     Raises:
         InputError: As for ``extract``, from whichever process meets it first.
@@ -349,13 +357,17 @@ def extract_here(
     config = config.model_copy(update={"model": pin_revision(config.model)})
     progress = progress or Progress()
     if plan.force:
-        plan = clear(config, plan)
-        torch.cuda.empty_cache()  # it has loaded an encoder, whose room the first process wants
+        encoder = load_encoder(config, plan, pick_device(config.hardware.device))
+        with Job.create(config, plan, load_listing(plan), encoder.facts).open():
+            plan = replace(plan, force=False)
+        del encoder
+        torch.cuda.empty_cache()  # the first process wants the encoder's room
     progress.say(f"{len(devices)} processes, one stripe each: {', '.join(devices)}")
     quiet = not isinstance(progress, ConsoleProgress)
-    parts = [_part(plan, at, len(devices)) for at in range(len(devices))]
+    whole = plan.stripe or Stripe(0, 1)
+    stripes = [Stripe(whole.number + part * whole.n, whole.n * len(devices)) for part in range(len(devices))]
     with interruptible(without=["--force"]):
-        return _joined(_run(config, parts, devices, quiet=quiet))
+        return _joined(_run(config, [replace(plan, stripe=stripe) for stripe in stripes], devices, quiet=quiet))
 
 
 def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet: bool) -> list[ExtractResult]:
@@ -384,19 +396,13 @@ def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet:
 def _devices(config: Config, processes: int | None) -> list[str]:
     """The device of each process."""
     device = pick_device(config.hardware.device)
-    every = [f"cuda:{at}" for at in range(torch.cuda.device_count())]
-    names = every if device == torch.device("cuda") and every else [str(device)]
-    return [names[at % len(names)] for at in range(processes or len(names))]
-
-
-def _part(plan: ExtractPlan, at: int, n: int) -> ExtractPlan:
-    """The plan of one process: a stripe of the stripe that the plan is for."""
-    whole = plan.stripe or Stripe(0, 1)
-    return replace(plan, stripe=Stripe(whole.at + at * whole.n, whole.n * n))
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    names = gpus if device == torch.device("cuda") and gpus else [str(device)]
+    return [names[process % len(names)] for process in range(processes or len(names))]
 
 
 def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool) -> ExtractResult:
-    """What runs in each process."""
+    """Fill one stripe, in a process of its own."""
     if device == "cpu":
         torch.set_num_threads(max(1, count_cores() // n))
     wanted = config.data.num_workers
@@ -405,7 +411,7 @@ def _stripe(config: Config, plan: ExtractPlan, device: str, n: int, quiet: bool)
     hardware = config.hardware.model_copy(update={"device": device})
     config = config.model_copy(update={"hardware": hardware, "data": data})
     assert plan.stripe is not None
-    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.at + 1}/{plan.stripe.n}"))
+    return extract(config, plan, Progress() if quiet else _Labelled(f"{plan.stripe.number + 1}/{plan.stripe.n}"))
 
 
 class _Labelled(ConsoleProgress):
@@ -422,16 +428,15 @@ class _Labelled(ConsoleProgress):
 def _joined(results: list[ExtractResult]) -> ExtractResult:
     clock = Clock()
     for result in results:
-        for name in ("read_s", "compute_s", "write_s"):
-            setattr(clock, name, getattr(clock, name) + getattr(result.clock, name))
+        clock.add(result.clock)
     return replace(
         results[0],
-        finished=any(one.finished for one in results),
+        finished=any(result.finished for result in results),
         clock=clock,
-        was_finished=all(one.was_finished for one in results),
-        n_encoded=sum(one.n_encoded for one in results),
-        damaged=tuple(line for one in results for line in one.damaged),
-        skipped={row: why for one in results for row, why in one.skipped.items()},
-        reused_text_shards=sum(one.reused_text_shards for one in results),
-        seconds=max(one.seconds for one in results),
+        was_finished=all(result.was_finished for result in results),
+        n_encoded=sum(result.n_encoded for result in results),
+        damaged=tuple(line for result in results for line in result.damaged),
+        skipped={row: reason for result in results for row, reason in result.skipped.items()},
+        reused_text_shards=sum(result.reused_text_shards for result in results),
+        seconds=max(result.seconds for result in results),
     )

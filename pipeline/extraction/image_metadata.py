@@ -19,33 +19,10 @@ PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 # JPEG: start of scan, JFIF's own segment, the one that names the colours, and the first of each range of others.
 SCAN, JFIF, ADOBE, APPLICATION, COMMENT = 0xDA, 0xE0, 0xEE, range(0xE0, 0xF0), 0xFE
 JFIF_BYTES = 18  # of the whole segment, without a thumbnail
-# TIFF: description, maker, model, resolutions, page, software, date, artist, host, XMP, copyright, IPTC, Photoshop,
-# EXIF, ICC, GPS and interoperability.
-TIFF_METADATA = {
-    269,
-    270,
-    271,
-    272,
-    282,
-    283,
-    285,
-    286,
-    287,
-    296,
-    297,
-    305,
-    306,
-    315,
-    316,
-    700,
-    33432,
-    33723,
-    34377,
-    34665,
-    34675,
-    34853,
-    40965,
-}
+# TIFF: description, maker, model, resolutions, page, software, date, artist and host.
+TIFF_TEXTS = {*range(269, 273), 282, 283, *range(285, 288), 296, 297, 305, 306, 315, 316}
+# TIFF: XMP, copyright, IPTC, Photoshop, EXIF, ICC, GPS and interoperability.
+TIFF_METADATA = TIFF_TEXTS | {700, 33432, 33723, 34377, 34665, 34675, 34853, 40965}
 # An entry of no meaning: one byte under the last of the numbers that are free for private use.
 TIFF_NOTHING = (65535, 1, 1, 0)
 WEBP_METADATA, WEBP_FLAGS = {b"EXIF", b"XMP ", b"ICCP"}, 0x20 | 0x08 | 0x04
@@ -83,7 +60,7 @@ def limit_to_orientation(image: Image.Image) -> None:
         exif[ORIENTATION] = value
 
 
-def pixels_alone(path: Path) -> tuple[bytes, int | None] | None:
+def strip_metadata(path: Path) -> tuple[bytes, int | None] | None:
     """An image file without its metadata, for a decoder that stumbled over them.
 
     Args:
@@ -134,16 +111,16 @@ def _orientation_of(exif: bytes) -> int:
 
 
 def _strip_jpeg(data: bytes) -> Stripped:
-    kept, at, exif = [data[:2]], 2, b""
-    while data[at] == 0xFF:
-        marker = data[at + 1]
+    kept, start, exif = [data[:2]], 2, b""
+    while data[start] == 0xFF:
+        marker = data[start + 1]
         if marker == SCAN:
             break
         if marker == 0xFF:  # a fill byte
-            at += 1
+            start += 1
             continue
-        stop = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
-        segment = data[at:stop]
+        stop = start + 2 + struct.unpack_from(">H", data, start + 2)[0]
+        segment = data[start:stop]
         # Pillow trips over a JFIF header that was cut short, which decoders of pixels pass over.
         is_cut = marker == JFIF and segment[4:8] == b"JFIF" and len(segment) < JFIF_BYTES
         if is_cut or marker == COMMENT or (marker in APPLICATION and marker not in {JFIF, ADOBE}):
@@ -151,20 +128,20 @@ def _strip_jpeg(data: bytes) -> Stripped:
                 exif = segment[10:]
         else:
             kept.append(segment)
-        at = stop
-    return b"".join([*kept, data[at:]]), _orientation_of(exif)
+        start = stop
+    return b"".join([*kept, data[start:]]), _orientation_of(exif)
 
 
 def _strip_png(data: bytes) -> Stripped:
-    kept, at, exif = [PNG_SIGNATURE], len(PNG_SIGNATURE), b""
-    while at < len(data):
-        length, kind = struct.unpack_from(">L4s", data, at)
-        stop = at + 12 + length
+    kept, start, exif, kind = [PNG_SIGNATURE], len(PNG_SIGNATURE), b"", b""
+    while kind != b"IEND" and start < len(data):  # what stands behind that chunk is not part of the image
+        length, kind = struct.unpack_from(">L4s", data, start)
+        stop = start + 12 + length
         if kind in PNG_PIXELS:
-            kept.append(data[at:stop])
-        elif kind == b"eXIf" and zlib.crc32(data[at + 4 : stop - 4]) == struct.unpack_from(">L", data, stop - 4)[0]:
-            exif = data[at + 8 : stop - 4]
-        at = stop
+            kept.append(data[start:stop])
+        elif kind == b"eXIf" and zlib.crc32(data[start + 4 : stop - 4]) == struct.unpack_from(">L", data, stop - 4)[0]:
+            exif = data[start + 8 : stop - 4]
+        start = stop
     return b"".join(kept), _orientation_of(exif)
 
 
@@ -173,25 +150,25 @@ def _strip_tiff(data: bytes) -> Stripped:
     kept = bytearray(data)
     (start,) = struct.unpack_from(f"{order}L", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
-    for at in range(start + 2, start + 2 + 12 * count, 12):
-        if struct.unpack_from(f"{order}H", data, at)[0] in TIFF_METADATA:
-            struct.pack_into(f"{order}HHLL", kept, at, *TIFF_NOTHING)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        if struct.unpack_from(f"{order}H", data, entry)[0] in TIFF_METADATA:
+            struct.pack_into(f"{order}HHLL", kept, entry, *TIFF_NOTHING)
     return bytes(kept), None
 
 
 def _strip_webp(data: bytes) -> Stripped:
-    kept, at, exif = [], 12, b""
-    while at + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sL", data, at)
-        stop = at + 8 + length + length % 2
-        chunk = data[at:stop]
+    kept, start, exif = [], 12, b""
+    while start + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sL", data, start)
+        stop = start + 8 + length + length % 2
+        chunk = data[start:stop]
         if kind == b"VP8X":
             chunk = chunk[:8] + bytes([chunk[8] & ~WEBP_FLAGS]) + chunk[9:]
         if kind not in WEBP_METADATA:
             kept.append(chunk)
         elif kind == b"EXIF":
             exif = chunk[8:]
-        at = stop
+        start = stop
     body = b"WEBP" + b"".join(kept)
     return b"RIFF" + struct.pack("<L", len(body)) + body, _orientation_of(exif)
 

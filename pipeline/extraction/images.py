@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,11 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ...errors import NOT_THERE, InputError, cannot_read, file_kind
-from .image_metadata import limit_to_orientation, pixels_alone, read_orientation
+from .image_metadata import limit_to_orientation, read_orientation, strip_metadata
 from .native_output import without_native_output
 
 T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
 
 # A photograph of the largest sensors has 200 million pixels; decoded, so many as this take a gibibyte.
 MOST_PIXELS = 2**28
@@ -53,6 +54,8 @@ ON_THE_SIDE = {5, 6, 7, 8}
 # Tags of a TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 WHOLE = "a whole image file"
+# How libjpeg begins its complaint about a JPEG whose pixels end too early.
+CUT_OFF = "premature end"
 # What the system says where a damaged file sends the decoder before its beginning or far behind its end.
 OF_BAD_OFFSETS = {errno.EINVAL, errno.EOVERFLOW, errno.EFBIG}
 
@@ -61,64 +64,45 @@ class UnreadableImage(InputError):  # noqa: N818 - InputError's family
     """An image that cannot be read because of what it is itself: damaged, no image, or not there."""
 
 
-def load_image(path: Path) -> npt.NDArray[np.uint8]:
-    """The RGB pixels of an image, ``(height, width, 3)`` uint8; the very pixels of :func:`open_rgb`.
+def load_image(path: Path) -> Pixels:
+    """The RGB pixels of an image, ``(height, width, 3)`` uint8.
 
-    A plain JPEG goes straight from libjpeg-turbo into the array, without Pillow's copies of it.
-    """
-
-    def pixels(image: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
-        if image.format == "JPEG" and image.mode in {"RGB", "L"} and orientation == 1:
-            data = path.read_bytes()
-            try:
-                decoded: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-            except ValueError:  # it takes exception to files that Pillow reads: Pillow decides
-                pass
-            else:
-                return decoded
-        return np.asarray(_upright(image, orientation))
-
-    return _read(path, pixels)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width that :func:`open_rgb` will give, from the file's header alone.
-
-    Raises:
-        InputError: As :func:`open_rgb`, as far as the header tells.
-    """
-
-    def upright(image: Image.Image, orientation: int) -> tuple[int, int]:
-        return (image.width, image.height) if orientation in ON_THE_SIDE else (image.height, image.width)
-
-    return _read(path, upright)
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """Decode an image to RGB.
-
-    It is turned by the orientation of its EXIF; grey, palette and CMYK images are converted; transparency is laid on
-    white; 16-bit grey is scaled to 8 bits (a plain conversion would clip it); of an animation the first frame is taken.
-
-    Args:
-        path: The image file.
-
-    Returns:
-        An image of mode RGB.
+    The image is turned by the orientation of its EXIF; grey, palette and CMYK images are converted; transparency is
+    laid on white; 16-bit grey is scaled to 8 bits (a plain conversion would clip it); of an animation the first frame
+    is taken. Ordinary JPEGs are decoded by libjpeg-turbo itself, because Pillow fills the missing part of a JPEG that
+    was cut off with grey and does not say so.
 
     Raises:
         UnreadableImage: The file is missing, empty, truncated, not an image, no regular file, or has more than 2^28
             pixels.
         InputError: The system does not let it be read.
     """
-    return _read(path, _upright)
+    return _read(path, _decode)
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """The image of :func:`load_image` as Pillow's; its errors are the same."""
+    return Image.fromarray(load_image(path))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of what :func:`load_image` will give, from the file's header alone.
+
+    Raises:
+        InputError: As for :func:`load_image`, as far as the header tells.
+    """
+
+    def upright(image: Image.Image, orientation: int, _file: IO[bytes]) -> tuple[int, int]:
+        return (image.width, image.height) if orientation in ON_THE_SIDE else (image.height, image.width)
+
+    return _read(path, upright)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB, turned as its EXIF says; what :func:`open_rgb` does to an image that is open.
+    """An image that is already open as RGB, turned and converted as :func:`load_image` does it.
 
     Raises:
-        InputError: As :func:`open_rgb`.
+        InputError: The image cannot be decoded.
     """
     try:
         with warnings.catch_warnings():
@@ -129,27 +113,42 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         raise _refusal(image, error) from None
 
 
-def _read(path: Path, use: Callable[[Image.Image, int], T]) -> T:
-    """What ``use`` makes of the open image and its orientation."""
+def _read(path: Path, use: Callable[[Image.Image, int, IO[bytes]], T]) -> T:
+    """What ``use`` makes of the opened image, its orientation and the bytes it is in."""
     try:
         kind = file_kind(path)
         if kind is not None:
             raise _unreadable(path, kind)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are of metadata, which nobody here reads
+            warnings.simplefilter("ignore")  # they are about metadata, which nobody here reads
             try:
                 # Opened here, since Pillow leaves a file open whose first bytes it cannot read.
                 with path.open("rb") as stream, Image.open(stream) as image:
-                    return use(image, _orientation(image))
+                    return use(image, _orientation(image), stream)
             except Exception as error:
-                alone = pixels_alone(path) if _may_be_metadata(error) else None
-                if alone is None:
+                stripped = strip_metadata(path) if _may_be_metadata(error) else None
+                if stripped is None:
                     raise
-            data, orientation = alone
-            with Image.open(io.BytesIO(data)) as image:
-                return use(image, orientation or _orientation(image))
+            data, orientation = stripped
+            with io.BytesIO(data) as copy, Image.open(copy) as image:
+                return use(image, orientation or _orientation(image), copy)
     except Exception as error:  # noqa: BLE001 - decoders raise whatever the damage leads to
         raise _refusal(path, error) from None
+
+
+def _decode(image: Image.Image, orientation: int, file: IO[bytes]) -> Pixels:
+    if image.format == "JPEG" and image.mode in {"RGB", "L"}:
+        file.seek(0)
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(file.read(), "RGB", fastdct=False, fastupsample=False)
+        except ValueError as error:
+            if CUT_OFF in str(error).lower():
+                raise
+            file.seek(0)  # it takes exception to other files that Pillow reads: Pillow decides
+        else:
+            turn = TURNS.get(orientation)
+            return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+    return np.asarray(_upright(image, orientation))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -231,7 +230,6 @@ def _scale_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     return grey
 
 
-Pixels = npt.NDArray[np.uint8]
 Resizer = Literal["pillow", "torch"]
 # A part of an image: left, upper, right and lower edge, as shares of its width and height.
 Box = tuple[float, float, float, float]
@@ -248,7 +246,7 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """P."""
+        """Patches of the image, P."""
         return self.rows * self.columns
 
 
@@ -282,7 +280,7 @@ class PatchSpec:
 
     @property
     def most_tokens(self) -> int:
-        """The largest P."""
+        """The most patches that an image can have."""
         return self.budget if self.fixed is None else self.fixed.tokens
 
     def grid(self, height: int, width: int) -> Grid:
@@ -298,10 +296,10 @@ def naflex_grid(height: int, width: int, side: int, budget: int) -> Grid:
     steps of SigLIP2's image processor, because another search may end on the other side of a rounding.
 
     Args:
-        height: Pixels of the image, after EXIF orientation.
-        width: Likewise.
-        side: p.
-        budget: Most patches.
+        height: Height of the image in pixels, after EXIF orientation.
+        width: Width of the image in pixels, after EXIF orientation.
+        side: Side of a patch in pixels, p.
+        budget: Most patches of an image.
 
     Returns:
         The grid, of at least one patch and at most ``budget``.
@@ -328,13 +326,14 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels, box: Box 
         grid: Its grid, planned from the header.
         spec: The processor's settings.
         out: Where to write: ``(P, 3 p^2)`` uint8; a patch is ``(p, p, 3)`` row-major, as the processor's.
-        box: The part of the image that is read; all of it when not given. Pillow resizes it, whatever the resizer.
+        box: The part of the image that is read; the whole image when not given. Pillow resizes it always.
 
     Raises:
         InputError: The file cannot be decoded, or is no longer the one whose header was read.
     """
-    image = open_rgb(path) if spec.resizer == "pillow" or box is not None else load_image(path)
-    if spec.grid(*_size(image)) != grid:
+    image = load_image(path)
+    height, width, _ = image.shape
+    if spec.grid(height, width) != grid:
         raise InputError(
             "cannot read an image",
             where=path,
@@ -342,29 +341,23 @@ def read_patches(path: Path, grid: Grid, spec: PatchSpec, out: Pixels, box: Box 
             wanted="files that stay",
             do="run `mmcli extract` again when nothing writes the data folder",
         )
-    out[...] = cut(resize(image, grid, spec) if box is None else _resize_part(image, box, grid, spec), grid, spec.side)
+    out[...] = cut(resize(image, grid, spec, box), grid, spec.side)
 
 
-def _resize_part(image: Any, box: Box, grid: Grid, spec: PatchSpec) -> Pixels:  # noqa: ANN401
-    height, width = spec.size or (grid.rows * spec.side, grid.columns * spec.side)
-    edges = (box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height)
-    return np.asarray(image.resize((width, height), Image.Resampling(spec.resample), box=edges))
-
-
-def resize(image: Image.Image | Pixels, grid: Grid, spec: PatchSpec) -> Pixels:
+def resize(image: Pixels, grid: Grid, spec: PatchSpec, box: Box | None = None) -> Pixels:
     """Pixels of an RGB image at the size of its grid, ``(rows * p, columns * p, 3)`` uint8, or at ``spec.size``.
 
-    The image may be an array ``(height, width, 3)`` uint8; torch is spared a copy if it is, Pillow if it is Pillow's.
+    Args:
+        image: ``(height, width, 3)`` uint8.
+        grid: The image's grid.
+        spec: The processor's settings.
+        box: The part of the image that is resized, always by Pillow; the whole image when not given.
     """
     height, width = spec.size or (grid.rows * spec.side, grid.columns * spec.side)
-    if spec.resizer == "torch":
-        return _resize_in_torch(np.asarray(image), height, width, TORCH_MODES[spec.resample])
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return np.asarray(image.resize((width, height), Image.Resampling(spec.resample)))
-
-
-def _size(image: Image.Image | Pixels) -> tuple[int, int]:
-    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+    if spec.resizer == "torch" and box is None:
+        return _resize_in_torch(image, height, width, TORCH_MODES[spec.resample])
+    edges = None if box is None else tuple(np.multiply(box, image.shape[1::-1] * 2).tolist())
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(spec.resample), box=edges))
 
 
 def _resize_in_torch(pixels: Pixels, height: int, width: int, mode: str) -> Pixels:

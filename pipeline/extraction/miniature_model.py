@@ -44,7 +44,7 @@ def make_checkpoint(
         seed: Seed of initial weights, batches and captions.
         steps: Optimiser steps.
         device: Where to train.
-        progress: Called with steps done, steps in all and the loss.
+        progress: Called with the steps done, the steps in all and the loss.
 
     Returns:
         ``out``.
@@ -53,8 +53,8 @@ def make_checkpoint(
     transformers.logging.disable_progress_bar()
     seed_everything(seed)
     images = json.loads((data / "dataset_coco.json").read_text(encoding="utf-8"))["images"]
-    known = [image for image in images if image["split"] in {"train", "restval"}]
-    captions = [[sentence["raw"] for sentence in image["sentences"]][:5] for image in known]
+    trained = [image for image in images if image["split"] in {"train", "restval"}]
+    captions = [[sentence["raw"] for sentence in image["sentences"]][:5] for image in trained]
     tokenizer = make_tokenizer([text for texts in captions for text in texts])
     processor = transformers.Siglip2ImageProcessorPil()
     model = transformers.Siglip2Model(_config(len(tokenizer)))
@@ -62,7 +62,7 @@ def make_checkpoint(
         # SigLIP starts with all pairs thought unlike: with one positive in a batch of N the bias is near -log N.
         model.logit_scale.fill_(math.log(10.0))
         model.logit_bias.fill_(-math.log(BATCH))
-    pixels = _pixels(processor, [data / image["filepath"] / image["filename"] for image in known])
+    pixels = _pixels(processor, [data / image["filepath"] / image["filename"] for image in trained])
     tokens = torch.stack([_tokenize(tokenizer, texts) for texts in captions])
     _centre(model, pixels, tokens)
     _train(model.to(device), pixels, tokens, steps, seed, progress)

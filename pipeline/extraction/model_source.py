@@ -62,7 +62,7 @@ class ModelSource:
     """The files of one checkpoint.
 
     Attributes:
-        name: The folder or the hub id, as it was asked for.
+        name: The folder or the hub id, as the user gave it.
         folder: Where the files are: that folder, or the snapshot of a commit in the hub's cache.
         commit: The commit of a hub checkpoint, 40 hex digits; ``None`` for a folder.
     """
@@ -72,7 +72,7 @@ class ModelSource:
     commit: str | None
 
     def __str__(self) -> str:
-        """How messages name it."""
+        """The name of the checkpoint in messages, with its commit."""
         return self.name if self.commit is None else f"{self.name} at {self.commit}"
 
     def load(self, part: str, auto: Any, **options: object) -> Any:  # noqa: ANN401
@@ -140,7 +140,7 @@ class ModelSource:
         )
 
     def _tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of every tensor by name; nothing where ``transformers`` looks for the weights elsewhere."""
+        """Dtype and shape of every tensor by name; empty where ``transformers`` looks for the weights elsewhere."""
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         single = self.folder / WEIGHTS
         paths = [single] if single.is_file() else sorted(self.folder.glob("model-*.safetensors"))
@@ -282,7 +282,7 @@ def find_commit(name: str, revision: str | None = None) -> str | None:
 
 
 def pin_revision(model: ModelConfig) -> ModelConfig:
-    """The same checkpoint at one commit, for processes that load it one by one; arguments of a folder stay."""
+    """The same checkpoint at one commit, for processes that load it one by one; a folder stays as it is."""
     commit = find_commit(model.siglip2_variant, model.revision)
     return model if commit is None else model.model_copy(update={"revision": commit})
 
@@ -346,8 +346,8 @@ def _commit_in_cache(name: str, start: str) -> str | None:
         ]
     except (CacheNotFound, OSError, ValueError):
         return None
-    own = [repo for repo in repos if (repo.repo_type, repo.repo_id) == ("model", name)]
-    commits = [one.commit_hash for repo in own for one in repo.revisions if one.commit_hash.startswith(start)]
+    hashes = [revision.commit_hash for repo in repos for revision in repo.revisions]
+    commits = [commit for commit in hashes if commit.startswith(start)]
     return commits[0] if len(commits) == 1 else None
 
 
@@ -392,7 +392,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _damage(path: Path, error: BaseException) -> str:
-    """Why a file of weights cannot be read, in the words of a person who met it before."""
+    """Why a file of weights cannot be read."""
     try:
         with path.open("rb") as stream:
             start = stream.read(40)

@@ -1,4 +1,4 @@
-"""A Ray cluster to work on: a running one or one of this machine, kept quiet, and how its machines are shared out."""
+"""A Ray cluster to work on, a running one or one of this machine, and how its machines are shared out."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ from typing import Any
 from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
+from .native_output import without_native_output
 
 # Of the cores of a CPU machine: what the model's processes ask for; the rest is for those that read images.
 MODEL_SHARE, READER_SHARE = 0.75, 0.2
 CONNECT_S = 10.0
-# A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15), and
-# would warn of every actor of Ray Data's own, on a level that only `fatal` hides.
+# A setting of the user's goes before these. Ray would have its workers stand back for all else (niceness 15).
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -51,13 +51,13 @@ class Shares:
 
 
 def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
-    """The module ``ray`` with ``ray.data``.
+    """The module ``ray``.
 
     Args:
-        joins: Whether it is for a cluster of other machines; else what is started here listens on loopback alone.
+        joins: Whether a running cluster is joined; otherwise what is started listens on loopback alone.
 
     Raises:
-        InputError: It is not installed.
+        InputError: Ray is not installed.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -65,7 +65,6 @@ def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
         _protect()
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise InputError(
             "Ray is not installed", where="--engine ray", got=error, do="pip install -c constraints.txt -e '.[ray]'"
@@ -75,13 +74,14 @@ def import_ray(*, joins: bool = False) -> Any:  # noqa: ANN401 - Ray is an extra
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected; a connection that was made here ends with the block, and a cluster that was started here too.
+    """Ray, connected; the connection ends with the block, and so does a cluster that was started for it.
 
     A cluster of this machine listens on loopback alone and asks for a token that only this process and its workers
     have. A process that has started one joins no other: Ray reads such settings once.
 
     Args:
-        address: A running cluster's; when not given, or ``local``, one of this machine, whatever ``RAY_ADDRESS`` says.
+        address: The address of a running cluster; when not given, or ``local``, one is started on this machine,
+            whatever ``RAY_ADDRESS`` says.
 
     Raises:
         InputError: Ray is not installed, or no cluster answers.
@@ -94,11 +94,11 @@ def cluster(address: str | None) -> Iterator[Any]:
     options: dict[str, Any] = {}
     if address is None:
         address, options = "local", {"include_dashboard": False, "num_cpus": count_cores()}
-    _answers(address)
+    _check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with _without_stderr():
+            with without_native_output():  # lines of Ray's C++ half; errors are exceptions
                 # Actors send the warnings that they have for the user with their results.
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -112,10 +112,10 @@ def cluster(address: str | None) -> Iterator[Any]:
 
 def ignored_address(address: str | None) -> str | None:
     """A line for the user where ``RAY_ADDRESS`` names a cluster that is not joined, because no option names it."""
-    named = os.environ.get("RAY_ADDRESS")
-    if address is not None or not named:
+    ignored = os.environ.get("RAY_ADDRESS")
+    if address is not None or not ignored:
         return None
-    return f"note: RAY_ADDRESS is {named}, but only --ray-address joins a cluster; Ray is started on this machine"
+    return f"note: RAY_ADDRESS is {ignored}, but only --ray-address joins a cluster; Ray is started on this machine"
 
 
 def _protect() -> None:
@@ -129,8 +129,8 @@ def _protect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _answers(address: str) -> None:
-    """Knock at ``host:port``: Ray itself would knock for minutes."""
+def _check_address(address: str) -> None:
+    """Refuse a ``host:port`` where nothing listens: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdecimal():
         return
@@ -150,22 +150,8 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     )
 
 
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keep the lines back that Ray's C++ half writes when it starts, past every logger; errors are exceptions."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noqa: ANN401
-    """Decide how many actors there are and what each asks for.
+    """Decide how many actors there are and what Ray reserves for each.
 
     Args:
         ray: A connected Ray.
@@ -176,17 +162,17 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
         InputError: A device that the cluster does not have, or that Ray cannot give.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus, wanted = int(sum(node.get("GPU", 0) for node in nodes)), config.hardware.device
-    if wanted not in {"auto", "cpu", "cuda"} or (wanted == "cuda" and not gpus) or not nodes:
+    n_gpus, device = int(sum(node.get("GPU", 0) for node in nodes)), config.hardware.device
+    if device not in {"auto", "cpu", "cuda"} or (device == "cuda" and not n_gpus) or not nodes:
         raise InputError(
             "no such device in the cluster",
             where="--device",
-            got=wanted,
+            got=device,
             wanted="auto, cpu, or cuda where it has GPUs",
             do="use --device auto; Ray places the processes",
         )
-    if gpus and wanted != "cpu":
-        actors = min(processes or gpus, gpus)  # for another one no GPU would ever be free
+    if n_gpus and device != "cpu":
+        actors = min(processes or n_gpus, n_gpus)  # for another one no GPU would ever be free
         return Shares(device="cuda", actors=actors, threads=1, actor={"num_gpus": 1}, reader={"num_cpus": 1})
     actors = processes or len(nodes)
     cores, together = max(node["CPU"] for node in nodes), -(-actors // len(nodes))
@@ -199,12 +185,3 @@ def share_out(ray: Any, config: Config, processes: int | None) -> Shares:  # noq
         actor={"num_cpus": float(int(share)) if share > 1 else share},
         reader={"num_cpus": min(1.0, READER_SHARE * cores)},
     )
-
-
-def quiet_data(ray: Any) -> None:  # noqa: ANN401
-    """Keep Ray Data quiet but for warnings; progress is told here."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.enable_operator_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What one process does to the shards it is given: read, compute and write overlap, and each is timed."""
+"""The one way of a shard into a store: read, encode and write, which overlap and are each timed."""
 
 import itertools
 import time
@@ -7,8 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,19 +15,18 @@ import torch
 from ...cache import Shard, StoreWriter
 from ...errors import InputError
 from ..core.device import to_device
-from ..core.files import resolve_image
 from ..core.progress import Progress, Task
 from ..data.manifest import Manifest
 from .encoder import Encoder
-from .images import PatchSpec, UnreadableImage, image_size, read_patches
-from .reader import ImageReader, Piece
+from .images import PatchSpec
+from .reader import ImageReader, Piece, plan_pieces, read_headers, read_piece
 
 OnError = Literal["stop", "skip"]
 Reasons = dict[int, str]
 
 
 class Unreadable:
-    """What this process knows of the images that cannot be read.
+    """The images of a store that cannot be read, as far as this process knows them.
 
     Args:
         data: The folder that paths are relative to.
@@ -37,8 +35,8 @@ class Unreadable:
         spec: What is done to an image before the tower sees it.
 
     Attributes:
-        data: That folder.
-        reasons: Rows that were found unreadable, and why.
+        data: The folder that paths are relative to.
+        reasons: Why each unreadable row cannot be read.
     """
 
     def __init__(self, data: Path, paths: Sequence[str], on_error: OnError, spec: PatchSpec) -> None:
@@ -56,17 +54,16 @@ class Unreadable:
         self.reasons |= reasons
 
     def retry(self, writer: StoreWriter) -> None:
-        """Look at images that an earlier run skipped; a shard with one that can be read now is made again.
+        """Look at images that an earlier run skipped; a shard with one that can be read now is encoded again.
 
         Raises:
             InputError: As for :meth:`record`.
         """
         mended = []
         for shard, rows in writer.skipped.items():
-            found = {row: self._refusal(row) for row in rows}
-            still = {row: reason for row, reason in found.items() if reason is not None}
-            self.record(still)
-            if len(still) < len(rows):
+            reasons = {row: reason for row in rows if (reason := self._try(row)) is not None}
+            self.record(reasons)
+            if len(reasons) < len(rows):
                 mended.append(shard)
         # Only now: a refusal must not leave a store unfinished that was finished.
         for shard in mended:
@@ -74,20 +71,20 @@ class Unreadable:
 
     def why(self, row: int) -> str:
         """Why a row of the store was skipped, by this process or by another one."""
-        found = self.reasons.get(row) or self._refusal(row)
-        return found or "it could not be read, and can be now: run `mmcli extract` again"
+        reason = self.reasons.get(row) or self._try(row)
+        return reason or "it could not be read, and can be now: run `mmcli extract` again"
 
-    def _refusal(self, row: int) -> str | None:
-        try:
-            path, spec = resolve_image(self.data, self._paths[row]), self._spec
-            grid = spec.grid(*image_size(path))
-            read_patches(path, grid, spec, np.empty((grid.tokens, spec.width), np.uint8))
-        except UnreadableImage as error:
-            return str(error)
-        return None
+    def _try(self, row: int) -> str | None:
+        """Read one image; the reason if it cannot be read."""
+        paths = [self._paths[row]]
+        (header,) = read_headers(paths, data=self.data, spec=self._spec)
+        (work,) = plan_pieces(0, paths, [header], self._spec.most_tokens)
+        return read_piece(work, data=self.data, spec=self._spec).bad.get(0)
 
 
 CAPTIONS = 5
+ClockPart = Literal["read_s", "compute_s", "write_s"]
+CLOCK_PARTS: tuple[ClockPart, ...] = get_args(ClockPart)
 
 
 @dataclass(kw_only=True)
@@ -104,14 +101,19 @@ class Clock:
     _last: float = field(default_factory=time.perf_counter, repr=False)
 
     def start(self) -> None:
-        """Count from now."""
+        """Begin to count seconds at this moment."""
         self._last = time.perf_counter()
 
-    def lap(self, part: Literal["read_s", "compute_s", "write_s"]) -> None:
+    def lap(self, part: ClockPart) -> None:
         """Book the time since the last lap under ``part``."""
         now = time.perf_counter()
         setattr(self, part, getattr(self, part) + now - self._last)
         self._last = now
+
+    def add(self, other: "Clock") -> None:
+        """Book what another clock counted."""
+        for part in CLOCK_PARTS:
+            setattr(self, part, getattr(self, part) + getattr(other, part))
 
     @property
     def bottleneck(self) -> str | None:
@@ -132,9 +134,9 @@ class ShardJobs:
         writer: The open store.
         unreadable: Where the images are, and what becomes of one that cannot be read.
         workers: Processes that read images; 0 reads in this one.
-        ahead: Batches that are read ahead of the model.
-        progress: Who to tell.
-        clock: What the time is booked on; a new one when not given.
+        prefetch_factor: Batches that each of them reads ahead.
+        progress: Progress bars; pass ``Progress()`` to silence them.
+        clock: The clock that the time is booked on; a new one when not given.
 
     Attributes:
         clock: Where the time went.
@@ -148,33 +150,34 @@ class ShardJobs:
         unreadable: Unreadable,
         *,
         workers: int = 0,
-        ahead: int = 0,
+        prefetch_factor: int = 2,
         progress: Progress,
         clock: Clock | None = None,
     ) -> None:
         self._encoder, self._listing, self._writer, self._unreadable = encoder, listing, writer, unreadable
-        self._workers, self._ahead, self._progress = workers, ahead, progress
+        self._workers, self._prefetch_factor, self._progress = workers, prefetch_factor, progress
         self._tokens = encoder.batch_tokens = writer.layout.batch_tokens
         self.clock = clock or Clock()
 
     def encode_images(self, shards: Sequence[Shard]) -> int:
         """Encode and write the image part of some shards; the number of images that were encoded."""
-        rows = [range(shard.start, shard.stop) for shard in shards]
-        total = sum(map(len, rows))
-        if not total:
+        if not shards:
             return 0
-        paths = self._listing.paths
-        lists = [paths[shard.start : shard.stop] for shard in shards]
+        lists = [self._listing.paths[shard.start : shard.stop] for shard in shards]
         reader = ImageReader(
-            self._unreadable.data, self._encoder.spec, tokens=self._tokens, workers=self._workers, ahead=self._ahead
+            self._unreadable.data,
+            self._encoder.spec,
+            tokens=self._tokens,
+            workers=self._workers,
+            prefetch_factor=self._prefetch_factor,
         )
-        with self._progress.task("images", total) as task, WriteBehind() as behind, reader:
+        with self._progress.task("images", sum(map(len, lists))) as task, WriteBehind() as behind, reader:
             self.clock.start()
             encoded = sum(
                 self.encode_pieces(pieces, shards[number], behind, task)
                 for number, pieces in itertools.groupby(reader.read(lists), key=attrgetter("number"))
             )
-            behind.wait()
+            behind.finish()
             self.clock.lap("write_s")
         return encoded
 
@@ -184,8 +187,8 @@ class ShardJobs:
         Args:
             pieces: All pieces of the shard, as they are read.
             shard: An image shard that is missing.
-            behind: Who writes it; the caller waits for the last one.
-            task: Told how many images are done.
+            behind: The thread that writes it; the caller waits for the last shard.
+            task: The progress bar that counts images.
 
         Returns:
             How many images were encoded.
@@ -200,16 +203,16 @@ class ShardJobs:
             self._unreadable.record({shard.start + row: reason for row, reason in piece.bad.items()})
             bad |= piece.bad.keys()
             if piece.batch is not None:
-                made = self._encoder.image_features(piece.pixels, piece.batch.grid)
+                encoded = self._encoder.image_features(piece.pixels, piece.batch.grid)
                 # With a list of rows as its index a GPU would have to be waited for.
                 rows = to_device(torch.tensor(piece.batch.rows), features.device, pin=self._encoder.pin_memory)
-                features.index_copy_(0, rows, made)
+                features.index_copy_(0, rows, encoded)
                 task.advance(len(piece.batch.rows))
             self.clock.lap("compute_s")
         v_img = features.cpu().numpy()
         v_img[sorted(bad)] = 0
         self.clock.lap("compute_s")
-        behind.submit(self._writer.write_image, shard, v_img=v_img, skipped=bad)
+        behind.begin(self._writer.write_image, shard, v_img=v_img, skipped=bad)
         self.clock.lap("write_s")
         return shard.n_rows - len(bad)
 
@@ -228,37 +231,29 @@ class ShardJobs:
                 v_txt = np.zeros((shard.n_rows, CAPTIONS, self._encoder.width), np.float32)
                 v_txt[np.arange(CAPTIONS) < real[:, None]] = self._encoder.encode_texts(texts, advance=task.advance)
                 self.clock.lap("compute_s")
-                behind.submit(self._writer.write_text, shard, v_txt=v_txt, n_captions=real)
+                behind.begin(self._writer.write_text, shard, v_txt=v_txt, n_captions=real)
                 self.clock.lap("write_s")
-            behind.wait()
+            behind.finish()
             self.clock.lap("write_s")
 
 
-class WriteBehind:
-    """One thread that writes while the model goes on; at most one piece of work waits."""
+class WriteBehind(ThreadPoolExecutor):
+    """One thread that writes while the model goes on; at most one piece of work is under way."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[Any] | None = None
+        super().__init__(1)
+        self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def begin(self, work: Callable[..., None], /, *args: object, **kwargs: object) -> None:
+        """Start a piece of work when the one before it is done; an error of that one is raised here."""
+        self.finish()
+        self._pending = self.submit(work, *args, **kwargs)
 
-    def submit(self, work: Callable[..., None], /, *words: object, **named: object) -> None:
-        """Start a piece of work when the one before is done; an error of that one is raised here."""
-        self.wait()
-        self._pending = self._pool.submit(work, *words, **named)
-
-    def wait(self) -> None:
+    def finish(self) -> None:
         """Wait for the work under way, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True)
 
 
 def count_captions(captions: Sequence[Sequence[str]]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -1,4 +1,4 @@
-"""A SigLIP checkpoint as files: what it is, what its processor does, and why it cannot be used."""
+"""A SigLIP checkpoint's settings: whether towers and image processor fit each other, and what identifies them."""
 
 import hashlib
 import math
@@ -93,7 +93,7 @@ class ProcessorSettings(BaseModel):
 
     @property
     def scale(self) -> PixelScale:
-        """How pixels are normalised."""
+        """The scale and shift that normalise pixels."""
         return PixelScale(factor=self.rescale_factor, mean=self.image_mean, std=self.image_std)
 
 
@@ -125,26 +125,23 @@ def check_config(source: ModelSource, config: Any, patches: int, text_length: in
         (vision.num_channels != CHANNELS, f"{vision.num_channels} channels", f"{CHANNELS}"),
         (width != vision.hidden_size, f"embeddings {vision.hidden_size} and {width} wide", "one width of both towers"),
     ]
-    size = getattr(vision, "image_size", 0)
-    if config.model_type == "siglip":
+    if config.model_type == "siglip2":
+        n = vision.num_patches
+        faults.append((n < 1 or math.isqrt(max(0, n)) ** 2 != n, f"num_patches {n}", "a square number"))
+    else:
+        size = vision.image_size
         faults.append((type(size) is not int or size < 1, f"image_size {size}", "a whole number"))
     for is_wrong, got, wanted in faults:
         if is_wrong:
             raise source.refusal("not SigLIP's towers", got=got, wanted=wanted)
-    if config.model_type == "siglip2":
-        n = vision.num_patches
-        if n < 1 or math.isqrt(n) ** 2 != n:
-            raise source.refusal("not SigLIP's towers", got=f"num_patches {n}", wanted="a square number")
-    else:
-        only = fixed_patches(config)
-        if patches != only:
-            raise InputError(
-                "this checkpoint has a fixed resolution",
-                where=source,
-                got=f"--patches {patches}",
-                wanted=f"--patches {only}",
-                do=f"use {DEFAULT_MODEL} for other budgets",
-            )
+    if config.model_type == "siglip" and patches != fixed_patches(config):
+        raise InputError(
+            "this checkpoint has a fixed resolution",
+            where=source,
+            got=f"--patches {patches}",
+            wanted=f"--patches {fixed_patches(config)}",
+            do=f"use {DEFAULT_MODEL} for other budgets",
+        )
     trained = text.max_position_embeddings
     if text_length != trained:
         what = "text length too long" if text_length > trained else "text length below the trained one"
@@ -183,23 +180,16 @@ def patch_spec(
             wanted=" or ".join(TORCH_MODES.values()),
             do="use --resizer pillow",
         )
-    vision = config.vision_config
+    side, fixed, edges = config.vision_config.patch_size, None, None
     if config.model_type == "siglip2":
-        if settings.patch_size != vision.patch_size:
-            raise _bad_processor(source, f"patch_size {settings.patch_size}", f"{vision.patch_size}, as in config.json")
-        return PatchSpec(side=vision.patch_size, budget=patches, fixed=None, resample=resample, resizer=resizer)
-    edge, size = vision.image_size, settings.size or {}
-    if any(size.get(name) != edge for name in ("height", "width")):
-        raise _bad_processor(source, f"size {dict(size)}"[:100], f"{edge} x {edge}, as in config.json")
-    per_side = edge // vision.patch_size
-    return PatchSpec(
-        side=vision.patch_size,
-        budget=patches,
-        fixed=Grid(per_side, per_side),
-        resample=resample,
-        resizer=resizer,
-        size=(edge, edge),
-    )
+        if settings.patch_size != side:
+            raise _bad_processor(source, f"patch_size {settings.patch_size}", f"{side}, as in config.json")
+    else:
+        edge, size = config.vision_config.image_size, settings.size or {}
+        if any(size.get(name) != edge for name in ("height", "width")):
+            raise _bad_processor(source, f"size {dict(size)}"[:100], f"{edge} x {edge}, as in config.json")
+        fixed, edges = Grid(edge // side, edge // side), (edge, edge)
+    return PatchSpec(side=side, budget=patches, fixed=fixed, resample=resample, resizer=resizer, size=edges)
 
 
 def local_digest(folder: Path) -> str:

@@ -33,7 +33,7 @@ from ...cache.export import Captions, Format
 from ...cache.key import ComputeDtype
 from ...cache.layout import StoredDtype
 from ...errors import InputError
-from ..core.config import Config, ModelConfig
+from ..core.config import Config, StoreFacts, resolve
 from ..core.console import FittingTable
 from ..core.progress import Progress
 from ..core.run import RunInfo, now
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from .siglip import Identity
 
 DEFAULT_CACHE = Path("data/cache")
-_MOVED = 1024  # rows that are moved at a time
 _DIGITS = re.compile("[0-9a-f]{7,40}")
 
 
@@ -59,7 +58,7 @@ class LabelledStore:
 
 
 def find_store(folder: Path | None, cache: Path = DEFAULT_CACHE) -> Path:
-    """The store that was named, or the newest finished one.
+    """The store that the user names, or else the newest finished one.
 
     Raises:
         InputError: There is none.
@@ -71,13 +70,17 @@ class Reading:
     """A store that is read by a thread while the process does something else: importing torch takes as long.
 
     Args:
+        folder: The store; the newest below ``data/cache`` when not given.
+        config: The configuration that :func:`read_store` is going to be given.
+
+    Attributes:
         folder: The store.
-        config: As of :func:`read_store`.
+        is_newest: Whether no store was named.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder = folder
-        self._store = Store.open(folder)
+    def __init__(self, folder: Path | None, config: Config) -> None:
+        self.folder, self.is_newest = find_store(folder), folder is None
+        self._store = Store.open(self.folder)
         _check_model(self._store, config)
         self._pool = ThreadPoolExecutor(1)
         self._embeddings = self._pool.submit(self._store.load)
@@ -94,7 +97,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
     Args:
         folder: The store.
         config: Where its model section was given by the user, the store must be of that model and budget.
-        reading: That is under way already.
+        reading: The reading of this store, where it is under way already.
 
     Raises:
         InputError: The store is damaged, unfinished, or of another model than was asked for.
@@ -102,7 +105,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
     store, embeddings = (reading or Reading(folder, config)).result()
     kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped)) if store.skipped else None
     if kept is not None:
-        embeddings = Embeddings(**{name: _compacted(values, kept) for name, values in vars(embeddings).items()})
+        embeddings = Embeddings(**{name: values[kept] for name, values in vars(embeddings).items()})
     return LabelledStore(store=store, embeddings=embeddings, listing=_listing(store, kept))
 
 
@@ -119,45 +122,23 @@ def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
     return Manifest.from_table(rows(None), where=where)
 
 
-def _compacted(values: npt.NDArray[Any], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Rows ``kept`` (rising) of an array, moved up in place: a second array of a store's size would not be small."""
-    for at in range(0, len(kept), _MOVED):
-        rows = kept[at : at + _MOVED]
-        if rows[-1] != at + len(rows) - 1:
-            values[at : at + len(rows)] = values[rows]
-    return values[: len(kept)]
-
-
 def resolve_config(config: Config, labelled: LabelledStore) -> Config:
-    """Put what the store knows into the configuration: model and its commit, budget, number of classes.
-
-    Raises:
-        InputError: ``classifier.num_classes`` was given and is not the store's.
-    """
-    key, n_classes = labelled.store.key, len(labelled.listing.category_names)
-    if "num_classes" in config.classifier.model_fields_set and config.classifier.num_classes != n_classes:
-        raise InputError(
-            "wrong number of classes",
-            where="classifier.num_classes",
-            got=config.classifier.num_classes,
-            wanted=f"{n_classes}, as in {labelled.store.folder}",
-            do="leave it out, it is read from the store",
-        )
-    given = "siglip2_variant" in config.model.model_fields_set
-    known = str(labelled.store.extra.get("model_path", key.model))
-    name = config.model.siglip2_variant if given else known
-    model = ModelConfig(
-        siglip2_variant=name,
-        revision=key.commit if name == key.model else config.model.revision,
-        max_num_patches=key.patches,
-        text_max_length=key.text_length,
+    """Resolve a configuration with the facts of a store; see :func:`mmcli.pipeline.core.config.resolve`."""
+    key = labelled.store.key
+    facts = StoreFacts(
+        folder=labelled.store.folder,
+        model=key.model,
+        model_path=str(labelled.store.extra.get("model_path", key.model)),
+        commit=key.commit,
+        patches=key.patches,
+        text_length=key.text_length,
+        n_classes=len(labelled.listing.category_names),
     )
-    classifier = config.classifier.model_copy(update={"num_classes": n_classes})
-    return config.model_copy(update={"model": model, "classifier": classifier})
+    return resolve(config, facts)
 
 
 def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precision: str) -> RunInfo:
-    """What ``run.json`` says of a run that reads this store and computes in a precision."""
+    """The ``run.json`` of a run that reads this store and computes in a precision."""
     key = labelled.store.key
     return RunInfo(
         kind=kind,
@@ -185,27 +166,17 @@ def _is_other_commit(asked: str | None, key: StoreKey) -> bool:
 
 
 def _check_model(store: Store, config: Config) -> None:
-    asked, given = config.model, config.model.model_fields_set
-    name = asked.siglip2_variant
-    known = {store.key.model, str(store.extra.get("model_path", store.key.model))}
-    wrong = [
-        ("model", name, store.key.model, "siglip2_variant" in given and not {name, Path(name).name} & known),
-        (
-            "patches",
-            asked.max_num_patches,
-            store.key.patches,
-            "max_num_patches" in given and asked.max_num_patches != store.key.patches,
-        ),
-        ("revision", asked.revision, store.key.revision, _is_other_commit(asked.revision, store.key)),
-        (
-            "text length",
-            asked.text_max_length,
-            store.key.text_length,
-            "text_max_length" in given and asked.text_max_length != store.key.text_length,
-        ),
-    ]
-    for what, wanted, got, is_wrong in wrong:
-        if is_wrong:
+    """Refuse a store of another model than the user's configuration names; what it leaves out may be anything."""
+    model, key, given = config.model, store.key, config.model.model_fields_set
+    name = model.siglip2_variant
+    is_same_name = {name, Path(name).name} & {key.model, str(store.extra.get("model_path", key.model))}
+    for what, wanted, got, is_wrong in (
+        ("model", name, key.model, "siglip2_variant" in given and not is_same_name),
+        ("patches", model.max_num_patches, key.patches, "max_num_patches" in given),
+        ("revision", model.revision, key.revision, _is_other_commit(model.revision, key)),
+        ("text length", model.text_max_length, key.text_length, "text_max_length" in given),
+    ):
+        if is_wrong and wanted != got:
             raise StoreMismatch(
                 "a store of another model",
                 where=store.folder,
@@ -222,19 +193,19 @@ _BAR = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What ``mmcli cache verify`` found; leaks are findings, not damage."""
+    """The findings of ``mmcli cache verify``; leaks are no damage."""
 
     store: Path
     problems: tuple[str, ...]
     leaks: LeakReport | None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
+        """The findings as one JSON object."""
         leaks = None if self.leaks is None else self.leaks.to_json()
         return {"store": str(self.store), "problems": list(self.problems), "leaks": leaks}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads."""
+        """Lines and tables for a person at the end of the command."""
         if self.problems:
             return list(self.problems)
         return [f"{self.store} is whole", *(_leak_parts(self.leaks) if self.leaks else [])]
@@ -247,9 +218,9 @@ def check_store(
 
     Args:
         folder: The store.
-        progress: Who to tell.
+        progress: Progress bars; pass ``Progress()`` to silence them.
         leaks: Whether to look for near-duplicates.
-        threshold: Least cosine of one.
+        threshold: Least cosine of two images that count as near-duplicates.
         most: Pairs to list at most.
 
     Raises:
@@ -263,14 +234,14 @@ def check_store(
         return Checked(store=folder, problems=report.problems, leaks=None)
     store = Store.open(folder)
     with progress.task("images compared", passes(store) * store.n_images) as task:
-        found = find_leaks(
+        report_of_leaks = find_leaks(
             store,
             THRESHOLD if threshold is None else threshold,
             most=MOST if most is None else most,
             check=False,
             tick=task.advance,
         )
-    return Checked(store=folder, problems=(), leaks=found)
+    return Checked(store=folder, problems=(), leaks=report_of_leaks)
 
 
 def export(
@@ -297,7 +268,7 @@ def export(
 
 
 def export_summary(report: ExportReport) -> list[RenderableType]:
-    """What a person reads after an export."""
+    """Lines for a person at the end of an export."""
     rows = "" if report.n_rows == report.n_images else f" in {report.n_rows:,} rows"
     files = "1 file" if len(report.files) == 1 else f"{len(report.files):,} files"
     lines: list[RenderableType] = [f"{report.n_images:,} images{rows}, {files}, {megabytes(report.n_bytes)}"]
@@ -309,7 +280,7 @@ def export_summary(report: ExportReport) -> list[RenderableType]:
 
 
 def info_summary(facts: Mapping[str, Any]) -> list[RenderableType]:
-    """What :func:`mmcli.cache.describe` found, for a person."""
+    """The facts of :func:`mmcli.cache.describe` as tables for a person."""
     table = FittingTable(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -363,22 +334,22 @@ def _norms(title: str, spread: Mapping[str, float], histogram: Mapping[str, Any]
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column()
-    for at, count in enumerate(counts):
+    for index, count in enumerate(counts):
         bar = "#" * max(round(_BAR * count / longest), int(count > 0))
-        table.add_row(f"{edges[at]:.4g} to {edges[at + 1]:.4g}", f"{count:,}", bar)
+        table.add_row(f"{edges[index]:.4g} to {edges[index + 1]:.4g}", f"{count:,}", bar)
     return [Text.assemble((title, "bold"), f": {figures}"), table]
 
 
 def _skipped(images: list[dict[str, Any]]) -> list[RenderableType]:
     shown = images[:_MOST_SKIPPED]
-    lines = [f"  image id {one['image_id']}, {one['path'] or 'no path'}: {one['reason']}" for one in shown]
+    lines = [f"  image id {image['image_id']}, {image['path'] or 'no path'}: {image['reason']}" for image in shown]
     more = [f"  and {len(images) - len(shown):,} more (all of them with --json)"] if len(images) > len(shown) else []
     return [Text("skipped images", "bold"), *lines, *more]
 
 
 def _leak_parts(report: LeakReport) -> list[RenderableType]:
-    found = ", ".join(f"{count:,} {pair.replace('-', ' with ')}" for pair, count in report.n_pairs.items())
-    title = f"near-duplicates across splits, cosine of {report.threshold:g} and more: {found}"
+    counts = ", ".join(f"{count:,} {pair.replace('-', ' with ')}" for pair, count in report.n_pairs.items())
+    title = f"near-duplicates across splits, cosine of {report.threshold:g} and more: {counts}"
     if not report.pairs:
         return [title]
     table = FittingTable(box=None)

@@ -1,7 +1,7 @@
-"""Towers that were trained as files: the best of a training while it lasts, and a whole checkpoint at its end."""
+"""Trained towers as files: those of the best epoch while a training lasts, and a whole checkpoint at its end."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +24,46 @@ RECORD = "finetune.json"
 class TowerKeeper:
     """Keeps the trained parameters of the best epoch beside the checkpoints of the head.
 
+    All processes go through :meth:`offer` and :meth:`restore` together.
+
     Args:
-        folder: ``checkpoints`` of a run.
-        shards: What is trained; all processes go through the methods together.
+        folder: The folder ``checkpoints`` of a run.
+        shards: What is trained.
         writes: Whether this process writes.
+        history: Records of the epochs before a run is resumed.
     """
 
-    def __init__(self, folder: Path, shards: Shards, *, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, shards: Shards, *, writes: bool, history: Sequence[Mapping[str, float]] = ()
+    ) -> None:
         self._folder, self._shards, self._writes = folder, shards, writes
-        self._best = 0
+        best = max(history, key=lambda record: record["val_mAP"], default={"epoch": 0, "val_mAP": -1.0})
+        self._best_epoch, self._best_value = int(best["epoch"]), best["val_mAP"]
 
-    def take_up(self, best: int) -> None:
-        """Go on where an epoch is the best so far; 0 for none."""
-        self._best = best
-
-    def offer(self, epoch: int, *, best: bool) -> None:
-        """Write them if an epoch is the best so far."""
-        if best:
-            tensors = self._shards.wholes()
-            if self._writes:
-                write_whole(
-                    self._path(epoch),
-                    lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)}),
-                )
-            self._best = epoch
+    def offer(self, epoch: int, val_map: float) -> None:
+        """Write the trained parameters if the epoch is the best so far."""
+        if val_map <= self._best_value or not self._shards.local:
+            return
+        tensors = self._shards.wholes()
+        if self._writes:
+            write_whole(
+                self._path(epoch), lambda temporary: write_tensors(temporary, save_file, tensors, {"epoch": str(epoch)})
+            )
+        self._best_epoch, self._best_value = epoch, val_map
 
     def sweep(self) -> None:
-        """Remove those of other epochs; not before a later epoch can be resumed from."""
-        for path in self._folder.glob("towers-*.safetensors"):
-            if path != self._path(self._best):
-                path.unlink()
+        """Remove the files of other epochs than the best; not before a later epoch can be resumed from."""
+        self._remove(keep=self._path(self._best_epoch))
+
+    def remove(self) -> None:
+        """Remove the files of all epochs."""
+        self._remove(keep=None)
 
     def restore(self, epoch: int) -> None:
-        """Put those of an epoch back into the towers.
+        """Put the parameters of an epoch back into the towers.
 
         Raises:
-            InputError: They are gone or damaged.
+            InputError: Their file is gone or damaged.
         """
         path = self._path(epoch)
         try:
@@ -73,10 +77,10 @@ class TowerKeeper:
                 do="train again, from the start",
             ) from None
 
-    def remove(self) -> None:
-        """Remove all of them."""
+    def _remove(self, keep: Path | None) -> None:
         for path in self._folder.glob("towers-*.safetensors"):
-            path.unlink()
+            if path != keep:
+                path.unlink()
 
     def _path(self, epoch: int) -> Path:
         return self._folder / f"towers-{epoch:03d}.safetensors"
@@ -96,43 +100,42 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
     Raises:
         InputError: The folder cannot be written.
     """
-    folder = run / TOWERS
+    folder, parts = run / TOWERS, towers.parts
 
     def save(scratch: Path) -> None:
-        weights = {**towers.parts.model.state_dict(), **trained}
-        towers.parts.model.save_pretrained(scratch, state_dict=weights)
-        for part in (towers.parts.processor, towers.parts.tokenizer):
+        parts.model.save_pretrained(scratch, state_dict={**parts.model.state_dict(), **trained})
+        for part in (parts.processor, parts.tokenizer):
             part.save_pretrained(scratch)
 
     write_folder(folder, save)
     return folder
 
 
-def base_of(run: Path, info: RunInfo) -> dict[str, Any]:
-    """What a run began with: ``model``, ``revision`` and ``store_digest`` of its checkpoint."""
+def read_base(run: Path, info: RunInfo) -> dict[str, Any]:
+    """The checkpoint that a run began with: its ``model``, ``revision`` and ``store_digest``."""
     try:
         base: dict[str, Any] = parse_json((run / RECORD).read_bytes())["base"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {"model": info.model, "store_digest": info.store_digest}  # killed before it was written
+    except (OSError, ValueError, LookupError, TypeError):  # interrupted before it was written
+        return {"model": info.model, "store_digest": info.store_digest}
     return base
 
 
-def write_record(run: Path, config: Config, towers: Towers, identity: Mapping[str, Any]) -> None:
+def write_record(run: Path, config: Config, towers: Towers, base: Mapping[str, Any]) -> None:
     """Write ``finetune.json``: what was trained, by name, and of which checkpoint.
 
     Args:
         run: The run folder.
         config: The resolved configuration.
         towers: What is trained.
-        identity: Of the checkpoint it began with: ``model``, ``revision``, and its ``store_digest``.
+        base: The checkpoint that it began with: ``model``, ``revision`` and ``store_digest``.
     """
     section = config.finetune
     record = {
         "unfreeze": section.unfreeze,
         "towers": section.towers,
         "start": section.start,
-        "base": dict(identity),
+        "base": dict(base),
         "trained": list(towers.trained),
-        "n_trained": sum(one.numel() for one in towers.trained.values()),
+        "n_trained": sum(parameter.numel() for parameter in towers.trained.values()),
     }
     write_text(run / RECORD, json.dumps(record, indent=1))

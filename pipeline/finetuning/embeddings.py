@@ -1,14 +1,12 @@
-"""The embeddings of a manifest in memory, made from the images themselves by towers that may change meanwhile.
+"""The embeddings of a manifest in memory, computed from the images themselves by towers that may change meanwhile.
 
-What a store would give: splits share the arrays, so what is embedded anew is seen by all of them.
+They stand in for a store. Splits share the arrays, so what is embedded anew is seen by all of them.
 
 Symbols: N images of the manifest, n of some rows, D embedding width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -18,18 +16,18 @@ import torch
 from ...errors import InputError
 from ..core.config import Config
 from ..core.device import reader_count
-from ..core.progress import Progress, Task
+from ..core.progress import Progress
 from ..data.manifest import Manifest
-from ..data.protocols import read_lists, select
+from ..data.protocols import chosen
 from ..extraction.encoder import Encoder, EncoderParts
 from ..extraction.images import Box
 from ..extraction.reader import ImageReader, Piece
 from ..extraction.shards import CAPTIONS, count_captions
 from ..training.data import Split
-from .distributed import Team
+from .distributed import ProcessGroup
 
 Rows = npt.NDArray[np.int64]
-# A plan of batches covers so many images, as a shard of a store on a CPU does.
+# Images are read and embedded in chunks of so many, as a shard of a store on a CPU has.
 CHUNK_ROWS = 1024
 
 
@@ -40,13 +38,14 @@ class LiveStore:
         listing: The manifest.
         data: The folder that its paths are relative to.
         parts: The checkpoint; its weights may be trained.
-        config: Data and hardware sections are used.
-        captions: How many of an image are kept: all, or the first alone.
-        team: Who embeds; each process a share.
-        progress: Who to tell.
+        config: The configuration; its data, finetune and hardware sections are used.
+        captions: How many captions of an image are kept: all, or the first alone.
+        group: The processes; each embeds a share.
+        progress: Progress bars; pass ``Progress()`` to silence them.
 
     Attributes:
-        splits: Those of the protocol, in arrays that they share.
+        splits: The splits of the protocol, in arrays that they share.
+        whole: All images of the manifest, in the same arrays.
         encoder: The towers as they were when :meth:`renew` was called last.
     """
 
@@ -58,11 +57,11 @@ class LiveStore:
         config: Config,
         *,
         captions: int = CAPTIONS,
-        team: Team,
+        group: ProcessGroup,
         progress: Progress,
     ) -> None:
-        self.listing, self.data, self.parts = listing, data, parts
-        self._config, self.team, self._progress = config, team, progress
+        self.listing, self.group, self._data, self._parts = listing, group, data, parts
+        self._config, self._progress = config, progress
         self.encoder = Encoder(parts, pin_memory=config.data.pin_memory)
         n, width = len(listing), self.encoder.width
         self._counts = count_captions(listing.captions)
@@ -71,16 +70,14 @@ class LiveStore:
             np.zeros((n, captions, width), np.float32),
             self._counts,
             listing.labels_matrix(),
-            team.device,
+            group.device,
             norms=(np.zeros(n, np.float32), np.zeros((n, captions), np.float32)),
         )
-        lists = None if config.data.protocol_lists is None else read_lists(Path(config.data.protocol_lists))
-        chosen = select(config.data.split_type, listing, lists)
-        self.splits = {split: self.whole.part(rows) for split, rows in chosen.items()}
+        self.splits = {name: self.whole.part(rows) for name, rows in chosen(config.data, listing).items()}
 
     @property
     def image_ids(self) -> dict[str, npt.NDArray[Any]]:
-        """Of every split, ``(n,)`` int64."""
+        """Image ids of every split, ``(n,)`` int64."""
         return {name: self.listing.image_ids[split.rows.cpu().numpy()] for name, split in self.splits.items()}
 
     @property
@@ -91,23 +88,23 @@ class LiveStore:
     def renew(self) -> None:
         """Take the towers as they are now."""
         tokens = self.encoder.batch_tokens
-        self.encoder = Encoder(self.parts, pin_memory=self._config.data.pin_memory)
+        self.encoder = Encoder(self._parts, pin_memory=self._config.data.pin_memory)
         self.encoder.batch_tokens = tokens
 
     def __enter__(self) -> Self:
-        wanted = self._config.data.num_workers
-        workers = reader_count(wanted, self.team.device)
-        workers = workers if wanted is not None else -(-workers // self.team.size)
-        ahead = max(2, workers * self._config.data.prefetch_factor)
+        data = self._config.data
+        workers = reader_count(data.num_workers, self.group.device)
+        if data.num_workers is None:
+            workers = -(-workers // self.group.size)
         tokens = max(self.encoder.batch_tokens, self._config.finetune.batch_tokens or 0)
-        self._reader = ImageReader(self.data, self.encoder.spec, tokens=tokens, workers=workers, ahead=ahead)
+        self._reader = ImageReader(
+            self._data, self.encoder.spec, tokens=tokens, workers=workers, prefetch_factor=data.prefetch_factor
+        )
         self._reader.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reader.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:  # noqa: ANN401
+        self._reader.__exit__(*error)
 
     def read(
         self, lists: Sequence[Rows], boxes: Sequence[Sequence[Box]] | None = None, *, tokens: int | None = None
@@ -117,94 +114,82 @@ class LiveStore:
         return self._reader.read([[paths[row] for row in rows] for rows in lists], boxes, tokens=tokens)
 
     def check_headers(self, rows: Rows) -> None:
-        """Read the headers of the images of some rows, each process of a share: what is no image is met at once.
+        """Read the header of every image of some rows, to meet a file that is no image before anything is trained.
 
         Args:
-            rows: Of the manifest.
+            rows: Rows of the manifest; each process takes a share.
 
         Raises:
-            InputError: One cannot be read; it is named.
+            InputError: An image cannot be read; it is named.
         """
-        mine = [self.listing.paths[row] for row in rows[self._share()]]
-        with self._task("headers", len(mine)) as task:
-            bad: list[str] = []
-            for found in self._reader.headers(mine):
-                bad.extend(one for one in found if isinstance(one, str))
-                task.advance(len(found))
+        mine = [self.listing.paths[row] for row in rows[self.group.share(len(rows))]]
+        bad: list[str] = []
+        with self._progress.task("headers", len(mine)) as task:
+            for headers in self._reader.headers(mine):
+                bad.extend(header for header in headers if isinstance(header, str))
+                task.advance(len(headers))
         refuse_unreadable(dict(enumerate(bad)))
 
-    def embed_images(self, rows: Rows, title: str | None = "images") -> None:
-        """Embed the images of some rows.
+    def embed(self, side: str, rows: Rows, *, quiet: bool = False) -> None:
+        """Embed the images of some rows, or their captions, as many of an image as are kept.
 
         Args:
-            rows: Of the manifest, ascending.
-            title: What it is called to whoever waits; None for quiet.
+            side: The tower, ``image`` or ``text``.
+            rows: Rows of the manifest, ascending.
+            quiet: Show no progress bar.
 
         Raises:
-            InputError: One cannot be read; it is named.
+            InputError: An image cannot be read; it is named.
         """
-        mine = [rows[at : at + CHUNK_ROWS][self._share()] for at in range(0, len(rows), CHUNK_ROWS)]
-        mine = [part for part in mine if len(part)]
-        self._clear(self.whole.v_img, rows)
-        with self._task(title, sum(map(len, mine))) as task:
+        progress = Progress() if quiet else self._progress
+        values = self.whole.v_img if side == "image" else self.whole.v_txt
+        norms = self.whole.norm_img if side == "image" else self.whole.norm_txt
+        if self.group.size > 1:  # a sum over the processes is then the union of their shares
+            values[torch.from_numpy(rows).to(values.device)] = 0.0
+        (self._embed_images if side == "image" else self._embed_captions)(rows, progress)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = torch.from_numpy(rows[start : start + CHUNK_ROWS]).to(values.device)
+            part = values[chunk]
+            if self.group.size > 1:
+                self.group.all_reduce([part])
+                values[chunk] = part
+            norms[chunk] = part.norm(dim=-1)
+
+    def _embed_images(self, rows: Rows, progress: Progress) -> None:
+        chunks = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+        mine = [part for chunk in chunks if len(part := chunk[self.group.share(len(chunk))])]
+        with progress.task("images", sum(map(len, mine))) as task:
             for piece in self.read(mine, tokens=self.encoder.batch_tokens):
                 refuse_unreadable(piece.bad)
                 if piece.batch is not None:
-                    at = torch.from_numpy(mine[piece.number][list(piece.batch.rows)]).to(self.team.device)
-                    self.whole.v_img[at] = self.encoder.image_features(piece.pixels, piece.batch.grid)
-                    task.advance(len(at))
-        self._gather(self.whole.v_img, rows)
-        self._measure(self.whole.v_img, self.whole.norm_img, rows)
+                    images = torch.from_numpy(mine[piece.number][list(piece.batch.rows)]).to(self.group.device)
+                    self.whole.v_img[images] = self.encoder.image_features(piece.pixels, piece.batch.grid)
+                    task.advance(len(images))
 
-    def embed_captions(self, rows: Rows, title: str | None = "captions") -> None:
-        """Embed the captions of some rows, as many of an image as are kept; arguments as of :meth:`embed_images`."""
+    def _embed_captions(self, rows: Rows, progress: Progress) -> None:
         kept = self.whole.v_txt.shape[1]
-        self._clear(self.whole.v_txt, rows)
-        mine = rows[self._share()]
-        counts = np.minimum(self._counts, kept)[mine]
-        with self._task(title, int(counts.sum())) as task:
+        mine = rows[self.group.share(len(rows))]
+        counts = np.minimum(self._counts, kept)
+        with progress.task("captions", int(counts[mine].sum())) as task:
             for start in range(0, len(mine), CHUNK_ROWS):
-                part = slice(start, start + CHUNK_ROWS)
-                texts = [text for row in mine[part] for text in self.listing.captions[row][:kept]]
-                made = torch.from_numpy(self.encoder.encode_texts(texts, advance=task.advance)).to(self.team.device)
-                at = np.repeat(mine[part], counts[part])
-                caption = np.concatenate([np.arange(count) for count in counts[part]])
-                self.whole.v_txt[torch.from_numpy(at), torch.from_numpy(caption)] = made
-        self._gather(self.whole.v_txt, rows)
-        self._measure(self.whole.v_txt, self.whole.norm_txt, rows)
-
-    def _task(self, title: str | None, total: int) -> AbstractContextManager[Task]:
-        return self._progress.task(title, total) if title is not None else Progress().task("", total)
-
-    def _share(self) -> slice:
-        return slice(self.team.rank, None, self.team.size)
-
-    def _clear(self, whole: torch.Tensor, rows: Rows) -> None:
-        if self.team.size > 1:
-            whole[torch.from_numpy(rows).to(whole.device)] = 0.0
-
-    def _gather(self, whole: torch.Tensor, rows: Rows) -> None:
-        """Everybody's share to everybody: the others' are zeros in each."""
-        for start in range(0, len(rows) if self.team.size > 1 else 0, CHUNK_ROWS):
-            at = torch.from_numpy(rows[start : start + CHUNK_ROWS]).to(whole.device)
-            part = whole[at]
-            self.team.sum_([part])
-            whole[at] = part
-
-    @staticmethod
-    def _measure(whole: torch.Tensor, norms: torch.Tensor, rows: Rows) -> None:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            at = torch.from_numpy(rows[start : start + CHUNK_ROWS]).to(whole.device)
-            norms[at] = whole[at].norm(dim=-1)
+                chunk = mine[start : start + CHUNK_ROWS]
+                texts = [text for row in chunk for text in self.listing.captions[row][:kept]]
+                features = torch.from_numpy(self.encoder.encode_texts(texts, advance=task.advance))
+                images = np.repeat(chunk, counts[chunk])
+                places = np.concatenate([np.arange(count) for count in counts[chunk]])
+                self.whole.v_txt[torch.from_numpy(images), torch.from_numpy(places)] = features.to(self.group.device)
 
 
-def refuse_unreadable(bad: dict[int, str]) -> None:
+def refuse_unreadable(bad: Mapping[int, str]) -> None:
     """Stop at images that cannot be read.
+
+    Args:
+        bad: Why, by any number of theirs.
 
     Raises:
         InputError: There is one.
     """
     if bad:
-        # Nothing about the manifest: without the image it is another one, and a run does not go on with that.
+        # Nothing about the manifest: without the image it is another one, and a run cannot be resumed with that.
         more = f" ({len(bad) - 1:,} more like it)" if len(bad) > 1 else ""
         raise InputError(f"{next(iter(bad.values()))}{more}")

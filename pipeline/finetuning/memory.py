@@ -4,9 +4,9 @@ A graph keeps tensors for its backward pass; they are counted as they are kept, 
 difference is what an item costs. Nothing is estimated from formulas, so it holds for every checkpoint and precision.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from ...errors import InputError
 from ..core.config import Config
 from ..core.console import FittingTable
+from ..core.cores import free_memory
 from ..core.device import autocast, pick_device
 from ..core.progress import Progress
 from ..data.manifest import read_manifest
-from ..extraction.encoder import Encoder
+from ..extraction.encoder import Encoder, EncoderParts
 from ..extraction.images import Grid
 from ..training.setup import draw_head
+from .setup import MANIFEST, with_classes
 from .towers import Towers
 
 FLOAT_BYTES = 4
@@ -33,12 +35,12 @@ SPARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one way of training needs.
+    """What the activations of one way of training need.
 
     Attributes:
         checkpointing: Whether activations are computed again.
-        image_bytes: Kept for an image of the largest grid; 0 where no image tower is trained.
-        caption_bytes: Kept for a caption, likewise.
+        image_bytes: Bytes kept for an image of the largest grid; 0 where no image tower is trained.
+        caption_bytes: Bytes kept for a caption; 0 where no text tower is trained.
         largest_batch: Images that fit at once with one caption each.
     """
 
@@ -54,14 +56,15 @@ class MemoryPlan:
 
     Attributes:
         what: What is trained, a line a part.
-        n_parameters: Of towers and head.
-        n_trained: Trained of them.
-        fixed_bytes: Weights, the copy that looks at val, gradients and moments.
-        free_bytes: Free on the device before any of it.
-        device: Where.
+        n_parameters: Parameters of towers and head.
+        n_trained: Trained parameters of them.
+        fixed_bytes: Weights, the copy that is evaluated on val, gradients and moments.
+        free_bytes: Bytes free on the device before any of it.
+        device: Where it is to be trained.
         batch: Images at once, as configured.
-        needs: With and without gradient checkpointing; none where nothing is trained.
-        chosen: Whether it is configured with it.
+        parts: How many times as many are one batch.
+        needs: What activations need without and with gradient checkpointing; none where no tower is trained.
+        chosen: Whether gradient checkpointing is configured.
         n_images: Images of the manifest.
     """
 
@@ -84,17 +87,16 @@ class MemoryPlan:
         return self.fixed_bytes < self.free_bytes and all(self.batch <= need.largest_batch for need in needs)
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
-        left = ("what", "needs", "chosen")
-        plain = {name: value for name, value in vars(self).items() if name not in left}
+        """The plan as one JSON object, with whether it fits."""
+        plain = {name: value for name, value in vars(self).items() if name not in {"what", "needs", "chosen"}}
         return plain | {"fits": self.fits, "needs": [vars(need) for need in self.needs]}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads."""
+        """Lines and a table for the terminal."""
         lines = [
             *self.what,
             f"with the head {self.n_parameters:,} parameters, {self.n_trained:,} trained",
-            f"weights, gradients, moments and a copy to look at val: {self.fixed_bytes / GIB:.2f} GiB of"
+            f"weights, gradients, moments and a copy to evaluate on val: {self.fixed_bytes / GIB:.2f} GiB of"
             f" {self.free_bytes / GIB:.2f} GiB free on {self.device}",
         ]
         if not self.needs:
@@ -103,7 +105,7 @@ class MemoryPlan:
         for name in ("gradient checkpointing", "an image", "a caption", "largest batch at once"):
             table.add_column(name, justify="right")
         for need in self.needs:
-            sizes = (f"{one / 2**20:.1f} MiB" for one in (need.image_bytes, need.caption_bytes))
+            sizes = (f"{size / 2**20:.1f} MiB" for size in (need.image_bytes, need.caption_bytes))
             table.add_row("on" if need.checkpointing else "off", *sizes, f"{need.largest_batch:,}")
         times = f" ({self.parts} times for one batch)" if self.parts > 1 else ""
         end = "it fits" if self.fits else "it does NOT fit: lower --batch-size and raise --accumulation by as much"
@@ -114,18 +116,17 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
     """Measure what a finetuning would need; nothing is trained or written.
 
     Args:
-        config: Of :func:`~mmcli.pipeline.finetuning.settings.settle_finetune`.
+        config: A configuration of :func:`~mmcli.pipeline.finetuning.settings.resolve_finetune`.
         data: The data set's folder.
-        progress: Who to tell.
+        progress: Says what is measured; nothing by default.
 
     Raises:
         InputError: A bad manifest or checkpoint, or more blocks than a tower has.
     """
-    listing = read_manifest(data / "manifest.parquet")
+    listing = read_manifest(data / MANIFEST)
     device, model = pick_device(config.hardware.device), config.model
     free = free_bytes(device)
     (progress or Progress()).say(f"measuring {model.siglip2_variant} on {device}")
-    classifier = config.classifier.model_copy(update={"num_classes": len(listing.category_names)})
     parts = Encoder.parts(
         model.siglip2_variant,
         revision=model.revision,
@@ -134,14 +135,13 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
         device=device,
     )
     towers = Towers(parts, config.finetune)
-    width = Encoder(parts).width
-    head = draw_head(config.model_copy(update={"classifier": classifier}), width=width, device=device)
-    n_head = sum(one.numel() for one in head.parameters())
-    n_towers = sum(one.numel() for one in parts.model.parameters())
-    n_trained = n_head + sum(one.numel() for one in towers.trained.values())
+    head = draw_head(with_classes(config, listing), width=Encoder(parts).width, device=device)
+    n_head = sum(parameter.numel() for parameter in head.parameters())
+    n_towers = sum(parameter.numel() for parameter in parts.model.parameters())
+    n_trained = n_head + sum(parameter.numel() for parameter in towers.trained.values())
     copy = n_towers * getattr(torch, parts.identity.compute_dtype).itemsize
     fixed = FLOAT_BYTES * (n_towers + n_head + 3 * n_trained) + copy
-    needs = [_need(config, parts, flag, int(SPARE * (free - fixed))) for flag in (False, True)] if towers.sides else []
+    room = int(SPARE * (free - fixed))
     return MemoryPlan(
         what=tuple(towers.summary()),
         n_parameters=n_towers + n_head,
@@ -151,40 +151,38 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
         device=str(device),
         batch=config.training.batch_size,
         parts=config.training.accumulation_steps,
-        needs=tuple(needs),
+        needs=tuple(_need(config, parts, flag, room) for flag in (False, True)) if towers.sides else (),
         chosen=config.finetune.gradient_checkpointing,
         n_images=len(listing),
     )
 
 
-def _need(config: Config, parts: Any, checkpointing: bool, room: int) -> Need:  # noqa: ANN401
+def _need(config: Config, parts: EncoderParts, checkpointing: bool, room: int) -> Need:
     section = config.finetune.model_copy(update={"gradient_checkpointing": checkpointing})
-    sides, spec, device = Towers(parts, section).sides, parts.spec, parts.device
+    sides, spec = Towers(parts, section).sides, parts.spec
     grid = spec.fixed or Grid(1, spec.budget)
-    precision = autocast(device, config.training.mixed_precision)
-
-    def image(n: int) -> Tensor:
-        patches = torch.zeros((n, grid.tokens, spec.width), dtype=torch.uint8, device=device)
-        made: Tensor = sides["image"]([(patches, grid)])
-        return made
-
-    def caption(n: int) -> Tensor:
-        made: Tensor = sides["text"](torch.zeros((n, parts.identity.text_length), dtype=torch.int64, device=device))
-        return made
-
+    zeros = partial(torch.zeros, device=parts.device)
+    items: dict[str, Callable[[int], tuple[Any, ...]]] = {
+        "image": lambda n: (zeros((n, grid.tokens, spec.width), dtype=torch.uint8), grid),
+        "text": lambda n: (zeros((n, parts.identity.text_length), dtype=torch.int64),),
+    }
     costs = {"image": 0, "text": 0}
-    for name, run in (("image", image), ("text", caption)):
-        if name in sides:
-            with precision:
-                costs[name] = kept_bytes(run, 2) - kept_bytes(run, 1)
+    for side, tower in sides.items():
+        run = partial(_run_items, tower, items[side])
+        with autocast(parts.device, config.training.mixed_precision):
+            costs[side] = kept_bytes(run, 2) - kept_bytes(run, 1)
     largest = max(0, room // max(1, sum(costs.values())))
     return Need(
         checkpointing=checkpointing, image_bytes=costs["image"], caption_bytes=costs["text"], largest_batch=largest
     )
 
 
+def _run_items(tower: Callable[..., Tensor], make: Callable[[int], tuple[Any, ...]], n: int) -> Tensor:
+    return tower(*make(n))
+
+
 def kept_bytes(run: Callable[[int], Tensor], n: int) -> int:
-    """Bytes that the graph of a forward pass keeps for the backward pass, every piece of memory once."""
+    """Bytes that the graph of a forward pass of n items keeps for the backward pass, every piece of memory once."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -193,36 +191,29 @@ def kept_bytes(run: Callable[[int], Tensor], n: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        made = run(n)
-    del made
+        output = run(n)
+    del output
     return sum(seen.values())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that is free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of a device that is free; of a CPU, what a container may still take."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def short_of_memory(config: Config, where: object) -> InputError:
-    """The error for it, with the three things that would help most."""
+    """The error of a training that runs out of memory, with the three things that would help most."""
     training = config.training
     parts = 2 * training.accumulation_steps
     size = max(1, training.batch_size * training.accumulation_steps // parts)
     checkpointing = "" if config.finetune.gradient_checkpointing else "--gradient-checkpointing, "
     less = "--unfreeze last-1 or --towers image" if config.finetune.gradient_checkpointing else "fewer --patches"
+    in_parts = f" in {training.accumulation_steps} parts" if training.accumulation_steps > 1 else ""
     return InputError(
         "out of memory",
         where=where,
-        got=f"batches of {training.batch_size} in {training.accumulation_steps} parts"
-        if training.accumulation_steps > 1
-        else f"batches of {training.batch_size}",
+        got=f"batches of {training.batch_size}{in_parts}",
         wanted="more memory",
         do=f"{checkpointing}--batch-size {size} --accumulation {parts} (the same batch, half at once), or {less};"
-        " what was kept stays, and --resume goes on with the first two",
+        " what was kept stays, and --resume can be given the first two",
     )

@@ -1,4 +1,4 @@
-"""All that a finetuning has in hand before its first step: manifest, checkpoint, embeddings, and a head."""
+"""What a finetuning needs before its first step: manifest, checkpoint, embeddings, and a head."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...cache import StoreKey
 from ...errors import InputError
-from ...heads.model import BaseHead, Head
+from ...heads.model import BaseHead
 from ..core.checkpoint import load_head
 from ..core.config import Config, DataConfig, load_config
 from ..core.device import autocast, device_line
@@ -20,6 +20,7 @@ from ..core.run import TOWERS, RunInfo, now, open_run, read_info
 from ..data.manifest import Manifest, read_manifest
 from ..data.protocols import lists_digest
 from ..extraction.encoder import Encoder, EncoderParts
+from ..extraction.images import Resizer
 from ..extraction.model_source import COMMIT, find_commit
 from ..extraction.shards import CAPTIONS
 from ..extraction.siglip import Identity, model_path
@@ -29,7 +30,7 @@ from ..training.monitor import Monitor
 from ..training.setup import check_splits, draw_head
 from ..training.step import Step
 from .batches import TowerStep
-from .distributed import Shards, Team, wants_shards
+from .distributed import ProcessGroup, Shards, wants_shards
 from .embeddings import LiveStore
 from .towers import Towers
 
@@ -46,7 +47,7 @@ def refuse_seen(start: Path, data: DataConfig, manifest_sha256: str, image_ids: 
         start: The run to begin with.
         data: The data section of the finetuning.
         manifest_sha256: Content hash of its manifest.
-        image_ids: Of its splits, ``(n,)`` int64.
+        image_ids: Image ids of its splits, ``(n,)`` int64.
 
     Raises:
         InputError: Such images, or another manifest or protocol where nothing can be compared.
@@ -69,9 +70,10 @@ def refuse_seen(start: Path, data: DataConfig, manifest_sha256: str, image_ids: 
 
 def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> None:
     info, theirs = read_info(start), load_config(start / "config.yaml").data
-    read = (info.lists_digest or lists_digest(theirs), lists_digest(data))
+    digests = (info.lists_digest or lists_digest(theirs), lists_digest(data))
     protocols = [
-        " of ".join(filter(None, (one.split_type, lists[:12]))) for one, lists in zip((theirs, data), read, strict=True)
+        " of ".join(filter(None, (section.split_type, digest[:12])))
+        for section, digest in zip((theirs, data), digests, strict=True)
     ]
     pairs = {"protocol": protocols, "manifest": [info.manifest_sha256[:12], manifest_sha256[:12]]}
     for name, (wanted, got) in pairs.items():
@@ -87,35 +89,35 @@ def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> N
 
 def _seen(start: Path) -> Ids | None:
     """Ids of all images that a run, and what it began with, was trained on; None where one of them does not say."""
-    found: list[Ids] = []
+    ids: list[Ids] = []
     passed: set[Path] = set()
     following: Path | None = start
     while following is not None and following.resolve() not in passed:
         passed.add(following.resolve())
         if not codes_path(following, "train").is_file():
             return None
-        found.append(read_codes(following, "train").image_id)
+        ids.append(read_codes(following, "train").image_id)
         try:
             before = load_config(following / "config.yaml").finetune.start
         except InputError:
             return None
         following = None if before is None else Path(before)
-    return np.unique(np.concatenate(found))
+    return np.unique(np.concatenate(ids))
 
 
 MANIFEST = "manifest.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Live:
+class Setup:
     """What a finetuning works on.
 
     Attributes:
-        config: Resolved: what manifest and checkpoint know is in it.
+        config: The configuration, completed by what manifest and checkpoint say.
         towers: The towers, and what of them is trained.
-        store: Embeddings, of towers that may change.
-        shards: What this process has of what is trained.
-        team: The processes.
+        store: Embeddings of the towers, which may change.
+        shards: What this process has of the trained parameters.
+        group: The processes.
         manifest: The manifest's file.
     """
 
@@ -123,28 +125,35 @@ class Live:
     towers: Towers
     store: LiveStore
     shards: Shards
-    team: Team
+    group: ProcessGroup
     manifest: Path
 
     @property
-    def changing(self) -> set[str]:
+    def changing(self) -> list[str]:
         """Modalities whose embeddings in training are not those of the store: trained towers, augmented images."""
-        return set(self.towers.sides) | ({"image"} if self.config.finetune.augment else set())
+        return sorted({*self.towers.sides, *(["image"] if self.config.finetune.augment else [])})
 
     @property
     def precision(self) -> str:
-        """What training computes in: that of the towers where they train, else that of the head."""
+        """What training computes in: the precision of the towers where they train, else that of the head."""
         step = TowerStep if self.changing else Step
-        return step.autocast_of(self.team.device, self.config).name
+        return step.autocast_of(self.group.device, self.config).name
 
-    def embed(self) -> None:
-        """Embed what the first look at val needs, and all of what never changes."""
-        rows = Monitor(self.config, self.store.splits["train"], self.store.splits["val"]).rows
-        self.store.embed_images(rows if "image" in self.changing else self.store.used)
-        self.store.embed_captions(rows if "text" in self.changing else self.store.used)
+    def embed(self, rows: Mapping[str, Ids], *, quiet: bool = False) -> None:
+        """Embed with the towers as they are now.
+
+        Args:
+            rows: Rows of the manifest, ascending, of ``image`` and ``text``.
+            quiet: Show no progress bar.
+        """
+        with self.shards.gathered():
+            if self.towers.sides:
+                self.store.renew()
+            for side in sorted(rows):  # in one order in all processes
+                self.store.embed(side, rows[side], quiet=quiet)
 
     def splits(self) -> dict[str, Split]:
-        """The splits as the head reads them; of what is embedded."""
+        """The splits as the head reads them, of what is embedded."""
         if self.config.fusion.magnitude == "own":
             return self.store.splits
         seed = self.config.hardware.seed
@@ -153,21 +162,20 @@ class Live:
     def first_head(self, monitor: Monitor) -> BaseHead:
         """The head that training begins with: that of the run to start from, else drawn by the seed.
 
-        The log-norms of a new one are those of the train images that the monitor looks at: all of them where there
+        The log-norms of a new one are those of the train images that the monitor evaluates: all of them where there
         are not many.
 
         Raises:
             InputError: The run's head is another one than is configured.
         """
-        config, width = self.config, self.store.encoder.width
-        head = draw_head(config, width=width, device=self.team.device)
+        config = self.config
+        head = draw_head(config, width=self.store.encoder.width, device=self.group.device)
         if config.finetune.start is None:
-            if isinstance(head, Head):
-                known = monitor.voters if self.changing else self.splits()["train"]
-                head.fusion.fit_log_norms(known.log_norms())
+            embedded = monitor.voters if self.changing else self.splits()["train"]
+            head.fit_log_norms(embedded.log_norms())
             return head
         start = Path(config.finetune.start)
-        warm = load_head(start, self.team.device)
+        warm = load_head(start, self.group.device)
         wrong = [name for name in head.build if head.build[name] != warm.build.get(name)]
         if wrong:
             raise InputError(
@@ -179,16 +187,41 @@ class Live:
             )
         return warm
 
+    def digest(self, identity: Identity) -> str:
+        """Digest of the key of the float32 store that an encoder would fill from this manifest on a CPU."""
+        names = vars(identity) | {"model": self.towers.parts.identity.model, "compute_dtype": "float32"}
+        return StoreKey(**names, dtype="float32", manifest_sha256=self.store.listing.sha256).digest
+
+    def describe(self, kind: str) -> RunInfo:
+        """The record of a run that begins, for ``run.json``."""
+        config, listing, identity = self.config, self.store.listing, self.towers.parts.identity
+        return RunInfo(
+            kind=kind,
+            status="running",
+            created=now(),
+            config_digest=config.digest,
+            preset=config.preset,
+            seed=config.hardware.seed,
+            store=str(self.manifest),
+            store_digest=self.digest(identity),
+            model=identity.model,
+            patches=config.model.max_num_patches,
+            manifest_sha256=listing.sha256,
+            category_names=listing.category_names,
+            lists_digest=lists_digest(config.data),
+            precision=self.precision,
+        )
+
 
 @contextmanager
-def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterator[Live]:
+def set_up(config: Config, data: Path, group: ProcessGroup, progress: Progress) -> Iterator[Setup]:
     """Read a manifest and a checkpoint, and make room for the embeddings.
 
     Args:
-        config: Of :func:`~mmcli.pipeline.finetuning.settings.settle_finetune`.
+        config: A configuration of :func:`~mmcli.pipeline.finetuning.settings.resolve_finetune`.
         data: The data set's folder.
-        team: The processes.
-        progress: Who to tell.
+        group: The processes.
+        progress: Progress bars; pass ``Progress()`` to silence them.
 
     Raises:
         InputError: Either cannot be used, they do not fit the run to start from, no label can be learnt, or an image
@@ -196,84 +229,57 @@ def set_up(config: Config, data: Path, team: Team, progress: Progress) -> Iterat
     """
     manifest = data / MANIFEST
     listing = read_manifest(manifest)
-    config = _with_classes(config, listing)
+    config = with_classes(config, listing)
     start = None if config.finetune.start is None else Path(config.finetune.start)
-    parts = _load(config, start, listing, team)
+    parts = _load(config, start, listing, group)
     # The run names the commit: what it begins with is found again, wherever a branch has moved to.
     source = {"siglip2_variant": model_path(parts.source.name), "revision": parts.source.commit}
-    model = config.model.model_copy(update=source)
-    config = config.model_copy(update={"model": model})
+    config = config.model_copy(update={"model": config.model.model_copy(update=source)})
     towers = Towers(parts, config.finetune)
     kept = 1 if "text" in towers.sides else CAPTIONS
-    where = device_line(team.device, autocast(team.device, config.training.mixed_precision).name)
+    where = device_line(group.device, autocast(group.device, config.training.mixed_precision).name)
     progress.say(f"finetuning {parts.identity.model} on {where}, from {data}")
-    with LiveStore(listing, data, parts, config, captions=kept, team=team, progress=progress) as store:
+    with LiveStore(listing, data, parts, config, captions=kept, group=group, progress=progress) as store:
         check_splits(store.splits, config, data)
         if start is not None:
             refuse_seen(start, config.data, listing.sha256, store.image_ids)
         store.check_headers(store.used)
-        sharded = bool(towers.sides) and team.size > 1 and (config.finetune.fsdp or wants_shards())
-        shards = Shards(towers, team, sharded=sharded)
-        yield Live(config=config, towers=towers, store=store, shards=shards, team=team, manifest=manifest.resolve())
+        sharded = bool(towers.sides) and group.size > 1 and (config.finetune.fsdp or wants_shards())
+        shards = Shards(towers, group, sharded=sharded)
+        yield Setup(config=config, towers=towers, store=store, shards=shards, group=group, manifest=manifest.resolve())
 
 
-def describe(kind: str, live: Live) -> RunInfo:
-    """What ``run.json`` says at the start."""
-    config, listing = live.config, live.store.listing
-    return RunInfo(
-        kind=kind,
-        status="running",
-        created=now(),
-        config_digest=config.digest,
-        preset=config.preset,
-        seed=config.hardware.seed,
-        store=str(live.manifest),
-        store_digest=digest_of(live, live.towers.parts.identity),
-        model=live.towers.parts.identity.model,
-        patches=config.model.max_num_patches,
-        manifest_sha256=listing.sha256,
-        category_names=listing.category_names,
-        lists_digest=lists_digest(config.data),
-        precision=live.precision,
-    )
+def with_classes(config: Config, listing: Manifest) -> Config:
+    """The configuration with the manifest's number of classes.
 
-
-def digest_of(live: Live, identity: Identity) -> str:
-    """Digest of the key of the float32 store that an encoder would fill from this manifest on a CPU."""
-    names = vars(identity) | {"model": live.towers.parts.identity.model, "compute_dtype": "float32"}
-    return StoreKey(**names, dtype="float32", manifest_sha256=live.store.listing.sha256).digest
-
-
-def _with_classes(config: Config, listing: Manifest) -> Config:
-    n, given = len(listing.category_names), config.classifier
-    if "num_classes" in given.model_fields_set and given.num_classes != n:
+    Raises:
+        InputError: Another number is configured.
+    """
+    n, section = len(listing.category_names), config.classifier
+    if "num_classes" in section.model_fields_set and section.num_classes != n:
         raise InputError(
             "wrong number of classes",
             where="classifier.num_classes",
-            got=given.num_classes,
+            got=section.num_classes,
             wanted=f"{n}, as in the manifest",
             do="leave it out, it is read from the manifest",
         )
-    return config.model_copy(update={"classifier": given.model_copy(update={"num_classes": n})})
+    return config.model_copy(update={"classifier": section.model_copy(update={"num_classes": n})})
 
 
-def _name(config: Config, start: Path | None) -> str:
-    own = None if start is None else start / TOWERS
-    return str(own) if own is not None and own.is_dir() else config.model.siglip2_variant
-
-
-def _load(config: Config, start: Path | None, listing: Manifest, team: Team) -> EncoderParts:
+def _load(config: Config, start: Path | None, listing: Manifest, group: ProcessGroup) -> EncoderParts:
     """The checkpoint; that of the run to start from has to be the one that its head was trained on."""
-    model, name = config.model, _name(config, start)
+    model = config.model
+    name = str(start / TOWERS) if start is not None and (start / TOWERS).is_dir() else model.siglip2_variant
     revision = model.revision if name == model.siglip2_variant else None
     # A branch may move between the first process that asks for it and the last one.
-    commit = team.tell(str(find_commit(name, revision)) if team.first else "")
+    commit = group.broadcast_text(str(find_commit(name, revision)) if group.is_first else "")
     parts = Encoder.parts(
         name,
         revision=commit if COMMIT.fullmatch(commit) else revision,
         patches=model.max_num_patches,
         text_length=model.text_max_length,
-        device=team.device,
+        device=group.device,
     )
     if start is None:
         return parts
@@ -296,5 +302,5 @@ def _load(config: Config, start: Path | None, listing: Manifest, team: Team) -> 
             do="leave --model and --patches out with --from, or start from another run",
         )
     resized = replace(parts.identity, processor=key.processor)
-    torch_resizes = '"resizer"' in key.processor
-    return parts._replace(identity=resized, spec=replace(parts.spec, resizer="torch" if torch_resizes else "pillow"))
+    resizer: Resizer = "torch" if '"resizer"' in key.processor else "pillow"
+    return parts._replace(identity=resized, spec=replace(parts.spec, resizer=resizer))

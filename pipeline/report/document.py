@@ -1,83 +1,15 @@
-"""What a report consists of, whatever it is written as: sections of answers, tables, figures, queries and failures."""
+"""What a page holds, as plain data: sections of answers, tables, figures, image cards and text.
 
-import base64
-import io
-from collections.abc import Sequence
+:mod:`.sections` fills it, and :mod:`.render` writes it out without computing anything.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from PIL import Image
+from .collect import Pictures
 
-from ...errors import InputError
-from ..core.files import resolve_image
-from ..data.manifest import Manifest
-from ..extraction.images import UnreadableImage, open_rgb
-
-QUALITY = 72
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A small picture: a WebP file's bytes, its size in pixels, and the name of a file for it."""
-
-    webp: bytes = field(repr=False)
-    width: int
-    height: int
-    file: str
-
-    @cached_property
-    def uri(self) -> str:
-        """The picture itself as an address."""
-        return "data:image/webp;base64," + base64.b64encode(self.webp).decode("ascii")
-
-
-class Pictures:
-    """Pictures and captions by image id.
-
-    Args:
-        data: The data folder; None where there is none.
-        listing: Its manifest, likewise.
-    """
-
-    def __init__(self, data: Path | None, listing: Manifest | None) -> None:
-        self._data, self._listing = data, listing
-        ids = [] if listing is None else listing.image_ids.tolist()
-        self._row = {image: row for row, image in enumerate(ids)}
-        self._made: dict[tuple[int, int], Picture | None] = {}
-
-    def __bool__(self) -> bool:
-        return self._listing is not None
-
-    def caption(self, image_id: int) -> str:
-        """The first caption, which val and test are tagged by; nothing where it is not known."""
-        row = self._row.get(image_id)
-        if row is None or self._listing is None:
-            return ""
-        return self._listing.captions[row][0]
-
-    def picture(self, image_id: int, side: int) -> Picture | None:
-        """The picture, its longer side at most ``side`` pixels; None where it cannot be read."""
-        if (image_id, side) not in self._made:
-            self._made[image_id, side] = self._make(image_id, side)
-        return self._made[image_id, side]
-
-    def _make(self, image_id: int, side: int) -> Picture | None:
-        row = self._row.get(image_id)
-        if row is None or self._listing is None or self._data is None:
-            return None
-        try:
-            path = resolve_image(self._data, self._listing.paths[row])
-        except InputError:
-            return None
-        try:
-            image = open_rgb(path)
-        except UnreadableImage:
-            return None
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        image.save(stream, "WEBP", quality=QUALITY)
-        return Picture(webp=stream.getvalue(), width=image.width, height=image.height, file=f"{image_id}-{side}.webp")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,84 +17,93 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: As it is shown; never markup.
-        detail: What stands behind it or below it, smaller.
-        bold: The best of its column, where the interval says so.
-        sort: What it is sorted by, where that is not the text.
+        text: The text as it is shown; never markup.
+        detail: A smaller addition behind the text.
+        bold: Whether it is the best of its column, where the interval says so.
+        sort: The number to sort by, where that is not the text.
+        verdict: ``better``, ``worse`` or ``even``, which a page shows in colour.
+        interval: Both ends and the centre of an interval as shares of the width of its drawing.
     """
 
     text: str
     detail: str = ""
     bold: bool = False
     sort: float | None = None
-
-    @property
-    def whole(self) -> str:
-        """Text and detail in one line."""
-        return f"{self.text} {self.detail}".strip()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column: its title, and whether it holds figures."""
-
-    title: str
-    numeric: bool = True
+    verdict: str = ""
+    interval: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with a name that files are named by, a title, and what has to be known to read it."""
+    """A table.
+
+    Attributes:
+        name: Name of its file and of its heading.
+        title: The heading.
+        columns: Titles of the columns.
+        rows: Cells, as many in each row as there are columns.
+        n_words: How many of the leading columns hold words; the others hold numbers.
+        note: What a reader has to know, below the table.
+        commands: The commands that make the runs in it; those of the document where there are none.
+    """
 
     name: str
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    n_words: int = 1
     note: str = ""
     commands: tuple[str, ...] = ()
 
 
+class Mark(NamedTuple):
+    """Something drawn into a figure: a method of matplotlib's ``Axes`` and its arguments."""
+
+    method: str
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing.
+    """A figure, as the calls that draw it.
 
     Attributes:
-        name: Files are named by it.
-        title: Above it.
-        caption: Below it: what is to be seen.
-        alt: What it shows, in words and figures, for who does not see it.
-        svg: The drawing as a file of its own.
-        png: The same in pixels.
-        commands: What makes the runs that it shows.
+        name: Name of its files.
+        title: The heading.
+        caption: What is to be seen, below it.
+        alt: What it shows, in words and numbers, for readers who do not see it.
+        marks: What is drawn, in order.
+        axes: Arguments of ``Axes.set``: labels, scales, limits.
+        labels: Names of points with their x and y, the most important first.
+        legend: Place of the legend: ``above``, or one of matplotlib's.
+        colorbar: Label of the colour bar of an image.
+        commands: The commands that make the runs in it; those of the document where there are none.
     """
 
     name: str
     title: str
     caption: str
     alt: str
-    svg: str
-    png: bytes
+    marks: tuple[Mark, ...]
+    axes: Mapping[str, Any]
+    labels: tuple[tuple[str, float, float], ...] = ()
+    legend: str = "above"
+    colorbar: str = ""
     commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A paragraph; words between backticks are code."""
+    """A paragraph, in which words between backticks are code; for something missing, with the command that makes it."""
 
     text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """Something that was not made, and the command that makes it."""
-
-    text: str
-    command: str
+    command: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commands:
-    """Command lines under a title."""
+    """Lines of code under a title."""
 
     title: str
     lines: tuple[str, ...]
@@ -170,21 +111,21 @@ class Commands:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A less B, with its 95% interval and the verdict that the interval gives.
+    """A against B, with the 95% interval and the verdict that the interval gives.
 
     Attributes:
-        what: Both, in words.
-        unit: ``mAP``, or ``times`` for a ratio.
-        A: Mean over seeds.
-        B: Likewise.
-        difference: ``A - B``, or ``A / B``.
+        what: Both sides in words.
+        unit: ``mAP`` or ``AP`` for a difference, ``times`` for a ratio.
+        A: Mean of A over seeds.
+        B: Mean of B over seeds.
+        difference: ``A - B``; a ratio in ``times``.
         low: Lower end of the interval; None where there is no interval.
-        high: Upper end.
-        p: Two-sided, for the correction of several comparisons.
+        high: Upper end of the interval; None where there is no interval.
+        p: Two-sided p, for the correction of several comparisons.
         p_holm: The same after Holm's correction over all comparisons of the answers.
-        seeds: Seeds of A and of B.
+        seeds: Numbers of seeds of A and of B.
         spread: Standard deviation of the difference over seeds; None with one seed.
-        verdict: ``better``, ``worse`` or ``not distinguishable at this size``; of A.
+        verdict: ``better``, ``worse`` or ``not distinguishable at this size``, of A.
     """
 
     what: str
@@ -203,37 +144,32 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A question, its answer in a sentence or two, and what that rests on; ``sides`` are the names of A and B."""
+    """A question with its answer in a sentence or two, and what the answer rests on.
+
+    Attributes:
+        name: Name for links and for ``--json``.
+        question: The question.
+        answer: The answer in words.
+        comparisons: The comparisons that it rests on.
+        gaps: What was not measured, with the commands that measure it.
+        note: What a reader has to know, below the table.
+        sides: Titles of the columns of A and B.
+        table: The comparisons as a table; None where there are none.
+    """
 
     name: str
     question: str
     answer: str
     comparisons: tuple[Comparison, ...] = ()
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[Text, ...] = ()
     note: str = ""
     sides: tuple[str, str] = ("A", "B")
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether a comparison has more than one seed."""
-        return any(one.spread is not None for one in self.comparisons)
-
-    @property
-    def has_p(self) -> bool:
-        """Whether a comparison has a corrected p."""
-        return any(one.p_holm is not None for one in self.comparisons)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """All questions."""
-
-    answers: tuple[Answer, ...]
+    table: Table | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tag:
-    """A tag of an image: ``right``, ``wrong`` or ``missed``, and its score; None where nobody scored it."""
+    """A tag of an image: ``right``, ``wrong`` or ``missed``, with its score where it has one."""
 
     name: str
     state: str
@@ -241,98 +177,89 @@ class Tag:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """An image as it is shown: its picture if there is one, its caption if it is known, and what is said of it."""
+class ImageCard:
+    """An image as a page shows it.
+
+    Attributes:
+        image_id: The image; picture and caption are looked up by it.
+        side: Pixels of the picture's longer side.
+        tags: Tags below the picture.
+        score: Share of the vote of a neighbour, or score of a class; None for a query.
+        distance: Distance of a neighbour, in words.
+    """
 
     image_id: int
-    picture: Picture | None
-    caption: str
+    side: int
     tags: tuple[Tag, ...]
-    share: float | None = None
+    score: float | None = None
     distance: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A query, how well it was tagged, and its nearest neighbours."""
+    """A query, the AP of its tags, and its nearest neighbours."""
 
-    image: Shown
+    image: ImageCard
     AP: float
-    neighbours: tuple[Shown, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Queries:
-    """Queries with their neighbours."""
-
-    queries: tuple[Query, ...]
+    neighbours: tuple[ImageCard, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFailures:
-    """The worst false positives and false negatives of a class; ``share`` of an image is its score."""
+    """The surest wrong predictions of a class and the least sure missed ones."""
 
     category: str
     AP: float
     n_positive: int
     n_false_positive: int
     n_false_negative: int
-    false_positives: tuple[Shown, ...]
-    false_negatives: tuple[Shown, ...]
+    false_positives: tuple[ImageCard, ...]
+    false_negatives: tuple[ImageCard, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failures:
-    """Failures by class, the class with the lowest AP first."""
-
-    classes: tuple[ClassFailures, ...]
-
-
-Block = Table | Figure | Text | Gap | Commands | Answers | Queries | Failures
+Block = Table | Figure | Text | Commands | Answer | Query | ClassFailures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the report."""
+    """A part of a document, under a heading."""
 
     name: str
     title: str
     blocks: tuple[Block, ...]
 
-    @property
-    def figures(self) -> tuple[Figure, ...]:
-        """Its figures."""
-        return tuple(block for block in self.blocks if isinstance(block, Figure))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """The whole report."""
+    """A whole report.
+
+    Attributes:
+        title: The heading of all.
+        subtitle: What the report is of.
+        facts: Names and values at the top.
+        notes: What a reader has to know first.
+        sections: The parts in order.
+        summary: The comparisons of mAP of all answers in one table; None where there are none.
+        commands: The commands that make what names none of its own.
+        pictures: Pictures and captions of the images.
+    """
 
     title: str
     subtitle: str
-    facts: tuple[tuple[str, str], ...]
-    sections: tuple[Section, ...]
+    facts: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    sections: tuple[Section, ...]
+    summary: Table | None = None
+    commands: tuple[str, ...] = ()
+    pictures: Pictures = field(default_factory=Pictures)
 
-    @property
-    def figures(self) -> tuple[Figure, ...]:
-        """Every figure."""
-        return tuple(figure for section in self.sections for figure in section.figures)
-
-    @property
-    def tables(self) -> tuple[Table, ...]:
-        """Every table."""
-        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Table))
+    def blocks(self, kind: type[T]) -> Iterator[T]:
+        """All blocks of one kind, in order."""
+        return (block for section in self.sections for block in section.blocks if isinstance(block, kind))
 
 
-def text_cells(values: Sequence[object]) -> tuple[Cell, ...]:
-    """Cells of words."""
-    return tuple(Cell(text=str(value)) for value in values)
-
-
-def number(value: float | None, form: str = "{:.3f}", *, bold: bool = False) -> Cell:
-    """A cell of a figure; a dash where it is undefined or was not measured."""
+def number(value: float | None, form: str = "{:.3f}") -> Cell:
+    """A cell with a number; a dash where it is undefined or was not measured."""
     if value is None or value != value:  # noqa: PLR0124 - NaN
         return Cell(text="–")
-    return Cell(text=form.format(value), bold=bold, sort=float(value))
+    return Cell(text=form.format(value), sort=float(value))

@@ -1,18 +1,23 @@
 """``mmcli report``: from run folders and the rows of the experiments to one page, Markdown with figures, LaTeX tables.
 
-Reads files only: no stage, no tower and no store. Everything is written beside the folder and put in place when it is
-whole, file by file, the pages last: so each page is the old or the new one at any moment.
+Three passes: :mod:`.collect` reads files into one table; :mod:`.analysis`, :mod:`.answers`, :mod:`.tables` and
+:mod:`.figures` compute every number and :mod:`.sections` lays them out; :mod:`.render`
+and :mod:`.plots` write the result without computing any.
+
+No stage is run, and neither a tower nor a store is read. Everything is written beside the folder and put in place when
+it is whole, file by file, the pages last: so each page is the old or the new one at any moment.
 """
 
 import json
 import re
-import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import RenderableType
 
 from ...cache.locks import SOFT, LockHeld, locked
@@ -20,6 +25,7 @@ from ...cache.ownership import Contents, contents, remove_files
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from ..core.files import (
+    command,
     final_name,
     make_folder,
     one_line,
@@ -28,27 +34,25 @@ from ..core.files import (
     unwritable,
     write_folder,
     write_text,
+    write_whole,
 )
 from ..core.progress import Progress
-from .document import Answers, Document, Failures, Queries, Shown
-from .html import to_html
-from .inputs import choose, look_into, read_inputs
-from .latex import to_latex
-from .render import to_markdown
-from .sections import build
+from .analysis import analyse
+from .collect import choose_run, collect
+from .document import Answer, Document, Figure
+from .plots import draw_figure
+from .render import to_html, to_latex, to_markdown
+from .sections import TITLE, build
+
+Ids = npt.NDArray[np.int64]
 
 PAGE, MARKDOWN = "report.html", "report.md"
 RUNS, OUT = Path("runs"), Path("report")
 # The list of the files of a report, in its folder: what it does not list is somebody's own.
 INVENTORY, LOCK = ".report.json", ".lock"
 FORMAT = "mmcli-report"
-# Files of a report of before it had a list.
-_OLDER = re.compile(
-    r"report\.(html|md)|figures/[a-z0-9_-]+\.(svg|png)|pictures/[0-9]+-[0-9]+\.webp|tables/[a-z0-9_-]+\.tex"
-)
-_OLDER_TITLE = "– mmcli report</title>"
-# What a page of Markdown says near its beginning.
-MADE_BY = "Written by `mmcli report"
+# A page of Markdown begins with its title, a paragraph or two, and the command that wrote it.
+_PAGE_START = re.compile(rf"# {re.escape(TITLE)}\n\n[^\n]+\n\n(?:[^\n]+\n\n)?Written by `+ ?mmcli report")
 # Files that a desktop leaves in every folder that is looked at.
 _DESKTOP = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
@@ -78,10 +82,9 @@ class ReportPlan:
     markdown_only: Path | None = None
 
     @property
-    def command(self) -> str:
-        """The command line that makes this report."""
-        words = ["mmcli", "report"]
-        given = {
+    def paths(self) -> dict[str, Path]:
+        """The paths that differ from the default, by their options."""
+        paths = {
             "--runs": self.runs if self.runs != RUNS else None,
             "--ablations": self.ablations,
             "--data": self.data,
@@ -89,9 +92,13 @@ class ReportPlan:
             "--markdown-only": self.markdown_only,
             "--out": self.out if self.out != OUT and self.markdown_only is None else None,
         }
-        for flag, value in given.items():
-            words += [] if value is None else [flag, value.as_posix()]
-        return shlex.join([*words, *(["--latex"] if self.latex else [])])
+        return {option: path for option, path in paths.items() if path is not None}
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this report."""
+        words = [word for option, path in self.paths.items() for word in (option, path.as_posix())]
+        return command("report", *words, *(["--latex"] if self.latex else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +112,7 @@ class ReportResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
-        found = [answer for block in self._answers() for answer in block.answers]
+        """The result as ``--json`` prints it."""
         return {
             "files": [str(path) for path in self.files],
             "run": None if self.run is None else str(self.run),
@@ -114,56 +120,72 @@ class ReportResult:
             "seconds": self.seconds,
             "answers": [
                 {
-                    "name": one.name,
-                    "question": one.question,
-                    "answer": one.answer,
-                    "comparisons": [vars(comparison) for comparison in one.comparisons],
-                    "missing": [gap.command for gap in one.gaps],
+                    "name": answer.name,
+                    "question": answer.question,
+                    "answer": answer.answer,
+                    "comparisons": [vars(comparison) for comparison in answer.comparisons],
+                    "missing": [gap.command for gap in answer.gaps],
                 }
-                for one in found
+                for answer in self.document.blocks(Answer)
             ],
         }
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
-        lines = [f"{one.question}\n  {one.answer}" for block in self._answers() for one in block.answers]
-        looked = [] if self.run is None else [f"\nlooked into {self.run}: {self.why}"]
-        return [*lines, *looked, *(f"wrote {path}" for path in self.files)]
-
-    def _answers(self) -> Iterator[Answers]:
-        for section in self.document.sections:
-            yield from (block for block in section.blocks if isinstance(block, Answers))
+        """What the command prints at its end."""
+        lines = [f"{answer.question}\n  {answer.answer}" for answer in self.document.blocks(Answer)]
+        chosen = [] if self.run is None else [f"\nlooked into {self.run}: {self.why}"]
+        return [*lines, *chosen, *(f"wrote {path}" for path in self.files)]
 
 
 def report(plan: ReportPlan, progress: Progress | None = None) -> ReportResult:
-    """Read, compare, draw, write.
+    """Collect what runs and experiments left, compare it, and write it as a page.
+
+    Args:
+        plan: What is reported, and where to.
+        progress: Progress bars and messages; silent when not given.
 
     Raises:
         InputError: Nothing to report, a run or a data folder that cannot be used, or a folder that is in use.
     """
     started, progress = time.perf_counter(), progress or Progress()
+    _check_names(plan)
     _check_out(plan)
-    ablations = plan.ablations or plan.runs / "ablations"
     progress.say("read runs and experiments")
-    inputs = read_inputs(plan.runs, ablations, plan.data)
-    chosen = choose(inputs, plan.run)
-    depth = None if chosen is None else look_into(*chosen)
-    if depth is not None and inputs.listing is not None:
-        _check_data(inputs.listing.image_ids, depth.query.image_id, plan.data)
+    inputs = collect(plan.runs, plan.ablations or plan.runs / "ablations", plan.data)
+    chosen = choose_run(inputs, plan.run)
+    if chosen is not None and plan.data is not None and inputs.manifest is not None:
+        _check_data(plan.data, inputs.manifest.image_ids, chosen.codes.query.image_id)
     progress.say("compare and draw")
-    document = build(inputs, depth, command=plan.command, pictures=plan.markdown_only is None)
+    analysis = None if chosen is None else analyse(chosen)
+    document = build(inputs, analysis, command=plan.command, with_images=plan.markdown_only is None)
     if plan.markdown_only is not None:
-        write_text(plan.markdown_only, to_markdown(document))
+        text = _encoded(to_markdown(document))
+        write_whole(plan.markdown_only, lambda temporary: temporary.write_bytes(text))
         files: tuple[Path, ...] = (plan.markdown_only,)
     else:
         files = _write(plan, document)
     return ReportResult(
         files=files,
-        run=None if chosen is None else chosen[0].run.folder,
-        why="" if chosen is None else chosen[1],
+        run=None if chosen is None else chosen.finished.folder,
+        why="" if chosen is None else chosen.reason,
         document=document,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_names(plan: ReportPlan) -> None:
+    """Refuse names that the page, which is UTF-8, could not repeat as a part of its command."""
+    for option, path in plan.paths.items():
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "a name that is not UTF-8",
+                where=option,
+                got=path,
+                wanted="a name that the report can repeat in its command",
+                do=f"rename it, or give another {option}",
+            ) from None
 
 
 def _check_out(plan: ReportPlan) -> None:
@@ -198,35 +220,37 @@ def _check_out(plan: ReportPlan) -> None:
 
 
 def _inside(out: Path) -> Contents:
-    """What of a folder is a report's, by the list that it holds; what passes is in neither."""
+    """Which files of a folder are a report's, by the list in it; files that come and go are left out."""
     try:
-        record = parse_json((out / INVENTORY).read_bytes())
+        record = parse_json(_start(out / INVENTORY, None))
         listed = frozenset({INVENTORY, *record["files"]}) if record["format"] == FORMAT else frozenset()
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         listed = frozenset()
-    older = not listed and _OLDER_TITLE in _start(out / PAGE)
-    inside = contents(out, lambda name: name in listed or (older and _OLDER.fullmatch(name) is not None))
+    inside = contents(out, lambda name: name in listed and (out / name).is_file())
     passing = _DESKTOP | {LOCK, LOCK + SOFT}
     foreign = (name for name in inside.foreign if not final_name(name.partition("/")[0]))
     return Contents(inside.ours, tuple(name for name in foreign if Path(name).name not in passing))
 
 
-def _start(path: Path) -> str:
+def _start(path: Path, n_letters: int | None = 4096) -> str:
+    """The first letters of a file, all when None; empty where it is no regular file or cannot be read."""
     try:
+        if not path.is_file():  # a FIFO would be waited for without end
+            return ""
         with path.open(encoding="utf-8", errors="replace") as stream:
-            return stream.read(4096)
+            return stream.read(n_letters)
     except OSError:
         return ""
 
 
 def _is_page(path: Path) -> bool:
-    return MADE_BY in _start(path)
+    return _PAGE_START.match(_start(path)) is not None
 
 
-def _check_data(known: Any, asked: Any, data: Path | None) -> None:  # noqa: ANN401 - arrays
-    """Refuse a data folder that was named and holds other images."""
-    missing = set(asked.tolist()) - set(known.tolist())
-    if missing and data is not None:
+def _check_data(data: Path, known_ids: Ids, asked_ids: Ids) -> None:
+    """Refuse a data folder that holds other images than the run was tested on."""
+    missing = set(asked_ids.tolist()) - set(known_ids.tolist())
+    if missing:
         raise InputError(
             "a data folder of other images",
             where=data,
@@ -253,12 +277,19 @@ def _write(plan: ReportPlan, document: Document) -> tuple[Path, ...]:
 
 def _files(plan: ReportPlan, document: Document) -> dict[str, bytes]:
     """Every file of the report by its relative name."""
-    files = {f"figures/{figure.name}.svg": figure.svg.encode() for figure in document.figures}
-    files |= {f"figures/{figure.name}.png": figure.png for figure in document.figures}
-    files |= {f"pictures/{picture.file}": picture.webp for picture in _pictures(document)}
+    drawings = {figure.name: draw_figure(figure) for figure in document.blocks(Figure)}
+    files = {f"figures/{name}.svg": _encoded(drawing.svg) for name, drawing in drawings.items()}
+    files |= {f"figures/{name}.png": drawing.png for name, drawing in drawings.items()}
+    pages = {MARKDOWN: _encoded(to_markdown(document)), PAGE: _encoded(to_html(document, drawings))}
+    files |= {f"pictures/{picture.file}": picture.webp for picture in document.pictures.shown}
     if plan.latex:
-        files |= {f"tables/{name}.tex": text.encode() for name, text in to_latex(document).items()}
-    return files | {MARKDOWN: to_markdown(document).encode(), PAGE: to_html(document).encode()}
+        files |= {f"tables/{name}.tex": _encoded(text) for name, text in to_latex(document).items()}
+    return files | pages
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a byte in the name of a run that is not UTF-8 becomes a question mark."""
+    return text.encode(errors="replace")
 
 
 def _replace(out: Path, files: dict[str, bytes]) -> None:
@@ -279,15 +310,3 @@ def _replace(out: Path, files: dict[str, bytes]) -> None:
 
 def _write_list(out: Path, names: Iterable[str]) -> None:
     write_text(out / INVENTORY, json.dumps({"format": FORMAT, "files": sorted({*names} - {INVENTORY})}, indent=1))
-
-
-def _pictures(document: Document) -> Iterator[Any]:
-    """Pictures that the Markdown names."""
-    for section in document.sections:
-        for block in section.blocks:
-            shown: list[Shown] = []
-            if isinstance(block, Queries):
-                shown = [one for query in block.queries for one in (query.image, *query.neighbours)]
-            elif isinstance(block, Failures):
-                shown = [one for c in block.classes for one in (*c.false_positives, *c.false_negatives)]
-            yield from (one.picture for one in shown if one.picture is not None)

@@ -1,8 +1,7 @@
 """``mmcli samples``: a sheet of random images with their tags and captions, to look at before any training."""
 
 import textwrap
-import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +13,19 @@ from ..core.files import DRAWN, is_drawn, refuse_existing, resolve_image, write_
 from ..data.manifest import SPLITS, Manifest, read_manifest
 from ..extraction.images import open_rgb
 from ..tagging.explain import plain
-from .plots import INK, LINE, MUTED, PAPER, STYLE
+from .plots import INK, LINE, MUTED, PAPER, canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIDE = 360  # pixels of a picture's longer side
-CELL = (2.7, 3.7)  # inches
+WIDTH, HEIGHT = 2.7, 3.7  # inches of a picture with its text
 LETTERS, TAG_LINES, CAPTION_LINES = 36, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesResult:
-    """What was drawn: the images by id in the sheet's order, and those that could not be read."""
+    """The sheet, its images by id in order, those that could not be read, and of how many images they were drawn."""
 
     path: Path
     image_ids: tuple[int, ...]
@@ -35,17 +34,11 @@ class SamplesResult:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object."""
-        return {
-            "path": str(self.path),
-            "image_ids": list(self.image_ids),
-            "unreadable": list(self.unreadable),
-            "n_images": self.n_images,
-            "seed": self.seed,
-        }
+        """The result as ``--json`` prints it."""
+        return asdict(self) | {"path": str(self.path)}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """What the command prints at its end."""
         lines = [f"cannot be read: {line}" for line in self.unreadable]
         return [*lines, f"{len(self.image_ids)} of {self.n_images:,} images, seed {self.seed}", f"wrote {self.path}"]
 
@@ -59,95 +52,76 @@ def samples(
     out: Path = Path("samples.png"),
     force: bool = False,
 ) -> SamplesResult:
-    """Draw the sheet.
+    """Draw a sheet of random images.
 
     Args:
         data: The data set's folder, with its manifest.
-        n: Images, drawn without replacement; all where there are not so many.
-        split: Of one split alone.
-        seed: Of the draw.
-        out: The picture, a ``.png``.
-        force: Replace one that is there.
+        n: Number of images, drawn without replacement; all where there are not so many.
+        split: Draw from this split alone.
+        seed: Seed of the draw.
+        out: The picture to write, a ``.png``.
+        force: Replace a picture that mmcli drew.
 
     Raises:
-        InputError: No manifest, no such split, or a file that is there or cannot be written.
+        InputError: No manifest, no such split, or a file that exists or cannot be written.
     """
-    _check_out(out, force=force)
-    listing = read_manifest(data / "manifest.parquet")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError("no such picture", where="--out", got=out, wanted="a file .png", do="as in --out samples.png")
+    refuse_existing(out, is_drawn, force=force, what="a picture that mmcli drew", option="--out")
+    manifest = read_manifest(data / "manifest.parquet")
     if split is not None and split not in SPLITS:
         raise InputError("no such split", where="--split", got=split, wanted=", ".join(SPLITS), do="choose one of them")
-    rows = np.arange(len(listing)) if split is None else listing.rows(split)
-    if not len(rows):
+    candidates = np.arange(len(manifest)) if split is None else manifest.rows(split)
+    if not len(candidates):
         raise InputError("an empty manifest", where=data, got="no image", wanted="some", do="run `mmcli prepare`")
-    drawn = np.random.default_rng(seed).choice(rows, min(n, len(rows)), replace=False)
-    unreadable = _draw(out, data, listing, [int(row) for row in drawn])
+    rows = np.random.default_rng(seed).choice(candidates, min(n, len(candidates)), replace=False).tolist()
+    n_columns = min(len(rows), max(1, round((len(rows) * HEIGHT / WIDTH) ** 0.5)))
+    n_lines = -(-len(rows) // n_columns)
+    labels, unreadable = manifest.labels_matrix(), []
+    with canvas((WIDTH * n_columns, HEIGHT * n_lines), dpi=110) as figure:
+        axes: Any = figure.subplots(n_lines, n_columns, squeeze=False)
+        for axis in axes.flat[len(rows) :]:
+            axis.axis("off")
+        for axis, row in zip(axes.flat, rows, strict=False):
+            tags = ", ".join(plain(manifest.category_names[c]) for c in np.flatnonzero(labels[row]))
+            title = f"{manifest.image_ids[row]} · {manifest.splits[row]}\n{_wrap(tags or 'no tag', TAG_LINES)}"
+            axis.set_title(title, fontsize=8, loc="left")
+            caption = _wrap(plain(manifest.captions[row][0]), CAPTION_LINES)
+            axis.set_xlabel(caption, fontsize=8, color=MUTED, loc="left")
+            try:
+                _draw_image(axis, data, manifest, row)
+            except InputError as error:
+                unreadable.append(str(error))
+                axis.set_facecolor(LINE)
+                axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", transform=axis.transAxes, color=INK)
+        write_whole(out, lambda temporary: figure.savefig(temporary, format="png", metadata=DRAWN))
     return SamplesResult(
         path=out,
-        image_ids=tuple(int(listing.image_ids[row]) for row in drawn),
+        image_ids=tuple(int(manifest.image_ids[row]) for row in rows),
         unreadable=tuple(unreadable),
-        n_images=len(rows),
+        n_images=len(candidates),
         seed=seed,
     )
 
 
-def _check_out(out: Path, *, force: bool) -> None:
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError("no such picture", where="--out", got=out, wanted="a file .png", do="as in --out samples.png")
-    refuse_existing(out, is_drawn, force=force, what="a picture that mmcli drew", option="--out")
+def _draw_image(axis: "Axes", data: Path, manifest: Manifest, row: int) -> None:
+    """Draw an image into the middle of a square frame.
 
-
-def _draw(out: Path, data: Path, listing: Manifest, rows: list[int]) -> list[str]:
-    """Draw the images of some rows; what could not be read, a line each."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(len(rows), max(1, round((len(rows) * CELL[1] / CELL[0]) ** 0.5)))
-    lines = -(-len(rows) // columns)
-    labels, unreadable = listing.labels_matrix(), []
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
-        figure = Figure(figsize=(CELL[0] * columns, CELL[1] * lines), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes: Any = figure.subplots(lines, columns, squeeze=False)
-        for axis in axes.flat[len(rows) :]:
-            axis.axis("off")
-        for axis, row in zip(axes.flat, rows, strict=False):
-            tags = [plain(listing.category_names[c]) for c in np.flatnonzero(labels[row])]
-            problem = _cell(axis, data, listing, row, tags)
-            if problem is not None:
-                unreadable.append(problem)
-        write_whole(out, lambda temporary: figure.savefig(temporary, format="png", metadata=DRAWN))
-    return unreadable
-
-
-def _cell(axis: "Axes", data: Path, listing: Manifest, row: int, tags: list[str]) -> str | None:
+    Raises:
+        InputError: It cannot be read.
+    """
     axis.grid(visible=False)
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], facecolor=PAPER)
     axis.set_box_aspect(1)
     for spine in axis.spines.values():
         spine.set(visible=True, color=LINE)
-    problem = None
-    try:
-        image = open_rgb(resolve_image(data, listing.paths[row]))
-    except InputError as error:
-        problem = str(error)
-        axis.set_facecolor(LINE)
-        axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", transform=axis.transAxes, color=INK)
-    else:
-        image.thumbnail((SIDE, SIDE))
-        axis.set_facecolor(PAPER)
-        axis.imshow(np.asarray(image))
-        side = max(image.size)
-        axis.set(
-            xlim=((image.width - side) / 2, (image.width + side) / 2),
-            ylim=((image.height + side) / 2, (image.height - side) / 2),
-        )
-    where = f"{listing.image_ids[row]} · {listing.splits[row]}"
-    axis.set_title(f"{where}\n{_wrapped(', '.join(tags) or 'no tag', TAG_LINES)}", fontsize=8, loc="left")
-    axis.set_xlabel(_wrapped(plain(listing.captions[row][0]), CAPTION_LINES), fontsize=8, color=MUTED, loc="left")
-    return problem
+    image = open_rgb(resolve_image(data, manifest.paths[row]))
+    image.thumbnail((SIDE, SIDE))
+    axis.imshow(np.asarray(image))
+    half = max(image.size) / 2
+    x, y = image.width / 2, image.height / 2
+    axis.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
 
 
-def _wrapped(text: str, lines: int) -> str:
-    return "\n".join(textwrap.wrap(text, LETTERS, max_lines=lines, placeholder=" ..."))
+def _wrap(text: str, n_lines: int) -> str:
+    return "\n".join(textwrap.wrap(text, LETTERS, max_lines=n_lines, placeholder=" ..."))

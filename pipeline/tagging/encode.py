@@ -3,9 +3,8 @@
 Symbols: N pairs, D embedding width, F features of a soft code, B bits.
 """
 
-import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,29 +17,30 @@ import torch
 from PIL import Image
 
 from ...cache import StoreKey
-from ...cache.key import canonical_json, digest_of
+from ...cache.key import digest_of
 from ...errors import InputError
 from ...heads.hashing import binarise, pack_codes
 from ...heads.model import BaseHead, Head, MlpBaseline
 from ..core.checkpoint import load_head
-from ..core.config import Config, load_config
+from ..core.config import load_config
 from ..core.device import pick_device
 from ..core.progress import Progress
 from ..core.run import TOWERS, Run, RunInfo
 from ..data.manifest import Manifest, resolve_image
-from ..extraction.encoder import Encoder, Floats
-from ..extraction.images import Grid, PatchSpec, Pixels, UnreadableImage, cut, open_rgb, resize, upright_rgb
+from ..extraction.encoder import Encoder
+from ..extraction.images import UnreadableImage, cut, open_rgb, resize, upright_rgb
 from ..extraction.reader import plan
 from ..extraction.stores import find_key
 from ..training.data import all_finite
-from .index_file import Origin, TagIndex
+from .index_file import Origin, TagIndex, digest_arrays
 
 Picture = str | PathLike[str] | Image.Image | npt.NDArray[Any]
-CHUNK = 256  # pictures whose patches are in memory at once: 48 MiB of them at 256 patches
+BATCH = 64  # pairs from pixels to codes at a time: 12 MiB of patches at 256 patches
+HEAD_ROWS = 4096
 
 
 def read_rgb(picture: Picture) -> Image.Image:
-    """An RGB image, upright.
+    """Decode a picture to an upright RGB image.
 
     Args:
         picture: A path, an image of Pillow, or an array ``(height, width)`` or ``(height, width, 3 or 4)`` uint8.
@@ -66,48 +66,6 @@ def read_rgb(picture: Picture) -> Image.Image:
             "not an image", got=type(picture).__name__, wanted="a path, an array of uint8, or an image of Pillow"
         )
     return open_rgb(Path(picture))
-
-
-def embed_images(encoder: Encoder, pictures: Sequence[Picture], *, unreadable: dict[int, str] | None = None) -> Floats:
-    """Raw embeddings of pictures, made as an extraction makes them.
-
-    Args:
-        encoder: The towers.
-        pictures: N of them.
-        unreadable: Where given, a picture that cannot be read is noted here with the reason, and its row is zero.
-
-    Returns:
-        ``(N, D)`` float32, before L2 normalisation.
-
-    Raises:
-        InputError: One cannot be read, and ``unreadable`` is not given.
-    """
-    out = np.zeros((len(pictures), encoder.width), np.float32)
-    for start in range(0, len(pictures), CHUNK):
-        chunk: dict[int, tuple[Grid, Pixels]] = {}
-        for row, picture in enumerate(pictures[start : start + CHUNK]):
-            try:
-                chunk[row] = _cut(read_rgb(picture), encoder.spec)
-            except UnreadableImage as error:
-                if unreadable is None:
-                    raise
-                unreadable[start + row] = str(error)
-        grids = [chunk[row][0] if row in chunk else None for row in range(len(pictures[start : start + CHUNK]))]
-        for batch in plan(grids, tokens=encoder.batch_tokens):
-            rows = np.array(batch.rows)
-            pixels = np.stack([chunk[row][1] for row in batch.rows])
-            with torch.inference_mode():
-                out[start + rows] = encoder.image_features(pixels, batch.grid).cpu().numpy()
-    return out
-
-
-def _cut(image: Image.Image, spec: PatchSpec) -> tuple[Grid, Pixels]:
-    grid = spec.grid(image.height, image.width)
-    return grid, cut(resize(image, grid, spec), grid, spec.side)
-
-
-HEAD_ROWS = 4096
-BATCH = 64  # pairs from pixels to codes at a time
 
 
 class Coded(NamedTuple):
@@ -172,30 +130,32 @@ class RunEncoder:
                 wanted="a run of a store that `mmcli extract` made",
                 do="extract the data set, then train again",
             )
-        place = pick_device(device)
-        head = load_head(run.folder, place)
-        own, named = run.folder / TOWERS, model
-        model = str(own) if model is None and own.is_dir() else model
+        torch_device = pick_device(device)
+        head = load_head(run.folder, torch_device)
+        trained = run.folder / TOWERS
+        name = model or (str(trained) if trained.is_dir() else config.model.siglip2_variant)
         encoder = Encoder.load(
-            model or config.model.siglip2_variant,
-            revision=_revision(config, model),
+            name,
+            # A checkpoint that is named otherwise than in the configuration has no revision of the hub.
+            revision=config.model.revision if name == config.model.siglip2_variant else None,
             patches=config.model.max_num_patches,
             text_length=config.model.text_max_length,
-            device=place,
+            device=torch_device,
         )
         key = find_key(encoder.identity, run.info)
-        if key is None and named is None and model is not None:
+        if key is None and name == str(trained):
             raise InputError(
                 "damaged towers",
-                where=own,
+                where=trained,
                 got="weights, settings or a tokenizer that changed",
                 wanted="those that the run was finished with",
                 do="copy the run again, or finetune again",
             )
-        if key is None and not _may_be_a_copy(run.info, named):
+        # A folder that the user named may be a copy of the hub's checkpoint: then no hash can tell.
+        if key is None and not (model is not None and Path(model).is_dir() and "/" in run.info.model):
             raise InputError(
                 "another checkpoint than the run's",
-                where=model or config.model.siglip2_variant,
+                where=name,
                 got=f"{encoder.identity.model}, {encoder.identity.revision[:19]}",
                 wanted=f"the {run.info.model} whose embeddings {run.folder} was trained on",
                 do="give --model with that checkpoint, or extract and train again with this one",
@@ -210,26 +170,60 @@ class RunEncoder:
         return self.inputs != "image"
 
     def encode(
-        self, images: Sequence[Picture], captions: Sequence[str | None], *, unreadable: dict[int, str] | None = None
+        self,
+        images: Sequence[Picture],
+        captions: Sequence[str | None],
+        *,
+        unreadable: dict[int, str] | None = None,
+        progress: Progress | None = None,
     ) -> Coded:
         """Codes of N pairs.
 
         Args:
             images: Paths, arrays ``(height, width, 3)`` uint8, or images of Pillow.
             captions: One an image; ``None`` or blank where the head reads images alone.
-            unreadable: Where given, a row whose image cannot be read is noted here with the reason; its code means
-                nothing.
+            unreadable: Where given, a row whose image cannot be read is noted here with the reason, and its code is
+                meaningless.
+            progress: Progress bars; none are shown when not given.
 
         Raises:
-            InputError: An image cannot be read, a caption is missing, or the numbers of both differ.
+            InputError: An image cannot be read and ``unreadable`` is not given, a caption is missing, or the numbers
+                of both differ.
         """
         texts = self.check_captions(images, captions)
-        v_img = embed_images(self.encoder, images, unreadable=unreadable)
+        v_img = np.zeros((len(images), self.encoder.width), self._dtype)
         v_txt = np.zeros_like(v_img)
-        if self.reads_captions:
-            v_txt = self.encoder.encode_texts(texts)
         # A store keeps float16 where nothing else was asked for, and that is what the head was trained on.
-        return self.code(v_img.astype(self._dtype), v_txt.astype(self._dtype))
+        with (progress or Progress()).task("images", len(images)) as task:
+            for start in range(0, len(images), BATCH):
+                rows = range(start, min(start + BATCH, len(images)))
+                self._embed_images(images, rows, v_img, unreadable)
+                if self.reads_captions:
+                    v_txt[rows.start : rows.stop] = self.encoder.encode_texts(texts[rows.start : rows.stop])
+                task.advance(len(rows))
+        return self.code(v_img, v_txt)
+
+    def _embed_images(
+        self, images: Sequence[Picture], rows: range, out: npt.NDArray[Any], unreadable: dict[int, str] | None
+    ) -> None:
+        """Write raw embeddings of some images, made as an extraction makes them, into their rows ``(N, D)``."""
+        spec, cuts = self.encoder.spec, {}
+        for row in rows:
+            try:
+                image = read_rgb(images[row])
+            except UnreadableImage as error:
+                if unreadable is None:
+                    raise
+                unreadable[row] = str(error)
+            else:
+                grid = spec.grid(image.height, image.width)
+                cuts[row] = grid, cut(resize(np.asarray(image), grid, spec), grid, spec.side)
+        grids = [cuts[row][0] if row in cuts else None for row in rows]
+        for batch in plan(grids, tokens=self.encoder.batch_tokens):
+            chosen = [rows[place] for place in batch.rows]
+            pixels = np.stack([cuts[row][1] for row in chosen])
+            with torch.inference_mode():
+                out[chosen] = self.encoder.image_features(pixels, batch.grid).cpu().numpy()
 
     def check_captions(self, images: Sequence[Picture], captions: Sequence[str | None]) -> list[str]:
         """The captions as texts.
@@ -255,7 +249,7 @@ class RunEncoder:
         """Codes of raw embeddings ``(N, D)`` and ``(N, D)``.
 
         Raises:
-            InputError: Some are no numbers.
+            InputError: A code has a value that is not finite.
         """
         parts = []
         for start in range(0, len(v_img), HEAD_ROWS):
@@ -270,49 +264,41 @@ class RunEncoder:
 
 
 def head_digest(head: BaseHead) -> str:
-    """SHA-256, in hex, of a head: what builds it, and every tensor by name, dtype, shape and bytes."""
-    digest = hashlib.sha256(canonical_json(head.build).encode())
-    for name, tensor in sorted(head.state_dict().items()):
-        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
-        digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
+    """SHA-256, in hex, of a head: its configuration, and every tensor by name, dtype, shape and bytes."""
+    return digest_arrays(head.build, {name: value.detach().cpu().numpy() for name, value in head.state_dict().items()})
 
 
 def encoder_digest(key: StoreKey) -> str:
     """SHA-256, in hex, of what an encoder's numbers depend on, but for the rounding of the device."""
     return digest_of(
-        {
-            "revision": key.revision,
-            "processor": key.processor,
-            "patches": key.patches,
-            "text_length": key.text_length,
-            "dtype": key.dtype,
-        }
+        {name: getattr(key, name) for name in ("revision", "processor", "patches", "text_length", "dtype")}
     )
 
 
-def _revision(config: Config, model: str | None) -> str | None:
-    """The hub's revision that the run asked for; a checkpoint named otherwise has none."""
-    return config.model.revision if model in {None, config.model.siglip2_variant} else None
+def keep_readable(n: int, unreadable: Mapping[int, str] | None) -> npt.NDArray[np.int64]:
+    """The rows of n images that could be read.
 
-
-def _may_be_a_copy(info: RunInfo, model: str | None) -> bool:
-    """Whether a folder that the user named may be a copy of the hub's checkpoint: then no hash can tell."""
-    return model is not None and Path(model).is_dir() and "/" in info.model
+    Raises:
+        InputError: None of them could.
+    """
+    kept = np.array([row for row in range(n) if row not in (unreadable or {})], np.int64)
+    if n and not len(kept):
+        assert unreadable is not None
+        raise InputError(f"no image that can be read, and this is the first: {unreadable[0]}")
+    return kept
 
 
 def encode_samples(
     listing: Manifest, data: Path, encoder: RunEncoder, on_error: Literal["stop", "skip"], progress: Progress
 ) -> tuple[TagIndex, tuple[str, ...]]:
-    """The samples of a manifest as an index of their own.
+    """The samples of a manifest as an index.
 
     Args:
         listing: The samples; the first caption of each counts.
         data: The folder that their paths are relative to.
-        encoder: Of the run whose index they are for.
+        encoder: The encoder of the run whose index they are for.
         on_error: Whether an image that cannot be read stops everything, or is left out.
-        progress: Who to tell.
+        progress: Progress bars.
 
     Returns:
         The index, and why the images that are not in it cannot be read.
@@ -320,33 +306,13 @@ def encode_samples(
     Raises:
         InputError: An image cannot be read, or none can, or a path or a link leaves the data folder.
     """
-    bad: dict[int, str] = {}
+    unreadable: dict[int, str] | None = None if on_error == "stop" else {}
     captions = [texts[0] for texts in listing.captions]
     files = [resolve_image(data, path) for path in listing.paths]
-    parts = []
-    with progress.task("samples", len(listing)) as task:
-        for start in range(0, len(listing), BATCH):
-            rows = range(start, min(start + BATCH, len(listing)))
-            found: dict[int, str] | None = None if on_error == "stop" else {}
-            coded = encoder.encode([files[r] for r in rows], [captions[r] for r in rows], unreadable=found)
-            parts.append(coded.without(found or {}))
-            bad |= {rows[at]: why for at, why in (found or {}).items()}
-            task.advance(len(rows))
-    kept = np.array([row for row in range(len(listing)) if row not in bad], np.int64)
-    if not len(kept):
-        raise InputError(f"no image that can be read, and this is the first: {bad[0]}")
-    return _as_index(listing, kept, captions, _joined(parts), encoder), tuple(bad[row] for row in sorted(bad))
-
-
-def _joined(parts: Sequence[Coded]) -> Coded:
-    packed = [part.packed for part in parts if part.packed is not None]
-    return Coded(np.concatenate([part.soft for part in parts]), np.concatenate(packed) if packed else None)
-
-
-def _as_index(
-    listing: Manifest, kept: npt.NDArray[np.int64], captions: Sequence[str], coded: Coded, encoder: RunEncoder
-) -> TagIndex:
-    return TagIndex(
+    coded = encoder.encode(files, captions, unreadable=unreadable, progress=progress)
+    kept = keep_readable(len(files), unreadable)
+    coded = coded.without(unreadable or {})
+    index = TagIndex(
         image_id=listing.image_ids[kept],
         soft=coded.soft,
         packed=coded.packed,
@@ -356,3 +322,4 @@ def _as_index(
         paths=pa.array([listing.paths[r] for r in kept], pa.string()),
         captions=pa.array([captions[r] for r in kept], pa.string()),
     )
+    return index, tuple(reason for _, reason in sorted((unreadable or {}).items()))

@@ -1,4 +1,4 @@
-"""Why a tag, for a person: the tags of an image with the neighbours that voted for each."""
+"""The reasons of tags as text and as a picture: the neighbours that voted for each."""
 
 import textwrap
 import warnings
@@ -46,26 +46,26 @@ def show(tagging: Tagging, *, voters: int = SHOWN_VOTERS, truth: Collection[str]
     for tag in tagging.tags:
         style = "bold" if truth is None else "bold green" if tag.name in truth else "bold yellow"
         shown = tag.voters[:voters]
-        for at, one in enumerate(shown):
-            name, score = (plain(tag.name), f"{tag.score:.2f}") if at == 0 else ("", "")
-            distance = f"{one.distance:.3g}"
-            table.add_row(Text(name, style), Text(score, style), f"{one.weight:.0%}", distance, _who(one))
+        heads = [Text(plain(tag.name), style), Text(f"{tag.score:.2f}", style)]
         if not shown:
-            table.add_row(Text(plain(tag.name), style), Text(f"{tag.score:.2f}", style), "", "", "")
+            table.add_row(*heads, "", "", "")
+        for voter in shown:
+            table.add_row(*heads, f"{voter.weight:.0%}", f"{voter.distance:.3g}", _name(voter))
+            heads = [Text(""), Text("")]
         if len(tag.voters) > len(shown):
-            rest = sum(one.weight for one in tag.voters[len(shown) :])
+            rest = sum(voter.weight for voter in tag.voters[len(shown) :])
             more = f"and {len(tag.voters) - len(shown)} more"
             table.add_row("", "", Text(f"{rest:.0%}", "dim"), "", Text(more, "dim"))
     return Group(*lines, table)
 
 
-def _who(one: Neighbour) -> Text:
-    name = Text(plain(PurePosixPath(one.path).name) if one.path else f"image {one.image_id}", "cyan")
-    return Text.assemble(name, f"  “{plain(one.caption)}”") if one.caption else name
+def _name(voter: Neighbour) -> Text:
+    name = Text(plain(PurePosixPath(voter.path).name) if voter.path else f"image {voter.image_id}", "cyan")
+    return Text.assemble(name, f"  “{plain(voter.caption)}”") if voter.caption else name
 
 
 def plain(text: str) -> str:
-    """The text in one line, without what a terminal or a font would take for a command."""
+    """The text in one line, without characters that a terminal or a font would take for a command."""
     # A byte of a name that is not UTF-8 is half a surrogate pair to Python.
     encodable = text.encode("utf-8", "backslashreplace").decode()
     return " ".join("".join(letter if letter.isprintable() else " " for letter in encodable).split())
@@ -115,7 +115,7 @@ def draw(path: Path, taggings: Sequence[Tagging], *, data: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = taggings[:PANELS]
-    columns = 1 + min(NEIGHBOURS, max(len(one.neighbours) for one in shown))
+    columns = 1 + min(NEIGHBOURS, max(len(tagging.neighbours) for tagging in shown))
     # Whatever a user's matplotlibrc says: TeX would run over captions.
     style: Any = {"text.usetex": False, "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 7}
     with mpl.rc_context(style), warnings.catch_warnings():
@@ -131,30 +131,21 @@ def draw(path: Path, taggings: Sequence[Tagging], *, data: Path) -> None:
 def _row(axes: "Sequence[Axes]", tagging: Tagging, data: Path) -> None:
     tags = ", ".join(f"{plain(tag.name)} {tag.score:.2f}" for tag in tagging.tags) or "no tag"
     pixels = None if tagging.image is None else _pixels(Path(tagging.image))
-    _cell(axes[0], pixels, "the image", QUERY, True, tags, tagging.caption)
+    _cell(axes[0], pixels, "the image", (tags, tagging.caption), QUERY)
     best = tagging.tags[0].name if tagging.tags else None
-    near = sorted(tagging.neighbours, key=lambda one: -one.weight)[: len(axes) - 1]
-    for at, axis in enumerate(axes[1:]):
-        if at >= len(near):
-            axis.axis("off")
-            continue
-        one, agrees = near[at], best in near[at].labels
-        title = f"{one.weight:.0%} of the vote\n{one.distance:.3g} {tagging.unit}: {', '.join(map(plain, one.labels))}"
-        _cell(
-            axis,
-            _neighbour(one, data),
-            f"image {one.image_id}",
-            AGREES if agrees else DIFFERS,
-            agrees,
-            title,
-            one.caption,
-        )
+    nearest = sorted(tagging.neighbours, key=lambda neighbour: -neighbour.weight)
+    for axis in axes[1 + len(nearest) :]:
+        axis.axis("off")
+    for axis, neighbour in zip(axes[1:], nearest, strict=False):
+        labels = ", ".join(map(plain, neighbour.labels))
+        title = f"{neighbour.weight:.0%} of the vote\n{neighbour.distance:.3g} {tagging.unit}: {labels}"
+        colour = AGREES if best in neighbour.labels else DIFFERS
+        name = f"image {neighbour.image_id}"
+        _cell(axis, _neighbour_pixels(neighbour, data), name, (title, neighbour.caption), colour)
 
 
-def _cell(
-    axis: "Axes", pixels: Pixels | None, name: str, colour: str, solid: bool, title: str, caption: str | None
-) -> None:
-    """One picture with its frame, what it is above and its caption below."""
+def _cell(axis: "Axes", pixels: Pixels | None, name: str, texts: tuple[str, str | None], colour: str) -> None:
+    """One picture in its frame, between its title and its caption; a grey box with its name where it is missing."""
     axis.set_xticks([])
     axis.set_yticks([])
     if pixels is None:
@@ -167,7 +158,8 @@ def _cell(
         side = max(height, width)  # in the middle of a square, so that rows are of one height
         axis.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
     for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=3, linestyle="-" if solid else (0, (2, 1)), capstyle="butt")
+        spine.set(color=colour, linewidth=3, linestyle=(0, (2, 1)) if colour == DIFFERS else "-", capstyle="butt")
+    title, caption = texts
     axis.set_title("\n".join(_wrapped(line) for line in title.split("\n")), fontsize=7)
     axis.set_xlabel(_wrapped(plain(caption or "")), fontsize=7)
 
@@ -176,14 +168,13 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" ..."))
 
 
-def _neighbour(one: Neighbour, data: Path) -> Pixels | None:
-    if one.path is None:
+def _neighbour_pixels(neighbour: Neighbour, data: Path) -> Pixels | None:
+    if neighbour.path is None:
         return None
     try:
-        path = resolve_image(data, one.path)
+        return _pixels(resolve_image(data, neighbour.path))
     except InputError:
         return None
-    return _pixels(path)
 
 
 def _pixels(path: Path) -> Pixels | None:

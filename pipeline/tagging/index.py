@@ -17,10 +17,11 @@ from ..core.console import FittingTable
 from ..core.files import command, refuse_existing
 from ..core.progress import Progress
 from ..core.run import Run
-from ..data.manifest import Manifest, read_manifest
-from .index_file import TagIndex, already_there, check_origin, is_index, read_index, write_index, writing
+from ..data.manifest import read_manifest
+from .index_file import TagIndex, check_origin, is_index, read_index, write_index, writing
 
 NAME = "index.safetensors"
+SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,12 @@ class IndexResult:
         did: ``built``, ``added to`` or ``removed from``.
         changed: Samples built, added or removed.
         n: Samples now.
+        n_classes: Categories now.
+        n_bytes: Size of the file.
+        sha256: The checksum that the file carries.
         new_names: Categories that were not there before.
-        skipped: Samples whose image cannot be read, a reason each.
-        notes: What a person should know.
+        skipped: A reason for each sample whose image cannot be read.
+        notes: Remarks for the user, a line each.
         run: The run whose head made the codes, where the call named it.
     """
 
@@ -51,12 +55,12 @@ class IndexResult:
     run: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """The attributes as one flat JSON object."""
         lists = {name: list(getattr(self, name)) for name in ("new_names", "skipped", "notes")}
         return {**vars(self), **lists, "path": str(self.path), "run": None if self.run is None else str(self.run)}
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """The notes, the new tags, the size and how to use the file, as they are printed."""
         lines = [f"note: {note}" for note in self.notes]
         if self.skipped:
             lines += [f"{len(self.skipped):,} images could not be read:", *(f"  {why}" for why in self.skipped)]
@@ -86,9 +90,26 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
     with writing(path):
         refuse_existing(path, is_index, force=force, what="an index, which may have grown", option="--out")
         checksum = write_index(path, index)
-    known = any(index.captions.to_pylist())
     lost = f"the store {run.info.store} is not there: captions and paths are not known, and ids are shown"
-    return _result(path, "built", index, checksum, changed=len(index), notes=() if known else (lost,), run=run.folder)
+    notes = () if _count(index.captions) else (lost,)
+    return _result(path, "built", index, checksum, changed=len(index), notes=notes, run=run.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddOptions:
+    """How new samples are read and encoded.
+
+    Attributes:
+        device: The device to compute on.
+        model: The SigLIP2 checkpoint, if it is no longer where the run says.
+        on_error: Whether an image that cannot be read stops everything, or is left out.
+        force: Replace samples whose image id is there already.
+    """
+
+    device: str = "auto"
+    model: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+    force: bool = False
 
 
 def add(
@@ -97,10 +118,7 @@ def add(
     *,
     manifest: Path,
     data: Path,
-    device: str = "auto",
-    model: str | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
-    force: bool = False,
+    options: AddOptions | None = None,
     progress: Progress | None = None,
 ) -> IndexResult:
     """Embed and encode new samples and add them with their tags; the next query finds them.
@@ -110,40 +128,33 @@ def add(
         run: The run that it was built from.
         manifest: The samples, of any split; their category names may be new ones.
         data: The folder that their paths are relative to.
-        device: Where to compute.
-        model: Where the SigLIP2 checkpoint is, if no longer where the run says.
-        on_error: Whether an image that cannot be read stops everything, or is left out.
-        force: Replace samples whose image id is there already.
-        progress: Who to tell.
+        options: See :class:`AddOptions`.
+        progress: Progress bars; none are shown when not given.
 
     Raises:
         InputError: A bad manifest or image, ids that are there already, another head than the index's, or another
             process that writes the file.
     """
-    listing = read_manifest(manifest)
+    options, listing = options or AddOptions(), read_manifest(manifest)
     from .encode import RunEncoder, encode_samples
 
     with writing(path):
         old, _ = read_index(path)
-        if not force:
-            _refuse_known(old, listing)
-        encoder = RunEncoder.load(run, device=device, model=model)
+        if not options.force:
+            old.check_new(listing.image_ids)  # before anything is embedded
+        encoder = RunEncoder.load(run, device=options.device, model=options.model)
         check_origin(old.origin, encoder.origin, where=run.folder)
-        new, skipped = encode_samples(listing, data, encoder, on_error, progress or Progress())
-        index = old.added(new, replacing=force)
+        new, skipped = encode_samples(listing, data, encoder, options.on_error, progress or Progress())
+        index = old.added(new, replacing=options.force)
         checksum = write_index(path, index)
-    names = index.category_names[len(old.category_names) :]
-    return _result(
-        path,
-        "added to",
-        index,
-        checksum,
-        changed=len(new),
-        new_names=names,
-        skipped=skipped,
-        notes=encoder.notes,
-        run=run.folder,
-    )
+    more: dict[str, Any] = {
+        "changed": len(new),
+        "new_names": index.category_names[len(old.category_names) :],
+        "skipped": skipped,
+        "notes": encoder.notes,
+        "run": run.folder,
+    }
+    return _result(path, "added to", index, checksum, **more)
 
 
 def remove(path: Path, image_ids: Sequence[int]) -> IndexResult:
@@ -159,13 +170,6 @@ def remove(path: Path, image_ids: Sequence[int]) -> IndexResult:
     return _result(path, "removed from", index, checksum, changed=len(ids))
 
 
-def _refuse_known(old: TagIndex, listing: Manifest) -> None:
-    """Told before anything is embedded."""
-    known = listing.image_ids[old.rows_of(listing.image_ids) >= 0]
-    if len(known):
-        raise already_there(known)
-
-
 def _result(path: Path, did: Any, index: TagIndex, checksum: str, **more: Any) -> IndexResult:  # noqa: ANN401
     return IndexResult(
         path=path,
@@ -178,18 +182,14 @@ def _result(path: Path, did: Any, index: TagIndex, checksum: str, **more: Any) -
     )
 
 
-SHOWN_CLASSES = 10
-
-
 def describe(path: Path) -> dict[str, Any]:
-    """What an index file is, its checksum compared.
+    """The facts of an index file, its checksum compared.
 
     Raises:
         InputError: No index, a damaged one, or one of a newer format.
     """
     index, about = read_index(path)
     counts = index.labels.sum(0, dtype=np.int64)
-    soft, packed = index.soft.nbytes, 0 if index.packed is None else index.packed.nbytes
     return {
         "path": str(path),
         "format_version": about["version"],
@@ -201,15 +201,12 @@ def describe(path: Path) -> dict[str, Any]:
         "n_classes": len(index.category_names),
         "n_unlabelled": int((index.labels.sum(1) == 0).sum()),
         "n_bytes": path.stat().st_size,
-        "binary_code_bytes": packed,
-        "float_code_bytes": soft,
-        "n_captions": _known(index.captions),
-        "n_paths": _known(index.paths),
-        "model": index.origin.model,
-        "patches": index.origin.patches,
-        "head": index.origin.head,
+        "binary_code_bytes": 0 if index.packed is None else index.packed.nbytes,
+        "float_code_bytes": index.soft.nbytes,
+        "n_captions": _count(index.captions),
+        "n_paths": _count(index.paths),
+        **vars(index.origin),
         "encoder": index.origin.encoder or None,
-        "store": index.origin.store,
         "sha256": about["sha256"],
         "checksum": "fits",
         "classes": dict(zip(index.category_names, counts.tolist(), strict=True)),
@@ -217,25 +214,26 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def info_summary(facts: dict[str, Any]) -> list[RenderableType]:
-    """What a person reads of :func:`describe`."""
+    """The facts of :func:`describe` as a table."""
     table = FittingTable(show_header=False, box=None)
     kind = f"{facts['bits']} bits" if facts["bits"] else f"no bits, z of {facts['width']}"
     largest = sorted(facts["classes"].items(), key=lambda item: (-item[1], item[0]))[:SHOWN_CLASSES]
-    rows = [
-        ("samples", f"{facts['n']:,} ({facts['n_unlabelled']:,} without a tag)"),
-        ("tags", f"{facts['n_classes']}; most: " + ", ".join(f"{name} {count:,}" for name, count in largest)),
-        ("codes", f"{kind}; {facts['binary_code_bytes']:,} bytes packed, {facts['float_code_bytes']:,} soft"),
-        ("texts", f"{facts['n_captions']:,} captions, {facts['n_paths']:,} paths"),
-        ("file", f"{facts['n_bytes']:,} bytes, format {facts['format_version']}, mmcli {facts['mmcli']}"),
-        ("written", facts["created"]),
-        ("encoder", f"{facts['model']}, {facts['patches']} patches, {(facts['encoder'] or 'digest not known')[:16]}"),
-        ("head", facts["head"][:16]),
-        ("checksum", f"{facts['sha256'][:16]}, fits"),
-    ]
-    for name, value in rows:
+    rows = {
+        "samples": f"{facts['n']:,} ({facts['n_unlabelled']:,} without a tag)",
+        "tags": f"{facts['n_classes']}; most: " + ", ".join(f"{name} {count:,}" for name, count in largest),
+        "codes": f"{kind}; {facts['binary_code_bytes']:,} bytes packed, {facts['float_code_bytes']:,} soft",
+        "texts": f"{facts['n_captions']:,} captions, {facts['n_paths']:,} paths",
+        "file": f"{facts['n_bytes']:,} bytes, format {facts['format_version']}, mmcli {facts['mmcli']}",
+        "written": facts["created"],
+        "encoder": f"{facts['model']}, {facts['patches']} patches, {(facts['encoder'] or 'digest not known')[:16]}",
+        "head": facts["head"][:16],
+        "checksum": f"{facts['sha256'][:16]}, fits",
+    }
+    for name, value in rows.items():
         table.add_row(Text(name, "bold"), Text(value))
     return [Text(facts["path"]), table]
 
 
-def _known(texts: pa.StringArray) -> int:
+def _count(texts: pa.StringArray) -> int:
+    """How many of the texts are not empty."""
     return sum(map(bool, texts.to_pylist()))

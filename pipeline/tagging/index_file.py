@@ -27,13 +27,14 @@ from ...heads.tensor_files import Arrays, load_arrays, read_about
 from ..core.files import check_input, make_folder, remove_leftovers_of, unwritable, write_whole
 from ..core.results import Codes
 from ..core.run import now
+from ..evaluation.search import rows_of
 
 SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What made the codes of an index; a query has to be made by the same.
+    """The head and the encoder that made the codes of an index; a query has to be made by the same.
 
     Attributes:
         head: Digest of the head (:func:`~mmcli.pipeline.tagging.encode.head_digest`).
@@ -60,9 +61,9 @@ class TagIndex:
         packed: Hard codes ``(N, B / 8)`` uint8; ``None`` without hash layer.
         labels: ``(N, C)`` uint8, 0 or 1.
         category_names: C names, in label order.
-        paths: N paths relative to a data folder; empty where nobody knows.
-        captions: The caption of each code, likewise.
-        origin: What made the codes.
+        paths: N paths relative to a data folder; empty where they are not known.
+        captions: The caption of each code; empty where it is not known.
+        origin: The head and the encoder that made the codes.
     """
 
     image_id: npt.NDArray[np.int64]
@@ -92,34 +93,15 @@ class TagIndex:
         paths: pa.StringArray | None = None,
         captions: pa.StringArray | None = None,
     ) -> "TagIndex":
-        """The codes of a split as an index; texts that are not given are not known."""
+        """The codes of a split as an index; paths or captions that are not given are not known."""
         nothing = pa.array([""] * len(codes), pa.string())
-        return cls(
-            image_id=codes.image_id,
-            soft=codes.soft,
-            packed=codes.packed,
-            labels=codes.labels,
-            category_names=tuple(names),
-            paths=nothing if paths is None else paths,
-            captions=nothing if captions is None else captions,
-            origin=origin,
-        )
+        arrays = {name: getattr(codes, name) for name in ("image_id", "soft", "packed", "labels")}
+        texts = {"paths": nothing if paths is None else paths, "captions": nothing if captions is None else captions}
+        return cls(**arrays, **texts, category_names=tuple(names), origin=origin)
 
     def rows_of(self, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row of each of ``(n,)`` image ids, -1 where it is not here."""
-        if not len(self):
-            return np.full(len(image_ids), -1, np.int64)
-        order = np.argsort(self.image_id)
-        at = np.searchsorted(self.image_id, image_ids, sorter=order)
-        found = order[np.minimum(at, len(order) - 1)]
-        return np.where(self.image_id[found] == image_ids, found, -1).astype(np.int64)
-
-    def with_names(self, names: Sequence[str]) -> "TagIndex":
-        """The same with categories of other names appended; their labels are zero here."""
-        new = tuple(dict.fromkeys([*self.category_names, *names]))
-        wider = np.zeros((len(self), len(new)), np.uint8)
-        wider[:, : self.labels.shape[1]] = self.labels
-        return replace(self, labels=wider, category_names=new)
+        return rows_of(self.image_id, image_ids)
 
     def added(self, other: "TagIndex", *, replacing: bool = False) -> "TagIndex":
         """These samples, then the other's; category names are united, new ones come last.
@@ -132,61 +114,66 @@ class TagIndex:
             InputError: An image id is in both, and ``replacing`` is false; or the codes are of another head.
         """
         check_origin(self.origin, other.origin, where="the samples to add")
-        known = other.image_id[self.rows_of(other.image_id) >= 0]
-        if len(known) and not replacing:
-            raise already_there(known)
+        if not replacing:
+            self.check_new(other.image_id)
         # Empty for a moment where every sample is replaced, so not through `without`.
-        mine = self._rows(np.flatnonzero(~np.isin(self.image_id, known))).with_names(other.category_names)
-        place = {name: at for at, name in enumerate(mine.category_names)}
-        labels = np.zeros((len(other), len(place)), np.uint8)
-        labels[:, [place[name] for name in other.category_names]] = other.labels
-        both: dict[str, Any] = {
-            name: np.concatenate([getattr(mine, name), getattr(other, name)]) for name in ("image_id", "soft")
-        }
-        if mine.packed is not None and other.packed is not None:
-            both["packed"] = np.concatenate([mine.packed, other.packed])
+        parts = (self._rows(np.flatnonzero(~np.isin(self.image_id, other.image_id))), other)
+        names = tuple(dict.fromkeys([*self.category_names, *other.category_names]))
+        labels = np.zeros((sum(map(len, parts)), len(names)), np.uint8)
+        labels[: len(parts[0]), : self.labels.shape[1]] = parts[0].labels
+        labels[len(parts[0]) :, [names.index(name) for name in other.category_names]] = other.labels
+        packed = [part.packed for part in parts if part.packed is not None]
         return replace(
-            mine,
-            **both,
-            labels=np.concatenate([mine.labels, labels]),
-            paths=pa.concat_arrays([mine.paths, other.paths]),
-            captions=pa.concat_arrays([mine.captions, other.captions]),
+            self,
+            image_id=np.concatenate([part.image_id for part in parts]),
+            soft=np.concatenate([part.soft for part in parts]),
+            packed=np.concatenate(packed) if packed else None,
+            labels=labels,
+            category_names=names,
+            paths=pa.concat_arrays([part.paths for part in parts]),
+            captions=pa.concat_arrays([part.captions for part in parts]),
         )
 
+    def check_new(self, image_ids: npt.NDArray[np.int64]) -> None:
+        """Refuse samples that are here already.
+
+        Raises:
+            InputError: One of the ids ``(n,)`` is here.
+        """
+        present = image_ids[self.rows_of(image_ids) >= 0]
+        if len(present):
+            raise InputError(
+                "already in the index",
+                got=_some_ids(present),
+                wanted="image ids that are not there",
+                do="give the samples other ids, or --force to replace the old ones",
+            )
+
     def without(self, image_ids: npt.NDArray[np.int64]) -> "TagIndex":
-        """The samples but for some; categories that nobody has any more keep their place.
+        """All samples but some; categories that no sample has any more keep their place.
 
         Raises:
             InputError: One of the ids ``(n,)`` is not here, or nothing would be left.
         """
         absent = image_ids[self.rows_of(image_ids) < 0]
         if len(absent):
-            raise InputError(
-                "not in the index",
-                got=_some_ids(absent),
-                wanted="image ids that are there",
-                do="leave them out of --ids",
-            )
+            wanted, do = "image ids that are there", "leave them out of --ids"
+            raise InputError("not in the index", got=_some_ids(absent), wanted=wanted, do=do)
         kept = np.flatnonzero(~np.isin(self.image_id, image_ids))
         if not len(kept):
-            raise InputError(
-                "an index needs a sample",
-                got=f"all {len(self):,} to be removed",
-                wanted="at least one that stays",
-                do="delete the file instead",
-            )
+            got, wanted = f"all {len(self):,} to be removed", "at least one that stays"
+            raise InputError("an index needs a sample", got=got, wanted=wanted, do="delete the file instead")
         return self._rows(kept)
 
     def _rows(self, rows: npt.NDArray[np.int64]) -> "TagIndex":
-        at = pa.array(rows)
         return replace(
             self,
             image_id=self.image_id[rows],
             soft=self.soft[rows],
             labels=self.labels[rows],
             packed=None if self.packed is None else self.packed[rows],
-            paths=self.paths.take(at),
-            captions=self.captions.take(at),
+            paths=self.paths.take(pa.array(rows)),
+            captions=self.captions.take(pa.array(rows)),
         )
 
 
@@ -212,16 +199,6 @@ def check_origin(index: Origin, query: Origin, *, where: object) -> None:
             wanted=f"{index.model}, encoder {index.encoder[:12]}",
             do="name the --model that the index was built with",
         )
-
-
-def already_there(image_ids: npt.NDArray[np.int64]) -> InputError:
-    """The error for samples ``(n,)`` that an index has already."""
-    return InputError(
-        "already in the index",
-        got=_some_ids(image_ids),
-        wanted="image ids that are not there",
-        do="give the samples other ids, or --force to replace the old ones",
-    )
 
 
 def _some_ids(ids: npt.NDArray[np.int64]) -> str:
@@ -251,7 +228,7 @@ def write_index(path: Path, index: TagIndex) -> str:
         "category_names": list(index.category_names),
         "origin": asdict(index.origin),
     }
-    checksum = _checksum(about, arrays)
+    checksum = digest_arrays(about, arrays)
     data = save(arrays, metadata={"mmcli_index": canonical_json({**about, "sha256": checksum})})
 
     def write(temporary: Path) -> None:
@@ -268,7 +245,7 @@ def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
     """Read an index file and check everything in it.
 
     Returns:
-        The index, and what its header says: format, version, mmcli, created, category_names, origin, sha256.
+        The index, and its header: format, version, mmcli, created, category_names, origin, sha256.
 
     Raises:
         InputError: No such file, no index, damaged, or of a newer format.
@@ -284,7 +261,7 @@ def read_index(path: Path) -> tuple[TagIndex, dict[str, Any]]:
         raise
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-    if _checksum({key: value for key, value in about.items() if key != "sha256"}, arrays) != about.get("sha256"):
+    if digest_arrays({key: about[key] for key in about if key != "sha256"}, arrays) != about.get("sha256"):
         raise _damaged(path, "a checksum that does not fit the content")
     try:
         return _index(arrays, about), about
@@ -317,42 +294,37 @@ def is_index(path: Path) -> bool:
     """Whether a file says that it is an index, of whatever version; it may be damaged."""
     try:
         with safe_open(path, framework="np") as file:
-            about = parse_json((file.metadata() or {})["mmcli_index"])
+            return bool(_parsed_header(file.metadata()))
     except (OSError, SafetensorError, LookupError, ValueError):
         return False
-    return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says of itself; other files and newer formats are refused before anything else is looked at."""
-    try:
-        about = parse_json(metadata["mmcli_index"])
-        version = about["version"]
-        known = about["format"] == FORMAT and type(version) is int and version >= 1
-    except (KeyError, ValueError, TypeError):
-        known = False
-    if not known:
-        raise InputError(
-            "not an index",
-            where=path,
-            got="a safetensors file of another kind",
-            wanted="a file of `mmcli index build`",
-            do=REBUILD,
-        )
+    """The header of the file; other files and newer formats are refused before anything else is looked at."""
+    about = _parsed_header(metadata)
+    version = about.get("version")
+    if type(version) is not int or version < 1:
+        got, wanted = "a safetensors file of another kind", "a file of `mmcli index build`"
+        raise InputError("not an index", where=path, got=got, wanted=wanted, do=REBUILD)
     if version > FORMAT_VERSION:
-        raise InputError(
-            "an index of a newer format",
-            where=path,
-            got=f"version {version}",
-            wanted=f"at most version {FORMAT_VERSION}",
-            do="use the newer mmcli that wrote it",
-        )
-    return dict(about)
+        got, wanted = f"version {version}", f"at most version {FORMAT_VERSION}"
+        do = "use the newer mmcli that wrote it"
+        raise InputError("an index of a newer format", where=path, got=got, wanted=wanted, do=do)
+    return about
 
 
-def _checksum(about: Mapping[str, Any], arrays: Arrays) -> str:
-    """SHA-256, in hex, of the header without it and of every array by name: dtype, shape and bytes."""
-    digest = hashlib.sha256(canonical_json(dict(about)).encode())
+def _parsed_header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """The header of an index in the metadata of a safetensors file; empty in other files."""
+    try:
+        about = parse_json((metadata or {})["mmcli_index"])
+    except (KeyError, ValueError):
+        return {}
+    return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
+
+
+def digest_arrays(header: Mapping[str, Any], arrays: Arrays) -> str:
+    """SHA-256, in hex, of a header, then of every array by name: dtype, shape and bytes."""
+    digest = hashlib.sha256(canonical_json(dict(header)).encode())
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name])
         digest.update(f"\0{name}\0{values.dtype.str}\0{list(values.shape)}\0".encode())
@@ -385,29 +357,32 @@ def _index(arrays: Arrays, about: Mapping[str, Any]) -> TagIndex:
         ValueError: Something does not fit; likewise KeyError, TypeError and what Arrow raises.
     """
     names, ids, soft, packed = tuple(about["category_names"]), arrays["image_id"], arrays["soft"], arrays.get("packed")
-    n = len(ids)
-    if not n or len(np.unique(ids)) != n or ids.dtype != np.int64:
-        raise ValueError("image ids that are not there once each")
-    if soft.dtype != np.float32 or soft.ndim != 2 or len(soft) != n or not np.isfinite(soft).all():
-        raise ValueError("soft codes that do not fit")
-    if packed is not None and (packed.dtype != np.uint8 or packed.ndim != 2 or len(packed) != n):
-        raise ValueError("packed codes that do not fit")
-    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError("category names that are no different names")
-    ends, label = _ends(arrays["label_ends"], n, len(arrays["label"])), arrays["label"]
-    if len(label) and not (label.min() >= 0 and label.max() < len(names)):
-        raise ValueError("labels beyond the category names")
+    n, label = len(ids), arrays["label"]
+    ends = _ends(arrays["label_ends"], n, len(label))
+    checks = {
+        "image ids that are not there once each": n and len(np.unique(ids)) == n and ids.dtype == np.int64,
+        "soft codes that do not fit": soft.dtype == np.float32 and soft.ndim == 2 and len(soft) == n,
+        "soft codes that are not finite": np.isfinite(soft).all(),
+        "packed codes that do not fit": packed is None
+        or (packed.dtype == np.uint8 and packed.ndim == 2 and len(packed) == n),
+        "category names that are no different names": names
+        and len(set(names)) == len(names)
+        and all(isinstance(name, str) for name in names),
+        "labels beyond the category names": not len(label) or (label.min() >= 0 and label.max() < len(names)),
+    }
+    for what, fits in checks.items():
+        if not fits:
+            raise ValueError(what)
     labels = np.zeros((n, len(names)), np.uint8)
     labels[np.repeat(np.arange(n), np.diff(ends)), label] = 1
-    paths, captions = (_texts(arrays[name], arrays[f"{name}_ends"], n) for name in ("path", "caption"))
     return TagIndex(
         image_id=ids,
         soft=soft,
         packed=packed,
         labels=labels,
         category_names=names,
-        paths=paths,
-        captions=captions,
+        paths=_texts(arrays["path"], arrays["path_ends"], n),
+        captions=_texts(arrays["caption"], arrays["caption_ends"], n),
         origin=Origin(**about["origin"]),
     )
 

@@ -1,6 +1,6 @@
 """Tag images with their captions, from Python: a run's encoder and head, and an index whose samples vote."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -15,22 +15,24 @@ from ...errors import InputError
 from ...heads.config import KnnConfig
 from ..core.checkpoint import load_head
 from ..core.config import load_config
+from ..core.progress import Progress
 from ..core.results import read_codes
 from ..core.run import Run, open_run
 from ..data.manifest import read_manifest
-from .encode import BATCH, Picture, RunEncoder, encoder_digest, head_digest
+from ..evaluation.search import rows_of
+from .encode import Picture, RunEncoder, encoder_digest, head_digest
 from .index_file import Origin, TagIndex, check_origin, read_index
 from .voting import Query, Tagging, Voters
 
 
 class Tagger:
-    """Everything that tagging needs, loaded once.
+    """Tags images with their captions; the encoder, the head and the index are loaded once.
 
     Attributes:
         run: The run whose encoder and head are used.
         encoder: From image and caption to code.
         voters: From code to tags.
-        notes: What a person should know, a line each: such as captions that nobody has any more.
+        notes: Remarks for the user, a line each: such as captions that are not known any more.
     """
 
     def __init__(self, run: Run, encoder: RunEncoder, voters: Voters) -> None:
@@ -64,7 +66,7 @@ class Tagger:
                 with; the index holds codes of another head.
         """
         opened = open_run(Path(run))
-        # What is quick is looked at first: an index that is not there is told before towers are loaded.
+        # What is quick comes first: an index that is not there is refused before towers are loaded.
         samples = run_index(opened) if index is None else read_index(Path(index))[0]
         voters = Voters(samples, knn or run_knn(opened, samples))
         encoder = RunEncoder.load(opened, device=device, model=model)
@@ -85,6 +87,7 @@ class Tagger:
         *,
         image_ids: Sequence[int | None] | None = None,
         unreadable: dict[int, str] | None = None,
+        progress: Progress | None = None,
     ) -> list[Tagging]:
         """Tag images.
 
@@ -96,6 +99,7 @@ class Tagger:
             image_ids: Ids of images that may be in the index; their own samples do not vote.
             unreadable: Where given, an image that cannot be read is noted here by its place in ``images``, with the
                 reason, and left out of what is returned.
+            progress: Progress bars; none are shown when not given.
 
         Returns:
             Q taggings, in order. What an image gets does not depend on the others.
@@ -111,24 +115,15 @@ class Tagger:
         ids = [None] * len(images) if image_ids is None else list(image_ids)
         if len(ids) != len(images):
             raise InputError("one image id an image", got=f"{len(images)} images, {len(ids)} ids")
-        queries = [Query(_name(image), text, id_) for image, text, id_ in zip(images, texts, ids, strict=True)]
-        found = []
-        for start in range(0, len(images), BATCH):
-            part = slice(start, start + BATCH)
-            bad: dict[int, str] | None = None if unreadable is None else {}
-            coded = self.encoder.encode(images[part], texts[part], unreadable=bad)
-            found += self.voters.tag(coded.without(bad or {}), _without(queries[part], bad or {}), k=k, top=top)
-            if unreadable is not None and bad:
-                unreadable |= {start + row: reason for row, reason in bad.items()}
-        return found
-
-
-def _name(image: Picture) -> str | None:
-    return str(image) if isinstance(image, str | PathLike) else None
-
-
-def _without(queries: Sequence[Query], rows: Collection[int]) -> list[Query]:
-    return [query for row, query in enumerate(queries) if row not in rows]
+        if not images:
+            return []
+        unread: dict[int, str] = {} if unreadable is None else unreadable
+        coded = self.encoder.encode(
+            images, texts, unreadable=None if unreadable is None else unread, progress=progress
+        ).without(unread)
+        names = [str(image) if isinstance(image, str | PathLike) else None for image in images]
+        queries = [Query(*query) for row, query in enumerate(zip(names, texts, ids, strict=True)) if row not in unread]
+        return self.voters.tag(coded, queries, k=k, top=top)
 
 
 def run_knn(run: Run, index: TagIndex) -> KnnConfig:
@@ -138,25 +133,22 @@ def run_knn(run: Run, index: TagIndex) -> KnnConfig:
 
 
 def run_index(run: Run) -> TagIndex:
-    """The train codes of a run as an index, with captions and paths if the run's store is still there.
+    """The train codes of a run as an index, with captions and paths if what the run was trained from is still there.
 
     Raises:
         InputError: The run has no codes or no head.
     """
-    codes = read_codes(run.folder, "train")
+    codes, info = read_codes(run.folder, "train"), run.info
+    store = None if info.kind == "finetune" else run_store(run)
+    encoder = "" if store is None else encoder_digest(store.key)
     head = head_digest(load_head(run.folder))
-    store = None if run.info.kind == "finetune" else run_store(run)
-    origin = Origin(
-        head=head,
-        store=run.info.store_digest,
-        model=run.info.model,
-        patches=run.info.patches,
-        encoder="" if store is None else encoder_digest(store.key),
-    )
-    paths, captions = (None, None) if store is None else _texts(store, codes.image_id)
-    if run.info.kind == "finetune":
+    origin = Origin(head=head, store=info.store_digest, model=info.model, patches=info.patches, encoder=encoder)
+    paths, captions = (None, None)
+    if info.kind == "finetune":
         paths, captions = _texts_of_manifest(run, codes.image_id)
-    return TagIndex.from_codes(codes, run.info.category_names, origin, paths=paths, captions=captions)
+    elif store is not None:
+        paths, captions = _texts_of_store(store, codes.image_id)
+    return TagIndex.from_codes(codes, info.category_names, origin, paths=paths, captions=captions)
 
 
 def run_store(run: Run) -> Store | None:
@@ -175,14 +167,16 @@ def run_store(run: Run) -> Store | None:
     return None
 
 
-def _texts(store: Store, image_id: npt.NDArray[np.int64]) -> tuple[pa.StringArray | None, pa.StringArray | None]:
+Texts = tuple[pa.StringArray | None, pa.StringArray | None]
+
+
+def _texts_of_store(store: Store, image_id: npt.NDArray[np.int64]) -> Texts:
     """Paths and first captions of some images of a store; nothing where it has none of those columns."""
-    order = np.argsort(store.ids)
-    at = order[np.minimum(np.searchsorted(store.ids, image_id, sorter=order), len(order) - 1)]
-    if not (store.ids[at] == image_id).all():
+    rows = rows_of(store.ids, image_id)
+    if (rows < 0).any():
         return None, None
     try:
-        table = store.columns(["path", "captions"]).select(["path", "captions"]).take(pa.array(at))
+        table = store.columns(["path", "captions"]).take(pa.array(rows))
         first = pc.list_element(table.column("captions"), 0)
         columns = (column.combine_chunks().cast(pa.string()) for column in (table.column("path"), first))
         paths, captions = (pc.fill_null(column, "") for column in columns)
@@ -191,9 +185,7 @@ def _texts(store: Store, image_id: npt.NDArray[np.int64]) -> tuple[pa.StringArra
     return paths, captions
 
 
-def _texts_of_manifest(
-    run: Run, image_id: npt.NDArray[np.int64]
-) -> tuple[pa.StringArray | None, pa.StringArray | None]:
+def _texts_of_manifest(run: Run, image_id: npt.NDArray[np.int64]) -> Texts:
     """Paths and first captions of some images of the manifest that a run was finetuned on, if it is still the same."""
     try:
         listing = read_manifest(Path(run.info.store))
@@ -201,7 +193,6 @@ def _texts_of_manifest(
         return None, None
     if listing.sha256 != run.info.manifest_sha256:
         return None, None
-    place_of = {int(one): row for row, one in enumerate(listing.image_ids)}
-    rows = [place_of[int(one)] for one in image_id]
-    texts = ([listing.paths[row] for row in rows], [listing.captions[row][0] for row in rows])
-    return pa.array(texts[0], pa.string()), pa.array(texts[1], pa.string())
+    rows = rows_of(listing.image_ids, image_id).tolist()
+    paths, captions = [listing.paths[row] for row in rows], [listing.captions[row][0] for row in rows]
+    return pa.array(paths, pa.string()), pa.array(captions, pa.string())

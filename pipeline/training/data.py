@@ -31,8 +31,8 @@ class Split:
         norm_img: Norms of image embeddings ``(N,)`` float32.
         norm_txt: Norms of caption embeddings ``(N, 5)`` float32.
         rows: Which rows are this split's, ``(n,)`` int64, in manifest order.
-        stretch_img: What image embeddings are multiplied with ``(N,)`` float32; None for nothing.
-        stretch_txt: Likewise of captions ``(N, 5)``.
+        stretch_img: Factors of image embeddings ``(N,)`` float32; None where they are left as they are.
+        stretch_txt: Factors of caption embeddings ``(N, 5)``; None where they are left as they are.
     """
 
     v_img: Tensor
@@ -50,7 +50,7 @@ class Split:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device that the tensors are on."""
         return self.rows.device
 
     @classmethod
@@ -61,22 +61,20 @@ class Split:
         n_captions: npt.NDArray[Any],
         labels: npt.NDArray[np.uint8],
         device: torch.device,
-        rows: npt.NDArray[np.int64] | None = None,
         norms: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
     ) -> "Split":
         """Put arrays onto a device once; a CPU reads them where they are.
 
         Args:
-            v_img: ``(N, D)`` of the store.
-            v_txt: ``(N, 5, D)``.
-            n_captions: ``(N,)`` of any integer.
+            v_img: Image embeddings of the store ``(N, D)``.
+            v_txt: Caption embeddings of the store ``(N, 5, D)``.
+            n_captions: Real captions of each image ``(N,)``, of any integer dtype.
             labels: ``(N, C)`` uint8.
-            device: Where to.
-            rows: Those of the split; all when not given.
+            device: The device to put them on.
             norms: ``(N,)`` of images and ``(N, 5)`` of captions, as a store has them; computed when not given.
         """
         norms = (_norms(v_img), _norms(v_txt)) if norms is None else norms
-        norm_img, norm_txt = (torch.from_numpy(one.astype(np.float32)).to(device) for one in norms)
+        norm_img, norm_txt = (torch.from_numpy(norm.astype(np.float32)).to(device) for norm in norms)
         return cls(
             v_img=torch.from_numpy(v_img).to(device),
             v_txt=torch.from_numpy(v_txt).to(device),
@@ -84,7 +82,7 @@ class Split:
             labels=torch.from_numpy(labels).to(device),
             norm_img=norm_img,
             norm_txt=norm_txt,
-            rows=torch.arange(len(v_img), device=device) if rows is None else torch.from_numpy(rows).to(device),
+            rows=torch.arange(len(v_img), device=device),
         )
 
     def part(self, rows: npt.NDArray[np.int64]) -> "Split":
@@ -109,17 +107,17 @@ class Split:
         """Real captions of each image of this split ``(n,)`` int64."""
         return self.n_captions[self.rows]
 
-    def batch(self, at: Tensor, caption: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, places: Tensor, caption: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """Image embeddings, one caption's embedding and labels of some images, in float32.
 
         Args:
-            at: Places in this split, of any shape S.
+            places: Places in this split, of any shape S.
             caption: Which caption of each, shape S, or one number for all.
 
         Returns:
             ``S + (D,)``, ``S + (D,)`` and ``S + (C,)``.
         """
-        rows = self.rows[at]
+        rows = self.rows[places]
         v_img, v_txt = self.v_img[rows].float(), self.v_txt[rows, caption].float()
         if self.stretch_img is not None and self.stretch_txt is not None:
             v_img = v_img * self.stretch_img[rows, None]
@@ -127,9 +125,9 @@ class Split:
         return v_img, v_txt, self.labels[rows].float()
 
     def chunks(self, size: int = CHUNK_ROWS) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All of the split in order, with the first caption: as of :meth:`batch`, ``size`` images at a time."""
-        for at in torch.split(torch.arange(len(self), device=self.device), size):
-            yield self.batch(at, 0)
+        """All of the split in order, with the first caption, as :meth:`batch` gives it: ``size`` images at a time."""
+        for places in torch.split(torch.arange(len(self), device=self.device), size):
+            yield self.batch(places, 0)
 
     def shuffle_magnitudes(self, seed: int) -> "Split":
         """The control of the magnitude: every embedding keeps its direction and takes the norm of another one.
@@ -201,11 +199,11 @@ def all_finite(*tensors: Tensor) -> bool:
 
 
 class Diverged(InputError):  # noqa: N818 - what a training did, as its statuses are named
-    """A training or a head that gives no numbers."""
+    """Raised when a training or a head gives no numbers."""
 
 
 def diverged(what: str, *, got: object, where: str | None = None) -> Diverged:
-    """The error for it."""
+    """The error of a training or a head that gives no numbers."""
     return Diverged(
         what,
         where=where,

@@ -1,11 +1,10 @@
-"""What is looked at after every epoch of a training: val mAP of what the user will use, and whether the codes collapse.
+"""Evaluation after every epoch of a training: val mAP of what the user will use, and whether the codes collapse.
 
 Symbols: n images of a split, B bits, C classes.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +73,8 @@ class Monitor:
         base = encode_split(head, self._voters)[0].cpu().numpy()
         packed = [pack_codes(binarise(soft)) if self._config.hash.bits else None for soft in (base, features)]
         index = build_index(self._config.knn.distance_metric, packed=packed[0], soft=base)
-        found = index.search(packed=packed[1], soft=features, K=self._config.knn.K)
-        scores = vote(found, self._labels["train"], self._config.knn)
+        neighbours = index.search(packed=packed[1], soft=features, K=self._config.knn.K)
+        scores = vote(neighbours, self._labels["train"], self._config.knn)
         return {"val_mAP": mean_average_precision(scores, self._labels["val"]), **facts}
 
     def _facts(self, soft: npt.NDArray[np.float32]) -> dict[str, float]:
@@ -89,43 +88,40 @@ class Monitor:
         }
 
 
-@dataclass(kw_only=True)
-class Alarm:
-    """Says once each what shows that a training has collapsed.
+class CollapseWarnings:
+    """Warns, once of each sign, that a training has collapsed.
 
-    Attributes:
-        bits: B; 0 without hash layer.
-        saturates: Whether saturated soft codes stop the gradient: those of ``tanh``.
+    Args:
+        config: The hash section is used.
         prior: Val mAP of the class frequencies.
         n_val: Images of val.
-        told: What was said.
     """
 
-    bits: int
-    saturates: bool
-    prior: float
-    n_val: int
-    told: set[str] = field(default_factory=set)
+    def __init__(self, config: Config, *, prior: float, n_val: int) -> None:
+        self._bits, self._saturates = config.hash.bits, config.hash.activation == "tanh"
+        self._prior, self._n_val = prior, n_val
+        self._shown: set[str] = set()
 
     def lines(self, record: Mapping[str, float]) -> list[str]:
-        """What is new in the record of an epoch."""
+        """Warnings that the record of an epoch gives rise to for the first time."""
         epoch = int(record["epoch"])
         dead, hard = record.get("dead_bits", 0.0), record.get("mean_abs_h", 0.0)
         norm, fusion = record.get("grad_norm", 0.0), record.get("grad_norm_fusion", 0.0)
-        enough = self.n_val >= ENOUGH
+        enough = self._n_val >= ENOUGH
         signs = {
-            "dead": (enough and dead > self.bits / 4, f"{dead:.0f} of {self.bits} bits are the same for 98 % of val"),
-            "saturated": (self.saturates and hard > SATURATED, f"the soft codes are saturated (mean |h| {hard:.3f})"),
+            "dead": (enough and dead > self._bits / 4, f"{dead:.0f} of {self._bits} bits are the same for 98 % of val"),
+            # Saturated codes of a straight-through head pass gradients on.
+            "saturated": (self._saturates and hard > SATURATED, f"the soft codes are saturated (mean |h| {hard:.3f})"),
             "gone": (
-                self.bits and math.isfinite(norm) and fusion < GONE * norm,
+                self._bits and math.isfinite(norm) and fusion < GONE * norm,
                 f"no gradient reaches the fusion ({fusion:.2g} of {norm:.2g})",
             ),
             "prior": (
-                enough and epoch >= 3 and record["val_mAP"] - self.prior < NEAR * (1 - self.prior),
-                f"val mAP {record['val_mAP']:.3f} is that of the class frequencies ({self.prior:.3f})",
+                enough and epoch >= 3 and record["val_mAP"] - self._prior < NEAR * (1 - self._prior),
+                f"val mAP {record['val_mAP']:.3f} is that of the class frequencies ({self._prior:.3f})",
             ),
         }
-        new = [name for name, (shows, _) in signs.items() if shows and name not in self.told]
-        self.told.update(new)
+        new = [name for name, (shows, _) in signs.items() if shows and name not in self._shown]
+        self._shown.update(new)
         do = "try --preset recommended, --gamma 0 or another learning rate"
         return [f"warning: epoch {epoch}: {signs[name][1]}; {do}" for name in new]

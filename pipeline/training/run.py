@@ -5,28 +5,26 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.console import RenderableType
 
-from ...heads.config import HashRegConfig, LossConfig
 from ...heads.hashing import binarise, pack_codes
 from ...heads.model import BaseHead
 from ..core.checkpoint import CheckpointKeeper, load_head, write_model_folder
 from ..core.config import Config
 from ..core.console import metrics_table
 from ..core.files import append_text, write_text
-from ..core.metrics_file import HISTORY, read_history
+from ..core.metrics_file import HISTORY, read_history, read_metrics
 from ..core.progress import Progress
 from ..core.results import Codes, write_codes
 from ..core.run import Run, finish_run
 from ..evaluation.metrics import classifier_row, write_scores
 from .data import Split, encode_split
-from .loop import FitResult, Member, summarise
-from .monitor import Alarm, Monitor
+from .loop import FitResult, Hooks, summarise
+from .monitor import CollapseWarnings
 from .state import STATE, TrainingState, write_state
 from .trackers import Tracker
 
@@ -43,7 +41,7 @@ class TrainResult:
     metrics: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """Run, training and figures as one flat JSON object."""
         return {
             "run": str(self.run.folder),
             "store": self.run.info.store,
@@ -59,15 +57,15 @@ class TrainResult:
         }
 
     def summary(self) -> list[RenderableType]:
-        """What a person reads at the end."""
+        """Lines and a table for the terminal."""
         ended = "stopped early" if self.fit.stopped_early else "all epochs done"
         how = f"{len(self.fit.history)} epochs in {self.fit.seconds:.1f} s ({ended})"
         best = f"best val mAP of the {self.monitor} {self.fit.best_value:.3f} in epoch {self.fit.best_epoch}"
         return [f"{how}; {best}", metrics_table([self.metrics], "test split"), f"wrote {self.run.folder}"]
 
 
-class Looker(Protocol):
-    """Looks at a head in training, as :class:`~mmcli.pipeline.training.monitor.Monitor` does."""
+class EpochMonitor(Protocol):
+    """Evaluates a head in training, as :class:`~mmcli.pipeline.training.monitor.Monitor` does."""
 
     @property
     def prior(self) -> float:
@@ -75,58 +73,47 @@ class Looker(Protocol):
         ...
 
     def __call__(self, head: BaseHead) -> Mapping[str, float]:
-        """``val_mAP`` and what else is recorded."""
+        """``val_mAP``, and whatever else is to be recorded."""
         ...
 
 
 class TrainingRun:
-    """A run that is under way.
+    """A run that is under way: what is written after every epoch and at the end.
 
     Args:
         run: Its folder, which this process holds.
-        config: The resolved configuration, with the run's own seed.
-        head: To be trained.
-        splits: Of the store.
-        trackers: Who else is told of every epoch.
-        progress: Who is told of a collapse.
-        resume: Go on with what is there.
-        state: Where; from the start where none was kept.
-        monitor: Looks at the head after every epoch; a
-            :class:`~mmcli.pipeline.training.monitor.Monitor` when not given.
+        config: The resolved configuration.
+        splits: The splits of the store.
+        monitor: Evaluates the head after every epoch.
+        trackers: Experiment trackers that log every epoch.
+        progress: Shows warnings of collapsed codes.
+        state: The state that the training resumes from; None begins it.
     """
 
     def __init__(
         self,
         run: Run,
         config: Config,
-        head: BaseHead,
         splits: Mapping[str, Split],
+        monitor: EpochMonitor,
         *,
-        width: int,
         trackers: Sequence[Tracker],
         progress: Progress,
-        resume: bool = False,
         state: TrainingState | None = None,
-        monitor: Looker | None = None,
     ) -> None:
-        self.run, self.splits, self._config = run, splits, config
+        self.run, self.splits, self._config, self._monitor = run, splits, config, monitor
         self._trackers, self._progress = trackers, progress
+        width = splits["train"].v_img.shape[-1]
         self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
-        monitor = monitor or Monitor(config, splits["train"], splits["val"])
-        saturates = config.hash.activation == "tanh"
-        self._alarm = Alarm(bits=config.hash.bits, saturates=saturates, prior=monitor.prior, n_val=len(splits["val"]))
-        if resume:
-            self._keeper.take_up(0 if state is None else state.epoch)
-            write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
-        self.member = Member(
-            head=head,
-            seed=config.hardware.seed,
-            monitor=monitor,
-            on_epoch=self._record,
-            resumed=state,
-            keep=self._keep,
-            loss=config.loss,
-        )
+        self._warnings = CollapseWarnings(config, prior=monitor.prior, n_val=len(splits["val"]))
+        # Epochs after the state are done again.
+        self._keeper.resume(0 if state is None else state.epoch)
+        write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
+
+    @property
+    def hooks(self) -> Hooks:
+        """What the training calls on its way."""
+        return Hooks(monitor=self._monitor, on_epoch=self._record, keep=self._keep)
 
     def _keep(self, state: TrainingState) -> None:
         write_state(self.run.folder / STATE, state)
@@ -137,20 +124,15 @@ class TrainingRun:
         self._keeper.offer(head, epoch=int(record["epoch"]), val_mAP=record["val_mAP"])
         for tracker in self._trackers:
             tracker.epoch(record)
-        for line in self._alarm.lines(record):
+        for line in self._warnings.lines(record):
             self._progress.say(line)
-
-    @property
-    def best(self) -> Path:
-        """The best checkpoint of the head."""
-        return self._keeper.best
 
     def finish(self, fit: FitResult, image_ids: Mapping[str, Any]) -> TrainResult:
         """Write codes, scores, metrics and the model folder of the best epoch, then mark the run as finished.
 
         Args:
             fit: How the training went.
-            image_ids: Of every split, ``(n,)`` int64.
+            image_ids: Image ids of every split, ``(n,)`` int64.
         """
         folder, config = self.run.folder, self._config
         head = load_head(self._keeper.best, self.splits["test"].device)
@@ -180,27 +162,21 @@ class TrainingRun:
         return codes
 
 
-def shape_of(config: Config) -> Config:
-    """What trainings of one pass have in common: all but the seed and the weights of the loss's terms."""
-    weights = {name: 0.0 for name in LossConfig.model_fields if name.endswith("_weight")}
-    loss = config.loss.model_copy(update=weights | {"hash_reg": HashRegConfig()})
-    return with_seed(config, 0).model_copy(update={"loss": loss})
-
-
-def with_seed(config: Config, seed: int) -> Config:
-    """The configuration of a replica."""
-    return config.model_copy(update={"hardware": config.hardware.model_copy(update={"seed": seed})})
-
-
 def read_fit(run: Run, config: Config) -> FitResult:
     """How the training of a finished run went."""
     return summarise(read_history(run.folder), config.training.num_epochs)
 
 
+def read_result(run: Run, config: Config) -> TrainResult:
+    """The result of a finished run."""
+    row = next(row for row in read_metrics(run.folder) if (row["method"], row["split"]) == ("classifier", "test"))
+    return TrainResult(run=run, fit=read_fit(run, config), monitor=config.training.monitor, metrics=row)
+
+
 def _line(record: Mapping[str, float]) -> str:
     # A step that the loss scaler of float16 skips has an infinite gradient norm, which JSON has no word for.
-    known = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    return json.dumps(known, allow_nan=False) + "\n"
+    finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _classifier_row(run: Run, head: BaseHead, codes: Mapping[str, Codes], test: Split) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training reads: a store, its splits on the device, and a head that fits them."""
+"""The inputs of a training: a store, its splits on the device, and a head that fits them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,26 +8,25 @@ import numpy.typing as npt
 import torch
 
 from ...errors import InputError
-from ...heads.model import BaseHead, Head, make_head
-from ..core.config import Config
-from ..core.config_rules import check_frozen, settle
+from ...heads.model import BaseHead, make_head
+from ..core.config import Config, check_frozen
 from ..core.device import device_line, pick_device, seed_everything
 from ..core.progress import Progress
 from ..data.protocols import chosen
-from ..extraction.stores import LabelledStore, Reading, find_store, read_store, resolve_config
+from ..extraction.stores import LabelledStore, Reading, read_store, resolve_config
 from .data import Split
 from .step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """All that a training needs of a store.
+    """A store that was read for a training.
 
     Attributes:
-        config: Resolved: what the store knows is in it.
+        config: The resolved configuration: it says what the store knows.
         labelled: The store.
         splits: Its splits, on the device, each embedding with its own norm.
-        device: Where to train.
+        device: The device to train on.
     """
 
     config: Config
@@ -37,57 +36,55 @@ class Prepared:
 
     @property
     def image_ids(self) -> dict[str, npt.NDArray[Any]]:
-        """Of every split, ``(n,)`` int64."""
+        """Image ids of every split, ``(n,)`` int64."""
         ids = self.labelled.listing.image_ids
         return {name: ids[split.rows.cpu().numpy()] for name, split in self.splits.items()}
 
-    def configured(self, config: Config) -> "Prepared":
-        """The same store and splits for a further training, which may differ in all but protocol and device.
-
-        Raises:
-            InputError: As of :func:`prepare_training`, but for the store.
-        """
-        check_frozen(config)
-        config = settle(resolve_config(config, self.labelled))
-        check_splits(self.splits, config, self.labelled.store.folder)
-        return replace(self, config=config)
-
-    def splits_of(self, config: Config) -> dict[str, Split]:
+    @property
+    def run_splits(self) -> dict[str, Split]:
         """The splits as a run reads them: with ``fusion.magnitude: shuffled`` norms are shuffled, by the run's seed."""
-        if config.fusion.magnitude == "own":
+        if self.config.fusion.magnitude == "own":
             return self.splits
-        return {name: split.shuffle_magnitudes(config.hardware.seed) for name, split in self.splits.items()}
+        return {name: split.shuffle_magnitudes(self.config.hardware.seed) for name, split in self.splits.items()}
 
-    def make_head(self, config: Config, train: Split) -> BaseHead:
-        """A head whose parameters were drawn by the seed of a run, its statistics fitted to what the run trains on."""
-        head = draw_head(config, width=self.labelled.store.width, device=self.device)
-        fit_statistics(head, train)
+    @property
+    def precision(self) -> str:
+        """The name of the precision that the forward pass computes in."""
+        return Step.autocast_of(self.device, self.config).name
+
+    def make_head(self, train: Split) -> BaseHead:
+        """A head whose parameters are drawn by the seed of the run, its statistics fitted to what the run trains on."""
+        head = draw_head(self.config, width=self.labelled.store.width, device=self.device)
+        head.fit_log_norms(train.log_norms())
         return head
 
 
-def prepare_training(
-    config: Config, store: Path | None, progress: Progress, reading: Reading | None = None
-) -> Prepared:
-    """Read a store and put its splits where the training will be.
+def prepare_training(config: Config, store: Path | Reading | Prepared | None, progress: Progress) -> Prepared:
+    """Read a store, put its splits onto the device and resolve the configuration by what the store says.
 
     Args:
-        config: As of :func:`train_head`.
-        store: The store; the newest below ``data/cache`` when not given.
-        progress: Who to tell.
-        reading: The store, where reading it has begun already.
+        config: Everything but the data section is used.
+        store: The store's folder, the newest below ``data/cache`` when not given; or a store that is being read, or
+            that an earlier training of this process has read: then protocol and device must be the same.
+        progress: Shows which store is read, and where the training computes.
 
     Raises:
-        InputError: As of :func:`train_head`, as far as the store and the configuration go.
+        InputError: A bad store, an empty split, no label to learn or to choose the best epoch by, or fewer train images
+            than neighbours.
     """
     check_frozen(config)
-    folder = find_store(store) if reading is None else reading.folder
+    if isinstance(store, Prepared):
+        prepared = replace(store, config=resolve_config(config, store.labelled))
+        check_splits(prepared.splits, prepared.config, store.labelled.store.folder)
+        return prepared
+    reading = store if isinstance(store, Reading) else Reading(store, config)
     device = pick_device(config.hardware.device)
-    labelled = read_store(folder, config, reading)
-    where = device_line(device, Step.autocast_of(device, config).name)
-    progress.say(f"training from {folder} on {where}" + ("" if store else " (the newest store)"))
-    config = settle(resolve_config(config, labelled))
+    labelled = read_store(reading.folder, config, reading)
+    place = device_line(device, Step.autocast_of(device, config).name)
+    progress.say(f"training from {reading.folder} on {place}" + (" (the newest store)" if reading.is_newest else ""))
+    config = resolve_config(config, labelled)
     splits = place_splits(labelled, config, device)
-    check_splits(splits, config, folder)
+    check_splits(splits, config, reading.folder)
     return Prepared(config=config, labelled=labelled, splits=splits, device=device)
 
 
@@ -113,12 +110,6 @@ def draw_head(config: Config, *, width: int, device: torch.device) -> BaseHead:
     """A head whose parameters were drawn by the seed of a run, its statistics not fitted."""
     seed_everything(config.hardware.seed, deterministic=config.hardware.deterministic)
     return make_head(config.head, config.fusion, config.hash, config.classifier, width=width).to(device)
-
-
-def fit_statistics(head: BaseHead, train: Split) -> None:
-    """Give a head the mean and deviation of the log-norms of train, each image with its first caption."""
-    if isinstance(head, Head):
-        head.fusion.fit_log_norms(train.log_norms())
 
 
 def check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""All that a training needs to go on after it was killed, as one file that is whole or absent.
+"""The state that resumes a training which was interrupted, as one file that is whole or absent.
 
-Weights, statistics, the optimiser's moments and the records of the epochs so far. Draws need no state: those of an
-epoch depend on the seed and the epoch alone.
+It holds weights, statistics, the optimiser's moments, the random generators of dropout and the records of the epochs
+so far. Orders and captions need none: those of an epoch depend on the seed and the epoch alone.
 """
 
 import json
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
     from .step import Step
 
 STATE = "training.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_SUM, _OTHER = "sum.", "other."
+_HEAD, _OTHER, _MOMENTS, _AVERAGE, _SUM, _GENERATOR = "head.", "other.", "adam.", "average.", "sum.", "generator."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a training of one head stands.
+    """Where a training stands.
 
     Attributes:
         epoch: Epochs that are done.
         batches: Batches of the next one that are done as well.
-        history: Their records.
-        tensors: Weights, averages and moments by name, on the CPU.
-        precision: What the forward pass computes in; a training that goes on in another gives other weights.
+        history: The records of the epochs.
+        tensors: Weights, averages, moments and generators by name, on the CPU.
+        precision: Precision of the forward pass; resumed in another one, a training would give other weights.
         scaler: State of the loss scaler; empty where there is none.
     """
 
@@ -49,18 +48,29 @@ class TrainingState:
 
 
 def gather_state(
-    step: "Step", place: int, epoch: int, history: Sequence[Mapping[str, float]], *, batches: int = 0
+    step: "Step", epoch: int, history: Sequence[Mapping[str, float]], *, batches: int = 0
 ) -> TrainingState:
-    """The state of one head of a training, after an epoch and so many batches of the next."""
-    views = _views(step, place) | ({f"{_SUM}{name}": value for name, value in step.sums.items()} if batches else {})
-    tensors = {}
-    for name, value in views.items():
-        whole = step.whole(_other(name), value.detach()) if _other(name) else value
-        tensors[name] = whole.detach().cpu().clone()
+    """The state of a training after an epoch and so many batches of the next."""
+    tensors = _named(_HEAD, step.head.state_dict())
+    tensors |= _named(_OTHER, {name: step.whole(name, value.detach()) for name, value in step.others.items()})
+    for index, moments in step.optimizer.state_dict()["state"].items():
+        name = step.names[index]
+        whole = {
+            kind: step.whole(name, value) if value.dim() and name in step.others else value
+            for kind, value in moments.items()
+        }
+        tensors |= {f"{_MOMENTS}{kind}.{name}": value for kind, value in whole.items()}
+    if step.averages is not None:
+        tensors |= _named(_AVERAGE, step.averages.state_dict())
+    tensors |= _named(_SUM, step.sums if batches else {})
+    tensors[f"{_GENERATOR}cpu"] = torch.get_rng_state()
+    device = step.device
+    if device.type == "cuda":
+        tensors[f"{_GENERATOR}cuda"] = torch.cuda.get_rng_state(device)
     return TrainingState(
         epoch=epoch,
         history=tuple(dict(record) for record in history),
-        tensors=tensors,
+        tensors={name: value.detach().cpu().clone() for name, value in tensors.items()},
         precision=step.precision,
         scaler=step.scaler.state_dict(),
         batches=batches,
@@ -68,36 +78,56 @@ def gather_state(
 
 
 @torch.no_grad()
-def restore_state(step: "Step", place: int, state: TrainingState) -> None:
-    """Put the state of one head back.
+def restore_state(step: "Step", state: TrainingState) -> None:
+    """Put a state back.
 
     Raises:
         InputError: It is of another head, or was computed in another precision.
     """
     check_precision(state.precision, step.precision)
-    views = _views(step, place)
-    sums = {name: value for name, value in state.tensors.items() if name.startswith(_SUM)}
-    known = {name: value for name, value in state.tensors.items() if name not in sums}
-    wrong = InputError("cannot resume", got="the state of another head", wanted="this one's", do="train again")
-    if views.keys() != known.keys():
-        raise wrong
-    for name, view in views.items():
-        value = step.part(_other(name), known[name]) if _other(name) else known[name]
-        if value.shape != view.shape:
-            raise wrong
-        view.copy_(value)
-    for name, value in sums.items():  # of an epoch that is half done, which a training of several heads keeps none of
-        step.sums[name.removeprefix(_SUM)] = value.to(step.members.parameters[0].device)
+    try:
+        step.head.load_state_dict(_of(_HEAD, state.tensors))
+        for name, parameter in step.others.items():
+            parameter.copy_(step.part(name, state.tensors[_OTHER + name]))
+        _restore_moments(step, state.tensors)
+        if step.averages is not None:
+            step.averages.load_state_dict(_of(_AVERAGE, state.tensors))
+        torch.set_rng_state(state.tensors[f"{_GENERATOR}cpu"])
+        if step.device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors[f"{_GENERATOR}cuda"], step.device)
+    except (KeyError, ValueError, RuntimeError):
+        raise InputError(
+            "cannot resume", got="the state of another head", wanted="this one's", do="train again"
+        ) from None
+    step.sums |= {name: value.to(step.device) for name, value in _of(_SUM, state.tensors).items()}
     if state.scaler:
         step.scaler.load_state_dict(dict(state.scaler))
+
+
+def _restore_moments(step: "Step", tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _of(_MOMENTS, tensors).items():
+        kind, _, parameter = name.partition(".")
+        is_part = value.dim() and parameter in step.others
+        state.setdefault(step.names.index(parameter), {})[kind] = step.part(parameter, value) if is_part else value
+    step.optimizer.load_state_dict({**step.optimizer.state_dict(), "state": state})
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one kind, by their names without the prefix."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def check_precision(begun: str, now: str) -> None:
     """Refuse to resume a training in another precision than it was begun in.
 
     Args:
-        begun: What it was begun in; empty where an earlier version did not write it down.
-        now: What this machine would compute in.
+        begun: The precision that it was begun in; empty where an earlier version did not write it down.
+        now: The precision of this machine.
 
     Raises:
         InputError: They differ.
@@ -109,11 +139,6 @@ def check_precision(begun: str, now: str) -> None:
             wanted=f"one in {now}, as this machine computes",
             do="resume it where it was begun, or train again",
         )
-
-
-def _other(name: str) -> str:
-    """The name of the parameter that a tensor of a state belongs to, where it is none of the head's; else nothing."""
-    return name.partition(_OTHER)[2]
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -162,21 +187,3 @@ def kept_epoch(path: Path) -> int:
         return int(read_about(path)["epoch"])
     except (OSError, KeyError, ValueError):
         return 0
-
-
-def _views(step: "Step", place: int) -> dict[str, Tensor]:
-    """Everything of one head that a step changes, by name."""
-    members = step.members
-    views = {f"head.{name}": value for name, value in members.heads[place].state_dict().items()}
-    others = {f"{_OTHER}{name}": value.detach() for name, value in step.others.items()}
-    views |= others
-    trained = [*zip(members.names, members.parameters, strict=True), *zip(others, step.others.values(), strict=True)]
-    for name, parameter in trained:
-        moments = step.optimizer.state[parameter]
-        views[f"adam.step.{name}"] = moments["step"]
-        for moment in _MOMENTS:
-            views[f"adam.{moment}.{name}"] = moments[moment][place] if members.stacked else moments[moment]
-    if step.averages is not None:
-        views |= {f"average.{name}": value for name, value in step.averages.heads[place].state_dict().items()}
-        views["average.taken"] = step.averages.taken
-    return views

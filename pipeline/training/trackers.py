@@ -1,6 +1,6 @@
-"""Who else is told of a training: TensorBoard and Weights & Biases, each by its own library, both below the run folder.
+"""Experiment trackers: TensorBoard and Weights & Biases, each by its own library, both below the run folder.
 
-A tracker is company, not a part of the training: one that fails is warned of once and told nothing more.
+A tracker is no part of the training: one that fails is warned of once and gets no more records.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ INIT_TIMEOUT_S = 30
 
 
 class Tracker(Protocol):
-    """Somebody who is told of every epoch and of the end."""
+    """Logs every epoch and the end of a training."""
 
     def epoch(self, record: Mapping[str, float]) -> None:
-        """Tell one epoch: ``epoch``, loss terms, learning rate, val mAP, seconds."""
+        """Log one epoch: ``epoch``, loss terms, learning rate, val mAP, seconds."""
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the metrics of the finished run, and close."""
+        """Log the metrics of the finished run, and close."""
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
@@ -49,7 +49,7 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 def open_trackers(
     folder: Path, config: Config, *, tensorboard: bool, wandb: bool, after: int | None = None, say: Say = log.warning
 ) -> list[Tracker]:
-    """The trackers of one run, open; those that were opened in this folder before are gone on with.
+    """Open the trackers of a run; those that were opened in this folder before are resumed.
 
     Args:
         folder: The run folder: TensorBoard writes to ``tensorboard/``, Weights & Biases to ``wandb/``.
@@ -57,8 +57,8 @@ def open_trackers(
         tensorboard: Whether TensorBoard is asked for.
         wandb: Whether Weights & Biases is asked for. ``WANDB_MODE`` and its other variables count; nobody is ever asked
             to log in: without a login it goes offline, and says so.
-        after: Epoch that a resumed run goes on after: what was told of later ones is taken back.
-        say: Takes a line for the person who waits.
+        after: Epoch that a run is resumed after: records of later ones are taken back.
+        say: Shows a line.
 
     Raises:
         InputError: A library that was asked for is missing.
@@ -94,7 +94,7 @@ class _Guarded:
         except Exception as error:  # noqa: BLE001 - whatever a library of others raises, the training goes on
             self._tracker = None
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            self._say(f"warning: {self._name} failed and is told nothing more; the training goes on: {reason}")
+            self._say(f"warning: {self._name} failed and gets no more records; the training goes on: {reason}")
 
 
 class _TensorBoard:
@@ -160,7 +160,7 @@ def _wandb_mode(wandb: Any, folder: Path, say: Say) -> str:  # noqa: ANN401
 
 
 def _run_id(folder: Path, config: Config) -> str:
-    """The same for a run that is gone on with, another for every other run."""
+    """The same for a resumed run, another for every other run."""
     created = read_info(folder).created if (folder / MARK).is_file() else ""
     return hashlib.sha256(f"{folder.resolve()} {config.digest} {created}".encode()).hexdigest()[:12]
 

@@ -1,4 +1,4 @@
-"""Who does the work: processes that are killed, a Ray cluster, and the seeds of one configuration together on a GPU."""
+"""Who does the work: this process, processes that are killed, and a Ray cluster."""
 
 import importlib.util
 import json
@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcli.pipeline.ablation.ablate import Means, ablate
-from mmcli.pipeline.ablation.engines import in_processes
+from mmcli.pipeline.ablation.ablate import ablate
+from mmcli.pipeline.ablation.engines import Assignment, in_processes
 from mmcli.pipeline.ablation.records import read_rows
-from mmcli.pipeline.ablation.request import Order, Told, place_order
+from mmcli.pipeline.ablation.request import ConfigSource, Request, plan_request
 from mmcli.pipeline.ablation.worker import Unit, Worker, Workplace
 
 OPTIONS = {
@@ -29,23 +29,23 @@ OPTIONS = {
 }
 
 
-def order_of(folder: Path, *names: str, **options) -> Order:
-    told = Told(options=OPTIONS | options.pop("options", {}), flags={}, tree={})
+def request_of(folder: Path, *names: str, **options) -> Request:
+    source = ConfigSource(options=OPTIONS | options.pop("options", {}), flags={})
     (store,) = (folder / "data" / "cache").iterdir()
-    return Order(names=names, store=store, told=told, **options)
+    return Request(names=names, store=store, source=source, **options)
 
 
-def units_of(order: Order) -> list[Unit]:
-    plan = place_order(order).plan
-    return [Unit(trainings=(one,), evaluations=plan.of(key), runs={}) for key, one in plan.trainings.items()]
+def units_of(request: Request) -> list[Unit]:
+    plan = plan_request(request).plan
+    return [Unit(training=training, evaluations=plan.of(key)) for key, training in plan.trainings.items()]
 
 
 def kill_first(unit: Unit) -> Unit:
     """What makes the process that takes it up kill itself."""
-    return replace(unit, runs=_Deadly())
+    return replace(unit, run=_Deadly())
 
 
-class _Deadly(dict):
+class _Deadly:
     def __reduce__(self):
         return _end_here, ()
 
@@ -55,14 +55,14 @@ def _end_here() -> dict:
     return {}
 
 
-def test_a_unit_that_kills_its_process_fails_and_the_others_are_done(here: Path) -> None:
-    order = order_of(here, "A2", only=("A2=0,32",))
-    units = units_of(order)
+def test_a_unit_that_kills_its_process_fails_alone(here: Path) -> None:
+    request = request_of(here, "A2", only=("A2=0,32",))
+    units = units_of(request)
     units[1] = kill_first(units[1])
-    place = Workplace(out=here / "out", stores={units[0].trainings[0].store: order.store}, data=here)
+    place = Workplace(out=here / "out", stores={units[0].training.store: request.store}, data=here)
     records = [
         record
-        for _, record in in_processes(place, units, lambda: False, workers=1, devices=["cpu"])
+        for _, record in in_processes(Assignment(place=place, units=units), workers=1, devices=["cpu"])
         if record is not None
     ]
     states = {record.key: (record.status, record.note) for record in records}
@@ -71,7 +71,7 @@ def test_a_unit_that_kills_its_process_fails_and_the_others_are_done(here: Path)
     assert "a worker was killed" in states[wanted[1]][1]
 
 
-def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, monkeypatch) -> None:
+def test_a_failed_training_is_a_row_and_is_tried_again(here: Path, monkeypatch) -> None:
     from mmcli.pipeline.training import train_head
 
     whole = train_head.train_head
@@ -82,8 +82,8 @@ def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, mon
         return whole(config, **words)
 
     monkeypatch.setattr(train_head, "train_head", broken)
-    means = Means(out=here / "out", runs=here / "runs")
-    first = ablate(order_of(here, "A2"), means)
+    request = request_of(here, "A2", out=here / "out", runs=here / "runs")
+    first = ablate(request)
     assert [(row["value"], row["status"]) for row in first.rows] == [
         ("0", "finished"),
         ("32", "failed"),
@@ -92,31 +92,32 @@ def test_a_training_that_fails_is_kept_as_failed_and_tried_again(here: Path, mon
     ]
     assert first.rows[1]["note"] == "RuntimeError: the disk is on fire"
     monkeypatch.setattr(train_head, "train_head", whole)
-    again = ablate(order_of(here, "A2"), means)
+    again = ablate(request)
     assert (again.counted["trained"], again.counted["failed"]) == (1, 0)
 
 
-def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
+def test_an_interrupted_training_is_resumed(here: Path, monkeypatch) -> None:
     """Stopped after its state was kept, it ends with the weights of one that was not."""
     from mmcli.pipeline.training import loop as trainer
+    from mmcli.pipeline.training.monitor import Monitor
 
-    order = order_of(here, "A2", only=("A2=32",), options={"training.num_epochs": 6})
-    plain = ablate(order, Means(out=here / "plain", runs=here / "runs"))
+    request = request_of(here, "A2", only=("A2=32",), options={"training.num_epochs": 6}, out=here / "plain")
+    plain = ablate(request)
     monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0.0)
-    look, seen = trainer._Loop.look, []
+    validate, validations = Monitor.__call__, []
 
-    def stopped(self, member, epoch, *rest):
-        seen.append(epoch)
-        if seen == [1, 2, 3, 4]:
+    def stopped(self, head):
+        validations.append(head)
+        if len(validations) == 4:
             raise KeyboardInterrupt
-        look(self, member, epoch, *rest)
+        return validate(self, head)
 
-    monkeypatch.setattr(trainer._Loop, "look", stopped)
-    means = Means(out=here / "stopped", runs=here / "runs")
+    monkeypatch.setattr(Monitor, "__call__", stopped)
+    stopped_request = replace(request, out=here / "stopped")
     with pytest.raises(KeyboardInterrupt):
-        ablate(order, means)
-    result = ablate(order, means)
-    assert seen == [1, 2, 3, 4, 4, 5, 6]
+        ablate(stopped_request)
+    result = ablate(stopped_request)
+    assert len(validations) == 4 + 3  # epochs 1 to 4, then 4 to 6
     assert result.counted["trained"] == 1
     assert result.rows[0]["mAP"] == plain.rows[0]["mAP"]
     assert result.rows[0]["epochs"] == 6
@@ -125,53 +126,11 @@ def test_an_interrupted_training_goes_on(here: Path, monkeypatch) -> None:
     assert history == [1, 2, 3, 4, 5, 6]
 
 
-def test_replicas_train_in_one_pass(here: Path, monkeypatch) -> None:
-    """What a GPU does with heads of one shape, here on the CPU: the folders are where they are looked for."""
-    from mmcli.pipeline.ablation import ablate as stage
-    from mmcli.pipeline.training import train_head
-
-    calls = []
-    whole = train_head.train_together
-    monkeypatch.setattr(train_head, "train_together", lambda *a, **k: calls.append(len(a[0])) or whole(*a, **k))
-    means = Means(out=here / "out", runs=here / "nothing")
-    alone = ablate(order_of(here, "A2", only=("A2=32",), seeds=3), replace(means, out=here / "alone"))
-    monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
-    ablate(order_of(here, "A2", only=("A2=32",), seeds=1, options={"hardware.seed": 43}), means)
-    result = ablate(order_of(here, "A2", only=("A2=32",), seeds=4), means)
-    assert (calls, result.counted["trained"]) == ([3], 3)  # 43 was there: 42, 44 and 45 together
-    assert [row["mAP"] for row in result.rows[:3]] == [row["mAP"] for row in alone.rows]
-
-
-def test_one_of_a_pass_that_diverges_fails_alone(here: Path, monkeypatch) -> None:
-    """Weights of the loss train in one pass: what did not end in it is made alone."""
-    from mmcli.pipeline.ablation import ablate as stage
-    from mmcli.pipeline.training import train_head
-    from mmcli.pipeline.training.data import diverged
-
-    train, passes = train_head._Work.train, []
-
-    def broken(self, opened, prepared):
-        weights = [one.member.loss.hash_weight for one in opened]
-        passes.append(weights)
-        if 0.05 in weights:
-            raise diverged("the loss is no longer finite", got="nan")
-        return train(self, opened, prepared)
-
-    monkeypatch.setattr(train_head._Work, "train", broken)
-    monkeypatch.setattr(stage._Work, "_on_gpu", lambda self: True)
-    result = ablate(order_of(here, "B2"), Means(out=here / "out", runs=here / "nothing"))
-    failed = [row for row in result.rows if row["status"] == "failed"]
-    assert [row["value"] for row in failed] == ["gamma 0.05"]
-    assert "no longer finite" in failed[0]["note"]
-    assert len(result.rows) > 4
-    assert passes.count([0.05]) == 2  # in its place of the pass, and alone
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_seeds_train_together(here: Path) -> None:
-    means = Means(out=here / "out", runs=here / "nothing")
-    result = ablate(order_of(here, "A2", "C2", seeds=3, options={"hardware.device": "cuda"}), means)
+def test_seeds_train_on_a_gpu(here: Path) -> None:
+    options = {"hardware.device": "cuda"}
+    result = ablate(request_of(here, "A2", "C2", seeds=3, options=options, out=here / "out", runs=here / "nothing"))
     assert (result.counted["trained"], result.counted["failed"]) == (12, 0)
     assert {row["device"] for row in result.rows} == {"cuda"}
 
@@ -183,13 +142,15 @@ def test_ray_makes_the_same_table(here: Path, monkeypatch) -> None:
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     monkeypatch.setenv("RAY_TMPDIR", folder)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    order, means = order_of(here, "A2", seeds=2), Means(out=here / "plain", runs=here / "nothing")
-    plain = ablate(order, means)
+    request = request_of(here, "A2", seeds=2, out=here / "plain", runs=here / "nothing")
+    plain = ablate(request)
     try:
-        result = ablate(order, replace(means, out=here / "ray", engine="ray", workers=2))
+        result = ablate(replace(request, out=here / "ray", engine="ray", workers=2))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    figures = [[(row["value"], row["seed"], row["status"], row["mAP"]) for row in one.rows] for one in (plain, result)]
+    figures = [
+        [(row["value"], row["seed"], row["status"], row["mAP"]) for row in table.rows] for table in (plain, result)
+    ]
     assert figures[0] == figures[1]
     assert len(read_rows(here / "ray")) == 8
 
@@ -235,8 +196,8 @@ def _alive(group: int) -> bool:
 
 
 def test_a_worker_takes_the_device_that_it_is_given(here: Path) -> None:
-    order = order_of(here, "A2", only=("A2=32",), options={"hardware.device": "cuda"})
-    (unit,) = units_of(order)
-    place = Workplace(out=here / "out", stores={unit.trainings[0].store: order.store}, data=here)
+    request = request_of(here, "A2", only=("A2=32",), options={"hardware.device": "cuda"})
+    (unit,) = units_of(request)
+    place = Workplace(out=here / "out", stores={unit.training.store: request.store}, data=here)
     (record,) = Worker(place, device="cpu").do(unit)
     assert (record.status, record.facts["device"]) == ("finished", "cpu")

@@ -31,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(demo: Path, *words: object) -> list[str]:
-    told = [
+    options = [
         "--store",
         demo / "store",
         "--data",
@@ -48,7 +48,7 @@ def command(demo: Path, *words: object) -> list[str]:
         "cpu",
         "--quiet",
     ]
-    return [sys.executable, "-m", "mmcli", "ablate", *map(str, (*words, *told))]
+    return [sys.executable, "-m", "mmcli", "ablate", *map(str, (*words, *options))]
 
 
 def n_kept(folder: Path) -> int:
@@ -64,10 +64,10 @@ def killed_after(words: list[str], folder: Path, n: int) -> None:
 
 
 def rows(folder: Path) -> dict[tuple, dict]:
-    found = read_rows(folder / "runs/ablations")
+    table = read_rows(folder / "runs/ablations")
     return {
         (row["experiment"], row["value"], row["seed"]): {k: v for k, v in row.items() if not k.endswith(TIMES)}
-        for row in found
+        for row in table
     }
 
 

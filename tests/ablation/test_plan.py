@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
+from mmcli.cache.key import digest_of
 from mmcli.pipeline.ablation.experiments import SHIPPED, grid_experiment, read_experiments, read_grid, with_values
-from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity
-from mmcli.pipeline.ablation.plan import Base, make_plan, restrict, training_key
-from mmcli.pipeline.core.config import GridConfig, dump_config, load_config
-from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.ablation.identity import evaluation_identity, training_identity, training_key
+from mmcli.pipeline.ablation.plan import Base, make_plan, restrict
+from mmcli.pipeline.core.config import GridConfig, dump_config, load_config, resolve
 
 SEEDS = (42, 43)
 FROM_STORE = ("A1", "A2", "A3", "B2", "B4", "C1", "C2", "C3", "C4", "M0", "M1", "M2", "base")
@@ -29,8 +29,8 @@ def base_of(patches: int = 256, **options) -> Base:
 
 
 def choices_of(*names: str, file: str = "experiments"):
-    known = read_experiments(file)
-    return [choice for name in names for choice in known[name].choices]
+    experiments = read_experiments(file)
+    return [choice for name in names for choice in experiments[name].choices]
 
 
 def plan_of(*names: str, seeds=SEEDS, **options):
@@ -80,7 +80,7 @@ def test_alpha_on_frozen_towers_is_one_row_that_says_why() -> None:
     assert sum("alpha" in row.value and row.status == "planned" for row in alive.rows) == 2
 
 
-def test_values_that_happen_to_be_one_configuration_are_rows_of_one_evaluation() -> None:
+def test_values_of_one_configuration_share_an_evaluation() -> None:
     """In `recommended` L_balance has weight 1, and L_decorr 10: naming them changes nothing."""
     plan = plan_of("B2", seeds=(42,))
     same = ("gamma 0.1", "gamma 0.1 lambda_balance 1", "gamma 0.1 lambda_decorr 10")
@@ -95,7 +95,7 @@ def test_values_written_in_two_ways_are_one_row() -> None:
     assert (row.value, row.note, row.stands_for) == ("0.1/1e-1", "these values resolve to one configuration", 2)
 
 
-def test_a_refused_value_is_a_failed_row_and_the_rest_is_planned() -> None:
+def test_a_refused_value_is_a_failed_row() -> None:
     plan = plan_of("A2", "C2", seeds=(42,), **{"fusion.adapter": "linear", "head": "fusion", "hash.bits": 0})
     failed = [(row.experiment, row.value) for row in plan.rows if row.status == "failed"]
     assert failed == [("C2", "hamming"), ("C2", "hybrid"), ("C2", "asymmetric")]
@@ -107,7 +107,7 @@ def test_seeds_are_rows_of_their_own_but_for_what_has_none() -> None:
     assert len(plan.rows) == 5 * 3
     assert plan.count("zero-shot", "prior") == 2
     assert {row.seed for row in plan.rows if row.value == "prior"} == {7, 8, 9}
-    order = [one.seed for one in plan.trainings.values() if one.kind == "head"]
+    order = [training.seed for training in plan.trainings.values() if training.kind == "head"]
     assert order == sorted(order)  # a stop leaves a whole table of the first seed
 
 
@@ -138,13 +138,12 @@ def test_every_row_has_one_training_and_no_two_are_the_same(grid) -> None:
         assert plan.evaluations[row.key].training == row.training
         assert plan.trainings[row.training].seed == row.seed
     identities = [
-        (one.kind, one.store, tuple(sorted((k, repr(v)) for k, v in training_identity(one.config, one.towers).items())))
-        for one in plan.trainings.values()
+        (item.kind, item.store, digest_of(training_identity(item.config, item.towers)))
+        for item in plan.trainings.values()
     ]
     assert len(set(identities)) == len(identities)
     evaluations = [
-        (one.training, tuple(sorted((k, repr(v)) for k, v in evaluation_identity(one.config, one.method).items())))
-        for one in plan.evaluations.values()
+        (item.training, digest_of(evaluation_identity(item.config, item.method))) for item in plan.evaluations.values()
     ]
     assert len(set(evaluations)) == len(evaluations)
     needed = {row.training for row in plan.rows}
@@ -154,7 +153,7 @@ def test_every_row_has_one_training_and_no_two_are_the_same(grid) -> None:
 
 @given(grids, st.sampled_from(["K_neighbors", "tau"]))
 @settings(max_examples=25, deadline=None)
-def test_without_an_axis_that_only_votes_the_trainings_are_the_same(grid, axis) -> None:
+def test_an_axis_that_only_votes_adds_no_training(grid, axis) -> None:
     assert planned(grid)[0].trainings.keys() == planned({**grid, axis: []})[0].trainings.keys()
 
 
@@ -162,14 +161,16 @@ def test_without_an_axis_that_only_votes_the_trainings_are_the_same(grid, axis) 
 @settings(max_examples=15, deadline=None)
 def test_alpha_never_adds_a_head(grid) -> None:
     with_alpha, without = planned(grid)[0], planned({**grid, "cosine_weight": []})[0]
-    heads = [{key for key, one in plan.trainings.items() if one.kind == "head"} for plan in (with_alpha, without)]
+    heads = [
+        {key for key, training in plan.trainings.items() if training.kind == "head"} for plan in (with_alpha, without)
+    ]
     assert heads[0] == heads[1]
 
 
 @given(grids, st.permutations(range(3)))
 @settings(max_examples=12, deadline=None)
 def test_the_order_of_values_changes_no_key(grid, order) -> None:
-    turned = {key: [values[at] for at in order if at < len(values)] for key, values in grid.items()}
+    turned = {key: [values[place] for place in order if place < len(values)] for key, values in grid.items()}
     assert planned(grid)[0].evaluations.keys() == planned(turned)[0].evaluations.keys()
 
 
@@ -178,19 +179,19 @@ def test_the_order_of_values_changes_no_key(grid, order) -> None:
 def test_a_saved_configuration_has_the_key_of_its_plan(name, preset) -> None:
     """What ``train-head`` saves is found again, whatever preset and options led to it."""
     plan = plan_of(name, seeds=(42,), preset=preset)
-    for one in plan.trainings.values():
-        if one.kind == "head":
-            saved = yaml.safe_load(dump_config(one.config))
+    for training in plan.trainings.values():
+        if training.kind == "head":
+            saved = yaml.safe_load(dump_config(training.config))
             saved["data"]["num_workers"], saved["hardware"]["device"], saved["preset"] = 3, "cuda:1", "plan"
             again = load_config(options=_flat(saved))
-            assert training_key(settle(again), one.store) == one.key
+            assert training_key(resolve(again), training.store) == training.key
 
 
 def _flat(tree, prefix=""):
-    found = {}
+    flat = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def test_a_part_of_a_plan_needs_only_what_it_needs() -> None:
@@ -239,18 +240,19 @@ def test_other_values() -> None:
         ("A1: [", "wanted YAML"),
     ],
 )
-def test_a_wrong_file_is_told(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         read_experiments(str(tmp_path / "x.yaml"))
 
 
-def test_a_wrong_grid_is_told(tmp_path: Path) -> None:
+def test_a_wrong_grid_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
     for text, message in (
         ("a: 1", "no section grid_search"),
         ("grid_search: {bits: [1]}", "bits"),
         ("grid_search: {hash_bits: [a]}", "no grid"),
+        (f"grid_search: {{tau: {list(range(1, 1001))}, K_neighbors: {list(range(1, 1001))}}}", "too many rows"),
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):

@@ -12,11 +12,10 @@ from mmcli.cache import Store
 from mmcli.pipeline.ablation import engines as ablate_engines
 from mmcli.pipeline.ablation import worker as ablate_work
 from mmcli.pipeline.ablation.experiments import read_experiments
-from mmcli.pipeline.ablation.identity import training_identity
-from mmcli.pipeline.ablation.plan import training_key
+from mmcli.pipeline.ablation.identity import training_identity, training_key
 from mmcli.pipeline.ablation.records import read_rows
-from mmcli.pipeline.ablation.request import _own_processor, check_source
-from mmcli.pipeline.ablation.worker import Unit, Workplace
+from mmcli.pipeline.ablation.request import plain_processor
+from mmcli.pipeline.ablation.worker import Unit, Workplace, check_source
 from mmcli.pipeline.core.config import DataConfig, ModelConfig, load_config
 from mmcli.pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mmcli.pipeline.data.protocols import lists_digest
@@ -63,25 +62,25 @@ def test_lists_are_what_they_said_when_they_were_read(tmp_path: Path) -> None:
     assert lists_digest(DataConfig()) == ""
 
 
-def test_a_row_of_few_neighbours_does_not_depend_on_those_of_many(here: Path, mmcli) -> None:
+def test_a_row_of_few_neighbours_is_that_of_a_lone_search(here: Path, mmcli) -> None:
     words = ("ablate", "C1", "--set", "knn.distance_metric=hybrid", "--json", "--seeds", 1)
     import mmcli.heads.knn as knn
     import mmcli.pipeline.evaluation.sweep as plan
 
-    found = []
+    rows = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn, "HYBRID_CANDIDATES", 8)
         patch.setattr(plan, "HYBRID_CANDIDATES", 8)
         for values, out in (("C1=3", "few"), ("C1=3,30", "many")):
-            code, told, err = mmcli(*words, "--set-values", values, "--out", out, *SET)
+            code, output, err = mmcli(*words, "--set-values", values, "--out", out, *SET)
             assert code == 0, err
-            found.append(json.loads(told)["rows"][0])
-    assert found[0]["key"] == found[1]["key"]
-    assert found[0]["mAP"] == found[1]["mAP"]
+            rows.append(json.loads(output)["rows"][0])
+    assert rows[0]["key"] == rows[1]["key"]
+    assert rows[0]["mAP"] == rows[1]["mAP"]
 
 
 def test_scores_that_cannot_be_kept_cost_their_own_row(here: Path, mmcli, monkeypatch) -> None:
-    keep, calls = ablate_work.keep_scores, []
+    keep, calls = ablate_work.write_scores, []
 
     def full(*words):
         calls.append(words)
@@ -89,7 +88,7 @@ def test_scores_that_cannot_be_kept_cost_their_own_row(here: Path, mmcli, monkey
             raise OSError(28, "No space left on device")
         return keep(*words)
 
-    monkeypatch.setattr(ablate_work, "keep_scores", full)
+    monkeypatch.setattr(ablate_work, "write_scores", full)
     words = ("ablate", "C1", "--set-values", "C1=3,4,5", "--out", "out", "--json", *SET)
     code, out, _ = mmcli(*words)
     assert (code, json.loads(out)["failed"]) == (1, 1)
@@ -121,14 +120,14 @@ def test_a_pool_that_breaks_leaves_no_unit_undone(monkeypatch, tmp_path: Path) -
             pass
 
     monkeypatch.setattr(ablate_engines, "ProcessPoolExecutor", Pool)
-    units = [Unit(trainings=(), evaluations=(), runs={}) for _ in range(6)]
+    units = [Unit(training=None, evaluations=()) for _ in range(6)]
     place = Workplace(out=tmp_path, stores={}, data=tmp_path)
-    given = ablate_engines.in_processes(place, units, lambda: False, workers=1)
+    given = ablate_engines.in_processes(ablate_engines.Assignment(place=place, units=units), workers=1)
     done = [unit for unit, record in given if record is None]
     assert [id(unit) for unit in done] == [id(unit) for unit in units]
 
 
-def test_a_run_that_cannot_be_gone_on_with_is_made_anew(here: Path, mmcli, monkeypatch) -> None:
+def test_a_run_that_cannot_be_resumed_is_made_anew(here: Path, mmcli, monkeypatch) -> None:
     words = ("ablate", "A2", "--only", "A2=32", "--out", "out", "--json", *SET)
     whole = train_head.train_head
 
@@ -159,7 +158,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_made_anew(here: Path, mmcli, monke
         ("extends: y.yaml", "extend themselves"),
     ],
 )
-def test_what_no_experiment_can_be_is_told(tmp_path: Path, monkeypatch, text: str, message: str) -> None:
+def test_what_no_experiment_can_be_is_refused(tmp_path: Path, monkeypatch, text: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(text)
     Path("y.yaml").write_text("extends: x.yaml")
@@ -169,7 +168,7 @@ def test_what_no_experiment_can_be_is_told(tmp_path: Path, monkeypatch, text: st
 
 def test_towers_are_spelled_as_a_run_spells_them(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("B1: {varies: towers, values: [LAST-1, full, false, true]}")
-    assert [one.towers for one in read_experiments(str(tmp_path / "x.yaml"))["B1"].choices] == [
+    assert [choice.towers for choice in read_experiments(str(tmp_path / "x.yaml"))["B1"].choices] == [
         "last-1",
         "all",
         "last-2",
@@ -177,5 +176,5 @@ def test_towers_are_spelled_as_a_run_spells_them(tmp_path: Path) -> None:
     ]
 
 
-def test_finetuned_towers_have_one_identity_however_the_store_was_resized() -> None:
-    assert _own_processor('{"size": 1, "resizer": "torch"}') == _own_processor('{"size": 1}')
+def test_the_stores_resizer_is_no_part_of_finetuned_towers() -> None:
+    assert plain_processor('{"size": 1, "resizer": "torch"}') == plain_processor('{"size": 1}')

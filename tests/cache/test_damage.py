@@ -190,7 +190,7 @@ def test_nan_is_named(kit, folder):
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}])
-def test_a_file_of_something_else_with_a_shards_name_is_left_alone(kit, tmp_path, options):
+def test_a_foreign_file_with_a_shards_name_is_left_alone(kit, tmp_path, options):
     path = tmp_path / "image-00000.h5"
     path.write_text("precious")
     with (
@@ -336,7 +336,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_impossible_counts_are_refused_before_anything_is_allocated(kit, folder, name):
+def test_impossible_counts_are_refused_before_memory_is_taken(kit, folder, name):
     _seal(folder, COUNTS[name])
     tracemalloc.start()
     try:
@@ -380,7 +380,7 @@ def test_a_manifest_that_is_no_json_of_ours_is_one_line(kit, folder, name):
     assert len(verify(folder).problems) >= 2
 
 
-def test_an_attribute_of_a_shard_that_claims_gigabytes_is_not_read(kit, folder):
+def test_an_attribute_that_claims_gigabytes_is_not_read(kit, folder):
     path = folder / "image-00000.h5"
     with h5py.File(path, "r+") as file:
         del file.attrs["rows"]
@@ -394,7 +394,7 @@ def test_an_attribute_of_a_shard_that_claims_gigabytes_is_not_read(kit, folder):
 @pytest.mark.parametrize(
     "counts", [{"images": 10**15}, {"images": 10**9, "shard_rows": 1}, {"width": 10**9}, {"images": 1.5}]
 )
-def test_impossible_counts_of_an_unfinished_store_are_refused_at_once(kit, folder, counts):
+def test_impossible_counts_of_unfinished_stores_are_refused(kit, folder, counts):
     (folder / "manifest.json").unlink()
     document = json.loads((folder / "key.json").read_text())
     document["counts"].update(counts)

@@ -240,13 +240,13 @@ def test_unknown_choices_and_a_damaged_store(kit, tmp_path):
 
 def test_no_more_than_a_few_shards_are_read_ahead(kit, tmp_path, monkeypatch):
     """Of sixty shards, few were read when the first part is written."""
-    from mmcli.cache import stream
+    from mmcli.cache import reader
 
     store = make(kit, tmp_path / "s", n=60, shard_rows=1)
     read: list[str] = []
-    original = stream.read_checked
+    original = reader.read_checked
     monkeypatch.setattr(
-        stream, "read_checked", lambda folder, entry: read.append(entry.file) or original(folder, entry)
+        reader, "read_checked", lambda folder, entry: read.append(entry.file) or original(folder, entry)
     )
     seen: list[int] = []
     export_store(store, tmp_path / "out", "parquet", tick=lambda _: seen.append(len(read)))

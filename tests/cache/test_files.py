@@ -87,7 +87,7 @@ def test_what_the_disk_gives_back_is_compared(kit, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [".lock", "key.json"]
 
 
-def test_a_sound_shard_with_other_numbers_is_not_taken_for_what_was_written(kit, tmp_path, monkeypatch):
+def test_a_sound_shard_with_other_numbers_is_not_what_was_written(kit, tmp_path, monkeypatch):
     other = (kit.Data(seed=1).write(tmp_path / "other", kit.key()) / "image-00000.h5").read_bytes()
     with kit.Data().writer(tmp_path / "s", kit.key()) as writer:
         monkeypatch.setattr(cache_files, "_fill", lambda stream, _: stream.write(other))
@@ -97,7 +97,7 @@ def test_a_sound_shard_with_other_numbers_is_not_taken_for_what_was_written(kit,
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.ENOSYS, errno.EIO, errno.ENOSPC])
-def test_a_file_system_that_cannot_sync_is_passed_over_and_a_fault_is_not(kit, tmp_path, monkeypatch, number):
+def test_a_missing_fsync_is_passed_over_and_a_fault_is_not(kit, tmp_path, monkeypatch, number):
     fsync = os.fsync
 
     def refuse(handle):
@@ -129,7 +129,7 @@ def test_a_live_writer_of_another_container_keeps_its_file(kit, tmp_path, monkey
     assert not (tmp_path / "s" / mine).exists()
 
 
-def test_the_same_machine_in_another_pid_namespace_has_another_name(monkeypatch):
+def test_another_pid_namespace_has_another_host_name(monkeypatch):
     here, stat_of = layout.this_host.__wrapped__(), Path.stat
 
     def elsewhere(path, **options):

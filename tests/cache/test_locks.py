@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcli.cache import Store, StoreBusy, Stripe, verify
+from mmcli.cache import Store, StoreBusy, StoreError, Stripe, export_store, verify
 from mmcli.cache.layout import LOCK
 from mmcli.cache.locks import SOFT, LockHeld, locked, take_lock
 
@@ -34,6 +34,25 @@ def test_one_holder_at_a_time_with_and_without_the_kernel(tmp_path, monkeypatch,
     with locked(path, keep=False):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_users_own_file_at_the_lock_stays(kit, tmp_path):
+    """Whatever is no empty file was not made here: it is refused, by every command that locks a folder, and stays."""
+    store = Store.open(kit.Data().write(tmp_path / "s", kit.key()))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / LOCK).write_text("my notes")
+    for force in (False, True):
+        with pytest.raises(StoreError, match=r"a file is where the lock .*out/\.lock.*; move it away"):
+            export_store(store, out, "parquet", force=force)
+    with pytest.raises(StoreError, match="a file that mmcli did not write"), locked(out / LOCK, keep=False):
+        pass
+    assert [path.name for path in out.iterdir()] == [LOCK]
+    assert (out / LOCK).read_text() == "my notes"
+    (out / "link").symlink_to(out / "nothing")
+    with pytest.raises(StoreError, match="move it away"):
+        take_lock(out / "link")
+    assert (out / "link").is_symlink()
 
 
 def test_a_lock_is_free_where_its_file_cannot_be_removed(tmp_path, monkeypatch):
@@ -72,7 +91,7 @@ def test_the_holder_of_a_killed_process_is_passed_over(tmp_path, monkeypatch):
         pass
 
 
-def test_stripes_and_a_whole_writer_exclude_each_other_without_locks(kit, tmp_path, monkeypatch):
+def test_writers_exclude_each_other_without_kernel_locks(kit, tmp_path, monkeypatch):
     refuse_flock(monkeypatch, errno.ENOLCK)
     data, folder = kit.Data(), tmp_path / "s"
     with data.writer(folder, kit.key(), stripe=Stripe(0, 2)), data.writer(folder, kit.key(), stripe=Stripe(1, 2)):

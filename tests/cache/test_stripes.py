@@ -24,7 +24,7 @@ def test_stripes_of_stripes_still_cover_every_shard_once(n, data) -> None:
     cut = [data.draw(st.integers(1, 5)) for _ in range(n)]
     parts = [Stripe(at + k * n, n * m) for at, m in enumerate(cut) for k in range(m)]
     for shard in range(60):
-        assert sum(shard % part.n == part.at for part in parts) == 1
+        assert sum(shard % part.n == part.number for part in parts) == 1
 
 
 def test_the_last_one_finishes_in_any_order(kit, tmp_path):
@@ -54,7 +54,7 @@ def test_one_stripe_has_one_writer_and_a_whole_writer_is_alone(kit, tmp_path):
         data.writer(folder, kit.key(), stripe=Stripe(0, 2), overwrite=True)
 
 
-def test_a_finished_store_that_another_stripe_opened_up_is_not_called_finished(kit, tmp_path):
+def test_a_store_that_another_stripe_reopens_is_not_finished(kit, tmp_path):
     """Stripe 1 makes a shard again while stripe 0 finds nothing to do: no manifest may appear, not even an empty one."""
     data, folder = kit.Data(), tmp_path / "s"
     data.write(folder, kit.key())
@@ -75,7 +75,7 @@ def test_a_finished_store_that_another_stripe_opened_up_is_not_called_finished(k
     assert verify(folder).ok
 
 
-def test_stripes_that_were_cut_differently_do_not_finish_over_each_other(kit, tmp_path):
+def test_stripes_cut_differently_do_not_finish_each_other(kit, tmp_path):
     data, folder = kit.Data(), tmp_path / "s"
     data.write(folder, kit.key())
     (folder / MANIFEST).unlink()

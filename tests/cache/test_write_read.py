@@ -40,8 +40,6 @@ def test_written_is_read(kit, n, d, c, shard_rows, dtype, seed):
         assert store.index.drop_columns(["shard", "row"]).equals(data.index, check_metadata=True)
         places = list(zip(store.index["shard"].to_pylist(), store.index["row"].to_pylist(), strict=True))
         assert places == [divmod(row, shard_rows) for row in range(n)]
-        unchecked = store.load(check=False)
-        assert all(np.array_equal(getattr(got, name), getattr(unchecked, name)) for name in vars(got))
         assert verify(folder).problems == ()
 
 
@@ -223,7 +221,7 @@ def test_files_of_something_else_are_safe(kit, tmp_path):
         pass
 
 
-def test_overwrite_replaces_another_key_and_touches_nothing_else(kit, tmp_path):
+def test_overwrite_replaces_another_key_and_nothing_else(kit, tmp_path):
     folder = tmp_path / "s"
     kit.Data(n=30).write(folder, kit.key())
     (folder / "notes.txt").write_text("mine")

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.cache import Store
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.model import BaseHead, MlpBaseline, make_head
 from mmcli.pipeline.core.checkpoint import CheckpointKeeper, best_checkpoint, write_model_folder
-from mmcli.pipeline.core.config import Config, load_config
-from mmcli.pipeline.core.config_rules import settle
+from mmcli.pipeline.core.config import Config, load_config, resolve
 from mmcli.pipeline.core.results import read_codes
 from mmcli.pipeline.core.run import Run, RunInfo, now, start_run
 
@@ -24,13 +24,13 @@ METRICS = {"method": "classifier", "split": "test", "mAP": 0.51234, "P@5": float
 
 
 def make_config(head: str) -> Config:
-    return settle(load_config(options={"head": head, "fusion.mlp_dims": [8, 6], "classifier.num_classes": 3}))
+    return resolve(load_config(options={"head": head, "fusion.mlp_dims": [8, 6], "classifier.num_classes": 3}))
 
 
 def make(config: Config, seed: int = 0) -> BaseHead:
     torch.manual_seed(seed)
     head = make_head(config.head, config.fusion, config.hash, config.classifier, width=D)
-    head.fit_statistics(torch.randn(50, D), torch.randn(50, D))
+    head.fit_log_norms(log_norms(torch.randn(50, D), torch.randn(50, D)))
     return head.eval()
 
 
@@ -80,7 +80,7 @@ def test_two_lines_load_the_best_of_a_run(kind: str, tmp_path: Path) -> None:
     assert load_head(tmp_path / "hub").about == head.about
 
 
-def test_a_checkpoint_from_before_there_were_kinds_is_a_fusion_head(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_kind_is_a_fusion_head(tmp_path: Path) -> None:
     config = make_config("fusion")
     CheckpointKeeper(tmp_path, config, width=D).offer(make(config), epoch=1, val_mAP=0.5)
     path = tmp_path / "epoch-001.safetensors"
@@ -140,7 +140,7 @@ def test_what_cannot_be_written_leaves_the_old_folder(tmp_path: Path, monkeypatc
     assert {path.name for path in run.folder.iterdir()} == {"run.json", "config.yaml", "environment.json", "model"}
 
 
-def test_a_run_without_checkpoints_and_a_damaged_one_are_one_line(tmp_path: Path) -> None:
+def test_no_checkpoint_and_a_damaged_one_are_one_line(tmp_path: Path) -> None:
     config = make_config("fusion")
     run = make_run(tmp_path / "run", config)
     with pytest.raises(InputError, match=r"no checkpoint: .*no such file"):

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.pipeline.core.config import Config, dump_config, load_config
+from mmcli.pipeline.core.config import Config, dump_config, load_config, notices, resolve
 from mmcli.pipeline.core.config_reference import reference
-from mmcli.pipeline.core.config_rules import notices, settle
 from mmcli.pipeline.core.presets import PRESETS
 
 MLP = {"head": "mlp"}
@@ -18,7 +17,7 @@ ALPHA, READS_ONE, BATCH = "alpha changes nothing", "other modality", "is taken a
 
 @pytest.mark.parametrize("preset", ["recommended", "plan"])
 def test_the_mlp_has_no_bits_and_no_neighbours(preset: str) -> None:
-    config = settle(load_config(options={**MLP, "preset": preset}))
+    config = resolve(load_config(options={**MLP, "preset": preset}))
     assert (config.hash.bits, config.training.monitor, config.knn.distance_metric) == (0, "classifier", "cosine")
     assert config.head == "mlp"
     # What is not said about is what it was.
@@ -44,7 +43,7 @@ def test_the_mlp_has_no_bits_and_no_neighbours(preset: str) -> None:
 )
 def test_keys_that_leave_each_other_no_room_are_one_line(options: dict, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        settle(load_config(options=options))
+        resolve(load_config(options=options))
     line = str(caught.value)
     assert said in line
     assert "leave it out, or give --" in line
@@ -53,15 +52,15 @@ def test_keys_that_leave_each_other_no_room_are_one_line(options: dict, said: st
 
 def test_what_the_mlp_can_do_may_be_said() -> None:
     said = {**MLP, "hash.bits": 0, "training.monitor": "classifier", "fusion.inputs": "image", "fusion.adapter": "none"}
-    assert settle(load_config(options=said)).fusion.inputs == "image"
+    assert resolve(load_config(options=said)).fusion.inputs == "image"
 
 
 def test_without_bits_neighbours_are_found_by_cosine() -> None:
-    config = settle(load_config(options={"hash.bits": 0}))
+    config = resolve(load_config(options={"hash.bits": 0}))
     assert (config.knn.distance_metric, config.training.monitor) == ("cosine", "knn")
     for options in ({}, {"knn.distance_metric": "hybrid"}):
         plain = load_config(options=options)
-        assert settle(plain) == plain
+        assert resolve(plain) == plain
 
 
 @given(
@@ -71,7 +70,7 @@ def test_without_bits_neighbours_are_found_by_cosine() -> None:
     monitor=st.sampled_from([None, "knn", "classifier"]),
     metric=st.sampled_from([None, "hamming", "cosine"]),
 )
-def test_a_settled_configuration_stays_and_reads_back(head, preset, bits, monitor, metric, tmp_path_factory) -> None:
+def test_a_resolved_configuration_stays_and_reads_back(head, preset, bits, monitor, metric, tmp_path_factory) -> None:
     given_ = {
         "head": head,
         "preset": preset,
@@ -80,12 +79,12 @@ def test_a_settled_configuration_stays_and_reads_back(head, preset, bits, monito
         "knn.distance_metric": metric,
     }
     try:
-        config = settle(load_config(options={key: value for key, value in given_.items() if value is not None}))
+        config = resolve(load_config(options={key: value for key, value in given_.items() if value is not None}))
     except InputError:
         return  # which is refused is tested above
-    file: Path = tmp_path_factory.getbasetemp() / "settled.yaml"
+    file: Path = tmp_path_factory.getbasetemp() / "resolved.yaml"
     file.write_text(dump_config(config))
-    assert settle(config) == settle(load_config(file)) == config
+    assert resolve(config) == resolve(load_config(file)) == config
     assert Config.model_validate(config.model_dump()) == config
     assert head != "mlp" or (config.hash.bits, config.training.monitor) == (0, "classifier")
     assert config.hash.bits or config.knn.distance_metric == "cosine"
@@ -110,7 +109,7 @@ def test_a_settled_configuration_stays_and_reads_back(head, preset, bits, monito
     ],
 )
 def test_only_what_was_given_is_remarked_upon(options: dict, said: list[str]) -> None:
-    lines = notices(settle(load_config(options=options)))
+    lines = notices(resolve(load_config(options=options)))
     assert len(lines) == len(said)
     for line, part in zip(lines, said, strict=True):
         assert line.startswith("note: ")

@@ -1,4 +1,4 @@
-"""How many cores there are to use: of the affinity, and no more than a container's quota allows."""
+"""How many cores and how much memory there are to use: no more than a container allows."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmcli.pipeline.core import cores
-from mmcli.pipeline.core.cores import count_cores, limit_threads
+from mmcli.pipeline.core.cores import count_cores, free_memory, limit_threads
 
 
 @pytest.fixture
@@ -91,6 +91,36 @@ def test_threads_follow_a_quota_but_not_against_the_user(machine, monkeypatch, g
     machine(64, {})
     limit_threads()
     assert os.environ.get("OMP_NUM_THREADS") == wanted
+
+
+GIB = 2**30
+MACHINE = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable:   {64 * GIB // 1024} kB\n"}
+V1_MEMORY = {f"{V2}memory/memory.limit_in_bytes": f"{4 * GIB}\n", f"{V2}memory/memory.usage_in_bytes": f"{GIB}\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, 64 * GIB),
+        ({f"{V2}memory.max": "max\n", f"{V2}memory.current": "5\n"}, 64 * GIB),
+        ({f"{V2}memory.max": f"{4 * GIB}\n", f"{V2}memory.current": f"{GIB}\n"}, 3 * GIB),
+        # File pages can be given up at once.
+        (
+            {
+                f"{V2}memory.max": f"{4 * GIB}",
+                f"{V2}memory.current": f"{3 * GIB}",
+                f"{V2}memory.stat": f"anon 1\ninactive_file {2 * GIB}\n",
+            },
+            3 * GIB,
+        ),
+        ({f"{V2}memory.max": f"{GIB}", f"{V2}memory.current": f"{2 * GIB}"}, 0),
+        (V1_MEMORY, 3 * GIB),
+        ({**SLICE, f"{V2}user.slice/memory.max": f"{2 * GIB}", f"{V2}user.slice/memory.current": "0"}, 2 * GIB),
+        ({f"{V2}memory.max": "nonsense", f"{V2}memory.current": "0"}, 64 * GIB),
+    ],
+)
+def test_free_memory_is_what_a_container_leaves(machine, files, wanted: int) -> None:
+    assert free_memory(machine(4, {**MACHINE, **files})) == wanted
 
 
 @pytest.mark.parametrize("n", [1, 64])

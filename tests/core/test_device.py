@@ -153,7 +153,7 @@ def test_a_training_without_memory_ends_in_one_line(mmcli, here, monkeypatch) ->
     assert "Traceback" not in err
 
 
-def test_cublas_is_told_of_the_deterministic_mode_before_its_first_product(monkeypatch) -> None:
+def test_cublas_is_deterministic_from_its_first_product_on(monkeypatch) -> None:
     """An encoder multiplies before a training asks for the mode, and torch looks at the variable once."""
     assert pick_device("cpu").type == "cpu"
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

@@ -28,9 +28,9 @@ def press(*_: object, **__: object) -> None:
 
 
 def command_in(err: str) -> list[str]:
-    """The words of the command that a line says to go on with."""
+    """The words of the command that a line says to resume with."""
     assert err.count("\n") == 1, err
-    found = re.fullmatch(r"mmcli: interrupted; .*; go on with `mmcli (.*)`\n", err)
+    found = re.fullmatch(r"mmcli: interrupted; .*; resume with `mmcli (.*)`\n", err)
     assert found is not None, err
     return shlex.split(found[1])
 

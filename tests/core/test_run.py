@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,58 @@ def test_newest_finished_run_of_the_kind(tmp_path: Path) -> None:
         open_run(other.folder)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "fifo", "denied", "EIO"])
+def test_a_newest_run_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, damage: str) -> None:
+    """Nobody who asks for the newest run is to get an older one without a word."""
+    older, newer = (finish_run(start(tmp_path), [{"method": "m", "mAP": 0.5}]) for _ in range(2))
+    mark = newer.folder / "run.json"
+    if damage == "truncated":
+        mark.write_text(mark.read_text()[:-20])
+    elif damage == "fifo":
+        mark.unlink()
+        os.mkfifo(mark)
+    else:
+        number, read = (errno.EACCES if damage == "denied" else errno.EIO), Path.read_bytes
+
+        def refuse(path: Path) -> bytes:
+            if path == mark:
+                raise OSError(number, os.strerror(number), str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=f"cannot read a run that may be the newest: {mark}: .*--run") as caught:
+        newest_run(tmp_path)
+    assert "\n" not in str(caught.value)
+    os.utime(mark, (0, 0))  # one that was written before the older run began is no newest run
+    assert newest_run(tmp_path).folder == older.folder
+    mark.unlink()
+    mark.touch()
+    assert newest_run(tmp_path).folder == older.folder
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    options = {"label": "x", "runs": tmp_path, "device": "cpu"}
+    with pytest.raises(InputError, match=r"a name that is not UTF-8: .*caf\\xe9"):
+        start_run(make_info(), Config(), out=tmp_path / name, **options)
+    with pytest.raises(InputError, match="a name that is not UTF-8"):
+        start_run(replace(make_info(), store=f"data/{name}"), Config(), out=None, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_git_never_decides_whether_a_run_starts(tmp_path: Path, monkeypatch) -> None:
+    """Git gives the names of files as bytes of any encoding."""
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text("#!/bin/sh\nprintf '?? caf\\351\\n'\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent), prepend=os.pathsep)
+    state = environment("cpu", 1)["git"]
+    assert state["dirty"] is True
+    git.write_text("#!/bin/sh\nexit 1\n")
+    assert environment("cpu", 1)["git"] is None
+
+
 def test_a_run_describes_itself(tmp_path: Path) -> None:
     run = finish_run(start(tmp_path), [{"method": "knn", "mAP": 0.5}, {"method": "classifier", "mAP": 0.4}])
     assert open_run(run.folder).info == replace(run.info, status="finished")
@@ -67,7 +120,7 @@ def test_a_run_describes_itself(tmp_path: Path) -> None:
     assert {"mmcli", "python", "device", "seed", "packages", "git"} <= environment.keys()
 
 
-def test_an_existing_folder_is_replaced_only_by_force_and_only_if_a_run(tmp_path: Path) -> None:
+def test_force_replaces_a_folder_only_if_it_is_a_run(tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -142,9 +195,7 @@ def test_nobody_takes_a_folder_while_it_is_emptied(tmp_path: Path, monkeypatch: 
     assert read_info(out) == second.info != first.info
 
 
-def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_force_empties_a_run_behind_a_link_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, link, store = tmp_path / "real", tmp_path / "link", tmp_path / "store"
     options = {"label": "x", "runs": tmp_path, "device": "cpu", "force": True}
     store.mkdir()
@@ -156,7 +207,7 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
         old = start_run(make_info(), Config(), out=real, **options)
         (old.folder / "codes").mkdir()
         (old.folder / "codes" / "test.safetensors").write_text("old")
-        (old.folder / ".metrics.json.x1y2z3_4.tmp").write_text("half")
+        (old.folder / ".metrics.json.0a1b2c3d.host-1.tmp").write_text("half")
         if not (old.folder / "store").exists():
             (old.folder / "store").symlink_to(store, target_is_directory=True)
             (old.folder / "thesis.tex").write_text("years of work")
@@ -169,9 +220,7 @@ def test_force_empties_the_run_behind_a_link_or_around_us_and_nothing_else(
     assert (real / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_be_removed_stays_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path)
     (run.folder / "codes").mkdir()
     (run.folder / "codes" / "test.safetensors").touch()
@@ -189,9 +238,7 @@ def test_a_run_that_cannot_be_removed_is_one_line_and_still_a_run(
     assert (run.folder / "run.json").is_file()
 
 
-def test_the_mark_of_a_finished_run_is_written_after_its_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_marked_finished_after_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the two, the run must not pass for a finished one."""
 
     def killed(folder: Path, rows: object) -> None:
@@ -295,7 +342,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, error: 
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_the_environment_names_the_commit_of_this_code_from_wherever_it_runs(tmp_path, monkeypatch, repo) -> None:
+def test_the_environment_names_the_commit_of_this_code(tmp_path, monkeypatch, repo) -> None:
     monkeypatch.chdir(tmp_path)
     if not (repo / ".git").exists():
         pytest.skip("this copy is no clone")

@@ -18,9 +18,9 @@ from mmcli.pipeline.ablation.records import read_rows, write_rows
 from mmcli.pipeline.core.metrics_file import read_history, read_metrics
 from mmcli.pipeline.core.run import read_info
 from mmcli.pipeline.data.manifest import read_manifest
-from mmcli.pipeline.report.inputs import read_known
+from mmcli.pipeline.report.collect import read_finished_run
 from mmcli.pipeline.tagging.index_file import read_index
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 
 BROKEN = {
     "nothing": "",
@@ -136,7 +136,7 @@ def test_a_history_that_makes_no_sense_is_one_line(run: Path, line: str) -> None
     whole = path.read_text()
     path.write_text(f"{line}\n{whole}")
     with pytest.raises(InputError, match=r"damaged history: .*history\.jsonl, line [01]:"):
-        read_known(run)
+        read_finished_run(run)
     path.write_text(whole + line)  # what is still written has no end
     assert len(read_history(run)) == len(whole.splitlines())
 
@@ -147,7 +147,7 @@ def test_a_history_that_makes_no_sense_is_one_line(run: Path, line: str) -> None
 def test_captions_that_make_no_sense_are_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"bad captions: .*c\.jsonl, line 1"):
-        gather([], None, tmp_path / "c.jsonl")
+        read_requests([], None, tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("header", ["[" * 99999, "null", '{"format": "mmcli-index", "version": 1}', '{"a": NaN}'])
@@ -174,7 +174,7 @@ def test_codes_of_another_kind_are_one_line(run: Path) -> None:
             read_codes(run, "test")
 
 
-def test_parquet_with_rows_that_its_bytes_cannot_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_parquet_that_claims_too_many_rows_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     pq.write_table(pa.table({"image_id": pa.array(np.zeros(8_000_000, np.int64))}), path, compression="zstd")
     assert path.stat().st_size < 100_000

@@ -379,7 +379,7 @@ def linked(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("root", ["data", "link"])
 @pytest.mark.parametrize("folder", ["val2014", "train2014", "images/train2014"])
-def test_links_of_folders_are_followed_and_links_of_images_stay_inside(linked: Path, root: str, folder: str) -> None:
+def test_links_of_folders_are_followed_and_of_images_stay_inside(linked: Path, root: str, folder: str) -> None:
     """The data folder and its image folder may be links; nothing below them may lead out again."""
     data = linked / root
     for name in ("a.jpg", "in.jpg", "not-there.jpg"):

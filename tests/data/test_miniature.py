@@ -15,15 +15,14 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmcli.pipeline.data.coco import CATEGORIES
 from mmcli.pipeline.data.miniature import (
-    SYNONYMS,
-    THEME_SHARE,
-    THEMES,
+    VOCABULARY,
     draw_legend,
+    draw_pictogram,
     draw_scene,
     make_dataset,
+    read_pictograms,
     write_captions,
 )
-from mmcli.pipeline.data.pictograms import draw_pictogram, parse_pictograms
 from mmcli.pipeline.extraction.miniature_model import make_checkpoint, siglip_loss
 
 
@@ -120,7 +119,7 @@ def test_scenes_hold_none_to_six_objects_with_a_long_tail() -> None:
     assert 2.0 < sum(counts) / (3000 - lengths[0]) < 3.2
 
 
-def test_image_and_text_each_know_something_that_the_other_does_not() -> None:
+def test_image_and_text_each_know_what_the_other_does_not() -> None:
     rng = np.random.default_rng(0)
     things = [thing for _ in range(2000) for thing in draw_scene(rng).things]
     hidden = [thing for thing in things if thing.faint and thing.named]
@@ -129,14 +128,14 @@ def test_image_and_text_each_know_something_that_the_other_does_not() -> None:
     assert len(unsaid) > 0.2 * len(things)
 
 
-def test_captions_name_only_what_may_be_named_in_more_than_one_wording() -> None:
+def test_captions_name_only_what_may_be_named() -> None:
     rng = np.random.default_rng(0)
     wordings = set()
     for _ in range(300):
         scene = draw_scene(rng)
         captions = write_captions(scene, rng)
         named = {thing.name for thing in scene.things if thing.named}
-        words = {word for name in named for word in SYNONYMS.get(name, (name,))}
+        words = {word for name in named for word in VOCABULARY.synonyms.get(name, [name])}
         for caption in captions:
             text = f" {caption.lower().rstrip('.').replace(',', '')} "
             for category in ("zebra", "laptop", "pizza", "kite"):
@@ -148,15 +147,15 @@ def test_captions_name_only_what_may_be_named_in_more_than_one_wording() -> None
 def test_themes_are_made_of_real_categories() -> None:
     names = {category.name for category in CATEGORIES}
     assert len(names) == 80
-    assert abs(sum(THEME_SHARE) - 1) < 1e-9
-    assert len(THEME_SHARE) == len(THEMES)
-    in_themes = {name for classes, _, _ in THEMES.values() for name in classes.split(", ")}
+    themes = VOCABULARY.themes.values()
+    assert abs(sum(theme.share for theme in themes) - 1) < 1e-9
+    in_themes = {name for theme in themes for name in theme.objects}
     assert in_themes | {"person"} == names
-    assert set(SYNONYMS) <= names
+    assert set(VOCABULARY.synonyms) <= names
 
 
 def test_every_category_has_a_pictogram_of_its_own(tmp_path: Path) -> None:
-    parsed = parse_pictograms()
+    parsed = read_pictograms()
     assert set(parsed) == {category.name for category in CATEGORIES}
     tiles = {name: np.asarray(draw_pictogram(parts).resize((24, 24))).astype(float) for name, parts in parsed.items()}
     names = list(tiles)
@@ -219,7 +218,7 @@ def test_the_loss_is_siglips() -> None:
     assert float(siglip_loss(image, text, scale, bias)) == pytest.approx(slow / 5, rel=1e-5)
 
 
-def test_training_lowers_the_loss_and_a_seed_gives_one_checkpoint(miniature, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_follows_the_seed(miniature, tmp_path: Path) -> None:
     losses: list[float] = []
     for name in ("a", "b"):
         losses.clear()

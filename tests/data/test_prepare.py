@@ -124,7 +124,7 @@ def test_result_as_json_and_as_tables(data: Path) -> None:
     assert "3 captions beyond five" in " ".join(text.split())
 
 
-def test_out_elsewhere_leaves_the_data_folder_alone_and_changes_nothing_else(data: Path, tmp_path: Path) -> None:
+def test_out_elsewhere_leaves_the_data_folder_alone(data: Path, tmp_path: Path) -> None:
     before = sorted(data.rglob("*"))
     result = prepare(data, tmp_path / "new" / "out")
     assert result.path == tmp_path / "new" / "out" / "manifest.parquet"

@@ -22,12 +22,12 @@ from mmcli.pipeline.extraction.caption_tokens import CaptionTokenizer
 from mmcli.pipeline.extraction.encoder import Encoder, EncoderParts
 from mmcli.pipeline.extraction.images import Grid
 from mmcli.pipeline.extraction.shards import ShardJobs, Unreadable
-from mmcli.pipeline.finetuning.batches import Feed, TowerStep
-from mmcli.pipeline.finetuning.distributed import Team
+from mmcli.pipeline.finetuning.batches import TowerBatches, TowerStep
+from mmcli.pipeline.finetuning.distributed import ProcessGroup
 from mmcli.pipeline.finetuning.embeddings import LiveStore
 from mmcli.pipeline.finetuning.finetune import alikeness
 from mmcli.pipeline.finetuning.towers import Towers
-from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.loop import Hooks, fit
 from mmcli.pipeline.training.setup import draw_head
 
 transformers.logging.set_verbosity_error()
@@ -81,7 +81,7 @@ def encode(data: Path, model: Path, *, dtype: str, pin: bool = True, patches: in
             out, key, listing.table, width=encoder.width, shard_rows=32, batch_tokens=encoder.batch_tokens
         ) as writer:
             unreadable = Unreadable(data, listing.paths, "stop", encoder.spec)
-            jobs = ShardJobs(encoder, listing, writer, unreadable, workers=0, ahead=2, progress=Progress())
+            jobs = ShardJobs(encoder, listing, writer, unreadable, workers=0, progress=Progress())
             count("shard of images", lambda: jobs.encode_images(writer.missing("image")[:1]))
             count("shard of images again", lambda: jobs.encode_images(writer.missing("image")[:1]))
             count("shard of captions", lambda: jobs.encode_captions(writer.missing("text")[:1]))
@@ -112,7 +112,7 @@ def towers(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
 
 
 def base(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
-    """Towers of base size."""
+    """Cases with towers of base size."""
     return {
         "encode": partial(encode, data, model, dtype="bfloat16", patches=256),
         "last-2": partial(tune, data, model, "last-2", patches=256),
@@ -158,31 +158,32 @@ def tune(
         placed = on_gpu(parts, dtype)
         trained = Towers(placed, config.finetune)
         captions = 1 if "text" in trained.sides else 5
-        with LiveStore(listing, data, placed, config, captions=captions, team=Team(GPU), progress=Progress()) as store:
-            store.embed_images(np.arange(n), None)
-            store.embed_captions(np.arange(n), None)
+        with LiveStore(
+            listing, data, placed, config, captions=captions, group=ProcessGroup(GPU), progress=Progress()
+        ) as store:
+            store.embed("image", np.arange(n), quiet=True)
+            store.embed("text", np.arange(n), quiet=True)
             head = draw_head(config, width=store.encoder.width, device=GPU)
-            if hasattr(head, "fusion"):
-                head.fusion.fit_log_norms(store.whole.log_norms())
+            head.fit_log_norms(store.whole.log_norms())
 
             def look(_: Any) -> Result:
                 store.renew()
-                store.embed_images(np.arange(n), None)
+                store.embed("image", np.arange(n), quiet=True)
                 return {"val_mAP": 0.5, **alikeness(store.splits["val"])}
 
-            member = Member(head=head, seed=1, monitor=look, on_epoch=lambda *_: None)
+            hooks = Hooks(monitor=look, on_epoch=lambda *_: None)
             training = config.training
             each = {"batch_size": training.batch_size * training.accumulation_steps, "accumulation_steps": 1}
             batches = config.model_copy(update={"training": training.model_copy(update=each)})
-            make_step = partial(TowerStep, feed=Feed(trained, store, config))
+            make_step = partial(TowerStep, batches=TowerBatches(trained, store, config))
             with fake_cuda.steps_of(ledger) as steps, Progress().task("", 1) as task:
-                fit([member], store.splits["train"], batches, task=task, make_step=make_step)
+                fit(head, store.splits["train"], batches, hooks, task=task, make_step=make_step)
         left = [name for name, parameter in trained.trained.items() if parameter.grad is not None]
     return {"steps": steps, "faults": [*ledger.faults, *(f"a gradient is left of {name}" for name in left)]}
 
 
 def finetuning(data: Path, model: Path) -> dict[str, Callable[[], Result]]:
-    """Towers that are trained."""
+    """Cases whose towers are trained."""
     run = partial(tune, data, model)
     every = {"hardware.deterministic": True}
     return {

@@ -135,7 +135,7 @@ def test_other_data_is_refused_in_one_line(mmcli, tmp_path: Path, what: str, sai
     assert str(b) in err
 
 
-def test_runs_and_methods_that_are_not_there_are_refused_in_one_line(mmcli, tmp_path: Path) -> None:
+def test_missing_runs_and_methods_are_refused_in_one_line(mmcli, tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", *data())
     unfinished = make_run(tmp_path / "u", *data())
     record = json.loads((unfinished / "run.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
 from mmcli import InputError
-from mmcli.heads.bootstrap import interval, resample
+from mmcli.heads.bootstrap import RESAMPLES, interval, resample
 from mmcli.heads.metrics import evaluate
 from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.core.config import Config
@@ -51,7 +51,7 @@ def best_by_hand(s: np.ndarray, y: np.ndarray) -> float:
     return float(max(t for t, value in f1.items() if value > max(f1.values()) - 1e-12))
 
 
-def test_thresholds_per_class_are_vals_and_a_class_without_positive_keeps_the_overall_one() -> None:
+def test_thresholds_per_class_are_tuned_on_val() -> None:
     scores, labels = make(0)
     on_val, val = make(1)
     val[:, 2] = 0
@@ -110,9 +110,9 @@ def test_what_is_undefined_has_no_interval_and_is_counted() -> None:
 def test_with_intervals_changes_no_figure() -> None:
     scores, labels = make(0)
     row = {"method": "m", **evaluate(scores, labels)}
-    more = with_intervals(row, scores, labels, {"": 0.5}, n=50)
+    more = with_intervals(row, scores, labels, {"": 0.5})
     assert {key: more[key] for key in row} == row
-    assert more["n_resamples"] == 50
+    assert more["n_resamples"] == RESAMPLES
 
 
 @pytest.mark.parametrize("logits", [False, True])

@@ -13,7 +13,7 @@ from mmcli import InputError
 from mmcli.cache import Store
 from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.evaluation.prompts import TEMPLATES, read_prompts
-from mmcli.pipeline.evaluation.zero_shot import _own_patches
+from mmcli.pipeline.evaluation.zero_shot import _patches
 
 
 def store_of(folder: Path) -> Path:
@@ -131,7 +131,7 @@ def import_here(mmcli, here: Path, miniature, name: str, width: int | None = Non
     return here / "imported"
 
 
-def test_an_imported_store_is_scored_with_the_checkpoint_that_is_named(mmcli, here: Path, miniature) -> None:
+def test_an_imported_store_takes_the_checkpoint_that_is_named(mmcli, here: Path, miniature) -> None:
     imported = import_here(mmcli, here, miniature, "some-siglip")
     code, _, err = mmcli("zero-shot", "--store", imported, "--quiet")
     assert (code, err.count("\n")) == (2, 1)
@@ -179,5 +179,5 @@ def test_patches_of_a_fixed_checkpoint_are_its_own() -> None:
     class Dynamic:
         model_type = "siglip2"
 
-    assert _own_patches(Fixed) == 196
-    assert _own_patches(Dynamic) == 256
+    assert _patches(Fixed) == 196
+    assert _patches(Dynamic) == 256

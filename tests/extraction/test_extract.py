@@ -173,7 +173,7 @@ print(kills)
 """
 
 
-def test_killed_at_random_points_and_resumed_the_store_is_the_same(miniature, store: Store, tmp_path: Path) -> None:
+def test_killed_at_random_and_resumed_the_store_is_the_same(miniature, store: Store, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
     after = [0.0, *map(str, rng.uniform(0.0, 0.8, 3))]  # the first dies before it has written anything
@@ -187,7 +187,7 @@ def test_killed_at_random_points_and_resumed_the_store_is_the_same(miniature, st
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
 
 
-def test_a_flipped_byte_is_found_named_and_only_that_shard_redone(miniature, tmp_path: Path) -> None:
+def test_a_flipped_byte_is_named_and_only_that_shard_redone(miniature, tmp_path: Path) -> None:
     out = tmp_path / "store"
     run(miniature, out, shard_rows=16, batch_tokens=512)
     before = Store.open(out).load()
@@ -260,7 +260,7 @@ def test_no_checkpoint_is_one_line(name: str, part: str) -> None:
         Encoder.load(name, device=pick_device("cpu"))
 
 
-def test_a_checkpoint_that_is_not_siglip_or_has_pickled_weights_is_refused(miniature, tmp_path: Path) -> None:
+def test_other_models_and_pickled_weights_are_refused(miniature, tmp_path: Path) -> None:
     import json
     import shutil
 
@@ -278,7 +278,7 @@ def test_a_checkpoint_that_is_not_siglip_or_has_pickled_weights_is_refused(minia
         Encoder.load(str(other), device=pick_device("cpu"))
 
 
-def test_a_fixed_resolution_checkpoint_admits_only_its_own_budget(miniature, tmp_path: Path) -> None:
+def test_a_fixed_resolution_checkpoint_admits_only_its_budget(miniature, tmp_path: Path) -> None:
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
     text = {

@@ -93,7 +93,7 @@ def odd(miniature, tmp_path: Path) -> tuple[Path, list[str], list[str]]:
     return data, good, bad
 
 
-def test_bad_images_are_recorded_left_out_of_training_and_tried_again(miniature, odd, tmp_path: Path) -> None:
+def test_bad_images_are_recorded_left_out_and_tried_again(miniature, odd, tmp_path: Path) -> None:
     data, good, bad = odd
     paths = read_manifest(data / "manifest.parquet").paths
     result = run(miniature, tmp_path / "s", data=data, on_error="skip", shard_rows=5)
@@ -199,7 +199,7 @@ def test_stripes_account_for_what_others_skipped(miniature, odd, tmp_path: Path)
     assert verify(tmp_path / "s").ok
 
 
-def test_a_stripe_and_a_whole_extraction_keep_out_of_each_others_way(miniature, tmp_path: Path, monkeypatch) -> None:
+def test_a_stripe_and_a_whole_extraction_exclude_each_other(miniature, tmp_path: Path, monkeypatch) -> None:
     tried: list[str] = []
 
     def meanwhile(stripe: Stripe | None) -> str:
@@ -290,7 +290,7 @@ def test_no_memory_for_one_image_is_one_line(miniature, tmp_path: Path, monkeypa
         run(miniature, tmp_path / "s")
 
 
-def test_an_error_that_is_no_shortage_of_memory_is_not_taken_for_one(miniature, tmp_path: Path, monkeypatch) -> None:
+def test_other_errors_are_not_taken_for_a_memory_shortage(miniature, tmp_path: Path, monkeypatch) -> None:
     def broken(self, patches, grid):
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -364,7 +364,7 @@ def test_a_polite_signal_ends_with_130_and_one_line(miniature, tmp_path: Path, n
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_points_and_resumed_the_store_is_the_same(miniature, tmp_path: Path) -> None:
+def test_killed_fifty_times_and_resumed_the_store_is_the_same(miniature, tmp_path: Path) -> None:
     """By SIGKILL, SIGTERM and SIGINT in turn, anywhere between start and end."""
     process = start(miniature, tmp_path / "once")
     started = time.monotonic()

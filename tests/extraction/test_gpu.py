@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmcli.cache import Store
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.model import make_head
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
@@ -14,7 +15,7 @@ from mmcli.pipeline.extraction.encoder import Encoder
 from mmcli.pipeline.extraction.extract import ExtractPlan, extract_here
 from mmcli.pipeline.extraction.images import Grid
 from mmcli.pipeline.training.data import Split
-from mmcli.pipeline.training.loop import Member, fit
+from mmcli.pipeline.training.loop import Hooks, fit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +46,7 @@ def test_half_precision_on_a_gpu_points_as_float32_on_a_cpu_does(miniature, tmp_
     assert cosine(a.v_txt[real], b.v_txt[real]).min() > 0.9999
 
 
-def test_two_processes_on_the_gpus_of_this_machine_fill_one_store(miniature, tmp_path: Path) -> None:
+def test_two_processes_on_the_gpus_fill_one_store(miniature, tmp_path: Path) -> None:
     one, two = extracted(miniature, tmp_path / "a", "cuda:0"), extracted(miniature, tmp_path / "b", "cuda", processes=2)
     np.testing.assert_allclose(one.load().norm_img, two.load().norm_img, rtol=1e-2)
 
@@ -70,8 +71,8 @@ def test_a_full_gpu_halves_the_passes(miniature) -> None:
     np.testing.assert_allclose(halved, wanted, rtol=1e-2, atol=1e-2)
 
 
-def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, ...] = (42,), **options):
-    """Heads trained on made data, and the records of their epochs."""
+def trained(device: str, monkeypatch, *, graphs: bool = True, **options):
+    """A head trained on made data, and the losses of its epochs."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (400, 5)).astype(np.uint8)
     v = (labels @ rng.normal(size=(5, 12)) + 0.3 * rng.normal(size=(400, 12))).astype(np.float32)
@@ -88,36 +89,31 @@ def trained(device: str, monkeypatch, *, graphs: bool = True, seeds: tuple[int, 
             **options,
         }
     )
-    members = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        head = make_head("fusion", config.fusion, config.hash, config.classifier, width=12)
-        head.fit_statistics(split.v_img.cpu(), split.v_txt[:, 0].cpu())
-        members.append(
-            Member(head=head.to(place), seed=seed, monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: 0)
-        )
+    torch.manual_seed(1)
+    head = make_head("fusion", config.fusion, config.hash, config.classifier, width=12)
+    head.fit_log_norms(log_norms(split.v_img.cpu(), split.v_txt[:, 0].cpu()))
+    head.to(place)
     if not graphs:
         monkeypatch.setattr("mmcli.pipeline.training.step.WARM_UP", 10**9)
+    hooks = Hooks(monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: None)
     with Progress().task("", 1) as task:
-        results = fit(members, split, config, task=task)
-    return [member.head for member in members], [[r["loss"] for r in result.history] for result in results]
+        result = fit(head, split, config, hooks, task=task)
+    return head, [record["loss"] for record in result.history]
 
 
 @pytest.mark.parametrize("options", [{}, {"training.accumulation_steps": 2, "training.ema_decay": 0.9}])
 def test_a_step_replayed_as_a_graph_is_the_step(monkeypatch, options) -> None:
     replayed, eager = trained("cuda", monkeypatch, **options), trained("cuda", monkeypatch, graphs=False, **options)
-    assert replayed[1][0] == pytest.approx(eager[1][0], rel=1e-4)
-    on_cpu = trained("cpu", monkeypatch, **options)
-    assert replayed[1][0] == pytest.approx(on_cpu[1][0], rel=1e-3)
+    assert replayed[1] == pytest.approx(eager[1], rel=1e-4)
 
 
-def test_replicas_in_one_graph_are_the_runs_of_their_seeds(monkeypatch) -> None:
-    together = trained("cuda", monkeypatch, seeds=(1, 2, 3))
-    for seed, losses in zip((1, 2, 3), together[1], strict=True):
-        assert losses == pytest.approx(trained("cuda", monkeypatch, seeds=(seed,))[1][0], rel=1e-3)
+def test_without_dropout_a_gpu_trains_as_a_cpu_does(monkeypatch) -> None:
+    options = {"fusion.dropout": 0.0, "fusion.input_dropout": 0.0}
+    on_gpu, on_cpu = (trained(device, monkeypatch, **options)[1] for device in ("cuda", "cpu"))
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
 
 
 def test_half_precision_trains_on_a_gpu(monkeypatch) -> None:
     half = trained("cuda", monkeypatch, **{"training.mixed_precision": True})
-    assert half[1][0] == pytest.approx(trained("cuda", monkeypatch)[1][0], rel=0.05)
-    assert {parameter.dtype for parameter in half[0][0].parameters()} == {torch.float32}
+    assert half[1] == pytest.approx(trained("cuda", monkeypatch)[1], rel=0.05)
+    assert {parameter.dtype for parameter in half[0].parameters()} == {torch.float32}

@@ -238,6 +238,12 @@ def test_odd_chunks_of_a_png_do_not_matter(tmp_path: Path, make, behind: bool) -
         check(path, orientation)
 
 
+@pytest.mark.parametrize("more", [b"\n", b"1234567", b"12345678", b"text" * 9], ids=len)
+def test_bytes_behind_the_end_of_a_png_do_not_matter(tmp_path: Path, more: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(png(ODD_CHUNKS["large packed text"]()) + more)
+    check(tmp_path / "a.png")
+
+
 def tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
     """The picture as a plain TIFF with further entries."""
     shape = [

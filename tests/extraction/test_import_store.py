@@ -1,8 +1,6 @@
 """Embeddings made elsewhere: what is imported is what the files say, in every form they may have; what is wrong is one line."""
 
-import errno
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -162,25 +160,6 @@ def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dt
     result = source.run(source.folder / "img", source.folder / "txt")
     check(source, result, np.minimum(KEPT, 1) if form == "first" else KEPT, dtype)
     assert [path.name for path in (source.folder / "cache").iterdir()] == [result.store.name]  # no scratch is left
-
-
-@pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOSPC])
-def test_a_file_system_that_takes_no_room_beforehand(source, monkeypatch, number):
-    source.table("img/0.parquet", image_id=source.ids, v_img=lists(source.v_img, pa.float32()))
-    source.table("txt/0.parquet", image_id=source.ids, emb=lists(source.v_txt[:, 0], pa.float32()))
-
-    def refuse(handle: int, start: int, size: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    if number is None:
-        monkeypatch.delattr(os, "posix_fallocate")
-    else:
-        monkeypatch.setattr(os, "posix_fallocate", refuse)
-    if number == errno.ENOSPC:
-        with pytest.raises(InputError, match="No space left"):
-            source.run(source.folder / "img", source.folder / "txt")
-    else:
-        check(source, source.run(source.folder / "img", source.folder / "txt"), np.minimum(KEPT, 1), "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -529,7 +508,7 @@ def test_skipped_images_are_shown_and_left_out(mmcli, tmp_path, monkeypatch):
     skipped = [1, 2, 3, 4, 5, 6]
     source.v_img[skipped] = 0
     result = source.plain
-    monkeypatch.setattr("mmcli.pipeline.extraction.import_store.check_images", lambda *_: "x")
+    monkeypatch.setattr("mmcli.pipeline.extraction.import_store.Embedded.check", lambda *_: "x")
     original = StoreWriter.write_image
     monkeypatch.setattr(
         StoreWriter,

@@ -91,7 +91,7 @@ def test_pillow_turns_a_tiff_by_itself(tmp_path: Path, orientation: int) -> None
     assert image_size(path) == (image.height, image.width)
 
 
-def test_an_image_that_changes_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_changes_after_its_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture(64, 64).save(path)
     grid = NAFLEX.grid(*image_size(path))

@@ -36,7 +36,7 @@ def test_grids_come_in_the_order_of_first_appearance(grids, tokens) -> None:
     assert seen == list(dict.fromkeys(grid for grid in grids if grid is not None))
 
 
-def test_an_image_that_cannot_be_read_changes_no_other_grids_batches() -> None:
+def test_an_unreadable_image_changes_no_other_grid() -> None:
     a, b = Grid(2, 2), Grid(1, 3)
     whole = plan([a, b, a, b, b], tokens=8)
     less = plan([a, None, a, b, b], tokens=8)

@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -22,10 +21,8 @@ from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.extraction import ray_cluster
-from mmcli.pipeline.extraction import ray_engine as ray_actor
-from mmcli.pipeline.extraction.extract import ExtractPlan, extract
-from mmcli.pipeline.extraction.ray_engine import extract_on_ray
-from mmcli.pipeline.extraction.ray_reading import read_row
+from mmcli.pipeline.extraction.extract import ExtractPlan, Job, extract
+from mmcli.pipeline.extraction.ray_engine import EncodeShards, describe, extract_on_ray, read_shard
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -c constraints.txt -e '.[ray]'"
@@ -140,7 +137,7 @@ def killed(miniature, ray, spoiled: Path, tmp_path_factory):
 
 @needs_ray
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
-def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
+def test_an_actor_killed_within_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
     result, told = killed
     assert told["killed"] != os.getpid()
     assert "EncodeShards" in told["title"]
@@ -154,7 +151,7 @@ def test_an_actor_killed_in_the_middle_of_a_shard_changes_nothing(miniature, ray
 
 
 @needs_ray
-def test_images_that_cannot_be_read_are_left_out_with_their_reasons(miniature, killed, spoiled: Path) -> None:
+def test_unreadable_images_are_left_out_with_their_reasons(miniature, killed, spoiled: Path) -> None:
     result, _ = killed
     assert sorted(Store.open(result.store).skipped) == sorted(result.skipped) == [16, 17, 21]
     assert [said in result.skipped[row] for row, said in ((16, "no file"), (21, "damaged"))] == [True, True]
@@ -182,27 +179,20 @@ def test_a_stripe_resumes_and_keeps_what_is_whole(miniature, ray, tmp_path: Path
     assert verify(tmp_path / "s").ok
 
 
-@needs_ray
-def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ray_cluster.import_ray(), "get", lambda work: work)
-    plan = plan_of(miniature, tmp_path / "s", data=spoiled)
-    threads, listing = torch.get_num_threads(), read_manifest(spoiled / "manifest.parquet")
-    work = ray_actor.Work(
-        config=config_of(miniature), plan=plan, listing=listing, device="cpu", threads=threads, stripes=31
-    )
-    actor = ray_actor.EncodeShards(work)
-    spec = ray_actor.describe(work).spec
-    said = {}
+def test_an_actor_says_what_stops_it(miniature, spoiled, tmp_path: Path) -> None:
+    config, plan = config_of(miniature), plan_of(miniature, tmp_path / "s", data=spoiled)
+    facts = describe(config, plan, "cpu")
+    job = Job.create(config, plan, read_manifest(spoiled / "manifest.parquet"), facts)
+    shares = ray_cluster.Shares(device="cpu", actors=1, threads=torch.get_num_threads(), actor={}, reader={})
+    actor = EncodeShards(job, shares, 31)
+    refusals = {}
     for number in (0, 8, 10):
-        rows = slice(2 * number, 2 * number + 2)
-        row = read_row(
-            pa.table({"shard": [number], "paths": [listing.paths[rows]]}), data=spoiled, spec=spec, tokens=256
-        )
-        said[number] = ray_actor.Done.from_row(actor(row).to_pylist()[0]).refusal
-    assert said[0] is None
-    assert "no file" in said[8]
-    assert "damaged" in said[10]
-    assert "--on-error skip" in said[10]
+        paths = job.listing.paths[2 * number : 2 * number + 2]
+        refusals[number] = actor.encode(number, read_shard(number, paths, spoiled, facts.spec, 256)).refusal
+    assert refusals[0] is None
+    assert "no file" in str(refusals[8])
+    assert "damaged" in str(refusals[10])
+    assert "--on-error skip" in str(refusals[10])
     assert {path.name for path in (tmp_path / "s").glob("*.h5")} == {"image-00000.h5", "text-00000.h5"}
 
 

@@ -16,8 +16,14 @@ from transformers import (
 
 from mmcli.pipeline.extraction.encoder import tokens_of_a_pass
 from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, resize
-from mmcli.pipeline.extraction.towers import GRIDS_KEPT, ImageTower, PixelScale, TextTower, resize_positions
-from mmcli.pipeline.finetuning.towers import ImageSide
+from mmcli.pipeline.extraction.towers import (
+    GRIDS_KEPT,
+    ImageTower,
+    PixelScale,
+    TextTower,
+    TrainedPart,
+    resize_positions,
+)
 
 SCALE = PixelScale(factor=1 / 255, mean=(0.5, 0.4, 0.6), std=(0.5, 0.6, 0.4))
 STATISTICS = {"image_mean": list(SCALE.mean), "image_std": list(SCALE.std)}
@@ -59,7 +65,7 @@ def images(n: int, width: int, height: int) -> list[Image.Image]:
 
 
 def patches_of(pictures, grid: Grid, spec: PatchSpec) -> torch.Tensor:
-    return torch.from_numpy(np.stack([cut(resize(one, grid, spec), grid, spec.side) for one in pictures]))
+    return torch.from_numpy(np.stack([cut(resize(np.asarray(one), grid, spec), grid, spec.side) for one in pictures]))
 
 
 def relative(ours: torch.Tensor, plain: torch.Tensor) -> float:
@@ -101,7 +107,7 @@ def test_images_of_a_fixed_resolution_equal_the_reference(size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_texts_equal_the_reference_though_the_last_layer_is_cut_short(kind: str, shape: str) -> None:
+def test_texts_equal_the_reference_with_the_last_layer_cut(kind: str, shape: str) -> None:
     model = make(kind, shape)
     ids = torch.randint(0, 50, (5, 16), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -131,9 +137,9 @@ def test_pooling_scores_are_not_rounded_before_the_softmax(trained: bool) -> Non
     patches = patches_of(images(8, 128, 80), grid, spec)
     full = ImageTower(model.vision_model, SCALE, torch.float32)(patches, grid)
     if trained:
-        side = ImageSide(model.vision_model, SCALE, torch.float32, 1, checkpointing=False)
+        tower = ImageTower(model.vision_model, SCALE, torch.float32, TrainedPart(first_block=1))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            half = side([(patches, grid)])
+            half = tower(patches, grid)
     else:
         half = ImageTower(model.vision_model, SCALE, torch.bfloat16)(patches, grid)
     assert torch.cosine_similarity(full, half).min() > 0.994
@@ -167,11 +173,11 @@ def test_an_image_does_not_see_the_others_of_its_batch() -> None:
     assert relative(together, alone) < 1e-5
 
 
-def test_position_embeddings_are_kept_for_a_bounded_number_of_grids() -> None:
+def test_position_embeddings_of_few_grids_are_kept() -> None:
     tower = ImageTower(make("siglip2").vision_model, SCALE, torch.float32)
     for columns in range(1, GRIDS_KEPT + 10):
         tower(torch.zeros(1, columns, 192, dtype=torch.uint8), Grid(1, columns))
-    assert len(tower._kept) == GRIDS_KEPT
+    assert tower._positions.cache_info().currsize == GRIDS_KEPT
 
 
 @pytest.mark.parametrize(("cache", "wanted"), [(512 << 10, 1024), (2 << 20, 2048), (None, 1024)])

@@ -25,7 +25,7 @@ def scores(run: Path, method: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_last_2_and_full_improve_on_the_frozen_towers_they_begin_with(tmp_path: Path) -> None:
+def test_trained_towers_improve_on_the_frozen_ones(tmp_path: Path) -> None:
     """A head on frozen towers, then the towers too: mAP of neighbours and classifier, mean over seeds of the difference."""
     data = make_dataset(tmp_path / "data")
     prepare(data)

@@ -20,24 +20,24 @@ from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.data.manifest import read_manifest
 from mmcli.pipeline.extraction.encoder import Encoder
 from mmcli.pipeline.extraction.images import Grid, PatchSpec, cut, read_patches
-from mmcli.pipeline.finetuning.batches import LEAST, Feed, draw_views, flip
-from mmcli.pipeline.finetuning.distributed import Shards, Team, _buckets, _without_option, open_team
+from mmcli.pipeline.finetuning.batches import SMALLEST_SIDE, TowerBatches, draw_views, flip
+from mmcli.pipeline.finetuning.distributed import ProcessGroup, Shards, open_group
 from mmcli.pipeline.finetuning.embeddings import LiveStore
 from mmcli.pipeline.finetuning.memory import kept_bytes, plan_memory
-from mmcli.pipeline.finetuning.settings import settle_finetune, unfreeze_of
+from mmcli.pipeline.finetuning.settings import resolve_finetune, unfreeze_of
 from mmcli.pipeline.finetuning.towers import Towers
 from mmcli.pipeline.training.setup import draw_head
 
 
 @given(rows=st.lists(st.integers(0, 10**6), min_size=1, max_size=20, unique=True), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
-def test_views_are_of_the_aspect_ratio_and_of_seed_epoch_and_row_alone(rows: list[int], seed: int) -> None:
+def test_views_depend_on_seed_epoch_and_row_alone(rows: list[int], seed: int) -> None:
     views = draw_views(np.array(rows), seed=seed, epoch=3)
     for left, upper, right, lower in views.boxes:
         assert 0 <= left < right <= 1
         assert 0 <= upper < lower <= 1
         assert right - left == pytest.approx(lower - upper, abs=1e-9)
-        assert right - left >= LEAST - 1e-9
+        assert right - left >= SMALLEST_SIDE - 1e-9
     alone = draw_views(np.array(rows[-1:]), seed=seed, epoch=3)
     assert (alone.boxes[0], alone.mirrored[0]) == (views.boxes[-1], views.mirrored[-1])
     assert draw_views(np.array(rows), seed=seed, epoch=4).boxes != views.boxes
@@ -78,9 +78,9 @@ def test_what_a_graph_keeps_is_counted_once() -> None:
     assert counted[1] - counted[0] == 2 * 4000
 
 
-def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> None:
+def test_the_plan_counts_parameters_and_activations(miniature) -> None:
     config = load_config(options={"model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64})
-    planned = plan_memory(settle_finetune(config, unfreeze="last-1", towers="both", start=None), data=miniature.data)
+    planned = plan_memory(resolve_finetune(config, unfreeze="last-1", towers="both", start=None), data=miniature.data)
     parts = Encoder.parts(str(miniature.model), patches=64, device=torch.device("cpu"))
     towers = Towers(parts, FinetuneConfig(unfreeze="last-1"))
     trained = sum(one.numel() for one in towers.trained.values())
@@ -92,10 +92,17 @@ def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> N
     assert planned.fits
     record = json.loads(json.dumps(planned.to_json()))
     assert record["needs"][1]["checkpointing"] is True
-    image = plan_memory(settle_finetune(config, unfreeze="all", towers="image", start=None), data=miniature.data)
+    image = plan_memory(resolve_finetune(config, unfreeze="all", towers="image", start=None), data=miniature.data)
     assert (image.needs[0].caption_bytes, image.needs[0].image_bytes > off.image_bytes) == (0, True)
-    none = plan_memory(settle_finetune(config, unfreeze="none", towers="both", start=None), data=miniature.data)
+    none = plan_memory(resolve_finetune(config, unfreeze="none", towers="both", start=None), data=miniature.data)
     assert (none.needs, none.n_trained) == ((), head)
+
+
+def test_the_plan_has_the_memory_of_the_container(miniature, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcli.pipeline.finetuning.memory.free_memory", lambda: 1 << 20)
+    config = load_config(options={"model.siglip2_variant": str(miniature.model), "model.max_num_patches": 64})
+    planned = plan_memory(resolve_finetune(config, unfreeze="last-1"), data=miniature.data)
+    assert (planned.free_bytes, planned.fits) == (1 << 20, False)
 
 
 @pytest.mark.parametrize(
@@ -113,33 +120,23 @@ def test_the_plan_counts_parameters_and_checkpointing_keeps_less(miniature) -> N
 def test_what_is_unfrozen_follows_file_and_option(tree, option: str | None, wanted: str) -> None:
     config = load_config(options=tree)
     assert unfreeze_of(config, option) == wanted
-    settled = settle_finetune(config, unfreeze=wanted, towers="both", start=None)
+    settled = resolve_finetune(config, unfreeze=wanted, towers="both", start=None)
     assert settled.model.freeze_towers is (wanted == "none")
 
 
 def test_a_head_of_one_modality_takes_its_tower() -> None:
     config = load_config(options={"fusion.inputs": "image"})
-    assert settle_finetune(config, unfreeze="all", towers="both", start=None).finetune.towers == "image"
+    assert resolve_finetune(config, unfreeze="all", towers="both", start=None).finetune.towers == "image"
     with pytest.raises(InputError, match="does not read"):
-        settle_finetune(config, unfreeze="all", towers="text", start=None)
+        resolve_finetune(config, unfreeze="all", towers="text", start=None)
 
 
-def test_tensors_travel_in_buckets_and_every_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmcli.pipeline.finetuning.distributed.BUCKET", 10)
-    tensors = [
-        torch.zeros(n, dtype=d)
-        for n, d in ((4, torch.float32), (6, torch.float32), (1, torch.float32), (50, torch.float32), (2, torch.int64))
-    ]
-    buckets = _buckets(tensors)
-    assert [len(bucket) for bucket in buckets] == [2, 1, 1, 1]
-    assert [id(one) for bucket in buckets for one in bucket] == [id(one) for one in tensors]
-
-
-def test_the_team_of_one_is_this_process_and_the_words_of_many_lack_their_number() -> None:
-    with open_team("cpu") as team:
-        assert (team.size, team.first, team.tell("x")) == (1, True, "x")
-    words = ["finetune", "--num-processes", "2", "--epochs", "3", "--num-processes=4", "--json"]
-    assert _without_option(words) == ["finetune", "--epochs", "3", "--json"]
+def test_a_single_process_is_a_group_of_its_own() -> None:
+    with open_group("cpu") as group:
+        assert (group.size, group.is_first, group.broadcast_text("x"), group.maximum(3)) == (1, True, "x", 3)
+        summed = torch.ones(2)
+        group.all_reduce([summed])
+        assert summed.tolist() == [1.0, 1.0]
 
 
 def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
@@ -151,9 +148,9 @@ def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
-        shards = Shards(towers, Team(cpu), sharded=True)
+        shards = Shards(towers, ProcessGroup(cpu), sharded=True)
         side = towers.sides["image"]
-        made = side([(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))])
+        made = side(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))
         blocks = {name for name in towers.trained if name.startswith("vision_model.encoder.")}
         now = dict(towers.parts.model.named_parameters())
         assert blocks
@@ -178,7 +175,7 @@ def test_the_benchmark_times_both_ways(mmcli, miniature) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, parts: int) -> None:
+def test_a_step_has_the_gradient_of_one_graph(miniature, parts: int) -> None:
     """Sixteen images of several grids through the plain model, padded and masked, head and loss on top, one backward."""
     options = {
         "model.siglip2_variant": str(miniature.model),
@@ -199,14 +196,14 @@ def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, 
     plain_head = copy.deepcopy(head)
     at, caption = torch.arange(16), torch.arange(16) % 2
     with LiveStore(
-        listing, miniature.data, towers.parts, config, captions=1, team=Team(cpu), progress=Progress()
+        listing, miniature.data, towers.parts, config, captions=1, group=ProcessGroup(cpu), progress=Progress()
     ) as store:
-        train, feed = store.splits["train"], Feed(towers, store, config)
+        train, batches = store.splits["train"], TowerBatches(towers, store, config)
         rows = train.rows[at].numpy()
-        feed.begin(1, [rows])
-        v_img, v_txt, y = feed.embed(train, at, caption)
-        total_loss(config.loss, head(v_img, v_txt), y).total.backward()
-        feed.backward()
+        batches.begin(1, [rows])
+        v_img, v_txt, y = batches.embed(train, at, caption)
+        total_loss(config.loss, head(v_img, v_txt), y).loss.backward()
+        batches.backward()
     plain = Encoder.parts(str(miniature.model), patches=64, device=cpu).model
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in towers.trained)
@@ -216,7 +213,7 @@ def test_the_gradient_of_a_step_is_that_of_one_graph_of_transformers(miniature, 
     assert len({tuple(shape) for shape in pixels["spatial_shapes"].tolist()}) > 1
     ids = store.encoder.tokenize([listing.captions[row][which] for row, which in zip(rows, caption, strict=True)])
     made = plain.get_image_features(**pixels).pooler_output, plain.get_text_features(input_ids=ids).pooler_output
-    total_loss(config.loss, plain_head(*made), y).total.backward()
+    total_loss(config.loss, plain_head(*made), y).loss.backward()
     reference = dict(plain.named_parameters())
     for name, parameter in towers.trained.items():
         slope = reference[name].grad

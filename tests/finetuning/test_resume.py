@@ -79,7 +79,7 @@ def run_command(command: list[str], folder: Path) -> "subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("options", [("--unfreeze", "last-1"), ALL])
-def test_killed_in_the_middle_of_an_epoch_and_resumed_it_is_the_same_run(mmcli, miniature, tmp_path, options) -> None:
+def test_killed_in_an_epoch_and_resumed_it_is_the_same_run(mmcli, miniature, tmp_path, options) -> None:
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, *options]
     words += ["--batch-size", 4]
     assert mmcli(*words, "--out", "whole")[0] == 0
@@ -111,23 +111,23 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_it_is_the_same_run(mmcli, 
     assert (code, "finished already" in err) == (0, True)
 
 
-def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp_path, monkeypatch) -> None:
+def test_a_run_resumes_with_less_memory_and_the_same_batch(mmcli, miniature, tmp_path, monkeypatch) -> None:
     """A shortage is one line that says what helps; the run goes on with it, from what was kept."""
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 3]
     words += ["--unfreeze", "last-1", "--batch-size", 8, *SMOOTH]
     assert mmcli(*words, "--out", "whole")[0] == 0
-    from mmcli.pipeline.finetuning.batches import Feed
+    from mmcli.pipeline.finetuning.batches import TowerBatches
     from mmcli.pipeline.training import loop as trainer
 
-    backward, calls = Feed.backward, []
+    backward, calls = TowerBatches.backward, []
 
-    def short(feed: Feed) -> None:
-        calls.append(feed)
+    def short(batches: TowerBatches) -> None:
+        calls.append(batches)
         if len(calls) == 8:  # the third of five batches of the second epoch
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
-        backward(feed)
+        backward(batches)
 
-    monkeypatch.setattr(Feed, "backward", short)
+    monkeypatch.setattr(TowerBatches, "backward", short)
     monkeypatch.setattr(trainer, "KEEP_EVERY_S", 0)
     code, out, err = mmcli(*words, "--quiet", "--out", "short")
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_less_memory_and_the_same_batch(mmcli, miniature, tmp
     less = ("--batch-size", 4, "--accumulation", 2, "--gradient-checkpointing")
     code, _, err = mmcli("finetune", "--resume", "short", *less)
     assert code == 0, err
-    assert "going on after epoch 1" in err
+    assert "resuming after epoch 1" in err
     assert near(tmp_path / "short", tmp_path / "whole")
 
 
@@ -166,7 +166,7 @@ def test_two_processes_give_what_one_gives(mmcli, miniature, tmp_path, options) 
 
 
 @pytest.mark.slow
-def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniature, tmp_path) -> None:
+def test_sharded_towers_resume_on_any_number_of_processes(mmcli, miniature, tmp_path) -> None:
     """Both processes are killed after an epoch; two of them, or one that has all shards, end as if nothing had been."""
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, *SMOOTH, *SHARDED, "--epochs", 4]
     command = [sys.executable, "-m", "mmcli", *map(str, words), "--batch-size", "4", "--num-processes", "2", "--out"]
@@ -185,7 +185,7 @@ def test_sharded_towers_go_on_after_a_kill_and_in_one_process_too(mmcli, miniatu
     assert again.returncode == 0, again.stderr
     code, _, err = mmcli("finetune", "--resume", "alone")
     assert code == 0, err
-    assert "going on after epoch" in err
+    assert "resuming after epoch" in err
     for name in ("killed", "alone"):
         assert near(tmp_path / name, tmp_path / "whole"), name
         towers = [load_file(tmp_path / one / "towers" / "model.safetensors") for one in ("whole", name)]

@@ -19,7 +19,7 @@ from mmcli.pipeline.core.config import DataConfig, load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import codes_path
 from mmcli.pipeline.core.run import read_info
-from mmcli.pipeline.finetuning.distributed import Team, device_here, open_team
+from mmcli.pipeline.finetuning.distributed import Launch, ProcessGroup, device_here, open_group
 from mmcli.pipeline.finetuning.embeddings import refuse_unreadable
 from mmcli.pipeline.finetuning.finetune import LiveMonitor
 from mmcli.pipeline.finetuning.setup import refuse_seen
@@ -36,7 +36,7 @@ def change_record(run: Path, **changes: str) -> None:
     (run / "run.json").write_text(json.dumps(record | changes))
 
 
-def test_a_head_is_not_tested_on_images_that_it_was_trained_on(mmcli, miniature, here) -> None:
+def test_a_head_is_not_tested_on_its_train_images(mmcli, miniature, here) -> None:
     """A protocol or a manifest that moves train images of the run to test or val is refused, and so without codes."""
     run = next((here / "runs").iterdir())
     words = ("finetune", "--quiet", "--from", run, "--device", "cpu", "--epochs", 1, "--workers", 0, "--out", "runs/no")
@@ -81,7 +81,7 @@ def test_what_the_run_itself_began_with_has_seen_images_too(here) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_image_that_is_none_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
+def test_a_broken_image_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
     data = shutil.copytree(miniature.data, tmp_path / "data")
     image = next(one for one in json.loads((data / "dataset_coco.json").read_text())["images"] if one["split"] == split)
     file = data / image["filepath"] / image["filename"]
@@ -99,7 +99,7 @@ def test_how_many_images_are_like_it_is_said() -> None:
         refuse_unreadable({3: "cannot read an image; replace the file", 4: "", 5: ""})
 
 
-def test_a_run_that_goes_on_is_planned_or_shown_without_being_trained(mmcli, here) -> None:
+def test_a_resumed_run_is_shown_without_being_trained(mmcli, here) -> None:
     run = next((here / "runs").iterdir())
     change_record(run, kind="finetune", status="interrupted")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -125,14 +125,14 @@ def test_a_run_that_goes_on_is_planned_or_shown_without_being_trained(mmcli, her
         (("--batch-size", 1, "--accumulation", 1), "another batch"),
     ],
 )
-def test_a_run_goes_on_with_values_that_a_configuration_may_have(mmcli, here, words, said: str) -> None:
+def test_a_run_resumes_with_values_that_it_may_have(mmcli, here, words, said: str) -> None:
     run = next((here / "runs").iterdir())
     change_record(run, kind="finetune", status="interrupted")
     code, out, err = mmcli("finetune", "--quiet", "--resume", run, *words)
     assert (code, out, err.count("\n"), said in err) == (2, "", 1, True), err
 
 
-def test_a_run_goes_on_where_its_device_is_not(mmcli, miniature, tmp_path: Path) -> None:
+def test_a_run_resumes_where_its_device_is_not(mmcli, miniature, tmp_path: Path) -> None:
     words = ("--data", miniature.data, "--model", miniature.model, *WORDS, "--unfreeze", "none", "--epochs", 1)
     assert mmcli("finetune", *words, "--out", "run")[0] == 0
     run, text = tmp_path / "run", (tmp_path / "run" / "config.yaml").read_text()
@@ -171,16 +171,14 @@ def test_two_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     launched(monkeypatch, WORLD_SIZE="6", LOCAL_WORLD_SIZE="3")
     for device in ("auto", "cuda"):
-        with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_team(device):
+        with pytest.raises(InputError, match=r"3 processes, 2 GPUs.*--num-processes 2"), open_group(device):
             pass
 
 
-class Second(Team):
+class Second(ProcessGroup):
     """The second of two processes, as a broadcast finds it: what the first has is 0.25 everywhere."""
 
-    rank, size = 1, 2
-
-    def broadcast_(self, tensors) -> None:
+    def broadcast(self, tensors) -> None:
         for tensor in tensors:
             tensor.detach().fill_(0.25)
 
@@ -190,13 +188,13 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
     """Else a rounding could let one of them stop, or take another epoch for the best, and the others would wait."""
     trained, looked_at = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3)
     local = {"whole": torch.nn.Parameter(torch.ones(2)), "part": torch.ones(2)}
-    nothing = SimpleNamespace(gather=lambda: None, scatter=lambda: None)
-    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part", **vars(nothing))
+    shards = SimpleNamespace(local=local, is_part=lambda name: name == "part")
     val = SimpleNamespace(v_img=torch.rand(4, 3), v_txt=torch.rand(4, 2, 3), rows=torch.arange(4))
-    store = SimpleNamespace(splits={"val": val}, renew=lambda: None, embed_images=lambda rows, title: None)
+    store = SimpleNamespace(splits={"val": val})
     config = load_config()
-    team = Second(torch.device("cpu"))
-    live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, team=team, config=config)
+    group = Second(torch.device("cpu"), Launch(rank=1, size=2))
+    live = SimpleNamespace(store=store, towers=SimpleNamespace(sides=sides), shards=shards, group=group, config=config)
+    live.embed = lambda rows, quiet: None
 
     def inner(head) -> dict[str, float]:
         assert head is looked_at
@@ -218,8 +216,8 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
 # A process whose val mAP falls where the first one's rises; with the patience of one epoch it would stop by itself.
 UNLIKE = """
 import os
-from mmcli.pipeline import monitor, trainer
-trainer.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
+from mmcli.pipeline.training import loop, monitor
+loop.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
 def look(self, head):
     calls.append(head)
     return {"val_mAP": 0.5 + (-0.01 if rank else 0.01) * len(calls)}
@@ -230,7 +228,7 @@ main()
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_where_one_sees_another_val_map(miniature, tmp_path: Path) -> None:
+def test_two_processes_stop_together(miniature, tmp_path: Path) -> None:
     words = ["finetune", "--data", miniature.data, "--model", miniature.model, *WORDS, "--epochs", 4, "--patience", 1]
     words = [sys.executable, "-c", UNLIKE, *words, "--unfreeze", "last-1", "--out", "run"]
     with socket.socket() as free:

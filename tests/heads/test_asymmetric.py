@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.heads import asymmetric
+from mmcli.heads import neighbours
 from mmcli.heads.asymmetric import EXACT, whole_weights
 from mmcli.heads.knn import build_index
 
@@ -34,7 +34,7 @@ def threads(request):
 
 @pytest.mark.parametrize("margins", [(32, 1024), (1, 2)])  # the second: straight to looking at every row
 def test_order_is_similarity_then_index_where_nearly_all_ties(monkeypatch, margins, threads) -> None:
-    monkeypatch.setattr(asymmetric, "MARGINS", margins)
+    monkeypatch.setattr(neighbours, "MARGINS", margins)
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, (30, 4), np.uint8)[rng.integers(0, 30, 2500)]  # some 80 of each
     soft = rng.normal(size=(12, 32)).astype(np.float32)
@@ -49,7 +49,7 @@ def test_order_is_similarity_then_index_where_nearly_all_ties(monkeypatch, margi
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.sampled_from([1, 4, 8, 9, 16, 64]), st.data())
-def test_similarity_is_the_cosine_of_the_soft_query_with_the_hard_code(seed: int, n: int, width: int, data) -> None:
+def test_similarity_is_the_cosine_of_soft_query_and_hard_code(seed: int, n: int, width: int, data) -> None:
     rng = np.random.default_rng(seed)
     packed = rng.integers(0, 256, (n, width), dtype=np.uint8)
     soft = np.tanh(3 * rng.normal(size=(5, 8 * width))).astype(np.float32)
@@ -89,6 +89,6 @@ def test_the_index_keeps_bits_alone() -> None:
     with pytest.raises(InputError, match="no packed codes"):
         build_index("asymmetric", soft=np.zeros((3, 4), np.float32))
     with pytest.raises(InputError, match="an index of Hamming distances"):
-        build_index("asymmetric", packed=packed, kind="hnsw")
+        build_index("asymmetric", packed=packed, kind="torch")
     with pytest.raises(InputError, match="K is larger"):
         build_index("asymmetric", packed=packed).search(soft=np.ones((1, 64), np.float32), K=101)

@@ -98,7 +98,6 @@ def test_what_is_undefined_is_left_out_and_counted() -> None:
 
 def test_the_interval_is_of_percentiles() -> None:
     assert interval(np.arange(1001.0))[:2] == pytest.approx((25.0, 975.0))
-    assert interval(np.arange(1001.0), level=0.5)[:2] == pytest.approx((250.0, 750.0))
 
 
 def test_the_interval_holds_the_figure_where_classes_are_rare() -> None:
@@ -129,7 +128,7 @@ def test_p_by_hand() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_where_p_is_below_5_percent_the_interval_leaves_out_zero(seed: int) -> None:
+def test_the_interval_leaves_out_zero_where_p_is_below_0_05(seed: int) -> None:
     rng = np.random.default_rng(seed)
     found = difference(rng.normal(rng.uniform(-3, 3), 1, 1000), np.zeros(1000))
     assert found.p >= 0.05 or found.low > 0 or found.high < 0
@@ -211,7 +210,7 @@ def test_the_mean_over_classes_is_the_resampled_mAP(case) -> None:
         assert whole[r] == pytest.approx(wanted, abs=1e-12, nan_ok=True)
 
 
-def test_a_difference_of_means_over_seeds_is_paired_in_images_and_not_in_seeds() -> None:
+def test_means_over_seeds_are_paired_in_images_alone() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(size=400)  # what every seed of both finds hard in a resample
     a = [hard + 0.3 + 0.01 * rng.normal(size=400) for _ in range(3)]

@@ -43,7 +43,7 @@ def test_zero_is_finite_and_shapes_go_through() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32_also_under_autocast(dtype: torch.dtype) -> None:
+def test_half_precision_is_decomposed_in_float32(dtype: torch.dtype) -> None:
     v = torch.full((1, 768), 30.0, dtype=dtype)  # its sum of squares overflows float16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         d, m = decompose(v)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcli import InputError
-from mmcli.heads import cosine, knn
+from mmcli.heads import knn, neighbours
 from mmcli.heads.cosine import normalise
 from mmcli.heads.knn import Neighbours, build_index
 
@@ -59,7 +59,7 @@ def threads():
 
 @pytest.mark.parametrize("counting_bytes", [0, knn.COUNTING_BYTES])  # 0: the heap
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_hamming_order_is_distance_then_index_where_nearly_all_ties(
+def test_hamming_order_is_distance_then_index_among_ties(
     monkeypatch: pytest.MonkeyPatch, threads, counting_bytes: int, n_threads: int
 ) -> None:
     """8 bits, 5,000 rows: some twenty rows for every code, so that K always ends within a tie."""
@@ -108,7 +108,7 @@ def test_hamming_equals_the_reference(seed: int, n: int, n_queries: int, width: 
 
 @pytest.mark.parametrize("margins", [(32, 1024), (1, 2)])  # the second: straight to looking at every row
 def test_cosine_order_is_similarity_then_index_with_equal_rows(monkeypatch: pytest.MonkeyPatch, margins) -> None:
-    monkeypatch.setattr(cosine, "MARGINS", margins)
+    monkeypatch.setattr(neighbours, "MARGINS", margins)
     rng = np.random.default_rng(0)
     distinct = rng.normal(size=(40, 24)).astype(np.float32)
     soft = distinct[rng.integers(0, 40, 3001)]  # some 75 of each
@@ -249,7 +249,7 @@ def test_spec10_3_an_index_takes_an_eighth_of_a_byte_a_bit() -> None:
     assert len(build_index("hybrid", packed=packed, soft=soft)) == 100
 
 
-def test_spec10_4_distance_is_differing_bits_and_similarity_what_is_left() -> None:
+def test_spec10_4_distance_counts_differing_bits() -> None:
     codes = np.array([[0b0000_0000], [0b1111_1111], [0b0000_0111]], np.uint8)
     found = build_index("hamming", packed=codes).search(packed=codes[:1], K=3)
     assert found.index.tolist() == [[0, 2, 1]]

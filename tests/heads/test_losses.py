@@ -73,7 +73,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(gamma: float) -> None:
         assert value > 100  # the two confident mistakes count
 
 
-def test_balanced_weights_rise_as_classes_get_rarer_and_stay_below_the_cap() -> None:
+def test_balanced_weights_rise_for_rare_classes_up_to_the_cap() -> None:
     counts = torch.tensor([61377, 11753, 1000, 203, 0, 113287])
     weights = class_balanced_weights(counts, 113287)
     for weight, n in zip(weights.tolist()[:4], [61377, 11753, 1000, 203], strict=True):
@@ -150,7 +150,7 @@ def test_total_is_the_weighted_sum() -> None:
     hashed = quant + 0.5 * balance + 0.25 * decorr
     assert float(terms.hash) == pytest.approx(float(hashed))
     wanted = 0.7 * bce_loss(output.logits, y) + 1.3 * cosine_loss(output.d_img, output.d_txt) + 0.2 * hashed
-    assert float(terms.total) == pytest.approx(float(wanted))
+    assert float(terms.loss) == pytest.approx(float(wanted))
     assert [float(terms.bce), float(terms.cosine)] == pytest.approx(
         [float(bce_loss(output.logits, y)), float(cosine_loss(output.d_img, output.d_txt))]
     )
@@ -167,28 +167,28 @@ def test_variants_reach_the_sum() -> None:
 def test_without_hash_terms(replace: dict[str, Any]) -> None:
     terms = total_loss(LossConfig(hash_weight=5.0), make_output(**replace), make_batch(0)[1])
     assert (terms.hash, terms.quant, terms.balance, terms.decorr) == (None, None, None, None)
-    assert float(terms.total) == pytest.approx(float(terms.bce + terms.cosine))
+    assert float(terms.loss) == pytest.approx(float(terms.bce + terms.cosine))
 
 
 def test_terms_of_weight_zero_are_logged_but_give_no_gradient() -> None:
     h = make_codes(0, 7, 8).requires_grad_()
     x = make_batch(0)[0].requires_grad_()
     terms = total_loss(LossConfig(hash_weight=0.0, cosine_weight=0.0), make_output(h=h, logits=x), make_batch(0)[1])
-    terms.total.backward()
+    terms.loss.backward()
     assert h.grad is None
     assert x.grad is not None
     assert terms.hash > 0
-    assert torch.equal(terms.total, terms.bce)
+    assert torch.equal(terms.loss, terms.bce)
 
 
-def test_a_head_of_one_modality_learns_nothing_from_the_cosine_term() -> None:
+def test_one_modality_learns_nothing_from_the_cosine_term() -> None:
     """Its adapter would be trained with the other modality; the value is logged all the same."""
     plain = make_output()
     output = plain._replace(d_img=plain.d_img.clone().requires_grad_(), logits=plain.logits.clone().requires_grad_())
     for both in (True, False):
         terms = total_loss(LossConfig(hash_weight=0.0), output._replace(both=both), make_batch(0)[1])
-        terms.total.backward()
-        total, bce, cosine = (term.item() for term in (terms.total, terms.bce, terms.cosine))
+        terms.loss.backward()
+        total, bce, cosine = (term.item() for term in (terms.loss, terms.bce, terms.cosine))
         assert cosine == pytest.approx(cosine_loss(plain.d_img, plain.d_txt).item())
         assert (output.d_img.grad is not None) == both
         assert total == pytest.approx(bce + both * cosine)
@@ -198,7 +198,7 @@ def test_a_head_of_one_modality_learns_nothing_from_the_cosine_term() -> None:
 def test_the_baseline_has_the_first_term_alone() -> None:
     terms = total_loss(LossConfig(), make_output(h=None, d_img=None, d_txt=None), make_batch(0)[1])
     assert terms.cosine is None
-    assert float(terms.total) == float(terms.bce)
+    assert float(terms.loss) == float(terms.bce)
 
 
 def test_terms_are_float32_under_autocast() -> None:
@@ -266,7 +266,7 @@ def test_asymmetric_without_shift_is_focal_without_alpha(seed: int, gamma: float
 
 @pytest.mark.parametrize("neg", [0.0, 0.5, 4.0])
 @pytest.mark.parametrize("shift", [0.0, 0.05])
-def test_asymmetric_is_finite_at_extremes_and_easy_negatives_count_nothing(neg: float, shift: float) -> None:
+def test_asymmetric_is_finite_and_easy_negatives_count_nothing(neg: float, shift: float) -> None:
     y = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     x = torch.tensor([[1e4, -1e4, -1e4, 1e4]], requires_grad=True)
     value = asymmetric_loss(x, y, gamma_neg=neg, shift=shift)
@@ -286,7 +286,7 @@ def test_training_classifiers_reach_the_sum() -> None:
     nested = (bce_loss(short, y) + bce_loss(whole, y)) / 2
     assert float(terms.fused) == pytest.approx(float(bce_loss(fused, y)))
     assert float(terms.nested) == pytest.approx(float(nested))
-    assert float(terms.total) == pytest.approx(float(terms.bce + 0.5 * terms.fused + 0.25 * nested))
+    assert float(terms.loss) == pytest.approx(float(terms.bce + 0.5 * terms.fused + 0.25 * nested))
     lone = total_loss(config, make_output(), y)
     assert lone.fused is None
     assert lone.nested is None

@@ -19,8 +19,6 @@ from mmcli.heads.metrics import (
     evaluate,
     mean_average_precision,
     per_class,
-    precision_recall_at,
-    sample_average_precision,
     tune_thresholds,
 )
 
@@ -55,10 +53,10 @@ def test_average_precision_is_scikit_learns(case) -> None:
 
 
 @given(cases)
-def test_sample_average_precision_is_the_mean_over_images_with_a_label(case) -> None:
+def test_map_sample_is_the_mean_over_images_with_a_label(case) -> None:
     scores, labels = make_case(case)
     each = [sk.average_precision_score(y, s) for y, s in zip(labels, scores, strict=True) if y.any()]
-    got = sample_average_precision(scores, labels)
+    got = evaluate(scores, labels)["mAP_sample"]
     assert got == pytest.approx(np.mean(each), abs=1e-12) if each else math.isnan(got)
 
 
@@ -86,7 +84,8 @@ def test_constant_scores_give_the_prior() -> None:
 def test_precision_and_recall_at_k_equal_the_loop(case) -> None:
     scores, labels = make_case(case)
     C = labels.shape[1]
-    for K, got in precision_recall_at(scores, labels).items():
+    got = evaluate(scores, labels)
+    for K in (1, 3, 5, 10):
         P, R, best_P, best_R = [], [], [], []
         for s, y in zip(scores.tolist(), labels.tolist(), strict=True):
             top = sorted(range(C), key=lambda c: (-s[c], c))[:K]
@@ -96,17 +95,16 @@ def test_precision_and_recall_at_k_equal_the_loop(case) -> None:
             if tags:
                 R.append(hits / tags)
                 best_R.append(min(K, tags) / tags)
-        assert got.precision == pytest.approx(np.mean(P))
-        assert got.precision_ceiling == pytest.approx(np.mean(best_P))
+        assert got[f"P@{K}"] == pytest.approx(np.mean(P))
+        assert got[f"P@{K}_ceiling"] == pytest.approx(np.mean(best_P))
         if R:
-            assert got.recall == pytest.approx(np.mean(R))
-            assert got.recall_ceiling == pytest.approx(np.mean(best_R))
+            assert got[f"R@{K}"] == pytest.approx(np.mean(R))
+            assert got[f"R@{K}_ceiling"] == pytest.approx(np.mean(best_R))
         else:
-            assert math.isnan(got.recall)
-    reached = precision_recall_at(labels.astype(float), labels)
-    for at in reached.values():
-        assert at.precision == pytest.approx(at.precision_ceiling)
-        assert at.recall == pytest.approx(at.recall_ceiling, nan_ok=True)
+            assert math.isnan(got[f"R@{K}"])
+    reached = evaluate(labels.astype(float), labels)
+    for key in [f"{letter}@{K}" for letter in "PR" for K in (1, 3, 5, 10)]:
+        assert reached[key] == pytest.approx(reached[f"{key}_ceiling"], nan_ok=True)
 
 
 def slow_cp_cr(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -290,7 +288,7 @@ def test_dtypes_do_not_matter(scores_dtype, labels_dtype) -> None:
 def test_scores_that_are_no_numbers_are_named(bad: float) -> None:
     scores, labels = make_case((0, 10, 5, 4))
     scores[3, 2] = bad
-    for metric in (evaluate, average_precision, mean_average_precision, best_threshold, per_class, precision_recall_at):
+    for metric in (evaluate, average_precision, mean_average_precision, best_threshold, per_class):
         with pytest.raises(ValueError, match="image 3, class 2"):
             metric(scores, labels)
 
@@ -315,7 +313,7 @@ def test_no_loop_over_images(count_calls) -> None:
 
 
 @pytest.mark.realdata
-def test_spec10_11_precision_at_5_on_karpathy_test_has_a_ceiling_just_above_one_half(realdata: Path) -> None:
+def test_spec10_11_the_ceiling_of_p_at_5_on_karpathy_test(realdata: Path) -> None:
     """With 2.8 tags an image; the labels at hand lack some positives, so the last digit is theirs."""
     stored = np.load(realdata / "full" / "labels.npz")
     ids = json.loads(gzip.decompress((realdata / "full" / "karpathy_ids.json.gz").read_bytes()))["test"]

@@ -1,4 +1,4 @@
-"""Mixtures against a loop, alone and for replicas side by side."""
+"""Mixtures against a loop."""
 
 import pytest
 import torch
@@ -19,15 +19,6 @@ def test_mixtures_equal_the_loop(seed: int, n: int) -> None:
             torch.testing.assert_close(got[row], wanted)
         assert got.min() >= one.min() - 1e-6
         assert got.max() <= one.max() + 1e-6
-
-
-def test_replicas_mix_as_each_alone() -> None:
-    batch, share = tuple(torch.rand(2, 5, width) for width in (4, 4, 3)), torch.rand(2, 5)
-    together = mix_batch(batch, share)
-    for place in range(2):
-        alone = mix_batch(tuple(one[place] for one in batch), share[place])
-        for got, wanted in zip(together, alone, strict=True):
-            assert torch.equal(got[place], wanted)
 
 
 def test_shares_are_uniform_and_not_those_of_the_mixed_images() -> None:

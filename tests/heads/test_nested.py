@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli.heads.config import ClassifierConfig, FusionConfig, HashConfig, LossConfig
-from mmcli.heads.hashing import HashLayer, binarise, pack_codes, unpack_codes
+from mmcli.heads.hashing import HashLayer, binarise, pack_codes
 from mmcli.heads.losses import total_loss
 from mmcli.heads.model import Head
 
@@ -18,7 +18,7 @@ def make(seed: int = 0, **hashed: object) -> Head:
     return Head(fusion, HashConfig(**{"bits": 24, **hashed}), ClassifierConfig(num_classes=3), width=6)
 
 
-def test_the_slope_rises_with_progress_and_stays_in_the_checkpoint() -> None:
+def test_the_slope_rises_and_stays_in_the_checkpoint() -> None:
     layer, z = HashLayer(HashConfig(bits=8, beta=5.0, batch_norm=False), 4), torch.randn(6, 4)
     u, place = layer.linear(z), layer.beta.data_ptr()
     for progress, beta in ((0.0, 1.0), (0.5, 3.0), (1.0, 5.0)):
@@ -62,10 +62,9 @@ def test_a_prefix_of_a_packed_code_is_the_packed_prefix(seed: int, length: int) 
     b = binarise(np.random.default_rng(seed).normal(size=(5, 24)))
     packed = pack_codes(b)
     np.testing.assert_array_equal(packed[:, : length // 8], pack_codes(b[:, :length]))
-    np.testing.assert_array_equal(unpack_codes(packed[:, : length // 8], length), b[:, :length])
 
 
-def test_training_classifiers_read_what_they_should_and_rest_in_evaluation() -> None:
+def test_training_classifiers_rest_in_evaluation() -> None:
     head, v = make(nested=(8, 16), fused_classifier=True), torch.randn(7, 6)
     output = head.train()(v, v)
     torch.testing.assert_close(output.fused_logits, head.fused_classifier(output.z))
@@ -80,7 +79,7 @@ def test_training_classifiers_read_what_they_should_and_rest_in_evaluation() -> 
     assert plain.prefix_logits == ()
 
 
-def test_a_prefix_trains_its_bits_alone_and_has_the_gradient_of_the_soft_code() -> None:
+def test_a_prefix_trains_its_bits_alone() -> None:
     head, v = make(nested=(8,), batch_norm=False), torch.randn(7, 6)
     short = head.train()(v, v).prefix_logits[0]
     short.sum().backward()
@@ -97,7 +96,7 @@ def test_every_parameter_is_in_one_group_and_is_trained() -> None:
     head, v = make(nested=(8,), fused_classifier=True), torch.randn(7, 6)
     grouped = [id(parameter) for group in head.parameter_groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in head.parameters())
-    total_loss(LossConfig(), head.train()(v, v), torch.ones(7, 3)).total.backward()
+    total_loss(LossConfig(), head.train()(v, v), torch.ones(7, 3)).loss.backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
@@ -119,7 +118,7 @@ def test_a_short_prefix_learns_as_a_code_of_its_own() -> None:
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        total_loss(LossConfig(hash_weight=0.0), head(v, v), y).total.backward()
+        total_loss(LossConfig(hash_weight=0.0), head(v, v), y).loss.backward()
         optimizer.step()
     code = binarise(head.eval()(v, v).h[:, :8]).float()
     likeness = (code @ code.T).fill_diagonal_(-99)

@@ -16,7 +16,7 @@ from mmcli.pipeline.core.results import Codes, write_codes
 from mmcli.pipeline.core.run import Run, RunInfo, finish_run, now, start_run
 from mmcli.pipeline.data.manifest import Manifest, write_manifest
 from mmcli.pipeline.evaluation.metrics import classifier_row, metrics_row, write_scores
-from mmcli.pipeline.evaluation.search import Searcher
+from mmcli.pipeline.evaluation.search import Evaluated, NeighbourSearch
 
 NAMES = ("person", "<b>cat</b>", "a|b", "$x_1$ & 50%", "`dog`", "quo\"te'd", "plain")
 SCRIPT = "<script>window.pwned = 1</script>"
@@ -136,8 +136,8 @@ def _write_run(kit: Kit, ids, labels, sha256: str, *, norms: bool) -> None:
 
 def knn_row(run: Run, codes, knn) -> dict:
     """What ``knn-eval`` writes, as far as a report reads it."""
-    searcher = Searcher(codes["train"], knn)
-    test, val = (searcher.score(searcher.find(codes[split], knn.K), knn) for split in ("test", "val"))
+    evaluated = Evaluated(base=codes["train"], val=codes["val"], query=codes["test"], split="test")
+    test, val, _ = NeighbourSearch(evaluated, [knn]).vote(knn)
     write_scores(run.folder, "knn", "test", codes["test"].image_id, test)
     row = metrics_row("knn", "test", test, codes["test"].labels, tuned_on=(val, codes["val"].labels))
     return row | {

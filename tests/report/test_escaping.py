@@ -13,11 +13,9 @@ from mmcli import InputError
 from mmcli.pipeline.core.files import command
 from mmcli.pipeline.core.run import mark, open_run, read_info
 from mmcli.pipeline.evaluation.compare import compare
-from mmcli.pipeline.report.document import Cell, Column, Commands, Document, Gap, Section, Table, Text, text_cells
-from mmcli.pipeline.report.html import to_html
-from mmcli.pipeline.report.latex import to_latex
+from mmcli.pipeline.report.document import Cell, Commands, Document, Section, Table, Text
 from mmcli.pipeline.report.plots import SERIES, draw, for_page
-from mmcli.pipeline.report.render import to_markdown
+from mmcli.pipeline.report.render import to_html, to_latex, to_markdown
 
 NAMES = (
     "</td><script>alert(1)</script>",
@@ -67,13 +65,13 @@ class Cells(HTMLParser):
 @pytest.fixture(scope="module")
 def document() -> Document:
     """A document whose every text is one of the names."""
-    columns = (Column(title="category", numeric=False), *(Column(title=name) for name in NAMES[:2]))
-    rows = tuple((*text_cells([name]), Cell(text="1", detail=name), Cell(text=name, bold=True)) for name in NAMES)
+    columns = ("category", *NAMES[:2])
+    rows = tuple((Cell(text=name), Cell(text="1", detail=name), Cell(text=name, bold=True)) for name in NAMES)
     lines = tuple(command("report", "--runs", name) for name in NAMES)
     blocks = (
         Table(name="t", title=NAMES[0], columns=columns, rows=rows, note=" ".join(NAMES), commands=lines),
         *(Text(text=name) for name in NAMES),
-        *(Gap(text=name, command=line) for name, line in zip(NAMES, lines, strict=True)),
+        *(Text(text=name, command=line) for name, line in zip(NAMES, lines, strict=True)),
         Commands(title=NAMES[1], lines=lines),
     )
     section = Section(name="s", title=NAMES[2], blocks=blocks)

@@ -73,7 +73,7 @@ def check_tuned_on_val(row: dict, scores: Callable[[str], np.ndarray], codes: Ca
     assert row["F1_micro_tuned"] == pytest.approx(f1, abs=1e-12)
 
 
-def test_the_classifiers_threshold_is_vals_after_training_and_beside_the_neighbours(mmcli, here: Path) -> None:
+def test_the_threshold_of_the_classifier_is_tuned_on_val(mmcli, here: Path) -> None:
     run = run_of(here)
 
     def codes(split: str) -> Codes:
@@ -149,7 +149,7 @@ def test_metrics_keep_what_is_known(mmcli, here: Path) -> None:
     assert out.count("classifier") == 2  # one line and the footnote: the table is of one split
 
 
-def test_a_headline_replaces_its_row_and_the_others_add_to_theirs() -> None:
+def test_a_new_row_replaces_the_headline_and_merges_others() -> None:
     known = [
         {"method": "a", "split": "x", "tau_bits": 1, "mAP": 1},
         {"method": "b", "split": "x", "latency": 2, "mAP": 3},
@@ -179,7 +179,7 @@ def test_metrics_read_back(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == rows
 
 
-def test_without_a_positive_in_val_nothing_is_tuned_and_a_note_says_so() -> None:
+def test_without_a_label_in_val_a_note_says_nothing_is_tuned() -> None:
     scores, labels = np.array([[0.2, 0.7]], np.float32), np.array([[0, 1]], np.uint8)
     for val in ((scores, np.zeros_like(labels)), (scores[:0], labels[:0])):
         row = metrics_row("m", "test", scores, labels, tuned_on=val)
@@ -231,7 +231,7 @@ def test_zero_shot_needs_no_val(mmcli, miniature, listing: Manifest, tmp_path: P
         assert not Path("refused").exists()
 
 
-def test_a_test_split_without_labels_has_no_figure_and_no_failure(mmcli, here: Path) -> None:
+def test_a_test_split_without_labels_has_no_mAP_and_no_error(mmcli, here: Path) -> None:
     run = run_of(here)
     codes = read_codes(run, "test")
     empty = replace(codes, labels=np.zeros_like(codes.labels))

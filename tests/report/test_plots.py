@@ -9,30 +9,37 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mmcli.heads.metrics import evaluate
-from mmcli.pipeline.report.plots import (
-    VARIABLES,
-    Point,
-    draw,
-    for_page,
-    log_axis,
+from mmcli.pipeline.report.document import Figure
+from mmcli.pipeline.report.figures import (
+    BINS,
+    binned_means,
     loss_terms,
-    name_points,
-    pareto_front,
+    mark,
+    micro_curves,
+    reliability,
+    spearman,
     val_curves,
 )
-from mmcli.pipeline.report.plots_codes import BINS, _binned, _reliability, micro_curves, spearman
+from mmcli.pipeline.report.plots import VARIABLES, Drawing, draw_figure, for_page
+from mmcli.pipeline.report.tables import Point, pareto_front
 
 
-def some(axes) -> None:
-    axes.plot([1, 10, 100], [0.1, 0.4, 0.2])
-    axes.set_title("a <b> & $x_1$")
-    axes.set(xscale="log", xlabel="x < y")
-    log_axis(axes.xaxis)
-    name_points(axes, [("one", 1, 0.1), ("covers it", 1.01, 0.1), ("far", 100, 0.4)])
+def drawing(name: str) -> Drawing:
+    return draw_figure(
+        Figure(
+            name=name,
+            title="",
+            caption="",
+            alt="",
+            marks=(mark("plot", [1, 10, 100], [0.1, 0.4, 0.2]), mark("set_title", "a <b> & $x_1$")),
+            axes={"xscale": "log", "xlabel": "x < y"},
+            labels=(("one", 1, 0.1), ("covers it", 1.01, 0.1), ("far", 100, 0.4)),
+        )
+    )
 
 
-def test_a_drawing_has_ids_of_its_own_and_the_colours_of_its_page() -> None:
-    first, second = draw("first", some), draw("second", some)
+def test_a_drawing_has_unique_ids_and_the_colours_of_its_page() -> None:
+    first, second = drawing("first"), drawing("second")
     ids = [set(re.findall(r'\bid="([^"]+)"', one.svg)) for one in (first, second)]
     assert not ids[0] & ids[1]
     for one, names in zip((first, second), ids, strict=True):
@@ -47,7 +54,7 @@ def test_a_drawing_has_ids_of_its_own_and_the_colours_of_its_page() -> None:
 
 
 def test_a_drawing_is_the_same_each_time_and_its_words_are_plain() -> None:
-    first, again = draw("x", some), draw("x", some)
+    first, again = drawing("x"), drawing("x")
     assert first == again
     assert "a &lt;b&gt; &amp; $x_1$" in first.svg
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", first.svg)
@@ -85,7 +92,7 @@ def test_rank_correlation_is_scipys_and_its_interval_holds_it() -> None:
 def test_bins_hold_every_image_once() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=200), rng.random(200)
-    means, ends = _binned(x, y)
+    means, ends = binned_means(x, y)
     parts = np.array_split(np.argsort(x), BINS)
     assert means == pytest.approx([y[part].mean() for part in parts])
     assert (ends[:, 0] < means).all()
@@ -96,12 +103,12 @@ def test_reliability_is_a_share() -> None:
     rng = np.random.default_rng(2)
     scores = rng.random((400, 5))
     y = (rng.random(scores.shape) < scores).astype(float)
-    mean, right = _reliability(scores, y)
+    mean, right = reliability(scores, y)
     assert len(mean) == 10
     for at in range(10):
         inside = (scores >= at / 10) & (scores < (at + 1) / 10)
         assert (mean[at], right[at]) == pytest.approx((scores[inside].mean(), y[inside].mean()))
-    assert len(_reliability(scores[:1], y[:1])[0]) == 0
+    assert len(reliability(scores[:1], y[:1])[0]) == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=12))

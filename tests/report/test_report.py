@@ -13,6 +13,7 @@ import pytest
 from kit.reports import CAPTIONS, NAMES, SCRIPT, Kit, make_kit
 from mmcli import InputError
 from mmcli.pipeline.report import report as stage
+from mmcli.pipeline.report.document import Figure, Table
 from mmcli.pipeline.report.report import ReportPlan, report
 
 VOID = {"meta", "link", "img", "br", "input", "circle", "line", "use", "path", "image", "rect", "stop", "clippath"}
@@ -101,14 +102,14 @@ def test_what_is_drawn_has_words_and_ids_are_unique(page: Page) -> None:
     assert {one["href"][1:] for one in page.all("a")} <= set(ids)
 
 
-def test_markdown_names_files_that_are_there_and_its_tables_are_whole(made) -> None:
+def test_markdown_names_its_files_and_has_whole_tables(made) -> None:
     out, result = made
     text = (out / "report.md").read_text()
     named = re.findall(r"\]\(((?:figures|pictures)/[^)]+)\)", text)
     assert len(named) > 80
     assert all((out / name).is_file() for name in named)
     assert {path.name for path in (out / "figures").iterdir()} == {
-        f"{figure.name}.{ending}" for figure in result.document.figures for ending in ("svg", "png")
+        f"{figure.name}.{ending}" for figure in result.document.blocks(Figure) for ending in ("svg", "png")
     }
     width = None
     for line in text.splitlines():
@@ -122,7 +123,7 @@ def test_markdown_names_files_that_are_there_and_its_tables_are_whole(made) -> N
 def test_latex_tables_are_whole(made) -> None:
     out, result = made
     names = {path.stem for path in (out / "tables").iterdir()}
-    assert names == {"table-answers", *(table.name for table in result.document.tables)}
+    assert names == {"table-answers", *(table.name for table in result.document.blocks(Table))}
     for path in (out / "tables").iterdir():
         text = path.read_text()
         columns = len(re.search(r"begin\{tabular\}\{([lr]+)\}", text)[1])
@@ -182,7 +183,7 @@ def test_a_report_is_the_same_each_time_and_replaced_whole(made, kit: Kit, tmp_p
     assert (copy / "notes.txt").read_text() == "mine"
 
 
-def test_without_experiments_data_and_norms_the_sections_say_what_makes_them(tmp_path: Path, monkeypatch) -> None:
+def test_missing_inputs_are_named_with_their_commands(tmp_path: Path, monkeypatch) -> None:
     kit = make_kit(tmp_path, norms=False, rows=False)
     monkeypatch.chdir(tmp_path)
     result = report(ReportPlan(runs=kit.runs))
@@ -239,7 +240,7 @@ def test_damaged_scores_are_named(kit: Kit, tmp_path: Path) -> None:
 
 def test_a_path_of_the_manifest_never_leaves_the_data_folder(kit: Kit, tmp_path: Path) -> None:
     from mmcli.pipeline.data.manifest import read_manifest
-    from mmcli.pipeline.report.document import Pictures
+    from mmcli.pipeline.report.collect import Pictures
 
     shutil.copytree(kit.data, tmp_path / "data")
     listing = read_manifest(tmp_path / "data" / "manifest.parquet")

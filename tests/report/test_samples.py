@@ -9,7 +9,7 @@ from PIL import Image
 from kit.reports import make_kit
 
 
-def test_a_sheet_is_drawn_of_any_captions_and_a_broken_image_is_said(mmcli, tmp_path: Path) -> None:
+def test_a_sheet_takes_any_caption_and_names_a_broken_image(mmcli, tmp_path: Path) -> None:
     make_kit(tmp_path, rows=False)
     words = ("samples", "--data", "data", "--split", "test", "--n", 100, "--json")
     code, out, err = mmcli(*words)

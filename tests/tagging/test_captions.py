@@ -1,12 +1,13 @@
 """What predict is asked: images, folders, and files of captions whose paths stay in their folder."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from mmcli import InputError
-from mmcli.pipeline.tagging.predict import gather
+from mmcli.pipeline.tagging.requests import read_requests
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def pairs(found) -> list[tuple[str, str | None]]:
 
 
 def test_files_and_folders(folder) -> None:
-    assert pairs(gather([Path("c.jpg")], "x", None)) == [("c.jpg", "x")]
-    assert pairs(gather([Path("c.jpg"), Path("in")], None, None)) == [
+    assert pairs(read_requests([Path("c.jpg")], "x", None)) == [("c.jpg", "x")]
+    assert pairs(read_requests([Path("c.jpg"), Path("in")], None, None)) == [
         ("c.jpg", None),
         ("in/a.jpg", None),
         ("in/b.PNG", None),
@@ -39,15 +40,24 @@ def test_files_and_folders(folder) -> None:
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_a_file_of_captions_alone(folder, form) -> None:
     file = folder / "in" / f"captions.{form}"
-    csv = '\ufeffcaption,path,more\n"two\nlines, ""quoted""",a.jpg,1\nä,b.PNG,2\n'
+    table = '\ufeffcaption,path,more\n"two\nlines, ""quoted""",a.jpg,1\nä,b.PNG,2\n'
     text = (
-        csv
+        table
         if form == "csv"
         else lines({"path": "a.jpg", "caption": 'two\nlines, "quoted"'}, {"path": "b.PNG", "caption": "ä"}) + "\n"
     )
     file.write_text(text, encoding="utf-8")
     wanted = [(folder / "in" / "a.jpg").as_posix(), (folder / "in" / "b.PNG").as_posix()]
-    assert pairs(gather([], None, file)) == list(zip(wanted, ['two\nlines, "quoted"', "ä"], strict=True))
+    assert pairs(read_requests([], None, file)) == list(zip(wanted, ['two\nlines, "quoted"', "ä"], strict=True))
+
+
+def test_a_long_caption_of_a_csv_file_is_read(folder) -> None:
+    """The csv module refuses fields beyond 131,072 letters unless it is told otherwise; the limit is put back."""
+    file, limit = folder / "captions.csv", csv.field_size_limit()
+    file.write_text(f'path,caption\nin/a.jpg,"{"a, " * 70_000}"\n')
+    (request,) = read_requests([], None, file)
+    assert request.caption == "a, " * 70_000
+    assert csv.field_size_limit() == limit
 
 
 def test_captions_of_images_that_were_named(folder) -> None:
@@ -55,7 +65,7 @@ def test_captions_of_images_that_were_named(folder) -> None:
     file.write_text(
         lines({"path": "in/a.jpg", "caption": "by its own folder"}, {"path": "b.PNG", "caption": "by the folder given"})
     )
-    found = gather([Path("in"), Path("c.jpg")], None, file)
+    found = read_requests([Path("in"), Path("c.jpg")], None, file)
     assert pairs(found) == [("in/a.jpg", "by its own folder"), ("in/b.PNG", "by the folder given"), ("c.jpg", None)]
 
 
@@ -63,7 +73,7 @@ def test_captions_of_other_images_are_refused(folder) -> None:
     file = folder / "captions.jsonl"
     file.write_text('{"path": "elsewhere/x.jpg", "caption": "x"}\n')
     with pytest.raises(InputError, match="captions of other images") as error:
-        gather([folder / "in"], None, file)
+        read_requests([folder / "in"], None, file)
     assert "elsewhere/x.jpg" in str(error.value)
 
 
@@ -80,13 +90,21 @@ def test_captions_of_other_images_are_refused(folder) -> None:
         ("path,caption\na.jpg\n", "csv", "caption None"),
         ('path,caption\n"a.jpg,x\n', "csv", "bad captions"),
         ("path,caption\n", "csv", "an empty file"),
+        (
+            "path,caption\na.jpg,x\nb.PNG,a dog, on a sofa\n",
+            "csv",
+            "line 3: got more than 2 fields, wanted",
+        ),
+        ("path,caption\nb.PNG,a dog, on a sofa\n", "csv", "put a caption with a comma into quotes"),
+        ("path,caption,caption\na.jpg,x,y\n", "csv", "line 1: got columns path, caption, caption"),
+        ("path,path,caption\na.jpg,b.PNG,x\n", "csv", "line 1: got columns"),
     ],
 )
 def test_wrong_files(folder, text, suffix, line) -> None:
     file = folder / f"captions.{suffix}"
     file.write_text(text)
     with pytest.raises(InputError) as error:
-        gather([], None, file)
+        read_requests([], None, file)
     assert line in str(error.value)
     assert file.name in str(error.value)
 
@@ -104,11 +122,11 @@ def test_what_does_not_go_together(folder) -> None:
     ):
         (folder / "in" / "empty").mkdir(exist_ok=True)
         with pytest.raises(InputError, match=line):
-            gather(*words)
+            read_requests(*words)
     (folder / "x").write_bytes(b"\xff")
     with pytest.raises(InputError, match="not UTF-8"):
-        gather([], None, folder / "x")
+        read_requests([], None, folder / "x")
     (folder / "link.jpg").symlink_to("/etc/hostname")
     file.write_text(lines({"path": "link.jpg", "caption": "x"}))
     with pytest.raises(InputError, match="link out of the data folder"):
-        gather([], None, file)
+        read_requests([], None, file)

@@ -166,6 +166,14 @@ def test_mistakes_are_one_line(mmcli, here, words, line) -> None:
     assert line in err
 
 
+def test_a_caption_with_an_unquoted_comma_is_one_line(mmcli, here) -> None:
+    (here / "c.csv").write_text("path,caption\nx.jpg,a dog, on a sofa\n")
+    code, out, err = mmcli("predict", "--captions", "c.csv", "--quiet")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "c.csv, line 2" in err
+    assert "put a caption with a comma into quotes" in err
+
+
 def colours(path: Path) -> set[str]:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
@@ -173,7 +181,7 @@ def colours(path: Path) -> set[str]:
     return {"#{:02X}{:02X}{:02X}".format(*colour) for colour, count in zip(found, counts, strict=True) if count > 1000}
 
 
-def test_the_panel_draws_what_is_there_and_boxes_for_what_is_not(tmp_path) -> None:
+def test_the_panel_draws_boxes_for_missing_pictures(tmp_path) -> None:
     Image.new("RGB", (60, 30), (10, 200, 30)).save(tmp_path / "a.jpg")
     secret = tmp_path / "outside.png"
     Image.new("RGB", (60, 30), (1, 2, 3)).save(secret)

@@ -71,7 +71,7 @@ def test_a_train_image_with_its_id_does_not_vote_for_itself(miniature, tagger) -
     assert len(without.neighbours) == len(alone.neighbours) == 5
 
 
-def test_every_tag_is_told(miniature, tagger) -> None:
+def test_every_tag_has_its_voters(miniature, tagger) -> None:
     images, captions, _ = pairs(miniature, "test")
     train_paths, train_captions, train_ids = pairs(miniature, "train")
     listing = read_manifest(miniature.data / "manifest.parquet")
@@ -113,8 +113,7 @@ def test_paths_arrays_and_pillow_images_are_the_same_picture(miniature, tagger) 
 def test_batches_change_nothing(miniature, tagger, monkeypatch) -> None:
     images, captions, _ = pairs(miniature, "test")
     together = tagger.predict(images, captions)
-    monkeypatch.setattr("mmcli.pipeline.tagging.tagger.BATCH", 3)
-    monkeypatch.setattr("mmcli.pipeline.tagging.encode.CHUNK", 2)
+    monkeypatch.setattr("mmcli.pipeline.tagging.encode.BATCH", 3)
     for one, other in zip(together, tagger.predict(images, captions), strict=True):
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
     assert tagger.predict([], []) == []
@@ -244,10 +243,10 @@ def test_heads_without_bits_and_of_images_alone(made, miniature, tmp_path) -> No
         "knn.K": 3,
         "hardware.device": "cpu",
     }
-    from mmcli.pipeline.core.config_rules import settle
+    from mmcli.pipeline.core.config import resolve
 
     store = next((made / "data" / "cache").iterdir())
-    run = train_head(settle(load_config(options=options)), store=store, out=tmp_path / "run").run
+    run = train_head(resolve(load_config(options=options)), store=store, out=tmp_path / "run").run
     tagger = Tagger.load(run.folder, device="cpu")
     images, _, _ = pairs(miniature, "test")
     found = tagger.predict(images)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.hashing import binarise, pack_codes
 from mmcli.heads.knn import build_index
 from mmcli.heads.metrics import mean_average_precision
@@ -11,7 +12,7 @@ from mmcli.heads.model import make_head
 from mmcli.heads.voting import vote
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.training.data import Split
-from mmcli.pipeline.training.monitor import Alarm, Monitor
+from mmcli.pipeline.training.monitor import CollapseWarnings, Monitor
 
 D, C = 12, 5
 
@@ -25,7 +26,7 @@ def make(options=(), n: int = 80):
     train, val = whole.part(np.arange(0, n - 20)), whole.part(np.arange(n - 20, n))
     torch.manual_seed(0)
     head = make_head("fusion", config.fusion, config.hash, config.classifier, width=D)
-    head.fit_statistics(train.v_img, train.v_txt[:, 0])
+    head.fit_log_norms(log_norms(train.v_img, train.v_txt[:, 0]))
     return config, train, val, head
 
 
@@ -72,6 +73,11 @@ def test_the_prior_is_what_equal_scores_reach() -> None:
     assert Monitor(config, train, val).prior == pytest.approx(mean_average_precision(np.zeros(truth.shape), truth))
 
 
+def warnings_of(options: dict[str, object] | None = None) -> CollapseWarnings:
+    config = load_config(options={"hash.bits": 64, "hash.activation": "tanh", **(options or {})})
+    return CollapseWarnings(config, prior=0.05, n_val=100)
+
+
 HEALTHY = {
     "epoch": 3.0,
     "val_mAP": 0.4,
@@ -94,13 +100,13 @@ HEALTHY = {
     ],
 )
 def test_a_collapse_is_said_once(record, said: str | None) -> None:
-    alarm = Alarm(bits=64, saturates=True, prior=0.05, n_val=100)
-    lines = alarm.lines(HEALTHY | record)
+    warnings = warnings_of()
+    lines = warnings.lines(HEALTHY | record)
     assert len(lines) == (said is not None)
     assert said is None or (said in lines[0] and "recommended" in lines[0])
-    assert said is None or alarm.lines(HEALTHY | record | {"epoch": 4.0}) == []
+    assert said is None or warnings.lines(HEALTHY | record | {"epoch": 4.0}) == []
 
 
 def test_a_straight_through_code_may_be_saturated() -> None:
-    assert Alarm(bits=64, saturates=False, prior=0.05, n_val=100).lines(HEALTHY | {"mean_abs_h": 0.999}) == []
-    assert Alarm(bits=0, saturates=False, prior=0.05, n_val=100).lines(HEALTHY | {"grad_norm_fusion": 0.0}) == []
+    assert warnings_of({"hash.activation": "ste"}).lines(HEALTHY | {"mean_abs_h": 0.999}) == []
+    assert warnings_of({"hash.bits": 0}).lines(HEALTHY | {"grad_norm_fusion": 0.0}) == []

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mmcli import InputError
+from mmcli.heads.decompose import log_norms
 from mmcli.heads.label_losses import bce_loss
 from mmcli.heads.model import Head
 from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.training.data import Split, encode_split
-from mmcli.pipeline.training.loop import FitResult, Member, fit
-from mmcli.pipeline.training.step import AdamW, count_batches, learning_rate
+from mmcli.pipeline.training.loop import FitResult, Hooks, fit
+from mmcli.pipeline.training.step import count_batches, learning_rate
 
 CPU = torch.device("cpu")
 D, C = 12, 5
@@ -39,16 +40,15 @@ def make_split(n: int, *, images: int = 0, captions: int = 0) -> Split:
 def make_head(config: Config, split: Split) -> Head:
     torch.manual_seed(0)
     head = Head(config.fusion, config.hash, config.classifier, width=D)
-    head.fit_statistics(split.v_img, split.v_txt[:, 0])
+    head.fit_log_norms(log_norms(split.v_img, split.v_txt[:, 0]))
     return head
 
 
 def train(config: Config, split: Split) -> tuple[Head, FitResult]:
     head = make_head(config, split)
-    seed, monitor = config.hardware.seed, lambda _: {"val_mAP": 0.5}
-    member = Member(head=head, seed=seed, monitor=monitor, on_epoch=lambda *_: None)
+    hooks = Hooks(monitor=lambda _: {"val_mAP": 0.5}, on_epoch=lambda *_: None)
     with Progress().task("", 1) as task:
-        return head, fit([member], split, config, task=task)[0]
+        return head, fit(head, split, config, hooks, task=task)
 
 
 @pytest.fixture
@@ -223,13 +223,13 @@ def test_a_training_that_runs_away_ends_in_one_line(
 
 def test_parameters_that_are_no_numbers_end_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is measured before the step that spoils them."""
-    original = AdamW.step
+    original = torch.optim.AdamW.step
 
     def spoil(self, *words):
         original(self, *words)
         self.param_groups[-1]["params"][0].data[0, 0] = math.inf
 
-    monkeypatch.setattr(AdamW, "step", spoil)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(InputError, match=r"the head is no longer finite: epoch 1: .*lower the learning rates"):
         train(load_config(options=SMALL), make_split(8))
 

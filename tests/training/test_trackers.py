@@ -123,9 +123,7 @@ def test_wandb_never_asks(mode, logged_in, wanted, said, fake, tmp_path, monkeyp
     assert all("not logged in" in line and "wandb sync" in line for line in lines)
 
 
-def test_a_run_that_is_gone_on_with_keeps_its_name_and_replicas_have_their_own(
-    fake: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_resumed_run_keeps_its_wandb_id(fake: SimpleNamespace, tmp_path: Path) -> None:
     for seed in (1, 1, 2):
         open_trackers(
             tmp_path, load_config(options={"hardware.seed": seed}), tensorboard=False, wandb=True, say=lambda line: None
@@ -135,7 +133,7 @@ def test_a_run_that_is_gone_on_with_keeps_its_name_and_replicas_have_their_own(
 
 
 @pytest.mark.parametrize("when", ["init", "epoch", "finish"])
-def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(when, fake, tmp_path, monkeypatch) -> None:
+def test_a_failing_tracker_warns_once_and_stops_nothing(when, fake, tmp_path, monkeypatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the server is gone\nand a second line")
 
@@ -150,7 +148,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_stops_nothing(when, fake, tm
         tracker.epoch(record)
     tracker.finish(METRICS)
     assert lines == [
-        "warning: Weights & Biases failed and is told nothing more; the training goes on: the server is gone"
+        "warning: Weights & Biases failed and gets no more records; the training goes on: the server is gone"
     ]
 
 
@@ -166,7 +164,7 @@ def test_ctrl_c_is_no_failure_of_a_tracker(fake: SimpleNamespace, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_library_is_one_line_before_anything_is_written(name, tmp_path, monkeypatch) -> None:
+def test_a_missing_library_is_one_line_at_the_start(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda module: None)
     asked = {"tensorboard": False, "wandb": False, name: True}
     for refuse in (lambda: check_trackers(**asked), lambda: open_trackers(tmp_path / "run", Config(), **asked)):

@@ -20,8 +20,10 @@ from mmcli.pipeline.core.checkpoint import write_model_folder
 from mmcli.pipeline.core.config import load_config
 from mmcli.pipeline.core.progress import Progress
 from mmcli.pipeline.core.results import read_codes
-from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.core.run import environment, read_info
 from mmcli.pipeline.core.run_folders import hold
+from mmcli.pipeline.training.data import diverged
+from mmcli.pipeline.training.loop import fit
 from mmcli.pipeline.training.setup import prepare_training
 
 TINY = ("--set", "fusion.mlp_dims=[64, 32]", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5")
@@ -86,7 +88,7 @@ def test_killed_in_the_middle_and_resumed_it_is_the_same_run(mmcli, here, option
     assert (code, "--resume" in err) == (2, True)
     code, _, err = mmcli("train-head", "--resume", run)
     assert code == 0, err
-    assert "going on after epoch" in err
+    assert "resuming after epoch" in err
     assert history(run) == history(here / "runs" / "whole")
     assert same(run, here / "runs" / "whole")
     assert read_info(run).status == "finished"
@@ -134,6 +136,21 @@ def test_a_training_that_diverges_leaves_a_failed_run(mmcli, here) -> None:
     assert read_info(here / "runs" / "wild").status == "failed"
 
 
+def test_seeds_after_one_that_diverges_are_trained(mmcli, here, monkeypatch) -> None:
+    calls = []
+
+    def first_diverges(*words: object, **named: object) -> object:
+        calls.append(words)
+        if len(calls) == 1:
+            raise diverged("the loss is no longer finite", got="nan")
+        return fit(*words, **named)
+
+    monkeypatch.setattr("mmcli.pipeline.training.train_head.fit", first_diverges)
+    code, _, err = mmcli("train-head", *TINY, "--seeds", 2, "--out", "runs/many", "--quiet")
+    assert (code, "no longer finite" in err) == (2, True)
+    assert [read_info(here / "runs" / f"many-seed{seed}").status for seed in (42, 43)] == ["failed", "finished"]
+
+
 def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
     code, out, err = mmcli("train-head", *TINY, "--head", "mlp", "--out", "runs/mlp", "--json")
     assert code == 0, err
@@ -145,7 +162,7 @@ def test_the_mlp_baseline_runs_and_its_codes_are_of_z(mmcli, here) -> None:
     assert not {"quant", "cosine"} & history(here / "runs" / "mlp")[0].keys()
 
 
-def test_shuffled_magnitudes_give_another_head_and_the_same_labels(mmcli, here) -> None:
+def test_shuffled_magnitudes_give_another_head(mmcli, here) -> None:
     for name in ("own", "shuffled"):
         code, _, err = mmcli("train-head", *TINY, "--magnitude", name, "--out", f"runs/{name}")
         assert code == 0, err
@@ -180,7 +197,24 @@ def test_a_run_is_trained_by_one_process(mmcli, here) -> None:
     assert (run / "history.jsonl").exists()
 
 
-def test_what_is_finished_stays_finished_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
+@pytest.mark.parametrize("folder", ["new", "an older run"])
+def test_a_run_folder_is_held_from_its_claim_on(mmcli, here, monkeypatch, folder: str) -> None:
+    """A second process that comes while the first one is still asking git is refused, whatever it would replace."""
+    run, refused = next((here / "runs").iterdir()) if folder == "an older run" else here / "runs" / "new", []
+
+    def second_starts(device: str, seed: int) -> dict[str, object]:
+        monkeypatch.setattr("mmcli.pipeline.core.run.environment", environment)
+        refused.append(mmcli("train-head", *TINY, "--out", run, "--force"))
+        return environment(device, seed)
+
+    monkeypatch.setattr("mmcli.pipeline.core.run.environment", second_starts)
+    assert mmcli("train-head", *TINY, "--out", run, "--force")[0] == 0
+    ((code, _, err),) = refused
+    assert (code, "the run is under way" in err) == (2, True)
+    assert read_info(run).status == "finished"
+
+
+def test_a_finished_seed_stays_so_when_a_later_one_is_stopped(mmcli, here, monkeypatch) -> None:
     calls = []
 
     def second_time(*words: object) -> object:
@@ -226,11 +260,11 @@ def test_shuffled_magnitudes_of_a_replica_are_those_of_its_seed(mmcli, here) -> 
 def test_every_split_is_shuffled(here) -> None:
     config = load_config(options={"fusion.magnitude": "shuffled", "knn.K": 5})
     prepared = prepare_training(config, next((here / "data" / "cache").iterdir()), Progress())
-    for name, split in prepared.splits_of(prepared.config).items():
+    for name, split in prepared.run_splits.items():
         assert not torch.equal(split.log_norms(), prepared.splits[name].log_norms()), name
 
 
-def test_seeds_and_folders_are_checked_before_anything_is_trained(mmcli, here) -> None:
+def test_seeds_and_folders_are_checked_before_training(mmcli, here) -> None:
     (here / "runs" / "x-seed43").mkdir()
     (here / "runs" / "x-seed43" / "mine.txt").write_text("mine")
     for words, said in [
@@ -252,7 +286,7 @@ def test_checkpoints_are_of_the_averaged_weights(mmcli, here) -> None:
     ema, plain = (weights(here / "runs" / name) for name in ("ema", "plain"))
     # The same draws: the weights themselves are equal, so what differs is the average.
     assert not np.array_equal(
-        ema["epoch-001.safetensors"]["classifier.weight"], plain["epoch-001.safetensors"]["classifier.weight"]
+        ema["epoch-003.safetensors"]["classifier.weight"], plain["epoch-003.safetensors"]["classifier.weight"]
     )
 
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmcli.pipeline.commands.options import FLAGS
-from mmcli.pipeline.core.config import dump_config, load_config
+from mmcli.pipeline.core.config import KeyOption, dump_config, load_config
 
 OPTIONS = {
     "--preset": ("preset", "direction-only"),
@@ -54,7 +53,7 @@ def test_an_option_sets_its_key(mmcli, option: str) -> None:
     got, plain = flat(json.loads(out)), flat(load_config().model_dump(mode="json"))
     assert {k for k in got if got[k] != plain[k]} == {key} | FOLLOWS.get(option, set())
     assert got[key] == value
-    assert FLAGS[key] == option
+    assert KeyOption(key).flag == option
 
 
 @pytest.fixture
@@ -88,10 +87,9 @@ def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None
     words = {"tensorboard": True, "wandb": True, "out": Path("o"), "force": True, "store": Path("s")}
     assert (stage.name, stage.words) == ("train_replicas", {"seeds": 3, **words})
     assert mmcli("train-head", *others)[0] == 0
-    assert (stage.name, stage.words) == ("train_head", {**words, "reading": ("read ahead", Path("s"))})
+    assert (stage.name, stage.words) == ("train_head", {**words, "store": ("read ahead", Path("s"))})
     assert mmcli("train-head")[0] == 0
-    plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": None}
-    plain["reading"] = ("read ahead", None)
+    plain = {"tensorboard": False, "wandb": False, "out": None, "force": False, "store": ("read ahead", None)}
     assert (stage.name, stage.words) == ("train_head", plain)
 
 

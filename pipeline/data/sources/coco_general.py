@@ -3,13 +3,44 @@
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from ....errors import InputError
-from ..coco import ints, read_json, records_of, texts_of
+from ..coco import Int64, Records, Text, read_json
 from .samples import Samples, split_name
 
 KEPT = {"images", "annotations", "categories", "id", "name", "file_name", "image_id", "category_id", "caption"}
+T = TypeVar("T")
+
+
+class _Image(TypedDict):
+    id: Int64
+    file_name: Text
+
+
+class _Category(TypedDict):
+    id: Int64
+    name: Text
+
+
+class _Annotation(TypedDict):
+    image_id: Int64
+    category_id: Int64
+
+
+class _InstancesFile(TypedDict):
+    images: Records[_Image]
+    annotations: Records[_Annotation]
+    categories: Records[_Category]
+
+
+class _Caption(TypedDict):
+    image_id: Int64
+    caption: Text
+
+
+class _CaptionsFile(TypedDict):
+    annotations: Records[_Caption]
 
 
 def read_instances_set(files: list[Path], root: Path) -> Samples:
@@ -30,10 +61,9 @@ def read_instances_set(files: list[Path], root: Path) -> Samples:
     names: dict[int, str] = {}
     notes = []
     for file in files:
-        data = _read(file)
-        categories = records_of(data, "categories", file)
-        category_ids = ints(categories, "categories", "id", file).tolist()
-        for number, name in zip(category_ids, texts_of(categories, "categories", "name", file), strict=True):
+        data = _read(file, _InstancesFile)
+        for category in data["categories"]:
+            number, name = category["id"], category["name"]
             if names.setdefault(number, name) != name:
                 raise InputError(
                     "files with different categories",
@@ -41,19 +71,19 @@ def read_instances_set(files: list[Path], root: Path) -> Samples:
                     got=f"category {number} is '{name}'",
                     wanted=f"'{names[number]}', as in {files[0]}",
                 )
-        images = records_of(data, "images", file)
-        image_ids = ints(images, "images", "id", file).tolist()
+        images = data["images"]
         tags_of = _tags(data, names, file)
         captions_of = _captions(file)
         folder = _image_folder(root, file)
         split = _split(file)
-        for image, file_name in zip(image_ids, texts_of(images, "images", "file_name", file), strict=True):
+        for record in images:
+            image = record["id"]
             ids.append(image)
-            paths.append(f"{folder}{file_name}")
+            paths.append(f"{folder}{record['file_name']}")
             captions.append(captions_of.get(image, []))
             tags.append(sorted(tags_of.get(image, ())))
             splits.append(split)
-        notes.append(f"{file.name}: {len(image_ids):,} images{f' of {split}' if split else ''} in {folder or './'}")
+        notes.append(f"{file.name}: {len(images):,} images{f' of {split}' if split else ''} in {folder or './'}")
     if len(set(ids)) < len(ids):
         raise InputError("an image in two files", where=files[-1], got=f"{len(ids) - len(set(ids)):,} image ids twice")
     return Samples(
@@ -68,19 +98,14 @@ def read_instances_set(files: list[Path], root: Path) -> Samples:
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file, lambda record: {key: value for key, value in record.items() if key in KEPT})
+def _read(file: Path, form: type[T]) -> T:
+    return read_json(file, form, lambda record: {key: value for key, value in record.items() if key in KEPT})
 
 
-def _tags(data: dict[str, Any], names: dict[int, str], file: Path) -> dict[int, set[str]]:
-    annotations = records_of(data, "annotations", file)
+def _tags(data: _InstancesFile, names: dict[int, str], file: Path) -> dict[int, set[str]]:
     tags: dict[int, set[str]] = defaultdict(set)
-    pairs = zip(
-        ints(annotations, "annotations", "image_id", file).tolist(),
-        ints(annotations, "annotations", "category_id", file).tolist(),
-        strict=True,
-    )
-    for row, (image, category) in enumerate(pairs):
+    for row, annotation in enumerate(data["annotations"]):
+        category = annotation["category_id"]
         if category not in names:
             raise InputError(
                 "an annotation of a category that is not listed",
@@ -88,7 +113,7 @@ def _tags(data: dict[str, Any], names: dict[int, str], file: Path) -> dict[int, 
                 got=category,
                 wanted="an id of `categories`",
             )
-        tags[image].add(names[category])
+        tags[annotation["image_id"]].add(names[category])
     return tags
 
 
@@ -97,11 +122,9 @@ def _captions(file: Path) -> dict[int, list[str]]:
     path = file.with_name(file.name.replace("instances", "captions"))
     if path == file or not path.is_file():
         return {}
-    annotations = records_of(_read(path), "annotations", path)
     captions: dict[int, list[str]] = defaultdict(list)
-    texts = texts_of(annotations, "annotations", "caption", path)
-    for image, text in zip(ints(annotations, "annotations", "image_id", path).tolist(), texts, strict=True):
-        captions[image].append(" ".join(text.split()))
+    for annotation in _read(path, _CaptionsFile)["annotations"]:
+        captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
     return captions
 
 

@@ -1,11 +1,11 @@
-"""What a writer finds in a folder: whose it is, which shards are whole, and what has to be redone."""
+"""What lies in a store's folder: whose it is, which shards are whole, and what has to be written again."""
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -31,33 +31,43 @@ class DamagedShard:
     reason: str
 
 
-class Whole(NamedTuple):
+class WholeShard(NamedTuple):
     """A shard that is as it should be: its line in the manifest, and the rows of the store that were skipped."""
 
     entry: ShardEntry
     skipped: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, data: bytes, shard: Shard, arrays: Arrays) -> Self:
+        """Describe a shard by its file and its datasets; rows whose image has no embedding were skipped."""
+        is_text = shard.part == "text"
+        entry = ShardEntry(
+            file=shard.name,
+            rows=shard.n_rows,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            part=shard.part,
+            number=shard.number,
+            first_row=shard.start,
+            captions=int(arrays["n_captions"].sum(dtype=np.int64)) if is_text else 0,
+        )
+        empty = () if is_text else np.flatnonzero(arrays["norm_img"] == 0)
+        return cls(entry, tuple(int(row) + shard.start for row in empty))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FolderState:
     """What a folder says of itself.
 
     Attributes:
         manifest: Its manifest, where it is sound.
-        known: Key and layout, from the manifest or from ``key.json``; None where neither is sound.
+        identity: Key and layout, from the manifest or from ``key.json``; None where neither is sound.
         damaged: Documents that are there and are not sound.
     """
 
     manifest: StoreManifest | None
-    known: tuple[StoreKey, Layout] | None
-    damaged: tuple[DamagedShard, ...]
-
-
-def zero_rows(shard: Shard, arrays: Arrays) -> tuple[int, ...]:
-    """Rows of the store that an image shard has no embedding for: they were skipped."""
-    if shard.part != "image":
-        return ()
-    return tuple(int(row) + shard.start for row in np.flatnonzero(arrays["norm_img"] == 0))
+    identity: tuple[StoreKey, Layout] | None
+    damaged: tuple[DamagedShard, ...] = ()
 
 
 def key_digest(key: StoreKey, shard: Shard) -> str:
@@ -65,18 +75,8 @@ def key_digest(key: StoreKey, shard: Shard) -> str:
     return key.digest if shard.part == "image" else key.text_digest
 
 
-def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> Whole:
-    """Read a shard, check its own checksums and its image ids.
-
-    Args:
-        data: The whole file.
-        shard: Which rows it should hold.
-        layout: The store's shape.
-        key: The store's key.
-        ids: Image ids of the whole store, ``(N,)`` int64.
-
-    Returns:
-        Its line in the manifest, and the rows of the store that were skipped.
+def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: NDArray[np.int64]) -> WholeShard:
+    """Read a shard's file, check its own checksums, and its image ids against those of the whole store, ``(N,)``.
 
     Raises:
         ShardBroken: It is not that shard.
@@ -84,22 +84,7 @@ def check_shard(data: bytes, shard: Shard, layout: Layout, key: StoreKey, ids: N
     arrays = decode_shard(data, shard, layout, key_digest(key, shard))
     if not np.array_equal(arrays["image_id"], ids[shard.start : shard.stop]):
         raise ShardBroken("its image ids are not those of the index")
-    return Whole(make_entry(data, shard, arrays), zero_rows(shard, arrays))
-
-
-def make_entry(data: bytes, shard: Shard, arrays: Arrays) -> ShardEntry:
-    """A shard's line in the manifest."""
-    captions = int(arrays["n_captions"].sum(dtype=np.int64)) if shard.part == "text" else 0
-    return ShardEntry(
-        file=shard.name,
-        rows=shard.n_rows,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        part=shard.part,
-        number=shard.number,
-        first_row=shard.start,
-        captions=captions,
-    )
+    return WholeShard.of(data, shard, arrays)
 
 
 def read_checked(folder: Path, entry: FileEntry) -> bytes:
@@ -119,41 +104,42 @@ def read_checked(folder: Path, entry: FileEntry) -> bytes:
     return data
 
 
-def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> Found:
+def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> FolderState:
     """Whose folder is it? Refuses one that is another store's, or nobody's.
 
     Args:
         folder: An existing folder.
         key: The key that is to be written.
-        cleared: Whether a store was just removed from it; files beside it are then known and stay.
+        cleared: Whether a store was just removed from it; files beside it stay.
 
     Raises:
         StoreMismatch: It holds another key, another format version, or files of something else.
     """
-    manifest, known, damaged = None, None, []
-    try:
-        manifest = read_manifest(folder)
-        known = (manifest.key, manifest.layout)
-    except FileNotFoundError:
-        pass
-    except StoreDamaged as error:
-        damaged.append(DamagedShard(MANIFEST, str(error.got)))
-    try:
-        known = known or read_key(folder)
-    except FileNotFoundError:
-        pass
-    except StoreDamaged as error:
-        damaged.append(DamagedShard(KEY, str(error.got)))
-    if known is None and not cleared:
+    manifest, identity, damaged = None, None, []
+    for name in (MANIFEST, KEY):
+        try:
+            if name == MANIFEST:
+                manifest = read_manifest(folder)
+                identity = (manifest.key, manifest.layout)
+            else:
+                identity = identity or read_key(folder)
+        except FileNotFoundError:
+            pass
+        except StoreDamaged as error:
+            damaged.append(DamagedShard(name, str(error.got)))
+    if identity is None and not cleared:
         _refuse_foreign(folder)
-    elif known is not None and known[0] != key:
-        lines, commit = known[0].diff(key), known[0].commit
-        only_revision = replace(known[0], revision=key.revision) == key
-        advice = f"give --revision {commit} to go on with it, " if only_revision and commit is not None else ""
+    elif identity is not None and identity[0] != key:
+        stored = identity[0]
+        only_revision = stored.commit is not None and replace(stored, revision=key.revision) == key
+        advice = f"give --revision {stored.commit} to resume it, " if only_revision else ""
         raise StoreMismatch(
-            "the folder holds a store of another key", where=folder, got="; ".join(lines), do=advice + REPLACE
+            "the folder holds a store of another key",
+            where=folder,
+            got="; ".join(stored.diff(key)),
+            do=advice + REPLACE,
         )
-    return Found(manifest=manifest, known=known, damaged=tuple(damaged))
+    return FolderState(manifest=manifest, identity=identity, damaged=tuple(damaged))
 
 
 def looks_like_store(folder: Path) -> bool:
@@ -170,16 +156,18 @@ def is_store_of_ours(folder: Path) -> bool:
     return any(is_our_shard(path) for path in entries(folder) if SHARD_NAME.fullmatch(path.name))
 
 
-def sweep(
-    folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], found: Found, shards: Sequence[Shard]
-) -> tuple[dict[Shard, Whole], list[DamagedShard]]:
+def sort_shards(
+    folder: Path, key: StoreKey, layout: Layout, ids: NDArray[np.int64], state: FolderState, shards: Sequence[Shard]
+) -> tuple[dict[Shard, WholeShard], list[DamagedShard]]:
     """Sort some shards of a folder into whole and damaged ones; absent ones are in neither.
 
     Raises:
         StoreMismatch: Nothing says whose the folder is but its shards, and they are of another key.
     """
-    listed: Mapping[Shard, ShardEntry] = {e.shard: e for e in found.manifest.shards} if found.manifest else {}
-    whole: dict[Shard, Whole] = {}
+    listed: Mapping[Shard, ShardEntry] = (
+        {entry.shard: entry for entry in state.manifest.shards} if state.manifest else {}
+    )
+    whole: dict[Shard, WholeShard] = {}
     damaged: list[DamagedShard] = []
     for shard in shards:
         path = folder / shard.name
@@ -190,7 +178,7 @@ def sweep(
             data = read_checked(folder, listed[shard]) if shard in listed else path.read_bytes()
             whole[shard] = check_shard(data, shard, layout, key, ids)
         except OtherKey as error:
-            if found.known is None:
+            if state.identity is None:
                 raise StoreMismatch(
                     "the folder holds shards of another key", where=path, got=error, do=REPLACE
                 ) from error
@@ -266,17 +254,17 @@ def _is_of(folder: Path) -> Callable[[Path], bool]:
     return is_our_shard
 
 
-def check_layout(folder: Path, known: Layout, wanted: Layout) -> None:
+def check_layout(folder: Path, stored: Layout, wanted: Layout) -> None:
     """Refuse a folder whose store has the same key and another shape.
 
     Raises:
         StoreMismatch: The shapes differ, other than in rows per shard.
     """
-    for name, said in (("n_images", "images"), ("width", "width"), ("n_captions_max", "captions per image")):
-        got, want = getattr(known, name), getattr(wanted, name)
+    for name, label in (("n_images", "images"), ("width", "width"), ("n_captions_max", "captions per image")):
+        got, want = getattr(stored, name), getattr(wanted, name)
         if got != want:
             raise StoreMismatch(
-                "the folder holds a store of another shape", where=folder, got=f"{said} {got}", wanted=want, do=REPLACE
+                "the folder holds a store of another shape", where=folder, got=f"{label} {got}", wanted=want, do=REPLACE
             )
 
 
@@ -289,17 +277,13 @@ def unfinished(folder: Path) -> StoreUnfinished:
 
 def _refuse_foreign(folder: Path) -> None:
     """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
-    passing = (LOCK_NAME, TEMPORARY_NAME)
-    there = sorted(
-        path
-        for path in entries(folder)
-        if path.name != CHECKED and not any(name.fullmatch(path.name) for name in passing)
-    )
-    if there and not is_store_of_ours(folder):
+    names = sorted(path.name for path in entries(folder))
+    names = [name for name in names if not (LOCK_NAME.fullmatch(name) or TEMPORARY_NAME.fullmatch(name))]
+    if set(names) - {CHECKED} and not is_store_of_ours(folder):
         raise StoreMismatch(
             "the folder holds files that are not of a store",
             where=folder,
-            got=", ".join(path.name for path in there[:3]),
+            got=", ".join(names[:3]),
             wanted="a new or empty folder, or a store",
             do="name another folder with --out",
         )
