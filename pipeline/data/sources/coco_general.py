@@ -3,7 +3,9 @@
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
+
+from typing_extensions import TypedDict
 
 from ....errors import InputError
 from ..coco import Int64, Records, Text, read_json
