@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,12 +12,22 @@ from .coco_general import read_instances_set
 from .folders import read_folder
 from .huggingface import is_saved_dataset, read_dataset
 from .open_images import is_open_images, read_open_images
-from .samples import Problems, Samples, split_name
+from .samples import Problems, Samples, SplitRule, split_name
 from .tables import Columns, load_table, read_table
 from .visual_genome import is_visual_genome, read_visual_genome
 
 Kind = Literal["coco", "instances", "table", "folder", "archive", "huggingface", "openimages", "visualgenome"]
 KINDS: tuple[str, ...] = get_args(Kind)
+DESCRIPTIONS: dict[str, str] = {
+    "coco": "COCO 2014 with Karpathy's split",
+    "instances": "COCO's instances JSON",
+    "table": "a table",
+    "folder": "a folder of images",
+    "archive": "images in archives",
+    "huggingface": "a Hugging Face data set",
+    "openimages": "Open Images",
+    "visualgenome": "Visual Genome",
+}
 # What lies in a folder with COCO 2014 and Karpathy's split.
 SPLIT_FILE = "dataset_coco.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +54,29 @@ class Source:
         if path.is_dir():
             return path.parent if self.kind == "huggingface" and is_saved_dataset(path) else path
         return path.parent if path.exists() else Path("data") / self.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a data set is read.
+
+    Attributes:
+        out: The folder that gets the manifest; the data folder when not given.
+        columns: Columns of tables and of Hugging Face's data sets.
+        split_file: A table of splits, which counts before the data set's own.
+        rule: How images are split where the data set does not say.
+        categories: A file with a category name a line, in label order; those of the data when not given.
+        least_images: Tags of fewer images are left out.
+        name: The data set's name; that of its file or folder when not given.
+    """
+
+    out: Path | None = None
+    columns: Columns = field(default_factory=Columns)
+    split_file: Path | None = None
+    rule: SplitRule = field(default_factory=SplitRule)
+    categories: Path | None = None
+    least_images: int = 1
+    name: str | None = None
 
 
 def recognise(name: str, kind: str | None = None) -> Source:
