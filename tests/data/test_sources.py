@@ -18,6 +18,7 @@ from mmcli.pipeline.data.manifest import Manifest
 from mmcli.pipeline.data.sources.recognise import read_source, recognise
 from mmcli.pipeline.data.sources.samples import Samples, SplitRule, to_manifest
 from mmcli.pipeline.data.sources.tables import Columns
+from mmcli.pipeline.extraction.images import UnreadableImage, image_size, load_image
 
 
 def picture(path: Path, colour: str = "red") -> bytes:
@@ -146,6 +147,10 @@ def test_archives_are_read_in_place(tmp_path: Path, kind: str) -> None:
                 archive.addfile(member, io.BytesIO(content))
     samples = read(path.parent)
     assert samples.paths == [f"{path.name}/000.jpg"]
+    assert load_image(samples.root / samples.paths[0]).shape == (6, 8, 3)
+    assert image_size(samples.root / samples.paths[0]) == (6, 8)
+    with pytest.raises(UnreadableImage, match="001"):
+        load_image(samples.root / path.name / "001.jpg")
     assert (samples.captions, samples.tags, samples.splits) == ([["a dog"]], [["dog"]], ["train"])
 
 
@@ -252,3 +257,29 @@ def test_what_is_no_data_set_is_refused_in_one_line(tmp_path: Path, name: str, m
     (tmp_path / "notes.docx").write_bytes(b"x")
     with pytest.raises(InputError):
         recognise(name)
+
+
+def test_an_own_table_goes_all_the_way_to_tags(miniature, mmcli, tmp_path: Path) -> None:
+    """A CSV, pictures in a zip file without captions, and a head that reads images alone."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number in range(60):
+            colour = ("red", "green", "blue")[number % 3]
+            split = "val" if number % 5 == 3 else "test" if number % 5 == 4 else "train"
+            stream = io.BytesIO()
+            Image.new("RGB", (40 + number % 7, 30), colour).save(stream, "PNG")
+            archive.writestr(f"{split}/{colour}/{number}.png", stream.getvalue())
+    code, out, err = mmcli("prepare", "photos.zip")
+    assert code == 0, err
+    assert "60 of 60 images have no caption" in " ".join(out.split())
+    assert mmcli("extract", "--data", ".", "--model", miniature.model, "--patches", 64, "--device", "cpu")[0] == 0
+    small = ("--preset", "small", "--epochs", 3, "--device", "cpu", "--set", "knn.K=5", "--bits", 16)
+    code, _, err = mmcli("train-head", *small)
+    assert code == 2
+    assert "60 of 60 images have no caption" in err
+    assert "--inputs image" in err
+    assert mmcli("train-head", *small, "--inputs", "image", "--out", "run")[0] == 0
+    assert mmcli("knn-eval", "--run", "run", "--k", 5)[0] == 0
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "new.png")
+    code, out, err = mmcli("predict", "new.png", "--run", "run", "--data", ".", "--json")
+    assert code == 0, err
+    assert {tag["tag"] for tag in json.loads(out)["images"][0]["tags"]} <= {"red", "green", "blue"}

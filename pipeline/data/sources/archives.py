@@ -12,7 +12,6 @@ from ....errors import InputError, cannot_read
 from .folders import UNREADABLE, Described, image_suffixes, parse_description, samples_of_names
 from .samples import Samples, split_name
 
-SUFFIXES = (".tar", ".zip")
 Reader = Callable[[], bytes]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ....errors import InputError
+from ...core.archives import SUFFIXES as ARCHIVES
 from . import archives, tables
 from .coco_general import read_instances_set
 from .folders import read_folder
@@ -105,7 +106,7 @@ def recognise(name: str, kind: str | None = None) -> Source:
     suffix = path.suffix.casefold()
     if suffix in tables.SUFFIXES:
         return Source(name=name, kind="table")
-    if suffix in archives.SUFFIXES:
+    if suffix in ARCHIVES:
         return Source(name=name, kind="archive")
     if suffix == ".json":
         return Source(name=name, kind="instances")
@@ -170,7 +171,7 @@ def _instances_in(folder: Path) -> list[Path]:
 
 
 def _archives_in(folder: Path) -> list[Path]:
-    return sorted(file for suffix in archives.SUFFIXES for file in folder.glob(f"*{suffix}"))
+    return sorted(file for suffix in ARCHIVES for file in folder.glob(f"*{suffix}"))
 
 
 def _tables_in(folder: Path) -> list[Path]:
