@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import StoreError
 from .files import write_whole
-from .layout import LOCK
+from .layout import LOCK, final_name
 from .locks import SOFT, LockHeld, locked
 from .ownership import contents, remove_files
 from .strict_json import parse_json
@@ -31,7 +31,6 @@ _UNFINISHED = {"mmcli": "an export that is not finished"}
 _PART_NAME = re.compile(
     r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{5,9}\.npy|(metadata/metadata_|part-)[0-9]{5,9}\.parquet"
 )
-_TEMPORARY_NAME = re.compile(r"\.(?P<name>[a-z_0-9-]+\.(npy|parquet|json))\.[0-9a-z.-]+-[0-9]+\.tmp")
 
 
 class Parts:
@@ -188,5 +187,4 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
 def _final(name: str) -> str:
     """The name that a file has, or will have when it is whole."""
     path = Path(name)
-    temporary = _TEMPORARY_NAME.fullmatch(path.name)
-    return path.with_name(temporary["name"]).as_posix() if temporary else name
+    return path.with_name(final_name(path.name) or path.name).as_posix()

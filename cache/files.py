@@ -12,12 +12,13 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from .errors import RESUME, StoreError
-from .layout import LOCK, LOCK_NAME, TEMPORARY_NAME, temporary_name, this_host
+from .layout import LOCK, LOCK_NAME, STORE_FILE, TEMPORARY, temporary_name, this_host
 from .locks import SOFT
 from .places import is_remote
 
@@ -50,20 +51,37 @@ def write_whole(path: Path, data: bytes, check: Check | None = None) -> None:
     if is_remote(path):
         _write_object(path, data, check)
         return
+    try:
+        with replacing(path) as temporary:
+            with temporary.open("xb") as stream:
+                _fill(stream, data)
+            if check is not None:
+                check(temporary.read_bytes())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name, under which a file is made anew that takes the place of ``path`` at the end, synced.
+
+    After an error it is removed, and what lies under ``path`` stays.
+    """
     temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as stream:
-            _fill(stream, data)
-            stream.flush()
-            sync_file(stream.fileno())
-        if check is not None:
-            check(temporary.read_bytes())
-        _rename(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        yield temporary
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a whole file its final name: it is synced, renamed, and the folder synced."""
+    with temporary.open("rb") as stream:
+        sync_file(stream.fileno())
+    os.replace(temporary, path)  # noqa: PTH105 - one place that renames, by its plain name
+    sync_folder(path.parent)
 
 
 def adopt(source: Path, path: Path, check: Callable[[bytes], Checked]) -> Checked:
@@ -85,22 +103,13 @@ def adopt(source: Path, path: Path, check: Callable[[bytes], Checked]) -> Checke
         checked = check(data)
         write_whole(path, data)
         return checked
-    temporary = path.with_name(temporary_name(path.name))
-    temporary.unlink(missing_ok=True)
-    try:
+    with replacing(path) as temporary:
         try:
             os.link(source.resolve(), temporary)
         except OSError:
-            with source.open("rb") as old, temporary.open("xb") as new:
-                shutil.copyfileobj(old, new)
+            shutil.copyfile(source, temporary)
         # The name that is checked is the one that is renamed: the source may be replaced in between.
-        with temporary.open("rb") as stream:
-            sync_file(stream.fileno())
-        checked = check(temporary.read_bytes())
-        _rename(temporary, path)
-        return checked
-    finally:
-        temporary.unlink(missing_ok=True)
+        return check(temporary.read_bytes())
 
 
 def remove(path: Path) -> None:
@@ -124,12 +133,30 @@ def remove_temporaries(folder: Path, *, alone: bool) -> None:
     """
     if is_remote(folder):
         return
-    for path in folder.iterdir():
-        temporary = TEMPORARY_NAME.fullmatch(path.name)
-        if temporary is not None and (alone or is_dead(temporary["host"], int(temporary["pid"]))):
-            path.unlink(missing_ok=True)
-        elif alone and path.name not in {LOCK, LOCK + SOFT} and LOCK_NAME.fullmatch(path.name):
+    remove_leftovers(folder, lambda name: STORE_FILE.fullmatch(name) is not None, alone=alone)
+    for path in folder.iterdir() if alone else []:
+        if path.name not in {LOCK, LOCK + SOFT} and LOCK_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)  # a stripe's writer takes the main lock first, so nobody holds this one
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: bool = False) -> None:
+    """Remove temporary files and scratch folders that killed processes left in a folder.
+
+    ``is_ours`` says whether we write a file or folder of a name there. Where others may be writing (not ``alone``) only
+    what dead processes of this machine left goes. What may not be looked at or removed stays: it is in nobody's way.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            temporary = TEMPORARY.fullmatch(path.name)
+            with suppress(OSError):
+                if temporary is None or path.is_symlink() or not is_ours(temporary["name"]):
+                    continue
+                if not alone and not is_dead(temporary["host"], int(temporary["pid"])):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def is_dead(host: str, pid: int) -> bool:
@@ -192,8 +219,3 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
 
 def _fill(stream: BinaryIO, data: bytes) -> None:
     stream.write(data)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)  # noqa: PTH105 - one place that renames, by its plain name
-    sync_folder(path.parent)

@@ -15,7 +15,7 @@ from .errors import StoreDamaged, StoreError, StoreMismatch, StoreUnfinished
 from .files import remove, sync_folder
 from .index import index_bytes, parse_index
 from .key import StoreKey
-from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, TEMPORARY_NAME, Layout, Shard
+from .layout import CHECKED, INDEX, KEY, LOCK_NAME, MANIFEST, SHARD_NAME, STORE_FILE, Layout, Shard, final_name
 from .metadata import FileEntry, ShardEntry, StoreManifest, is_ours, read_key, read_manifest
 from .places import entries, is_remote
 from .shards import Arrays, OtherKey, ShardBroken, decode_shard, is_our_shard
@@ -278,7 +278,7 @@ def unfinished(folder: Path) -> StoreUnfinished:
 def _refuse_foreign(folder: Path) -> None:
     """A folder of something else is not written into, and a file with a name of ours is not overwritten."""
     names = sorted(path.name for path in entries(folder))
-    names = [name for name in names if not (LOCK_NAME.fullmatch(name) or TEMPORARY_NAME.fullmatch(name))]
+    names = [name for name in names if not (LOCK_NAME.fullmatch(name) or STORE_FILE.fullmatch(final_name(name)))]
     if set(names) - {CHECKED} and not is_store_of_ours(folder):
         raise StoreMismatch(
             "the folder holds files that are not of a store",

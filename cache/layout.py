@@ -40,9 +40,10 @@ _BOUNDS = {
     "batch_tokens": (0, 10**10),
 }
 SHARD_NAME = re.compile(r"(image|text)-([0-9]{5,9})\.h5")
-TEMPORARY_NAME = re.compile(
-    rf"\.({SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(KEY)}|{re.escape(INDEX)}|{re.escape(CHECKED)})\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp",
-)
+STORE_FILE = re.compile(rf"{SHARD_NAME.pattern}|{'|'.join(map(re.escape, (MANIFEST, KEY, INDEX, CHECKED)))}")
+# The name of a file or folder while a process writes it: the final name, digits where the process may write it twice
+# at a time, and which process of which machine it is.
+TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.(?P<host>[0-9a-z-]+)-(?P<pid>[0-9]+)\.tmp")
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,19 @@ def temporary_name(name: str) -> str:
     return f".{name}.{this_host()}-{os.getpid()}.tmp"
 
 
+def final_name(name: str) -> str:
+    """The name that a temporary file or folder is going to have; empty for one that is no temporary."""
+    temporary = TEMPORARY.fullmatch(name)
+    return "" if temporary is None else temporary["name"]
+
+
 @functools.cache
 def this_host() -> str:
     """This machine's name, as it stands in file names, with what tells its boots and its containers apart.
 
     A process number means something only beside these: two containers may share their machine's name and folders.
     """
-    name = re.sub("[^0-9a-z.-]", "-", platform.node().lower())[:40] or "host"
+    name = re.sub("[^0-9a-z-]", "-", platform.node().lower())[:40] or "host"
     marks = []
     with contextlib.suppress(OSError):
         marks.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

@@ -77,8 +77,8 @@ def resample(
         thresholds: By the ending of the keys; each one for all classes, or one a class ``(C,)``. They are not tuned
             again: where they come from another split, they are as fixed as the scores are.
         n: Resamples, R.
-        seed: Of the draws. These depend on N, n and the seed alone, so two score sets of the same images are resampled
-            alike.
+        seed: Seed of the draws. These depend on N, n and the seed alone, so two score sets of the same images are
+            resampled alike.
 
     Returns:
         ``(R,)`` float64 each: ``mAP, mAP_sample, P@K, R@K``, and with every ending, and with ``@3``, ``F1_micro,
@@ -128,7 +128,7 @@ def resample_classes(scores: Scores, labels: Labels, *, n: int = RESAMPLES, seed
 
 
 def _in_chunks(figures: Callable[[Weights], T], N: int, n: int, seed: int) -> list[T]:
-    """What ``figures`` gives for the weights of every chunk of n resamples of N images."""
+    """The results of ``figures`` for the weights of every chunk of n resamples of N images."""
 
     def chunk(start: int) -> T:
         return figures(draw(N, min(CHUNK, n - start), seed=(seed, start)))

@@ -120,4 +120,6 @@ def ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Floats:
 
 def mean_of_defined(values: npt.NDArray[Any], axis: int | None = None) -> Any:  # noqa: ANN401 - a number, or an array
     """Mean of the values that are defined, of all or along an axis; NaN where none is."""
+    if axis is None:
+        values = values[~np.isnan(values)]
     return ratio(np.nansum(values, axis=axis), np.sum(~np.isnan(values), axis=axis))

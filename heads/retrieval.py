@@ -29,7 +29,7 @@ class Retrieval(NamedTuple):
     """The figures of each query.
 
     Attributes:
-        average_precision: Of the K nearest ``(Q,)``; NaN where nothing in the base is relevant.
+        average_precision: Average precision over the K nearest ``(Q,)``; NaN where nothing in the base is relevant.
         within: Images within each radius ``(Q, B + 1)``.
         relevant_within: Relevant ones among them ``(Q, B + 1)``; the last column is all that are relevant.
     """
@@ -142,7 +142,7 @@ class _Base:
 
 
 def _average_precision(keys: npt.NDArray[np.unsignedinteger[Any]], K: int) -> Floats:
-    """Of the K least keys of each row; 0 where none of them is relevant. The keys are left in another order."""
+    """Average precision over the K least keys of each row, which are reordered; 0 where none of them is relevant."""
     keys.partition(K - 1, axis=1)
     relevant = (np.sort(keys[:, :K], axis=1) & 1).astype(np.bool_)
     hits = np.cumsum(relevant, axis=1, dtype=np.int64)

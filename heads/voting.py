@@ -79,7 +79,7 @@ def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: Bo
     """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1], w as of :func:`vote_weights`.
 
     Args:
-        neighbours: Of a search with at least K neighbours; those beyond K are dropped before weights are made.
+        neighbours: Those of a search for at least K; the ones beyond K are dropped before weights are made.
         labels: Labels of the index ``(N, C)`` of 0 and 1.
         config: K, strategy, tau and theta.
         boundary: As for :func:`vote_weights`; with it the scores do not depend on the order of the index.
@@ -111,7 +111,7 @@ def vote_weights(neighbours: Neighbours, config: KnnConfig, boundary: Boundary |
     Members of the group at the boundary that are not listed have the weight of the last one, so the sum may be below 1.
 
     Args:
-        neighbours: Of a search with at least K neighbours.
+        neighbours: The result of a search for at least K neighbours.
         config: K, strategy, tau and theta.
         boundary: The groups at the distance of neighbour K of a Hamming search.
 
@@ -224,11 +224,11 @@ class BoundaryIndex:
 
 
 @dataclass(kw_only=True)
-class Voters:
-    """The neighbours of some queries, and the groups at their boundaries as far as they were needed.
+class QueryNeighbours:
+    """The neighbours of some queries, and the groups at their boundaries, each found when it is needed.
 
     Attributes:
-        neighbours: Of the search.
+        neighbours: The result of the search.
         packed: The queries' codes ``(Q, B // 8)``, if any.
         exclude: The row that each query left out, -1 for none; ``None`` where no query left one out.
         boundaries: Groups at the distance of neighbour K, by K.
@@ -262,33 +262,34 @@ class VotingIndex:
         self._labels, self._packed = labels, packed
         self._boundary_index: BoundaryIndex | None = None
 
-    def search(self, K: int, *, packed: Packed | None, soft: Soft | None, exclude: Rows | None = None) -> Voters:
+    def search(
+        self, K: int, *, packed: Packed | None, soft: Soft | None, exclude: Rows | None = None
+    ) -> QueryNeighbours:
         """The K nearest of each query; the arguments are those of :meth:`mmcli.heads.neighbours.Index.search`."""
-        return Voters(
-            neighbours=self.index.search(K=K, packed=packed, soft=soft, exclude=exclude), packed=packed, exclude=exclude
-        )
+        nearest = self.index.search(K=K, packed=packed, soft=soft, exclude=exclude)
+        return QueryNeighbours(neighbours=nearest, packed=packed, exclude=exclude)
 
-    def vote(self, voters: Voters, knn: KnnConfig) -> Scores:
+    def vote(self, queries: QueryNeighbours, knn: KnnConfig) -> Scores:
         """Scores of every class ``(Q, C)``; the K of ``knn`` is at most that of the search."""
-        return vote(voters.neighbours, self._labels, knn, self._shared(voters, knn))
+        return vote(queries.neighbours, self._labels, knn, self._shared(queries, knn))
 
-    def weights(self, voters: Voters, knn: KnnConfig) -> Weights:
+    def weights(self, queries: QueryNeighbours, knn: KnnConfig) -> Weights:
         """The share of the vote that each neighbour has ``(Q, K)``."""
-        return vote_weights(voters.neighbours, knn, self._shared(voters, knn))
+        return vote_weights(queries.neighbours, knn, self._shared(queries, knn))
 
-    def boundary(self, voters: Voters, K: int) -> Boundary:
+    def boundary(self, queries: QueryNeighbours, K: int) -> Boundary:
         """The groups at the distance of neighbour K of a Hamming search; each K is searched for once."""
-        if K not in voters.boundaries:
-            assert voters.packed is not None
+        if K not in queries.boundaries:
+            assert queries.packed is not None
             assert self._packed is not None
             if self._boundary_index is None:
                 self._boundary_index = BoundaryIndex(self._packed, self._labels)
-            distance = voters.neighbours.distance[:, K - 1].astype(np.int32)
-            voters.boundaries[K] = self._boundary_index.groups(voters.packed, distance, voters.exclude)
-        return voters.boundaries[K]
+            distance = queries.neighbours.distance[:, K - 1].astype(np.int32)
+            queries.boundaries[K] = self._boundary_index.groups(queries.packed, distance, queries.exclude)
+        return queries.boundaries[K]
 
-    def _shared(self, voters: Voters, knn: KnnConfig) -> Boundary | None:
-        return self.boundary(voters, knn.K) if knn.ties == "average" else None
+    def _shared(self, queries: QueryNeighbours, knn: KnnConfig) -> Boundary | None:
+        return self.boundary(queries, knn.K) if knn.ties == "average" else None
 
 
 def check_ties(knn: KnnConfig) -> None:

@@ -91,7 +91,7 @@ def test_every_command_works_with_the_default_checkpoint(mmcli, miniature, data:
         assert run("predict", photo, "--caption", "a dog", "--run", each, "--k", 5)
     run("index", "build", "--run", head)
     assert run("index", "add", "--run", head, "--manifest", data / "manifest.parquet", "--force")
-    assert [revision_of(one) for one in (zero_shot, head, live, frozen)] == [FIRST] * 4
+    assert [revision_of(item) for item in (zero_shot, head, live, frozen)] == [FIRST] * 4
     fresh = Path(
         run("finetune", "--preset", "small", "--bits", 16, "--unfreeze", "none", "--epochs", 1, "--workers", 0)["run"]
     )

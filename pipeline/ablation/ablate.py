@@ -131,7 +131,7 @@ class _Work:
         units = self._units()
         progress.say(
             f"{len(self._plan.rows)} rows: {len(state.trainings)} trainings and {len(state.evaluations)} evaluations to"
-            f" be made, {len(state.records)} evaluations are there"
+            f" be made, {len(state.records)} evaluations are finished"
         )
         epochs = NoteOf()
         try:

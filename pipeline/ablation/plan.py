@@ -154,10 +154,6 @@ class Plan:
         """How many trainings there are of some kinds."""
         return sum(training.kind in kinds for training in self.trainings.values())
 
-    def of(self, training: str) -> tuple[Evaluation, ...]:
-        """The evaluations of a training."""
-        return tuple(item for item in self.evaluations.values() if item.training == training)
-
 
 def search_of(evaluation: Evaluation) -> tuple[str, int] | None:
     """The search that serves an evaluation, as :func:`~mmcli.pipeline.evaluation.sweep.search_key` names it.

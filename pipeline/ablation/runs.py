@@ -1,6 +1,6 @@
 """Which runs and stores that lie on disk are what a plan asks for, and where those that are missing go."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from ...cache import Store, list_stores
@@ -33,10 +33,11 @@ def find_runs(trainings: Mapping[str, Training], places: Iterable[Path]) -> dict
         The run's folder by key.
     """
     runs: dict[str, Path] = {}
+    stores = {training.store for training in trainings.values()}
     for place in places:
         for mark in sorted(place.glob(f"*/{MARK}")):
             try:
-                key = _key_of_run(mark.parent, trainings)
+                key = _key_of_run(mark.parent, stores)
             except _UNREADABLE:
                 continue
             if key in trainings:
@@ -78,12 +79,11 @@ def find_stores(digests: Iterable[str], places: Iterable[Path]) -> dict[str, Pat
     return stores
 
 
-def _key_of_run(folder: Path, trainings: Mapping[str, Training]) -> str:
+def _key_of_run(folder: Path, stores: Collection[str]) -> str:
     """The key of the training that a run is; empty where it is no training, not complete, or of another store."""
     info = read_info(folder)
     _, store = _origin(folder, info)
-    wanted = info.status == "finished" and info.kind in _TRAINED
-    if not wanted or store not in {training.store for training in trainings.values()}:
+    if info.status != "finished" or info.kind not in _TRAINED or store not in stores:
         return ""
     open_run(folder, kind=info.kind)
     return _trained_key(folder, info) if all(codes_path(folder, split).is_file() for split in SPLITS) else ""

@@ -1,5 +1,6 @@
 """Tables of an ablation for a person: one an experiment, and what a dry run would do."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,12 +166,12 @@ class AblateResult:
         done = self.counted
         lines = [
             f"{done['trained']} trainings and {done['evaluated']} evaluations in {self.seconds:.0f} s;"
-            f" {done['found']} evaluations were there already"
+            f" {done['found']} evaluations were finished before"
         ]
         if done["failed"]:
             lines.append(f"{done['failed']} rows failed: the reasons are in the column note; the next call tries again")
         if done["open"]:
-            lines.append(f"{done['open']} rows are not there yet: the same command goes on")
+            lines.append(f"{done['open']} rows are still to be made: the same command resumes")
         if self.left:
             lines.append(
                 f"{self.left} rows of another base configuration left the table; asking for them brings them back"
@@ -220,6 +221,7 @@ class DryRun:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, with what is shared and missing of every training."""
+        rows, evaluations = self._rows(), Counter(item.training for item in self.plan.evaluations.values())
         trainings = [
             {
                 "key": key,
@@ -229,8 +231,8 @@ class DryRun:
                 "towers": training.towers,
                 "state": self.status[key],
                 "run": str(self.runs[key]) if key in self.runs else None,
-                "evaluations": len(self.plan.of(key)),
-                "rows": [f"{row.experiment}: {row.value}" for row in self.plan.rows if row.training == key],
+                "evaluations": evaluations[key],
+                "rows": [f"{row.experiment}: {row.value}" for row in rows[key]],
             }
             for key, training in self.plan.trainings.items()
         ]
@@ -240,6 +242,14 @@ class DryRun:
         """The trainings as a table, and what the plan comes to, for a person."""
         return [self._table(), *self._lines(), "nothing was written (--dry-run)"]
 
+    def _rows(self) -> dict[str, list[Row]]:
+        """The rows of every training, by its key."""
+        rows: dict[str, list[Row]] = {key: [] for key in self.plan.trainings}
+        for row in self.plan.rows:
+            if row.training:
+                rows[row.training].append(row)
+        return rows
+
     def _table(self) -> RenderableType:
         """A line a configuration: what it is, its seeds, what is evaluated of it, and what of it is finished."""
         table = FittingTable()
@@ -248,11 +258,9 @@ class DryRun:
         groups: dict[str, list[str]] = {}
         for key, training in self.plan.trainings.items():
             groups.setdefault(training.group, []).append(key)
-        rows: dict[str, list[Row]] = {}
-        for row in self.plan.rows:
-            rows.setdefault(row.training, []).append(row)
+        rows = self._rows()
         for group, keys in list(groups.items())[:MOST_TRAININGS]:
-            served = [row for key in keys for row in rows.get(key, ())]
+            served = [row for key in keys for row in rows[key]]
             labels = list(dict.fromkeys(f"{row.experiment} {row.value}" for row in served))
             more = f" and {len(labels) - MOST_SHOWN} more" if len(labels) > MOST_SHOWN else ""
             states = ", ".join(dict.fromkeys(self.status[key] for key in keys))
@@ -275,7 +283,7 @@ class DryRun:
             + (f", {len(refused):,} refused" if refused else ""),
             *list(dict.fromkeys(f"  {row.experiment} {row.value}: {row.note}" for row in refused))[:MOST_GRID_ROWS],
             f"{n['n_trainings']:,} trainings ({plan.count('finetune'):,} of towers) and"
-            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are there,"
+            f" {n['n_baselines']:,} baselines: {len(plan.trainings) - missing:,} are finished,"
             f" {missing:,} to be made",
             f"{n['n_evaluations']:,} evaluations, {n['n_searches']:,} searches, {n['n_votes']:,} votes;"
             f" {self.n_evaluations:,} evaluations to be made",

@@ -271,7 +271,7 @@ def extract_store(patches: int, digest: str, place: Workplace, config: Config, p
             do="name the checkpoint, the data and the device that made the store",
         )
     progress.say(
-        f"  {result.n_encoded:,} images encoded, {result.reused_text_shards} shards of captions taken over: {folder}"
+        f"  {result.n_encoded:,} images encoded, {result.reused_text_shards} shards of captions reused: {folder}"
     )
     return folder.absolute()
 

@@ -25,8 +25,8 @@ from ..core.defaults import DATA
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ...heads.config import KnnConfig
     from ..core.progress import Progress
-    from ..evaluation.sweep import Sweep
 
 # The titles under which `--help` lists the options of a section's keys, where a command has titles.
 TITLES = {
@@ -255,14 +255,14 @@ class Settings:
         flags = self.flags | {key: KeyOption(key).flag for key in options}
         return load_config(self.file or file, options={**self.given, **options}, flags=flags, under=under)
 
-    def sweep(self, listed: Sequence[str], file: Path) -> "tuple[Config, Sweep | None]":
+    def sweep(self, listed: Sequence[str], file: Path) -> "tuple[Config, list[KnnConfig] | None]":
         """The configuration, and the values of options that list several; ``None`` where none does.
 
         Args:
             listed: Keys of the knn section whose option takes a list.
             file: The file where ``--config`` gives none.
         """
-        from ..evaluation.sweep import split_values, sweep_of
+        from ..evaluation.sweep import split_values, sweep
 
         values = {
             key: split_values(key.removeprefix("knn."), self.options[key]) for key in listed if key in self.options
@@ -275,7 +275,7 @@ class Settings:
             key.removeprefix("knn."): [self.load({**firsts, key: value}, file=file).knn for value in several]
             for key, several in values.items()
         }
-        return base, sweep_of(checked, base.knn)
+        return base, sweep(checked, base.knn)
 
 
 @dataclass(frozen=True, kw_only=True)

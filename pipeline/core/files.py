@@ -19,11 +19,11 @@ from pathlib import Path, PosixPath, PurePosixPath
 
 from safetensors import SafetensorError
 
-from ...cache.files import is_dead, sync_file
-from ...cache.layout import this_host
+from ...cache import files, layout
+from ...cache.files import publish, sync_file
 from ...errors import NOT_THERE, InputError, check_file
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<host>[0-9a-z.-]+)-(?P<pid>[0-9]+)\.tmp")
+remove_leftovers, final_name = files.remove_leftovers, layout.final_name
 NAME_BYTES = 100  # of a file's own name in that of its temporary one; a name may have 255
 
 
@@ -89,8 +89,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             scratch.mkdir()
             mode = _create(scratch / "new")
             write(scratch / "new")
-            _finish(scratch / "new", mode)
-            (scratch / "new").replace(path)
+            _set_mode(scratch / "new", mode)
+            publish(scratch / "new", path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -168,41 +168,20 @@ def write_folder(
             fill(scratch)
             names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
             for name in names:
-                _finish(scratch / name, mode)
+                _set_mode(scratch / name, mode)
             if not folder.exists():
+                for name in names:
+                    with (scratch / name).open("rb") as stream:
+                        sync_file(stream.fileno())
                 scratch.rename(folder)
                 return
             for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / name).replace(folder / name)
+                publish(scratch / name, folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError, shutil.Error) as error:
         raise unwritable(folder, error) from error
-
-
-def remove_leftovers(folder: Path, is_ours: Callable[[str], bool], *, alone: bool = False) -> None:
-    """Remove temporary files and scratch folders that killed processes left in a folder.
-
-    ``is_ours`` says whether we write a file or folder of a name there. Where others may be writing (not ``alone``) only
-    what dead processes of this machine left goes.
-    """
-    with suppress(OSError):  # what may not be looked at or removed stays: it is in nobody's way
-        for path in list(folder.iterdir()) if folder.is_dir() else []:
-            with suppress(OSError):
-                _remove_leftover(path, is_ours, alone=alone)
-
-
-def _remove_leftover(path: Path, is_ours: Callable[[str], bool], *, alone: bool) -> None:
-    """Remove a file or folder if it is a temporary one of ours whose process is gone."""
-    temporary = TEMPORARY.fullmatch(path.name)
-    if temporary is None or path.is_symlink() or not is_ours(temporary["name"]):
-        return
-    if alone or is_dead(temporary["host"], int(temporary["pid"])):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path, is_ours: Callable[[Path], bool], *, force: bool, what: str, option: str) -> None:
@@ -264,14 +243,8 @@ def one_line(path: Path) -> Iterator[None]:
         raise unwritable(Path(error.filename or path), error) from None
 
 
-def final_name(name: str) -> str:
-    """The name that a temporary file or folder is going to have; empty for one that is no temporary."""
-    temporary = TEMPORARY.fullmatch(name)
-    return "" if temporary is None else temporary["name"]
-
-
 def _temporary_name(name: str) -> str:
-    return f".{_short(name)}.{secrets.token_hex(4)}.{this_host()}-{os.getpid()}.tmp"
+    return layout.temporary_name(f"{_short(name)}.{secrets.token_hex(4)}")
 
 
 def _short(name: str) -> str:
@@ -291,13 +264,11 @@ def _create(path: Path) -> int:
         os.close(handle)
 
 
-def _finish(path: Path, mode: int) -> None:
-    """Give a file that a library wrote the permissions of any new file, and make it last."""
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file that a library wrote the permissions of any new file."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
         with suppress(PermissionError):  # a file system that has its own permissions
             path.chmod(mode)
-    with path.open("rb") as stream:
-        sync_file(stream.fileno())
 
 
 def command(*words: object) -> str:

@@ -63,7 +63,7 @@ class Manifest:
 
     @classmethod
     def from_parts(cls, core: pa.Table, whole: Callable[[], pa.Table], *, where: object = "manifest") -> Self:
-        """A manifest whose paths and captions are read and checked when somebody asks for them.
+        """A manifest whose paths and captions are read and checked when they are first used.
 
         Args:
             core: A table as for :meth:`from_table`, of which ``image_id``, ``split`` and ``labels`` are checked now.
@@ -71,7 +71,7 @@ class Manifest:
             where: The file it comes from, for the error.
 
         Raises:
-            InputError: Something is wrong with the core; with the rest, when it is asked for.
+            InputError: Something is wrong with the core; with the rest, when it is first used.
         """
         checked, names = _checked(core, where, CORE)
         return cls(core=checked, category_names=names, whole=lambda: _checked(whole(), where, SCHEMA.names)[0])

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,7 +27,7 @@ TILE, SCALE = 100, 2  # side of a pictogram in its own units, and pixels of each
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Where a picture is taken, and what is seen there.
+    """A kind of place: its background and the categories seen in it.
 
     Attributes:
         name: Its name.
@@ -48,7 +48,7 @@ class Theme:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What scenes and their captions are made of.
+    """The words and colours of scenes and captions.
 
     Attributes:
         themes: The themes by name.
@@ -153,14 +153,6 @@ FOLDERS = {"train": "train2014", "restval": "val2014", "val": "val2014", "test":
 Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """One picture and where its objects are, boxes as x, y, width, height in pixels."""
-
-    image: Image.Image
-    boxes: tuple[tuple[str, Box], ...]
-
-
 def make_dataset(
     out: Path,
     *,
@@ -199,9 +191,11 @@ def make_dataset(
         name = f"COCO_{folder}_{image_id:012d}.jpg"
         image_rng = np.random.default_rng([seed, image_id])
         scene = draw_scene(image_rng)
-        picture = painter.paint(scene, image_rng)
-        _save(picture.image, out / folder / name)
-        _annotate(instances[folder], image_id, name, picture, numbers)
+        image, boxes = painter.paint(scene, image_rng)
+        _save(image, out / folder / name)
+        entry = {"license": 1, "id": image_id, "file_name": name, "width": image.width, "height": image.height}
+        instances[folder]["images"].append(entry)
+        instances[folder]["annotations"] += [_annotation(next(numbers), image_id, *box) for box in boxes]
         captions = write_captions(scene, image_rng, 6 if image_rng.random() < SIX_CAPTIONS else 5)
         karpathy.append(_entry(imgid, image_id, split, folder, name, captions, karpathy))
         if progress is not None:
@@ -259,18 +253,19 @@ def draw_pictogram(parts: list[list[str]]) -> Image.Image:
 
 
 class _Painter:
-    """Paints scenes; pictograms are drawn once."""
+    """Paints scenes; every pictogram is drawn once."""
 
     def __init__(self) -> None:
         self._tiles = {name: draw_pictogram(parts) for name, parts in read_pictograms().items()}
 
-    def paint(self, scene: Scene, rng: np.random.Generator) -> _Picture:
+    def paint(self, scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[str, Box]]]:
+        """The picture of a scene, and where its objects are: x, y, width and height in pixels."""
         width, height = SIZES[int(rng.integers(len(SIZES)))]
         image = _background(scene.theme, width, height, rng)
         # Pale things first, so that a clear one may stand in front of a pale one and not the other way.
         things = sorted(scene.things, key=lambda thing: not thing.faint)
-        boxes = tuple((thing.name, self._place(image, thing, len(things), rng)) for thing in things)
-        return _Picture(image=image.convert("L") if rng.random() < GREY else image, boxes=boxes)
+        boxes = [(thing.name, self._place(image, thing, len(things), rng)) for thing in things]
+        return image.convert("L") if rng.random() < GREY else image, boxes
 
     def _place(self, image: Image.Image, thing: Thing, crowd: int, rng: np.random.Generator) -> Box:
         small = min(image.size)
@@ -311,23 +306,17 @@ def _empty_instances(folder: str) -> dict[str, Any]:
     return {"info": info, "licenses": [licence], "images": [], "annotations": [], "categories": categories}
 
 
-def _annotate(content: dict[str, Any], image_id: int, name: str, picture: _Picture, numbers: Iterator[int]) -> None:
-    width, height = picture.image.size
-    content["images"].append({"license": 1, "id": image_id, "file_name": name, "width": width, "height": height})
-    ids = {category.name: category.id for category in CATEGORIES}
-    for category, (x, y, w, h) in picture.boxes:
-        outline = [x, y, x + w, y, x + w, y + h, x, y + h]
-        content["annotations"].append(
-            {
-                "id": next(numbers),
-                "image_id": image_id,
-                "category_id": ids[category],
-                "bbox": [x, y, w, h],
-                "area": w * h,
-                "segmentation": [outline],
-                "iscrowd": 0,
-            }
-        )
+def _annotation(number: int, image_id: int, category: str, box: Box) -> dict[str, Any]:
+    x, y, w, h = box
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": next(listed.id for listed in CATEGORIES if listed.name == category),
+        "bbox": [x, y, w, h],
+        "area": w * h,
+        "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        "iscrowd": 0,
+    }
 
 
 def _entry(

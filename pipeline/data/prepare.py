@@ -64,7 +64,7 @@ def _place(data: Path, folder: str, name: str) -> PurePosixPath:
 def check_files(data: Path, paths: Sequence[str]) -> list[str]:
     """Look for every image.
 
-    Folders are listed rather than files asked for one by one, which takes minutes on a network's disk.
+    Folders are listed, since looking for each file by itself takes minutes on a network's disk.
 
     Args:
         data: The data folder.
@@ -258,7 +258,7 @@ def _class_table(statistics: Statistics) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareResult:
-    """What ``prepare`` wrote.
+    """The manifest that ``prepare`` has written.
 
     Attributes:
         path: The manifest.

@@ -63,7 +63,7 @@ class Arm:
         value: The value or the method.
         samples: Its seeds.
         note: A remark for tables.
-        precision: What its seeds were computed in, where others of the same value were computed in another precision.
+        precision: The precision of its seeds, where others of the same value were computed in another precision.
     """
 
     value: str

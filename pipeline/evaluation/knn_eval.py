@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..core.progress import Progress
 from ..core.run import Run, newest_run, open_run
 from .metrics import check_predictor, classifier_row, write_scores
 from .search import Evaluated, NeighbourSearch, fitting_metric
-from .sweep import ALL, Sweep, plan
+from .sweep import ALL, searches
 
 SHOWN = ("split", "bits", "K", "distance_metric", "voting_strategy", "tau", "ties", "index_kind")
 
@@ -179,13 +179,13 @@ class TableResult:
 
 
 def knn_table(
-    config: Config, sweep: Sweep, *, run: Run, split: str = "test", progress: Progress | None = None
+    config: Config, evaluations: Sequence[KnnConfig], *, run: Run, split: str = "test", progress: Progress | None = None
 ) -> TableResult:
     """Evaluate every combination of a sweep; ``metrics.json`` is left as it is.
 
     Args:
-        config: The knn section gives what the sweep does not; and the device.
-        sweep: Values of K, metric, vote, tau and theta.
+        config: The configuration; its knn section and its device count.
+        evaluations: The combinations, as of :func:`.sweep.sweep`.
         run: A finished run of ``train-head``.
         split: The split whose images are tagged; an image never votes for itself.
         progress: Progress bars and messages; none are shown when not given.
@@ -203,34 +203,36 @@ def knn_table(
             do="give one value each of --k, --metric, --vote, --tau and --theta",
         )
     codes = Evaluated.of(run, split)
-    searches = plan(_fitting(sweep, config.knn, codes, run), config.knn)
-    for configs in searches:
+    groups = searches(_fitting(evaluations, config.knn, codes, run))
+    for configs in groups:
         check_ties(configs[0])
         codes.check_k(max(knn.K for knn in configs), run)
     device = str(pick_device(config.hardware.device))
     rows: list[dict[str, Any]] = []
-    with progress.task("evaluations", sum(map(len, searches))) as task:
-        for configs in searches:
+    with progress.task("evaluations", sum(map(len, groups))) as task:
+        for configs in groups:
             search = NeighbourSearch(codes, configs, device)
             for knn in configs:
                 row = search.row("knn", search.vote(knn), knn) | search.boundary_facts(knn)
                 rows.append({key: value for key, value in row.items() if not _idle(key, knn.voting_strategy)})
                 task.advance(1)
     path = run.folder / FILE
-    record = {"version": VERSION, "split": split, "n_searches": len(searches), "rows": rows}
+    record = {"version": VERSION, "split": split, "n_searches": len(groups), "rows": rows}
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return TableResult(run=run, path=path, split=split, rows=tuple(rows))
 
 
-def _fitting(sweep: Sweep, knn: KnnConfig, codes: Evaluated, run: Run) -> Sweep:
-    """Of all metrics those that the run serves; one that was asked for by name has to be among them."""
-    listed = sweep.distance_metric
-    if codes.base.packed is None and set(listed) == set(ALL["distance_metric"]):
-        return replace(sweep, distance_metric=("cosine",))
-    # Only an update says that the metric was asked for by name; a single one may be the default.
-    configs = [knn] if len(listed) == 1 else [knn.model_copy(update={"distance_metric": metric}) for metric in listed]
-    metrics = (fitting_metric(config, codes.bits, run.folder) for config in configs)
-    return replace(sweep, distance_metric=tuple(dict.fromkeys(metrics)))
+def _fitting(evaluations: Sequence[KnnConfig], knn: KnnConfig, codes: Evaluated, run: Run) -> list[KnnConfig]:
+    """The evaluations by metrics that the run serves; a metric that was asked for by name has to be among them."""
+    metrics = {config.distance_metric for config in evaluations}
+    if not codes.bits and metrics == set(ALL["distance_metric"]):
+        return [config for config in evaluations if config.distance_metric == "cosine"]
+    # A single metric may be the default, so the configuration decides whether it was asked for by name.
+    fitting = {
+        config.distance_metric: fitting_metric(knn if len(metrics) == 1 else config, codes.bits, run.folder)
+        for config in evaluations
+    }
+    return [config.model_copy(update={"distance_metric": fitting[config.distance_metric]}) for config in evaluations]
 
 
 def _idle(key: str, strategy: str) -> bool:

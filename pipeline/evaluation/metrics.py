@@ -92,10 +92,10 @@ def with_intervals(
     because the split is a sample of images, and nothing of another training seed or another val split.
 
     Args:
-        row: Of metrics.
-        scores: ``(N, C)`` that it was computed from.
-        labels: ``(N, C)``.
-        thresholds: By the ending of its keys.
+        row: A row of metrics.
+        scores: The scores ``(N, C)`` that it was computed from.
+        labels: The labels ``(N, C)``.
+        thresholds: The thresholds, by the ending of the keys that they belong to.
 
     Returns:
         The row, and ``ci``: ``{key: [low, high]}`` for every figure that it has and that is defined; ``n_resamples``;
@@ -156,7 +156,7 @@ def scores_path(run: Path, method: str, split: str) -> Path:
 
 
 def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any]]:
-    """What :func:`write_scores` kept: ``image_id``, ``scores``, and ``labels`` where they were given.
+    """Read the arrays of :func:`write_scores`: ``image_id``, ``scores``, and ``labels`` where they were given.
 
     Raises:
         InputError: As for :func:`~mmcli.pipeline.core.results.read_run_arrays`.

@@ -11,7 +11,7 @@ from ...errors import InputError
 from ...heads.config import KnnConfig, Metric
 from ...heads.neighbours import Rows
 from ...heads.retrieval import retrieval_row
-from ...heads.voting import Voters, VotingIndex, Weights
+from ...heads.voting import QueryNeighbours, VotingIndex, Weights
 from ..core.results import Codes, codes_path, read_codes
 from ..core.run import Run
 from .metrics import Scores, metrics_row, mix_with_classifier
@@ -101,9 +101,9 @@ class NeighbourSearch:
         device: Where to search, a name that torch knows.
 
     Attributes:
-        codes: As given.
+        codes: The codes that were given.
         voting: The index and the votes of its rows.
-        voters: The neighbours of the split.
+        nearest: The neighbours of the split.
         build_s: Seconds that building the index took.
         search_s: Seconds that the search of the split took.
 
@@ -118,21 +118,21 @@ class NeighbourSearch:
         self.voting = VotingIndex(knn, base.labels, packed=base.packed, soft=base.soft, device=device)
         self.build_s = time.perf_counter() - started
         started = time.perf_counter()
-        self.voters = self._search(codes.query, knn.K)
+        self.nearest = self._search(codes.query, knn.K)
         self.search_s = time.perf_counter() - started
-        self._on_val = self.voters if codes.query is codes.val else self._search(codes.val, knn.K)
+        self._on_val = self.nearest if codes.query is codes.val else self._search(codes.val, knn.K)
 
     def vote(self, knn: KnnConfig) -> Votes:
         """Scores for a K of at most that of the search."""
         started = time.perf_counter()
-        scores = self.voting.vote(self.voters, knn)
+        scores = self.voting.vote(self.nearest, knn)
         seconds = time.perf_counter() - started
-        on_val = scores if self._on_val is self.voters else self.voting.vote(self._on_val, knn)
+        on_val = scores if self._on_val is self.nearest else self.voting.vote(self._on_val, knn)
         return Votes(scores, on_val, seconds)
 
     def weights(self, knn: KnnConfig) -> Weights:
         """The share of the vote of each neighbour of the split ``(N, K)``."""
-        return self.voting.weights(self.voters, knn)
+        return self.voting.weights(self.nearest, knn)
 
     def mix(self, votes: Votes) -> tuple[Votes, float]:
         """The votes mixed with the classifier's probabilities, and the weight of the votes, which is tuned on val."""
@@ -147,7 +147,7 @@ class NeighbourSearch:
             method: Name of the method.
             votes: Its scores.
             knn: The configuration that voted.
-            run: As for :func:`.metrics.metrics_row`.
+            run: Where given, the rows of the classes are written into it.
         """
         codes = self.codes
         tuned_on = None if codes.split == "val" else (votes.on_val, codes.val.labels)
@@ -167,8 +167,8 @@ class NeighbourSearch:
         """
         if knn.distance_metric != "hamming":
             return {}
-        size = self.voting.boundary(self.voters, knn.K).size
-        distance = self.voters.neighbours.distance[:, : knn.K]
+        size = self.voting.boundary(self.nearest, knn.K).size
+        distance = self.nearest.neighbours.distance[:, : knn.K]
         inside = (distance == distance[:, -1:]).sum(axis=1)
         return {"boundary_tied": float((size > inside).mean()), "boundary_group_size": float(size.mean())}
 
@@ -203,7 +203,7 @@ class NeighbourSearch:
             }
         return facts
 
-    def _search(self, query: Codes, K: int, rows: slice = slice(None)) -> Voters:
+    def _search(self, query: Codes, K: int, rows: slice = slice(None)) -> QueryNeighbours:
         """The K nearest of some rows of a split, without the query's own image."""
         own_rows = rows_of(self.codes.base.image_id, query.image_id[rows], self._order)
         packed = None if query.packed is None else query.packed[rows]

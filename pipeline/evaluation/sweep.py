@@ -4,26 +4,14 @@ Nothing here reads or computes; the command line and the table both rest on it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args
+from typing import get_args
 
 from ...heads.config import HYBRID_CANDIDATES, KnnConfig, Metric, Vote
 
 # Keys of the knn section that take several values; and the choices that `all` stands for.
 LISTED = ("K", "distance_metric", "voting_strategy", "tau", "theta")
 ALL: dict[str, tuple[str, ...]] = {"distance_metric": get_args(Metric), "voting_strategy": get_args(Vote)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Values of each key, in the order in which they are shown; one where none was listed."""
-
-    K: tuple[int, ...]
-    distance_metric: tuple[Metric, ...]
-    voting_strategy: tuple[Vote, ...]
-    tau: tuple[float, ...]
-    theta: tuple[float, ...]
 
 
 def split_values(key: str, text: str) -> tuple[str, ...]:
@@ -38,35 +26,25 @@ def split_values(key: str, text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
-def sweep_of(configs: Mapping[str, Sequence[KnnConfig]], base: KnnConfig) -> Sweep:
-    """Collect the values of listed keys, each checked in a configuration of its own.
+def sweep(values: Mapping[str, Sequence[KnnConfig]], base: KnnConfig) -> list[KnnConfig]:
+    """Every combination of listed values once: tau matters to softmax votes alone, theta to threshold votes alone.
 
     Args:
-        configs: For each listed key one configuration a value.
+        values: For each listed key one configuration a value, which was checked with it.
         base: Gives the value of every other key.
-    """
-    values: dict[str, Any] = {
-        key: tuple(dict.fromkeys(getattr(config, key) for config in configs.get(key, (base,)))) for key in LISTED
-    }
-    return Sweep(**values)
-
-
-def plan(sweep: Sweep, base: KnnConfig) -> list[list[KnnConfig]]:
-    """Every combination once, by search: tau matters to softmax votes alone, theta to threshold votes alone.
-
-    Args:
-        sweep: Values of the keys.
-        base: Everything else.
 
     Returns:
-        The configurations of each search, ordered by K, vote, tau and theta as listed.
+        One configuration an evaluation, ordered by metric, K, vote, tau and theta as listed.
     """
-    return searches(
-        base.model_copy(update={"K": K, "distance_metric": metric, "voting_strategy": vote, "tau": tau, "theta": theta})
-        for metric, K, vote in product(sweep.distance_metric, sweep.K, sweep.voting_strategy)
-        for tau in (sweep.tau if vote == "softmax" else (base.tau,))
-        for theta in (sweep.theta if vote == "threshold" else (base.theta,))
+    K, metrics, votes, taus, thetas = (
+        dict.fromkeys(getattr(config, key) for config in values.get(key, (base,))) for key in LISTED
     )
+    return [
+        base.model_copy(update={"K": k, "distance_metric": metric, "voting_strategy": vote, "tau": tau, "theta": theta})
+        for metric, k, vote in product(metrics, K, votes)
+        for tau in (taus if vote == "softmax" else (base.tau,))
+        for theta in (thetas if vote == "threshold" else (base.theta,))
+    ]
 
 
 def searches(configs: Iterable[KnnConfig]) -> list[list[KnnConfig]]:
@@ -78,7 +56,7 @@ def searches(configs: Iterable[KnnConfig]) -> list[list[KnnConfig]]:
 
 
 def search_key(knn: KnnConfig) -> tuple[Metric, int]:
-    """What a search depends on: the metric, and K where the K nearest are not the first of a search for more, else 0.
+    """The key of a search: its metric, and its K where the K nearest are not the first of a search for more, else 0.
 
     A hybrid search reranks as many candidates as it is asked for neighbours, a fixed number at least.
     """

@@ -23,7 +23,7 @@ _UPPER, _LOWER = ("A CAT ON A MAT", "a cat on a mat")
 
 
 class CaptionTokenizer:
-    """The tokenizer of a checkpoint, asked as the text tower was trained.
+    """The tokenizer of a checkpoint, called as the text tower was trained.
 
     Args:
         tokenizer: The tokenizer of ``transformers``.
@@ -103,7 +103,7 @@ def _refusal(source: ModelSource, got: str, length: int) -> InputError:
 
 
 def _find_fault(captions: CaptionTokenizer, tokenizer: Any, config: Any) -> str | None:  # noqa: ANN401
-    """What is wrong with a tokenizer, in a few words."""
+    """The first fault of a tokenizer, in a few words; None where it is the text tower's."""
     text = config.text_config
     if len(tokenizer) > text.vocab_size:
         return f"{len(tokenizer):,} tokens, where the text tower has {text.vocab_size:,} embeddings"

@@ -44,7 +44,7 @@ def tokens_of_a_pass(device: torch.device) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFacts:
-    """What a store is filled by, without the weights: it may be described on another machine than it runs on.
+    """The description of an encoder that a store needs, without the weights, so that it can travel between machines.
 
     Attributes:
         identity: Names for the key of a store.
@@ -66,7 +66,7 @@ class EncoderFacts:
 
 
 class EncoderParts(NamedTuple):
-    """What an encoder is made of; the weights may be trained, and another encoder made of them.
+    """The parts of an encoder; the weights may be trained, and another encoder made of them.
 
     Attributes:
         source: Where the files are.
@@ -126,7 +126,7 @@ class Encoder:
 
     @property
     def facts(self) -> EncoderFacts:
-        """Everything that a store is told of the encoder, without the weights."""
+        """The description of this encoder, without the weights."""
         return EncoderFacts(**{field.name: getattr(self, field.name) for field in fields(EncoderFacts)})
 
     @classmethod
@@ -157,7 +157,7 @@ class Encoder:
         resizer: Resizer = "pillow",
         device: torch.device,
     ) -> EncoderParts:
-        """What a checkpoint gives, loaded through the Auto classes of ``transformers``.
+        """Load the parts of a checkpoint through the Auto classes of ``transformers``.
 
         Args:
             name: A local folder in ``save_pretrained`` form, or a hub id.
@@ -297,7 +297,7 @@ class Encoder:
 
 
 def _unless_short(run: Callable[[slice], Tensor], rows: slice) -> Tensor | None:
-    """What a pass gives, or None where memory ran out; then all that the pass had allocated is free again."""
+    """The result of a pass, or None where memory ran out; then all that the pass had allocated is free again."""
     try:
         return run(rows)
     except (RuntimeError, MemoryError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What image files hold beside their pixels: the number that says how to turn them, and how to do without the rest.
+"""Metadata of image files: the orientation is read, and files whose other metadata Pillow refuses are stripped of it.
 
 Cameras, phones and editors write metadata that break the rules of their formats, or too much of them, and Pillow
 refuses some files for it. Here such a file loses its metadata, in memory, and keeps what the pixels need.

@@ -37,7 +37,7 @@ MOST_PIXELS = 2**28
 # Pillow refuses more than twice its limit, and only warns of what is between.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2)
-# It logs some errors besides raising them, and Python prints what nobody listens to.
+# Pillow logs some errors besides raising them, and Python prints log records that no handler takes.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # How pixels are turned upright, by EXIF's orientation.
@@ -115,13 +115,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _read(path: Path, use: Callable[[Image.Image, int, IO[bytes]], T]) -> T:
-    """What ``use`` makes of the opened image, its orientation and the bytes it is in."""
+    """Open an image and return the result of ``use``, called with the image, its orientation and the opened file."""
     try:
         kind = None if split_archive(path) else file_kind(path)
         if kind is not None:
             raise _unreadable(path, kind)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are about metadata, which nobody here reads
+            warnings.simplefilter("ignore")  # they are about metadata, which is not read here
             try:
                 # Opened here, since Pillow leaves a file open whose first bytes it cannot read.
                 with open_binary(path) as stream, Image.open(stream) as image:
@@ -153,7 +153,7 @@ def _decode(image: Image.Image, orientation: int, file: IO[bytes]) -> Pixels:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How an opened image has to be turned once it is loaded."""
+    """The orientation of an opened image, by which it has to be turned once it is loaded."""
     if image.format == "TIFF":
         limit_to_orientation(image)
         return 1  # Pillow turns it itself
@@ -209,7 +209,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I;16", "I;16B", "I;16L"} or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray(_scale_grey(image)).convert("RGB")
     if image.mode in {"I", "F"}:
-        raise ValueError(f"pixels of mode {image.mode}, whose range nobody knows")
+        raise ValueError(f"pixels of mode {image.mode}, whose range is not known")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -240,7 +240,7 @@ SCALE_MIN, SCALE_MAX, SCALE_EPS = 1e-6, 100.0, 1e-5
 
 
 class Grid(NamedTuple):
-    """How many patches an image is cut into, down and across."""
+    """The number of patches that an image is cut into, down and across."""
 
     rows: int
     columns: int
@@ -253,7 +253,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSpec:
-    """What a checkpoint's image processor does to an image before the tower sees it.
+    """The settings of a checkpoint's image processor: how an image becomes patches.
 
     Attributes:
         side: p, pixels of a patch's side.

@@ -180,7 +180,7 @@ def _wrong_number(of: str, path: Path, vectors: Vectors, wanted: str) -> InputEr
 
 
 SHARD_ROWS = 1024
-# A key has whole numbers for the patch budget and the text length, and nobody knows those of the other tool.
+# A key has whole numbers for the patch budget and the text length, and those of the other tool are not known.
 UNKNOWN = 1
 
 
@@ -194,7 +194,7 @@ class ImportPlan:
             in manifest order.
         manifest: The manifest whose images they are of, in its order; parquet is matched by ``image_id``.
         name: The model that computed them.
-        revision: Which revision of it; the hash of the content where nobody knows.
+        revision: The revision of that model; a hash of the content when not given.
         out: The store's folder; below ``cache`` when not given.
         cache: The folder of all stores.
         dtype: How they are stored; as they are when not given.

@@ -1,4 +1,4 @@
-"""Where a SigLIP checkpoint lies: in a folder, or at one commit of a repository of the Hugging Face hub.
+"""A SigLIP checkpoint's files: a folder, or one commit of a repository of the Hugging Face hub.
 
 A branch or a tag is resolved to a commit once. Configuration, weights, image processor and tokenizer are then read from
 the snapshot of that commit in the hub's cache, so that parts of two versions never mix.
@@ -308,7 +308,7 @@ def _snapshot(name: str, commit: str) -> Path:
             return folder
     except (OSError, ValueError):  # not there, or not all of it
         pass
-    # Hundreds of megabytes take their time: whoever sits at a terminal sees them come.
+    # Hundreds of megabytes take their time: on a terminal a progress bar shows them.
     shows = sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS
     try:
         if shows:

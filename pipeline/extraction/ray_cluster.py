@@ -33,7 +33,7 @@ NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How a cluster's machines are shared out.
+    """The shares of a cluster's machines that actors and readers get.
 
     Attributes:
         device: What the actors compute on: ``cuda`` or ``cpu``.

@@ -1,7 +1,7 @@
 """Extraction on a Ray cluster: tasks read shards, actors encode and write them, Ray places, schedules and retries.
 
 The unit is a shard, as in the local engine, and the code that encodes it is the same, so a shard comes out bit for bit
-as there at the same number of threads a process. Images, checkpoint and store have to be under the same paths on every
+the same at the same number of threads a process. Images, checkpoint and store have to be under the same paths on every
 machine. Ray is an extra; it is imported inside functions only.
 """
 
@@ -23,8 +23,8 @@ from .encoder import EncoderFacts
 from .extract import ExtractPlan, ExtractResult, Job, load_encoder, load_listing
 from .images import PatchSpec
 from .ray_cluster import Shares, cluster, ignored_address, share_out
-from .reader import Piece, plan_pieces, read_headers, read_piece
-from .shards import Clock, Reasons, ShardJobs, Unreadable, WriteBehind
+from .reader import Piece, Reasons, plan_pieces, read_headers, read_piece
+from .shards import Clock, ShardJobs, Unreadable, WriteBehind
 from .siglip import model_path
 
 # Shards that an actor has: one that it encodes, and one whose pixels travel to it meanwhile.
@@ -33,7 +33,7 @@ IN_FLIGHT = 2
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of one shard.
+    """The outcome of encoding one shard.
 
     Attributes:
         shard: Its number.
@@ -235,7 +235,7 @@ def _stream(
     images: set[int],
     stripes: int,
 ) -> Iterator[Outcome]:
-    """What became of each shard, in the order in which they end; a few are read ahead of the actors."""
+    """The outcome of each shard, in the order in which they end; a few are read ahead of the actors."""
     paths, spec, data = job.listing.paths, job.facts.spec, job.plan.data
     read = ray.remote(read_shard).options(**shares.reader)
     actor = ray.remote(EncodeShards).options(**shares.actor, max_restarts=-1, max_task_retries=-1)
@@ -246,17 +246,21 @@ def _stream(
     # All that is read ahead lies in the memory of Ray's object store.
     room = resources["object_store_memory"] // max(shard.n_rows * spec.most_tokens * spec.width for shard in shards)
     most = max(len(actors), min(readers + IN_FLIGHT * len(actors), int(room)))
-    waiting, under_way = list(reversed(shards)), dict[Any, int]()
+    waiting, reading, under_way = list(reversed(shards)), set[Any](), dict[Any, int]()
     while waiting or under_way:
-        while waiting and len(under_way) < most:
+        while waiting and len(reading) < readers and len(under_way) < most:
             shard = waiting.pop()
             chosen = paths[shard.start : shard.stop] if shard.number in images else ()
             pieces = read.remote(shard.number, chosen, data, spec, tokens)
+            reading.add(pieces)
             index = min(range(len(actors)), key=[*under_way.values()].count)
             under_way[actors[index].encode.remote(shard.number, pieces)] = index
-        (ended, *_), _ = ray.wait([*under_way])
-        del under_way[ended]
-        yield ray.get(ended)
+        (ended, *_), _ = ray.wait([*under_way, *reading], fetch_local=False)
+        if ended in reading:
+            reading.remove(ended)
+        else:
+            del under_way[ended]
+            yield ray.get(ended)
 
 
 def _with_absolute_paths(config: Config, plan: ExtractPlan) -> tuple[Config, ExtractPlan]:

@@ -1,7 +1,8 @@
 """Images ahead of the model: a plan of batches, and the DataLoader whose worker processes decode them.
 
 A list of images (a shard's, say) is planned from the images' headers alone: each batch holds images of one patch grid,
-so that none is padded. The headers of a list are read while the batches of the one before it are.
+so that none is padded. The headers of a list are read while the batches of the one before it are. Only names, reasons
+and handles go through pipes; pixels are written into shared memory by the process that decodes them.
 """
 
 import multiprocessing
@@ -31,7 +32,7 @@ HEADERS_A_TASK = 64
 MOST_WORKERS_OF_HEADERS, TASKS_AHEAD = 4, 16
 SHM = Path("/dev/shm")  # noqa: S108
 
-Bad = dict[int, str]
+Reasons = dict[int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +99,12 @@ class Piece(NamedTuple):
     number: int
     batch: Batch | None
     pixels: Pixels
-    bad: Bad
+    bad: Reasons
     last: bool
 
 
 class Work(NamedTuple):
-    """What one piece is made of; see there for ``number``, ``batch``, ``bad`` and ``last``.
+    """The images of one :class:`Piece`, which explains ``number``, ``batch``, ``bad`` and ``last``.
 
     Attributes:
         paths: Paths of the batch's images.
@@ -114,7 +115,7 @@ class Work(NamedTuple):
     batch: Batch | None
     paths: list[str]
     boxes: list[Box] | None
-    bad: Bad
+    bad: Reasons
     last: bool
 
 
@@ -254,7 +255,7 @@ class ImageReader:
     def _load(
         self, function: Callable[..., Any], items: Iterable[Any], workers: int, ahead: int
     ) -> Generator[Any, None, None]:
-        """What a function makes of every item, in order."""
+        """Call a function for every item, in worker processes where there are any; its results, in order."""
         parallel: dict[str, Any] = {}
         results: Iterator[Any] | None = None
         if workers:

@@ -19,10 +19,9 @@ from ..core.progress import Progress, Task
 from ..data.manifest import Manifest
 from .encoder import Encoder
 from .images import PatchSpec
-from .reader import ImageReader, Piece, plan_pieces, read_headers, read_piece
+from .reader import ImageReader, Piece, Reasons, plan_pieces, read_headers, read_piece
 
 OnError = Literal["stop", "skip"]
-Reasons = dict[int, str]
 
 
 class Unreadable:
@@ -117,7 +116,7 @@ class Clock:
 
     @property
     def bottleneck(self) -> str | None:
-        """What was waited for longest; None where nothing was done."""
+        """The part that was waited for longest; None where nothing was done."""
         parts = {"reading images": self.read_s, "the model": self.compute_s, "writing": self.write_s}
         longest = max(parts, key=lambda name: parts[name])
         return longest if parts[longest] > 0 else None
@@ -259,5 +258,5 @@ class WriteBehind(ThreadPoolExecutor):
 
 
 def count_captions(captions: Sequence[Sequence[str]]) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """How many captions of each image are kept, ``(N,)`` uint8."""
+    """The number of captions of each image that are kept, ``(N,)`` uint8."""
     return np.array([min(len(texts), CAPTIONS) for texts in captions], np.uint8)

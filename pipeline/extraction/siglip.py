@@ -35,7 +35,7 @@ CHANNELS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What the numbers of an encoder depend on: names for the key of a store."""
+    """Names for the key of a store: all that the numbers of an encoder depend on."""
 
     model: str
     revision: str
@@ -166,7 +166,7 @@ def patch_spec(
     patches: int,
     resizer: Resizer,
 ) -> PatchSpec:
-    """What the checkpoint's image processor does to an image.
+    """The settings by which an image becomes patches, from the checkpoint's image processor.
 
     Raises:
         InputError: The processor is not the towers', or the resizer lacks its filter.
@@ -201,7 +201,7 @@ def local_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     try:
         for file in sorted(folder.iterdir()):
-            # Hidden files are nobody's settings: macOS leaves one beside every file that it copies to other disks.
+            # Hidden files are no settings: macOS leaves one beside every file that it copies to other disks.
             if file.name.startswith(".") or file.suffix not in {".json", ".safetensors", ".model", ".txt"}:
                 continue
             if file.is_file():
@@ -220,7 +220,7 @@ def local_digest(folder: Path) -> str:
 
 
 def model_path(name: str) -> str:
-    """What finds the checkpoint again: a hub id as it is, a folder from wherever the next command runs."""
+    """A name that finds the checkpoint from any working folder: a hub id as it is, the absolute path of a folder."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 

@@ -100,7 +100,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
         reading: The reading of this store, where it is under way already.
 
     Raises:
-        InputError: The store is damaged, unfinished, or of another model than was asked for.
+        InputError: The store is damaged, unfinished, or of another model than the configuration names.
     """
     store, embeddings = (reading or Reading(folder, config)).result()
     kept = np.setdiff1d(np.arange(store.n_images), list(store.skipped)) if store.skipped else None
@@ -110,7 +110,7 @@ def read_store(folder: Path, config: Config, reading: Reading | None = None) -> 
 
 
 def _listing(store: Store, kept: npt.NDArray[np.int64] | None) -> Manifest:
-    """The store's index as a manifest; captions, most of its bytes, wait until somebody asks for them."""
+    """The store's index as a manifest; captions, most of its bytes, are read when they are first used."""
 
     def rows(names: Sequence[str] | None) -> pa.Table:
         table = store.columns(names).drop_columns(["shard", "row"])
@@ -158,11 +158,11 @@ def describe_run(kind: str, config: Config, labelled: LabelledStore, *, precisio
     )
 
 
-def _is_other_commit(asked: str | None, key: StoreKey) -> bool:
-    """Whether the digits of a commit were asked for, and the store's begins with others; a branch may be any commit."""
-    if asked is None or not (_DIGITS.fullmatch(asked) and _DIGITS.fullmatch(key.revision)):
+def _is_other_commit(revision: str | None, key: StoreKey) -> bool:
+    """Whether the configuration names a commit and the store's is another one; a branch may be any commit."""
+    if revision is None or not (_DIGITS.fullmatch(revision) and _DIGITS.fullmatch(key.revision)):
         return False
-    return not key.revision.startswith(asked)
+    return not key.revision.startswith(revision)
 
 
 def _check_model(store: Store, config: Config) -> None:
@@ -214,7 +214,7 @@ class Checked:
 def check_store(
     folder: Path, progress: Progress, *, leaks: bool, threshold: float | None = None, most: int | None = None
 ) -> Checked:
-    """Check a store, and look for near-duplicates across splits where it is whole and that is asked for.
+    """Check a store and, where it is whole and ``leaks`` is set, look for near-duplicates across splits.
 
     Args:
         folder: The store.

@@ -376,7 +376,7 @@ def resize_positions(position: Tensor, grid: Grid) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _resize_weights(side: int, size: int, device: torch.device) -> Tensor:
-    """What each of ``size`` places takes of ``side`` others, ``(size, side)`` float32; kept, so that a GPU has them."""
+    """Weights of resizing ``side`` places to ``size``, ``(size, side)`` float32; kept, so that a GPU has them."""
     with torch.inference_mode(False), torch.no_grad():
         each = torch.eye(side)[None, None]
         resized = F.interpolate(each, size=(size, side), mode="bilinear", align_corners=False, antialias=True)

@@ -159,7 +159,7 @@ def _form(array: npt.NDArray[Any]) -> str:
 
 
 def _by_number(files: Sequence[Path], option: str) -> list[Path]:
-    """By the last number in the name: part 10 comes after part 9, with or without leading zeros."""
+    """The files by the last number in their names: part 10 comes after part 9, with or without leading zeros."""
     numbers: dict[int, Path] = {}
     for file in files:
         digits = re.findall(r"[0-9]+", file.stem)

@@ -59,15 +59,16 @@ class TowerKeeper:
         """Remove the files of all epochs."""
         self._remove(keep=None)
 
-    def restore(self, epoch: int) -> None:
-        """Put the parameters of an epoch back into the towers.
+    def restore(self, epoch: int) -> dict[str, Tensor]:
+        """Put the parameters of an epoch back into the towers; they are returned, whole, on the CPU.
 
         Raises:
             InputError: Their file is gone or damaged.
         """
         path = self._path(epoch)
         try:
-            self._shards.restore(load_tensors(path, "cpu")[0])
+            tensors = load_tensors(path, "cpu")[0]
+            self._shards.restore(tensors)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
                 "cannot read trained towers",
@@ -76,6 +77,7 @@ class TowerKeeper:
                 wanted="what mmcli wrote",
                 do="train again, from the start",
             ) from None
+        return tensors
 
     def _remove(self, keep: Path | None) -> None:
         for path in self._folder.glob("towers-*.safetensors"):

@@ -41,7 +41,7 @@ class LiveStore:
         config: The configuration; its data, finetune and hardware sections are used.
         captions: How many captions of an image are kept: all, or the first alone.
         group: The processes; each embeds a share.
-        progress: Progress bars; pass ``Progress()`` to silence them.
+        progress: Progress bars; pass ``Progress.quiet()`` to silence them.
 
     Attributes:
         splits: The splits of the protocol, in arrays that they share.
@@ -141,7 +141,7 @@ class LiveStore:
         Raises:
             InputError: An image cannot be read; it is named.
         """
-        progress = Progress() if quiet else self._progress
+        progress = Progress.quiet() if quiet else self._progress
         values = self.whole.v_img if side == "image" else self.whole.v_txt
         norms = self.whole.norm_img if side == "image" else self.whole.norm_txt
         if self.group.size > 1:  # a sum over the processes is then the union of their shares

@@ -108,7 +108,7 @@ def resume_finetuning(
     """
     info, config = read_begun(folder, {**(memory or {}), "hardware.device": device})
     if info.status == "finished":
-        (options.get("progress") or Progress()).say(f"{folder} is finished already")
+        (options.get("progress") or Progress.quiet()).say(f"{folder} is finished already")
         return read_result(open_run(folder, kind=KIND), config)
     if device is None:
         hardware = config.hardware.model_copy(update={"device": device_here(config.hardware.device)})
@@ -139,7 +139,7 @@ def _open_session(
 ) -> Iterator[tuple[RunSession, Setup]]:
     """The processes have met, a run to resume is held by the first of them, and everything is loaded."""
     with open_group(config.hardware.device) as group:
-        progress = (options.get("progress") if group.is_first else None) or Progress()
+        progress = (options.get("progress") if group.is_first else None) or Progress.quiet()
         trackers = {name: bool(options.get(name)) for name in ("tensorboard", "wandb")}
         with RunSession(progress, **trackers) as session:
             if held is not None and group.is_first:
@@ -247,8 +247,7 @@ class _Training:
     def _restore_best(self, epoch: int) -> None:
         """Take the towers of the best epoch, and write them as a checkpoint that the run then names as its own."""
         setup = self._setup
-        self._keeper.restore(epoch)
-        trained = setup.shards.wholes()
+        trained = self._keeper.restore(epoch)
         if self._writer is not None:
             folder = save_towers(self._folder, setup.towers, trained)
             identity = replace(setup.towers.parts.identity, revision=local_digest(folder))

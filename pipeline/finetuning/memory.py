@@ -126,7 +126,7 @@ def plan_memory(config: Config, *, data: Path, progress: Progress | None = None)
     listing = read_manifest(data / MANIFEST)
     device, model = pick_device(config.hardware.device), config.model
     free = free_bytes(device)
-    (progress or Progress()).say(f"measuring {model.siglip2_variant} on {device}")
+    (progress or Progress.quiet()).say(f"measuring {model.siglip2_variant} on {device}")
     parts = Encoder.parts(
         model.siglip2_variant,
         revision=model.revision,

@@ -221,7 +221,7 @@ def set_up(config: Config, data: Path, group: ProcessGroup, progress: Progress) 
         config: A configuration of :func:`~mmcli.pipeline.finetuning.settings.resolve_finetune`.
         data: The data set's folder.
         group: The processes.
-        progress: Progress bars; pass ``Progress()`` to silence them.
+        progress: Progress bars; pass ``Progress.quiet()`` to silence them.
 
     Raises:
         InputError: Either cannot be used, they do not fit the run to start from, no label can be learnt, or an image

@@ -91,8 +91,8 @@ class RunEncoder:
     Attributes:
         head: The run's head, in ``eval()`` mode.
         encoder: The towers.
-        origin: What codes that come from here are made with.
-        notes: What a person should know, a line each.
+        origin: The digests of the head and the encoder, which an index keeps beside its codes.
+        notes: Remarks for the user, a line each.
     """
 
     def __init__(self, head: Head | MlpBaseline, encoder: Encoder, info: RunInfo, key: StoreKey | None) -> None:
@@ -111,12 +111,12 @@ class RunEncoder:
 
     @classmethod
     def load(cls, run: Run, *, device: str = "auto", model: str | None = None) -> "RunEncoder":
-        """Load what a run's codes were made with.
+        """Load the encoder and the head that made the codes of a run.
 
         Args:
             run: A finished run of ``train-head`` or ``finetune``; towers that it trained are read from the run.
-            device: Where to compute.
-            model: Where the checkpoint is, if no longer where the run says: a folder or a hub id.
+            device: The device to compute on.
+            model: The folder or hub id of the checkpoint, if it is no longer where the run says.
 
         Raises:
             InputError: No checkpoint, or another one than the run's store was made with; a damaged head.
@@ -211,13 +211,12 @@ class RunEncoder:
         for row in rows:
             try:
                 image = read_rgb(images[row])
+                grid = spec.grid(image.height, image.width)
+                cuts[row] = grid, cut(resize(np.asarray(image), grid, spec), grid, spec.side)
             except UnreadableImage as error:
                 if unreadable is None:
                     raise
                 unreadable[row] = str(error)
-            else:
-                grid = spec.grid(image.height, image.width)
-                cuts[row] = grid, cut(resize(np.asarray(image), grid, spec), grid, spec.side)
         grids = [cuts[row][0] if row in cuts else None for row in rows]
         for batch in plan(grids, tokens=self.encoder.batch_tokens):
             chosen = [rows[place] for place in batch.rows]

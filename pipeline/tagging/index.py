@@ -1,6 +1,6 @@
 """``mmcli index``: an index file is built from a run, grows by new samples and tags without training, and shrinks.
 
-What loads torch is imported where it is needed: removing samples does not.
+Modules that load torch are imported where they are needed, because removing samples needs none of them.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
 
 @dataclass(frozen=True, kw_only=True)
 class AddOptions:
-    """How new samples are read and encoded.
+    """Options of :func:`add`.
 
     Attributes:
         device: The device to compute on.

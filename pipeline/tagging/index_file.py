@@ -354,7 +354,7 @@ def _index(arrays: Arrays, about: Mapping[str, Any]) -> TagIndex:
     """The index in the arrays.
 
     Raises:
-        ValueError: Something does not fit; likewise KeyError, TypeError and what Arrow raises.
+        ValueError, LookupError, TypeError, pa.ArrowException: An array does not fit.
     """
     names, ids, soft, packed = tuple(about["category_names"]), arrays["image_id"], arrays["soft"], arrays.get("packed")
     n, label = len(ids), arrays["label"]

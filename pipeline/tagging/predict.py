@@ -17,7 +17,7 @@ from .voting import Tagging
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """What is tagged, and what is shown of it.
+    """Options of :func:`predict`.
 
     Attributes:
         data: The folder that paths of neighbours are relative to; an image of the index that lies there does not vote

@@ -58,7 +58,7 @@ class Tagger:
             run: A finished run of ``train-head``.
             index: A file of ``mmcli index build``; the run's train codes vote when not given.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-            model: Where the SigLIP2 checkpoint is, if no longer where the run says: a folder or a hub id.
+            model: The folder or hub id of the SigLIP2 checkpoint, if it is no longer where the run says.
             knn: How to search and vote; as the run is configured when not given.
 
         Raises:
@@ -127,7 +127,7 @@ class Tagger:
 
 
 def run_knn(run: Run, index: TagIndex) -> KnnConfig:
-    """How a run is configured to search and vote; by cosine without hash layer."""
+    """The knn section of a run's configuration; without hash layer the metric is cosine."""
     knn = load_config(run.folder / "config.yaml").knn
     return knn if index.bits else knn.model_copy(update={"distance_metric": "cosine"})
 

@@ -65,7 +65,7 @@ class Tagging:
         caption: Its caption; ``None`` where none was given.
         tags: The best tags that got a vote, the best first, ties in class order.
         neighbours: All K neighbours, the nearest first.
-        scores: Of every category ``(C,)`` float32, in class order.
+        scores: The score of every category ``(C,)`` float32, in class order.
         category_names: C names, in class order.
         metric: ``hamming``, ``cosine``, ``hybrid`` or ``asymmetric``.
     """
@@ -156,11 +156,11 @@ class Voters:
         exclude = np.where(named, rows, -1)
         K = self.check_k(k, usable=len(self.index) - int((exclude >= 0).any()))
         knn = self.knn.model_copy(update={"K": K})
-        voters = self._voting.search(K, packed=coded.packed, soft=coded.soft, exclude=exclude)
-        scores, weights = self._voting.vote(voters, knn), self._voting.weights(voters, knn)
+        nearest = self._voting.search(K, packed=coded.packed, soft=coded.soft, exclude=exclude)
+        scores, weights = self._voting.vote(nearest, knn), self._voting.weights(nearest, knn)
         taggings = []
         for q, query in enumerate(queries):
-            columns = [column[q] for column in (*voters.neighbours, weights)]
+            columns = [column[q] for column in (*nearest.neighbours, weights)]
             neighbours = [self._neighbour(*values) for values in zip(*columns, strict=True)]
             taggings.append(self._tagging(query, scores[q], neighbours, top))
         return taggings

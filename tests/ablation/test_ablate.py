@@ -151,7 +151,7 @@ def test_patches_extract_images_alone(here: Path, mmcli, miniature) -> None:
         ("64", "finished", 64),
     ]
     assert rows[0]["mAP"] != rows[1]["mAP"]
-    assert "60 images encoded, 4 shards of captions taken over" in err
+    assert "60 images encoded, 4 shards of captions reused" in err
     code, out, _ = mmcli("ablate", "B3", "--set-values", "B3=36,64", "--data", "nowhere", "--json", *SET)
     assert (code, json.loads(out)["trained"], json.loads(out)["failed"]) == (0, 0, 0)
 

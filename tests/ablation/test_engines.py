@@ -37,7 +37,10 @@ def request_of(folder: Path, *names: str, **options) -> Request:
 
 def units_of(request: Request) -> list[Unit]:
     plan = plan_request(request).plan
-    return [Unit(training=training, evaluations=plan.of(key)) for key, training in plan.trainings.items()]
+    return [
+        Unit(training=training, evaluations=tuple(item for item in plan.evaluations.values() if item.training == key))
+        for key, training in plan.trainings.items()
+    ]
 
 
 def kill_first(unit: Unit) -> Unit:

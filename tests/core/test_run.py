@@ -86,6 +86,17 @@ def test_a_newest_run_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, 
     assert newest_run(tmp_path).folder == older.folder
 
 
+def test_a_users_lock_file_in_a_folder_stays(tmp_path: Path) -> None:
+    """Whoever holds a folder, as the demo does, removes its own lock file and no other."""
+    with run_folders.hold(tmp_path, keep=False):
+        assert (tmp_path / ".lock").is_file()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".lock").write_text("mine")
+    with pytest.raises(InputError, match=r"/\.lock: got a file that mmcli did not write, .*; move it away"):
+        run_folders.hold(tmp_path, keep=False).__enter__()
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
 def test_a_name_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     options = {"label": "x", "runs": tmp_path, "device": "cpu"}

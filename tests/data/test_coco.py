@@ -63,20 +63,20 @@ def put(folder: Path, data: Any) -> Path:
 
 
 def test_instances(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = read_instances(put(tmp_path, INSTANCES))
+    result = read_instances(put(tmp_path, INSTANCES))
     assert capfd.readouterr() == ("", "")
-    assert found.image_id.tolist() == [30, 10, 20]
-    assert found.category_id.tolist() == [1, 13, 90]
-    assert found.category_names == ("person", "stop sign", "toothbrush")
-    pairs = sorted(zip(found.annotation_image.tolist(), found.annotation_label.tolist(), strict=True))
+    assert result.image_id.tolist() == [30, 10, 20]
+    assert result.category_id.tolist() == [1, 13, 90]
+    assert result.category_names == ("person", "stop sign", "toothbrush")
+    pairs = sorted(zip(result.annotation_image.tolist(), result.annotation_label.tolist(), strict=True))
     assert pairs == [(10, 0), (10, 0), (10, 2), (30, 0)]
-    assert {found.image_id.dtype, found.annotation_image.dtype, found.annotation_label.dtype} == {np.dtype(np.int64)}
+    assert {result.image_id.dtype, result.annotation_image.dtype, result.annotation_label.dtype} == {np.dtype(np.int64)}
 
 
 def test_instances_with_no_annotation(tmp_path: Path) -> None:
-    found = read_instances(put(tmp_path, {**INSTANCES, "annotations": []}))
-    assert found.annotation_image.tolist() == found.annotation_label.tolist() == []
-    assert found.annotation_image.dtype == np.int64
+    result = read_instances(put(tmp_path, {**INSTANCES, "annotations": []}))
+    assert result.annotation_image.tolist() == result.annotation_label.tolist() == []
+    assert result.annotation_image.dtype == np.int64
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,22 +91,22 @@ def test_instances_as_a_plain_loop_reads_them(tmp_path_factory: pytest.TempPathF
         "categories": [{"id": c, "name": f"class {c}"} for c in categories],
         "annotations": [{"id": n, "image_id": i, "category_id": c} for n, (i, c) in enumerate(pairs)],
     }
-    found = read_instances(put(tmp_path_factory.mktemp("i"), content))
+    result = read_instances(put(tmp_path_factory.mktemp("i"), content))
     order = sorted(categories)
-    assert found.category_names == tuple(f"class {c}" for c in order)
-    got = sorted(zip(found.annotation_image.tolist(), found.annotation_label.tolist(), strict=True))
+    assert result.category_names == tuple(f"class {c}" for c in order)
+    got = sorted(zip(result.annotation_image.tolist(), result.annotation_label.tolist(), strict=True))
     assert got == sorted((i, order.index(c)) for i, c in pairs)
 
 
 def test_karpathy(tmp_path: Path) -> None:
-    found = read_karpathy(put(tmp_path, KARPATHY))
-    assert found.image_id.tolist() == [10, 30, 20, 5]
-    assert found.origin.tolist() == ["test", "restval", "train", "val"]
-    assert found.folders == ("val2014", "val2014", "train2014", "val2014")
-    assert found.filenames == ("10.jpg", "30.jpg", "20.jpg", "5.jpg")
+    result = read_karpathy(put(tmp_path, KARPATHY))
+    assert result.image_id.tolist() == [10, 30, 20, 5]
+    assert result.origin.tolist() == ["test", "restval", "train", "val"]
+    assert result.folders == ("val2014", "val2014", "train2014", "val2014")
+    assert result.filenames == ("10.jpg", "30.jpg", "20.jpg", "5.jpg")
     # The first five in the file's order, verbatim; blank ones are no captions; fewer stay as they are.
-    assert found.captions == (("a", "b", "c", "d", "e"), ("one\n",), ("犬", "x"), ("a", "b", "c", "d", "e"))
-    assert found.n_captions_found == 6 + 1 + 2 + 5
+    assert result.captions == (("a", "b", "c", "d", "e"), ("one\n",), ("犬", "x"), ("a", "b", "c", "d", "e"))
+    assert result.n_captions_found == 6 + 1 + 2 + 5
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -216,10 +216,10 @@ def test_train_may_come_from_restval_alone_but_no_split_is_empty(
     tmp_path: Path, missing: tuple[str, tuple[str, ...]]
 ) -> None:
     name, origins = missing
-    images = [found for found in KARPATHY["images"] if found["split"] not in origins]
+    images = [result for result in KARPATHY["images"] if result["split"] not in origins]
     with pytest.raises(InputError, match=f"no image in split {name}"):
         read_karpathy(put(tmp_path, {"images": images}))
-    images = [found for found in KARPATHY["images"] if found["split"] != "train"]
+    images = [result for result in KARPATHY["images"] if result["split"] != "train"]
     assert "train" not in read_karpathy(put(tmp_path, {"images": images})).origin
 
 

@@ -33,7 +33,7 @@ def table(**changes: Any) -> pa.Table:
 
 
 def changed(name: str, row: int, value: Any) -> dict[str, Any]:
-    return {name: [value if at == row else old for at, old in enumerate(COLUMNS[name])]}
+    return {name: [value if index == row else old for index, old in enumerate(COLUMNS[name])]}
 
 
 def plain_sha256(listing: dict[str, list[Any]], names: tuple[str, ...]) -> str:
@@ -71,16 +71,16 @@ rows = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=8, unique_by=lambda row: row[0]))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, found: list[tuple[Any, ...]]) -> None:
-    ids, paths, splits, texts, labels = (list(column) for column in zip(*found, strict=True))
-    made = Manifest.from_columns(
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, result: list[tuple[Any, ...]]) -> None:
+    ids, paths, splits, texts, labels = (list(column) for column in zip(*result, strict=True))
+    written = Manifest.from_columns(
         image_ids=ids, paths=paths, splits=splits, captions=texts, labels=labels, category_names=NAMES, name="tiny"
     )
     path = tmp_path_factory.mktemp("m") / "manifest.parquet"
-    write_manifest(path, made)
+    write_manifest(path, written)
     read = read_manifest(path)
-    assert read.table.equals(made.table, check_metadata=True)
-    assert (read.name, read.category_names, read.sha256, len(read)) == ("tiny", NAMES, made.sha256, len(found))
+    assert read.table.equals(written.table, check_metadata=True)
+    assert (read.name, read.category_names, read.sha256, len(read)) == ("tiny", NAMES, written.sha256, len(result))
     assert read.image_ids.tolist() == ids
     assert read.image_ids.dtype == np.int64
     assert list(read.paths) == paths
@@ -90,7 +90,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, found
     assert matrix.dtype == np.uint8
     assert matrix.tolist() == [[int(c in row) for c in range(len(NAMES))] for row in labels]
     for split in set(splits):
-        assert read.rows(split).tolist() == [at for at, name in enumerate(splits) if name == split]
+        assert read.rows(split).tolist() == [index for index, name in enumerate(splits) if name == split]
         assert read.rows(split).dtype == np.int64
     columns = dict(zip(COLUMNS, (ids, paths, splits, texts, labels), strict=True))
     assert read.sha256 == plain_sha256(columns, NAMES)
@@ -282,14 +282,14 @@ def test_a_damaged_file_is_refused_or_reads_the_same(tmp_path: Path) -> None:
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     lines = []
-    for at in range(0, len(whole), 3):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+    for index in range(0, len(whole), 3):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 0x10]) + whole[index + 1 :])
         try:
             same = read_manifest(path).sha256 == listing.sha256
         except InputError as error:
             lines.append(str(error))
         else:
-            assert same or at >= footer
+            assert same or index >= footer
     assert len(lines) > len(whole) / 10
     assert not any("\n" in line for line in lines)
     for stop in range(0, len(whole), 101):
@@ -333,7 +333,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match=r"cannot write: .*manifest\.parquet: got disk full"):
         write_manifest(path, Manifest.from_table(table(**changed("split", 0, "val"))))
     assert path.read_bytes() == old
-    assert [found.name for found in tmp_path.iterdir()] == ["manifest.parquet"]
+    assert [result.name for result in tmp_path.iterdir()] == ["manifest.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -350,10 +350,10 @@ def test_a_path_that_leaves_by_its_text_is_refused(tmp_path: Path, relative: str
 def test_no_text_leads_out(tmp_path_factory: pytest.TempPathFactory, relative: str) -> None:
     root = tmp_path_factory.getbasetemp() / "root"
     try:
-        found = resolve_image(root, relative)
+        result = resolve_image(root, relative)
     except InputError:
         return
-    assert os.path.normpath(found).startswith(f"{root}{os.sep}")
+    assert os.path.normpath(result).startswith(f"{root}{os.sep}")
 
 
 @pytest.fixture

@@ -92,15 +92,15 @@ def test_the_manifest(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_statistics(data: Path) -> None:
-    found = prepare(data).statistics
-    assert found.images == {"train": 3, "val": 1, "test": 2}
-    assert found.restval == 1
-    assert found.captions == {"train": 5 + 5 + 1, "val": 5, "test": 5 + 5}
-    assert (found.captions_left_out, found.images_left_out) == (1 + 2, 1)
-    assert found.unlabelled == {"train": 1, "val": 0, "test": 1}
-    assert found.positives == {"train": 3, "val": 2, "test": 1}
-    assert found.tags_per_image == {"train": 1.0, "val": 2.0, "test": 0.5, "all": 1.0}
-    assert [(row.name, row.images, row.annotations) for row in found.classes] == [
+    outcome = prepare(data).statistics
+    assert outcome.images == {"train": 3, "val": 1, "test": 2}
+    assert outcome.restval == 1
+    assert outcome.captions == {"train": 5 + 5 + 1, "val": 5, "test": 5 + 5}
+    assert (outcome.captions_left_out, outcome.images_left_out) == (1 + 2, 1)
+    assert outcome.unlabelled == {"train": 1, "val": 0, "test": 1}
+    assert outcome.positives == {"train": 3, "val": 2, "test": 1}
+    assert outcome.tags_per_image == {"train": 1.0, "val": 2.0, "test": 0.5, "all": 1.0}
+    assert [(row.name, row.images, row.annotations) for row in outcome.classes] == [
         ("person", {"train": 1, "val": 1, "test": 1}, 4),
         ("car", {"train": 1, "val": 0, "test": 0}, 1),
         ("dog", {"train": 1, "val": 1, "test": 0}, 2),
@@ -109,10 +109,10 @@ def test_statistics(data: Path) -> None:
 
 def test_result_as_json_and_as_tables(data: Path) -> None:
     result = prepare(data)
-    found = json.loads(json.dumps(result.to_json()))
-    assert (found["manifest"], found["sha256"]) == (str(result.path), result.sha256)
-    assert found["images"] == {"train": 3, "val": 1, "test": 2}
-    assert found["classes"][1] == {"name": "car", "images": {"train": 1, "val": 0, "test": 0}, "annotations": 1}
+    outcome = json.loads(json.dumps(result.to_json()))
+    assert (outcome["manifest"], outcome["sha256"]) == (str(result.path), result.sha256)
+    assert outcome["images"] == {"train": 3, "val": 1, "test": 2}
+    assert outcome["classes"][1] == {"name": "car", "images": {"train": 1, "val": 0, "test": 0}, "annotations": 1}
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     with console.file:
         console.print(*statistics_tables(result.statistics))
@@ -272,7 +272,7 @@ def test_killed_before_the_rename_an_older_manifest_stays(data: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         prepare(data)
     assert path.read_bytes() == old
-    assert [found.name for found in data.iterdir() if found.is_file()] in (
+    assert [outcome.name for outcome in data.iterdir() if outcome.is_file()] in (
         [SPLIT_FILE, "manifest.parquet"],
         ["manifest.parquet", SPLIT_FILE],
     )
@@ -293,10 +293,10 @@ def test_a_place_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
 def test_a_real_slice(realdata: Path, tmp_path: Path) -> None:
     data = realdata / "coco_slice"
     result = prepare(data, tmp_path)
-    found = result.statistics
-    assert found.images == {"train": 60 + 277, "val": 43, "test": 48}
-    assert (found.restval, found.captions_left_out) == (277, 1)
-    assert found.captions == {"train": 5 * 337, "val": 5 * 43, "test": 5 * 48}
+    outcome = result.statistics
+    assert outcome.images == {"train": 60 + 277, "val": 43, "test": 48}
+    assert (outcome.restval, outcome.captions_left_out) == (277, 1)
+    assert outcome.captions == {"train": 5 * 337, "val": 5 * 43, "test": 5 * 48}
     listing = read_manifest(result.path)
     raw = json.loads((data / SPLIT_FILE).read_text())["images"]
     instances = [json.loads((data / name).read_text()) for name in (TRAIN, VAL)]
@@ -319,7 +319,7 @@ def write_full(realdata: Path, out: Path) -> Path:
     with gzip.open(realdata / "full" / "karpathy_ids.json.gz") as stream:
         splits = json.load(stream)
     with gzip.open(realdata / "full" / "captions.jsonl.gz", "rt") as stream:
-        known = {record["id"]: record["captions"] for record in map(json.loads, stream)}
+        defaults = {record["id"]: record["captions"] for record in map(json.loads, stream)}
     restval = set(splits["restval"])
     order = [(i, "train") for i in splits["train"] if i not in restval]
     order += [(i, split) for split in ("restval", "val", "test") for i in splits[split]]
@@ -327,7 +327,7 @@ def write_full(realdata: Path, out: Path) -> Path:
     categories = packed["category_id"].tolist()
     for i, split in order:
         folder = "train2014" if split == "train" else "val2014"
-        captions = known.get(i, [])
+        captions = defaults.get(i, [])
         captions = captions + ["a photo"] * (5 - len(captions))
         images.append(
             {
@@ -354,15 +354,15 @@ def test_the_full_size_real_labels_and_splits(realdata: Path, tmp_path: Path) ->
     if not (realdata / "full").is_dir():
         pytest.skip(f"the full-size lists are not in {realdata}")
     result = prepare(write_full(realdata, tmp_path), check_images=False)
-    found = result.statistics
-    assert found.images == {"train": 113_287, "val": 5_000, "test": 5_000}
-    assert found.restval == 30_504
-    assert sum(found.captions.values()) == 5 * 123_287
-    assert found.captions_left_out == 31
-    assert sum(found.positives.values()) == 350_191
-    assert sum(row.annotations for row in found.classes) == 350_191
-    assert sum(found.unlabelled.values()) == 1_069
-    train = {row.name: row.images["train"] for row in found.classes}
+    outcome = result.statistics
+    assert outcome.images == {"train": 113_287, "val": 5_000, "test": 5_000}
+    assert outcome.restval == 30_504
+    assert sum(outcome.captions.values()) == 5 * 123_287
+    assert outcome.captions_left_out == 31
+    assert sum(outcome.positives.values()) == 350_191
+    assert sum(row.annotations for row in outcome.classes) == 350_191
+    assert sum(outcome.unlabelled.values()) == 1_069
+    train = {row.name: row.images["train"] for row in outcome.classes}
     wanted = {"person": 61_377, "car": 11_753, "chair": 12_235, "toaster": 203, "hair drier": 178}
     assert {name: train[name] for name in wanted} == wanted
     listing = read_manifest(result.path)

@@ -53,13 +53,13 @@ def test_karpathy_is_the_manifests_own() -> None:
 @pytest.mark.parametrize("prefix", ["", "images/"])
 def test_coco14_goes_by_place_and_takes_labelled_images_alone(prefix: str) -> None:
     of = listing(prefix=prefix)
-    found = select("coco14", of)
+    result = select("coco14", of)
     labelled = of.labels.any(axis=1)
     assert not labelled.all()
     first = [i for i, path in enumerate(of.paths) if "train2014/" in path and labelled[i]]
-    assert sorted([*found["train"], *found["val"]]) == first
-    assert found["test"].tolist() == [i for i, path in enumerate(of.paths) if "val2014/" in path and labelled[i]]
-    assert abs(len(found["val"]) - len(first) / 20) <= 1
+    assert sorted([*result["train"], *result["val"]]) == first
+    assert result["test"].tolist() == [i for i, path in enumerate(of.paths) if "val2014/" in path and labelled[i]]
+    assert abs(len(result["val"]) - len(first) / 20) <= 1
 
 
 def test_a_folder_that_only_looks_like_cocos_is_not_taken() -> None:
@@ -71,7 +71,7 @@ def test_a_folder_that_only_looks_like_cocos_is_not_taken() -> None:
 
 def test_a_manifest_is_a_listing() -> None:
     paths = [f"train2014/{i}.jpg" for i in range(30)] + ["images/val2014/x.jpg"]
-    made = Manifest.from_columns(
+    written = Manifest.from_columns(
         image_ids=list(range(31)),
         paths=paths,
         splits=["train"] * 31,
@@ -79,7 +79,7 @@ def test_a_manifest_is_a_listing() -> None:
         labels=[[0]] * 31,
         category_names=["cat"],
     )
-    assert {split: len(rows) for split, rows in select("coco14", made).items()} == {"train": 29, "val": 1, "test": 1}
+    assert {split: len(rows) for split, rows in select("coco14", written).items()} == {"train": 29, "val": 1, "test": 1}
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(80, 160), st.sampled_from(["coco14", "hashnet"]))
@@ -87,16 +87,16 @@ def test_splits_are_of_images_not_of_rows(seed: int, n: int, protocol: str) -> N
     """In another order of the manifest the same images are in each split, ascending, and test is apart from the rest."""
     of, order = listing(n, seed), np.random.default_rng(seed + 1).permutation(n)
     lists = lists_of(of) if protocol == "hashnet" else None
-    found, moved = select(protocol, of, lists), select(protocol, permuted(of, order), lists)
-    for split, rows in found.items():
+    result, moved = select(protocol, of, lists), select(protocol, permuted(of, order), lists)
+    for split, rows in result.items():
         assert (np.diff(rows) > 0).all()
         assert rows.dtype == np.int64
         assert set(of.image_ids[rows]) == set(of.image_ids[order][moved[split]])
         if split != "test":
-            assert not set(rows) & set(found["test"])
-    assert not set(found["train"]) & set(found["val"])
+            assert not set(rows) & set(result["test"])
+    assert not set(result["train"]) & set(result["val"])
     if protocol == "hashnet":
-        assert set(found["train"]) | set(found["val"]) <= set(found["database"])
+        assert set(result["train"]) | set(result["val"]) <= set(result["database"])
 
 
 def write_lists(folder: Path, **lines: list[str]) -> Path:
@@ -109,11 +109,11 @@ def test_lists_are_read_as_deep_hashing_writes_them(tmp_path: Path) -> None:
     of = listing(60)
     lines = [f"/home/somebody/coco/{path} {' '.join(map(str, y))}" for path, y in zip(of.paths, of.labels, strict=True)]
     folder = write_lists(tmp_path, database=lines[10:], train=lines[10:30], test=[*lines[:10], ""])
-    found = select("hashnet", of, read_lists(folder))
-    assert found["database"].tolist() == list(range(10, 60))
-    assert found["train"].tolist() == list(range(10, 30))
-    assert found["test"].tolist() == list(range(10))
-    assert 1 <= len(found["val"]) <= 3
+    result = select("hashnet", of, read_lists(folder))
+    assert result["database"].tolist() == list(range(10, 60))
+    assert result["train"].tolist() == list(range(10, 30))
+    assert result["test"].tolist() == list(range(10))
+    assert 1 <= len(result["val"]) <= 3
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def search(n: int, bits: int, queries: int, K: int) -> Result:
     rng = np.random.default_rng(0)
     codes, asked = (rng.integers(0, 256, (size, bits // 8)).astype(np.uint8) for size in (n, queries))
     with fake_cuda.fake_cuda() as ledger:
-        found = build_index("hamming", packed=codes, device="cuda").search(packed=asked, K=K)
-    assert found.index.shape == (queries, K)
+        neighbours = build_index("hamming", packed=codes, device="cuda").search(packed=asked, K=K)
+    assert neighbours.index.shape == (queries, K)
     return {"faults": ledger.faults, "launches": ledger.n_launches, "waits": dict(ledger.waits)}
 
 

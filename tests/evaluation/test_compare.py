@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kit.runs import make_info
 from mmcli.heads.metrics import evaluate
 from mmcli.pipeline.core.config import Config
 from mmcli.pipeline.core.metrics_file import read_metrics
-from mmcli.pipeline.core.run import RunInfo, finish_run, now, start_run
+from mmcli.pipeline.core.run import finish_run, start_run
 from mmcli.pipeline.evaluation.compare import EQUAL, FIGURES, compare
 from mmcli.pipeline.evaluation.metrics import metrics_row, write_scores
 
-NAMES = tuple("abcd")
+NAMES = "abcd"
 N = 300
 
 
@@ -25,21 +26,7 @@ def data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_run(folder: Path, image_id, labels, scores, *, names=NAMES, method="zero-shot", tuned=True) -> Path:
-    info = RunInfo(
-        kind="zero-shot",
-        status="running",
-        created=now(),
-        config_digest="0" * 8,
-        preset="plan",
-        seed=1,
-        store="s",
-        store_digest="d",
-        model="m",
-        patches=64,
-        manifest_sha256="f",
-        category_names=tuple(names),
-    )
-    run = start_run(info, Config(), label="x", out=folder, runs=folder.parent, device="cpu")
+    run = start_run(make_info(names), Config(), label="x", out=folder, runs=folder.parent, device="cpu")
     write_scores(run.folder, method, "test", image_id, scores, labels)
     val = (scores[::2], labels[::2]) if tuned else None
     return finish_run(run, [metrics_row(method, "test", scores, labels, tuned_on=val)]).folder
@@ -113,7 +100,7 @@ def changed(what: str, folder: Path) -> Path:
         return make_run(folder, ids[1:], labels[1:], scores[1:])
     if what == "labels":
         labels[np.flatnonzero(ids == ids.min())[0], 2] ^= 1
-    names = ("a", "b", "C", "d") if what == "categories" else NAMES
+    names = "abCd" if what == "categories" else NAMES
     return make_run(folder, ids, labels, scores, names=names)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
+from kit.runs import make_info
 from mmcli import InputError
 from mmcli.heads.bootstrap import RESAMPLES, interval, resample
 from mmcli.heads.metrics import evaluate
@@ -14,7 +15,7 @@ from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.core.config import Config
 from mmcli.pipeline.core.console import cells, metrics_table
 from mmcli.pipeline.core.results import per_class_path, write_per_class
-from mmcli.pipeline.core.run import Run, RunInfo, now, start_run
+from mmcli.pipeline.core.run import Run, start_run
 from mmcli.pipeline.evaluation.metrics import metrics_row, read_scores, scores_path, with_intervals, write_scores
 
 C = 5
@@ -28,21 +29,7 @@ def make(seed: int, n: int = 60) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    info = RunInfo(
-        kind="zero-shot",
-        status="running",
-        created=now(),
-        config_digest="0" * 8,
-        preset="plan",
-        seed=1,
-        store="s",
-        store_digest="d",
-        model="m",
-        patches=64,
-        manifest_sha256="f",
-        category_names=tuple("abcde"),
-    )
-    return start_run(info, Config(), label="x", out=tmp_path / "run", runs=tmp_path, device="cpu")
+    return start_run(make_info("abcde"), Config(), label="x", out=tmp_path / "run", runs=tmp_path, device="cpu")
 
 
 def best_by_hand(s: np.ndarray, y: np.ndarray) -> float:

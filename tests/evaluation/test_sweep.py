@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcli.heads.config import KnnConfig
-from mmcli.pipeline.evaluation.sweep import ALL, Sweep, plan, split_values, sweep_of
+from mmcli.pipeline.evaluation.sweep import ALL, searches, split_values, sweep
 
 VOTES, METRICS = ALL["voting_strategy"], ALL["distance_metric"]
 
@@ -19,8 +19,11 @@ def distinct(values) -> st.SearchStrategy:
 @given(distinct((1, 5, 20, 50)), distinct(METRICS), distinct(VOTES), distinct((0.03, 0.07, 0.2)), distinct((0.1, 0.5)))
 def test_every_combination_that_matters_is_evaluated_once(K, metrics, votes, taus, thetas) -> None:
     base = KnnConfig(ties="index", top_n_tags=3)
-    searches = plan(Sweep(K=K, distance_metric=metrics, voting_strategy=votes, tau=taus, theta=thetas), base)
-    assert tuple(configs[0].distance_metric for configs in searches) == metrics
+    values = {"K": K, "distance_metric": metrics, "voting_strategy": votes, "tau": taus, "theta": thetas}
+    groups = searches(
+        sweep({key: [KnnConfig(**{key: value}) for value in listed] for key, listed in values.items()}, base)
+    )
+    assert tuple(configs[0].distance_metric for configs in groups) == metrics
     wanted = set()
     for metric, k, vote in product(metrics, K, votes):
         if vote == "softmax":
@@ -36,12 +39,12 @@ def test_every_combination_that_matters_is_evaluated_once(K, metrics, votes, tau
             one.voting_strategy,
             {"softmax": one.tau, "threshold": one.theta}.get(one.voting_strategy),
         )
-        for configs in searches
+        for configs in groups
         for one in configs
     ]
     assert len(found) == len(set(found))
     assert set(found) == wanted
-    for configs in searches:
+    for configs in groups:
         assert len({one.distance_metric for one in configs}) == 1
         assert all(one.top_n_tags == 3 for one in configs)
 
@@ -63,5 +66,5 @@ def test_lists_are_split(key: str, text: str, values: tuple[str, ...]) -> None:
 
 def test_what_is_not_listed_keeps_its_value() -> None:
     base = KnnConfig(K=7, tau=0.5)
-    sweep = sweep_of({"K": [KnnConfig(K=3), KnnConfig(K=9)]}, base)
-    assert (sweep.K, sweep.tau, sweep.distance_metric) == ((3, 9), (0.5,), ("hamming",))
+    configs = sweep({"K": [KnnConfig(K=3), KnnConfig(K=9)]}, base)
+    assert [(knn.K, knn.tau, knn.distance_metric) for knn in configs] == [(3, 0.5, "hamming"), (9, 0.5, "hamming")]

@@ -28,13 +28,13 @@ NAMES = ("v_img", "v_txt", "norm_img", "norm_txt", "n_captions")
 
 
 def config_of(model: Path, **options):
-    known = {
+    defaults = {
         "model.siglip2_variant": str(model),
         "model.max_num_patches": 64,
         "hardware.device": "cpu",
         "data.num_workers": 0,
     }
-    return load_config(options=known | options)
+    return load_config(options=defaults | options)
 
 
 def run(miniature, out: Path, **options):
@@ -43,8 +43,8 @@ def run(miniature, out: Path, **options):
 
 
 def same(a: Path, b: Path) -> bool:
-    one, other = Store.open(a).load(), Store.open(b).load()
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in NAMES)
+    item, other = Store.open(a).load(), Store.open(b).load()
+    return all(np.array_equal(getattr(item, name), getattr(other, name)) for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +177,8 @@ def test_trouble_of_the_file_system_is_no_hole_in_a_store(miniature, whole, tmp_
 
 
 def test_stripes_fill_one_store_and_the_last_one_finishes_it(miniature, whole: Path, tmp_path: Path) -> None:
-    for at in (2, 0):
-        result = run(miniature, tmp_path / "s", stripe=Stripe(at, 3))
+    for place in (2, 0):
+        result = run(miniature, tmp_path / "s", stripe=Stripe(place, 3))
         assert not result.finished
         assert "the last stripe to end finishes the store" in str(result.summary()[-1])
         with pytest.raises(StoreUnfinished):
@@ -193,8 +193,8 @@ def test_stripes_fill_one_store_and_the_last_one_finishes_it(miniature, whole: P
 
 def test_stripes_account_for_what_others_skipped(miniature, odd, tmp_path: Path) -> None:
     data, _, bad = odd
-    for at in (0, 1):
-        run(miniature, tmp_path / "s", data=data, on_error="skip", shard_rows=3, stripe=Stripe(at, 2))
+    for place in (0, 1):
+        run(miniature, tmp_path / "s", data=data, on_error="skip", shard_rows=3, stripe=Stripe(place, 2))
     assert len(Store.open(tmp_path / "s").skipped) == len(bad)
     assert verify(tmp_path / "s").ok
 
@@ -228,8 +228,8 @@ def test_processes_share_the_work(miniature, whole: Path, tmp_path: Path) -> Non
     result = extract_here(config_of(miniature.model), plan, processes=2)
     assert (result.finished, result.n_encoded) == (True, 60)
     for name in NAMES:  # each with its own number of threads, so only up to rounding
-        one, other = (getattr(Store.open(folder).load(), name) for folder in (tmp_path / "s", whole))
-        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), rtol=2e-3, atol=2e-3)
+        item, other = (getattr(Store.open(folder).load(), name) for folder in (tmp_path / "s", whole))
+        np.testing.assert_allclose(item.astype(np.float32), other.astype(np.float32), rtol=2e-3, atol=2e-3)
     again = extract_here(config_of(miniature.model), ExtractPlan(**vars(plan) | {"force": True}), processes=2)
     assert again.n_encoded == 60
 
@@ -277,8 +277,8 @@ def test_when_memory_runs_out_passes_are_halved(miniature, whole: Path, tmp_path
     assert result.n_encoded == 60
     assert max(sizes) > 100
     assert sum(size > 100 for size in sizes) <= 3  # it does not try again what did not fit
-    one, other = Store.open(tmp_path / "s").load(), Store.open(whole).load()
-    np.testing.assert_allclose(one.norm_img, other.norm_img, rtol=1e-5)
+    item, other = Store.open(tmp_path / "s").load(), Store.open(whole).load()
+    np.testing.assert_allclose(item.norm_img, other.norm_img, rtol=1e-5)
 
 
 def test_no_memory_for_one_image_is_one_line(miniature, tmp_path: Path, monkeypatch) -> None:

@@ -37,18 +37,21 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_half_precision_on_a_gpu_points_as_float32_on_a_cpu_does(miniature, tmp_path: Path) -> None:
-    here, there = (extracted(miniature, tmp_path / device, device) for device in ("cpu", "cuda"))
-    assert there.key.compute_dtype in {"bfloat16", "float16"}
-    assert here.digest != there.digest
-    a, b = here.load(), there.load()
+    here, present = (extracted(miniature, tmp_path / device, device) for device in ("cpu", "cuda"))
+    assert present.key.compute_dtype in {"bfloat16", "float16"}
+    assert here.digest != present.digest
+    a, b = here.load(), present.load()
     assert cosine(a.v_img, b.v_img).min() > 0.9999
     real = a.norm_txt > 0
     assert cosine(a.v_txt[real], b.v_txt[real]).min() > 0.9999
 
 
 def test_two_processes_on_the_gpus_fill_one_store(miniature, tmp_path: Path) -> None:
-    one, two = extracted(miniature, tmp_path / "a", "cuda:0"), extracted(miniature, tmp_path / "b", "cuda", processes=2)
-    np.testing.assert_allclose(one.load().norm_img, two.load().norm_img, rtol=1e-2)
+    item, two = (
+        extracted(miniature, tmp_path / "a", "cuda:0"),
+        extracted(miniature, tmp_path / "b", "cuda", processes=2),
+    )
+    np.testing.assert_allclose(item.load().norm_img, two.load().norm_img, rtol=1e-2)
 
 
 def test_a_full_gpu_halves_the_passes(miniature) -> None:

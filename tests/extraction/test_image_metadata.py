@@ -37,9 +37,9 @@ def longs(*values: int) -> bytes:
 
 def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
     """EXIF of one directory; an entry is tag, type, count and its value or, where longer than four bytes, what it is."""
-    head, extra, at = struct.pack("<H", len(entries)), b"", 8 + 2 + 12 * len(entries) + 4
+    head, extra, place = struct.pack("<H", len(entries)), b"", 8 + 2 + 12 * len(entries) + 4
     for tag, kind, count, data in sorted(entries):
-        here = data.ljust(4, b"\0") if len(data) <= 4 else longs(at + len(extra))
+        here = data.ljust(4, b"\0") if len(data) <= 4 else longs(place + len(extra))
         head += struct.pack("<HHL", tag, kind, count) + here
         extra += data if len(data) > 4 else b""
     return b"II*\0" + longs(8) + head + longs(0) + extra
@@ -63,7 +63,7 @@ def check(path: Path, orientation: int = 1, tolerance: int = 12) -> None:
         for pixels in (np.asarray(open_rgb(path)), load_image(path)):
             assert pixels.shape == wanted.shape
             assert np.abs(pixels.astype(int) - wanted)[4:-4, 4:-4].mean() < tolerance
-    assert [str(one.message) for one in caught] == []
+    assert [str(item.message) for item in caught] == []
 
 
 def jpeg(*segments: bytes, **options: object) -> bytes:
@@ -81,8 +81,8 @@ def png(*chunks: bytes, behind: bool = False) -> bytes:
     stream = io.BytesIO()
     PICTURE.save(stream, "PNG")
     whole = stream.getvalue()
-    at = len(whole) - 12 if behind else 33  # before IEND, or behind IHDR
-    return whole[:at] + b"".join(chunks) + whole[at:]
+    place = len(whole) - 12 if behind else 33  # before IEND, or behind IHDR
+    return whole[:place] + b"".join(chunks) + whole[place:]
 
 
 def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
@@ -286,9 +286,9 @@ def test_odd_chunks_of_a_webp_do_not_matter(tmp_path: Path, kind: bytes) -> None
     path = tmp_path / "a.webp"
     PICTURE.save(path, lossless=True, exif=exif(turn(6)), xmp=b"<x/>", icc_profile=b"profile")
     whole = bytearray(path.read_bytes())
-    at = whole.index(kind)
-    (length,) = struct.unpack_from("<L", whole, at + 4)
-    whole[at + 8 : at + 8 + length] = b"\xff" * length
+    place = whole.index(kind)
+    (length,) = struct.unpack_from("<L", whole, place + 4)
+    whole[place + 8 : place + 8 + length] = b"\xff" * length
     path.write_bytes(whole)
     check(path, 1 if kind == b"EXIF" else 6, tolerance=1)
 

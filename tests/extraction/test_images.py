@@ -274,8 +274,8 @@ def test_whatever_a_decoder_raises_is_a_damaged_file(
 def test_what_pillow_logs_is_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "a.tif", Image.new("RGB", (8, 8)))
     data = bytearray(path.read_bytes())
-    at = data.index(struct.pack("<HHLH", 277, 3, 1, 3))  # samples of a pixel
-    data[at + 8 : at + 10] = struct.pack("<H", 9000)
+    place = data.index(struct.pack("<HHLH", 277, 3, 1, 3))  # samples of a pixel
+    data[place + 8 : place + 10] = struct.pack("<H", 9000)
     path.write_bytes(data)
     with pytest.raises(UnreadableImage):
         open_rgb(path)
@@ -313,7 +313,7 @@ def test_grey_of_more_than_eight_bits_is_scaled(tmp_path: Path, kind: str) -> No
             for row in rows
             for first, second in zip(row[::2], row[1::2], strict=True)
         )
-        strips = b"".join(packed[at : at + 5] for at in (0, 6))
+        strips = b"".join(packed[place : place + 5] for place in (0, 6))
         save(path, Image.fromarray(GREY))
         tags = [
             (256, 4, 3),

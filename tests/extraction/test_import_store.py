@@ -117,10 +117,10 @@ def test_npy_in_every_form(tmp_path_factory, seed, dtype, form, cuts, to, order,
     texts = {"first": source.v_txt[:, 0], "rows": source.flat, "slots": source.v_txt}[form]
     counts = np.minimum(KEPT, 1) if form == "first" else KEPT
     for name, values in (("img", source.v_img), ("txt", texts)):
-        for at, part in enumerate(np.split(values, sorted(cuts))):
-            ends = np.dtype(dtype).newbyteorder(">" if at in big else "<")
+        for place, part in enumerate(np.split(values, sorted(cuts))):
+            ends = np.dtype(dtype).newbyteorder(">" if place in big else "<")
             # By number: 10 sorts before 8 as text.
-            source.save(f"{name}/{name}_{at + 8}.npy", np.asarray(part, ends, order=order))
+            source.save(f"{name}/{name}_{place + 8}.npy", np.asarray(part, ends, order=order))
     result = source.run(source.folder / "img", source.folder / "txt", dtype=to)
     check(source, result, counts, to or dtype)
 
@@ -136,9 +136,9 @@ def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dt
     source = Source(tmp_path_factory.mktemp("i"), dtype, seed)
     rng = np.random.default_rng(seed)
     kind = pa.float16() if dtype == "float16" else pa.float32()
-    for at, rows in enumerate(np.array_split(rng.permutation(N), n_files)):
+    for place, rows in enumerate(np.array_split(rng.permutation(N), n_files)):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(source.v_img[rows].reshape(-1), kind), D)
-        source.table(f"img/{at}.parquet", image_id=source.ids[rows], note=["x"] * len(rows), v_img=vectors)
+        source.table(f"img/{place}.parquet", image_id=source.ids[rows], note=["x"] * len(rows), v_img=vectors)
     rows = rng.permutation(N)
     if form == "first":
         source.table(
@@ -146,7 +146,7 @@ def test_parquet_in_every_form_is_matched_by_image_id(tmp_path_factory, seed, dt
         )
     elif form == "rows":  # captions of an image in order, images mixed
         owners = rng.permutation(np.repeat(np.arange(N), KEPT))
-        slots = [int((owners[:at] == owner).sum()) for at, owner in enumerate(owners)]
+        slots = [int((owners[:place] == owner).sum()) for place, owner in enumerate(owners)]
         source.table("txt/0.parquet", image_id=source.ids[owners], emb=lists(source.v_txt[owners, slots], kind))
     else:
         inner = pa.list_(kind) if form == "lists" else pa.list_(kind, D)
@@ -171,8 +171,8 @@ def test_big_endian_vectors_make_the_same_store(tmp_path_factory, dtype):
     )
     wanted = little.run(little.save("i.npy", little.v_img), little.save("t.npy", little.v_txt))
     assert (result.dtype, result.digest) == (dtype, wanted.digest)
-    one, other = Store.open(result.store), Store.open(wanted.store)
-    assert [entry.sha256 for entry in one.manifest.shards] == [entry.sha256 for entry in other.manifest.shards]
+    item, other = Store.open(result.store), Store.open(wanted.store)
+    assert [entry.sha256 for entry in item.manifest.shards] == [entry.sha256 for entry in other.manifest.shards]
 
 
 def _npy(header: bytes) -> bytes:
@@ -218,9 +218,9 @@ def test_an_export_comes_back_the_same(source, tmp_path):
         source.save("h.npy", source.v_img.astype("float16")), tmp_path / "npy" / "text_emb", out=tmp_path / "other"
     )
     for result in (back, texts_only):
-        one, other = Store.open(first.store).load(), Store.open(result.store).load()
+        item, other = Store.open(first.store).load(), Store.open(result.store).load()
         for name in ("v_img", "v_txt", "n_captions"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            np.testing.assert_array_equal(getattr(item, name), getattr(other, name))
 
 
 def test_the_key_says_where_it_came_from(source, tmp_path):
@@ -290,8 +290,8 @@ def test_values_that_no_store_holds(source, spoil, message):
 
 def test_the_part_and_its_row_are_named(source):
     source.v_img[3] = 0  # the first row of the second part
-    for at, part in enumerate(np.split(source.v_img, [3])):
-        source.save(f"img/{at}.npy", part)
+    for place, part in enumerate(np.split(source.v_img, [3])):
+        source.save(f"img/{place}.npy", part)
     with pytest.raises(InputError, match=rf"zero: .*1\.npy, row 0, image id {source.ids[3]};"):
         source.run(source.folder / "img", source.save("t.npy", source.flat))
 

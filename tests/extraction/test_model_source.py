@@ -81,7 +81,7 @@ def test_main_moves_and_a_commit_stays(miniature, other: Path, hub) -> None:
     before = load(DEFAULT_MODEL)
     hub.add(other, SECOND, "main")
     after, pinned = load(DEFAULT_MODEL), load(DEFAULT_MODEL, revision=FIRST)
-    assert [one.identity.revision for one in (before, after, pinned)] == [FIRST, SECOND, FIRST]
+    assert [item.identity.revision for item in (before, after, pinned)] == [FIRST, SECOND, FIRST]
     assert pinned.logit_scale == before.logit_scale != after.logit_scale
 
 
@@ -176,8 +176,8 @@ class Hub(BaseHTTPRequestHandler):
             return self._say(200, {"id": repo, "sha": commit, "siblings": []})
         if tree:
             files = [
-                {"type": "file", "path": one.name, "size": one.stat().st_size, "oid": "0" * 40}
-                for one in self.repo.iterdir()
+                {"type": "file", "path": item.name, "size": item.stat().st_size, "oid": "0" * 40}
+                for item in self.repo.iterdir()
             ]
             return self._say(200, files)
         if file and file[1] == "owner/gated":
@@ -230,7 +230,7 @@ def test_a_checkpoint_is_downloaded_once_at_its_commit(miniature, online: type[H
     again = online.asked[asked:]
     assert again == [
         f"/api/models/{DEFAULT_MODEL}",
-        *(f"/api/models/{DEFAULT_MODEL}/revision/{one}" for one in ("v1", FIRST[:7])),
+        *(f"/api/models/{DEFAULT_MODEL}/revision/{item}" for item in ("v1", FIRST[:7])),
     ]
 
 

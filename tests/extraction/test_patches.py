@@ -106,8 +106,8 @@ def test_the_torch_resizer_is_off_by_a_level_here_and_there(tmp_path: Path, resa
     path = tmp_path / "a.png"
     picture(*size).save(path)
     both = [
-        patches_of(path, PatchSpec(side=16, budget=256, fixed=None, resample=resample, resizer=one))[1]
-        for one in ("pillow", "torch")
+        patches_of(path, PatchSpec(side=16, budget=256, fixed=None, resample=resample, resizer=item))[1]
+        for item in ("pillow", "torch")
     ]
     off = np.abs(both[0].astype(int) - both[1])
     assert off.max() <= most

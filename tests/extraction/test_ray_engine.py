@@ -41,9 +41,9 @@ def plan_of(miniature, out: Path, **options) -> ExtractPlan:
 
 def content(folder: Path) -> dict[str, object]:
     """Every byte of a store but the time it was made."""
-    found: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
-    document = json.loads(found["manifest.json"])
-    return found | {"manifest.json": {name: document[name] for name in document.keys() - {"created", "checksum"}}}
+    outcome: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+    document = json.loads(outcome["manifest.json"])
+    return outcome | {"manifest.json": {name: document[name] for name in document.keys() - {"created", "checksum"}}}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def local(miniature, ray, processes: int, out: Path, **options) -> Path:
         torch.set_num_threads(before)
 
 
-def wait_for(found, seconds: float = 40):
+def wait_for(outcome, seconds: float = 40):
     deadline = time.monotonic() + seconds
-    while not (it := found()):
+    while not (it := outcome()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
     return it
@@ -101,13 +101,13 @@ def stop_in_the_middle(store: Path) -> tuple[int, int] | None:
     return None
 
 
-def kill_one(store: Path, told: dict[str, object]) -> None:
+def kill_one(store: Path, seen: dict[str, object]) -> None:
     """SIGKILL to an actor that is in the middle of a shard, when some are written and some are not."""
     wait_for(lambda: list(store.glob("image-*.h5")))
-    pid, told["shard"] = wait_for(lambda: stop_in_the_middle(store))
-    told |= {"written": (store / f"text-{told['shard']:05d}.h5").exists()}
-    told["title"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0")
-    told |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
+    pid, seen["shard"] = wait_for(lambda: stop_in_the_middle(store))
+    seen |= {"written": (store / f"text-{seen['shard']:05d}.h5").exists()}
+    seen["title"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0")
+    seen |= {"killed": pid, "manifest": (store / "manifest.json").exists()}
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: pid not in shards_at_work(store))
 
@@ -127,24 +127,24 @@ def spoiled(miniature, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def killed(miniature, ray, spoiled: Path, tmp_path_factory):
     """A run over spoiled data, an actor of which was killed: the result, and what the killer saw."""
-    out, told = tmp_path_factory.mktemp("killed") / "s", {}
-    killer = threading.Thread(target=kill_one, args=(out, told))
+    out, seen = tmp_path_factory.mktemp("killed") / "s", {}
+    killer = threading.Thread(target=kill_one, args=(out, seen))
     killer.start()
     result = extract_on_ray(config_of(miniature), plan_of(miniature, out, data=spoiled, on_error="skip"), processes=2)
     killer.join()
-    return result, told
+    return result, seen
 
 
 @needs_ray
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the actor in /proc")
 def test_an_actor_killed_within_a_shard_changes_nothing(miniature, ray, killed, spoiled, tmp_path) -> None:
-    result, told = killed
-    assert told["killed"] != os.getpid()
-    assert "EncodeShards" in told["title"]
-    assert (told["written"], told["manifest"]) == (False, False)
-    assert not Path(f"/proc/{told['killed']}").exists()
+    result, seen = killed
+    assert seen["killed"] != os.getpid()
+    assert "EncodeShards" in seen["title"]
+    assert (seen["written"], seen["manifest"]) == (False, False)
+    assert not Path(f"/proc/{seen['killed']}").exists()
     assert (result.finished, result.was_finished) == (True, False)
-    assert (result.store / f"text-{told['shard']:05d}.h5").is_file()
+    assert (result.store / f"text-{seen['shard']:05d}.h5").is_file()
     wanted = local(miniature, ray, 2, tmp_path / "local", data=spoiled, on_error="skip")
     assert content(result.store) == content(wanted)
     assert {path.name for path in result.store.glob(".*")} == {".lock"}
@@ -204,15 +204,15 @@ def listening() -> dict[str, str]:
             words = line.split()
             if words[3] == "0A":
                 sockets[f"socket:[{words[9]}]"] = words[1].rpartition(":")[0]
-    found = {}
+    outcome = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             target, command = str(link.readlink()), (link.parents[1] / "cmdline").read_text()
         except OSError:
             continue
         if target in sockets:
-            found[f"{sockets[target]} {target}"] = command
-    return found
+            outcome[f"{sockets[target]} {target}"] = command
+    return outcome
 
 
 @needs_ray
@@ -220,11 +220,15 @@ def listening() -> dict[str, str]:
 def test_a_cluster_of_this_machine_is_nobody_elses(ray, monkeypatch) -> None:
     """Loopback in /proc: 127.0.0.1 ends in 0100007F, alone or within an IPv6 address; ::1 is 0...01000000."""
     servers = {
-        at: name for at, name in listening().items() if "gcs_server" in name or "raylet" in name or "ray::" in name
+        index: name
+        for index, name in listening().items()
+        if "gcs_server" in name or "raylet" in name or "ray::" in name
     }
     assert any("gcs_server" in name for name in servers.values())
     assert any("raylet" in name for name in servers.values())
-    outside = [at for at in servers if not at.split()[0].endswith(("0100007F", "00000000000000000000000001000000"))]
+    outside = [
+        index for index in servers if not index.split()[0].endswith(("0100007F", "00000000000000000000000001000000"))
+    ]
     assert outside == []
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -24,8 +24,8 @@ SIZES = ((64, 64), (90, 30), (30, 90), (64, 64), (90, 30), (64, 64), (7, 200))
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    for at, (width, height) in enumerate(SIZES):
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{at}.jpg")
+    for place, (width, height) in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{place}.jpg")
     return tmp_path
 
 
@@ -37,14 +37,14 @@ def read(data: Path, lists, **options):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_every_image_comes_once_with_its_own_pixels(data: Path, workers: int, ahead: int) -> None:
-    lists = [[f"{at}.jpg" for at in (3, 0, 1)], ["6.jpg"], [f"{at}.jpg" for at in (2, 4, 5)]]
+    lists = [[f"{place}.jpg" for place in (3, 0, 1)], ["6.jpg"], [f"{place}.jpg" for place in (2, 4, 5)]]
     pieces = read(data, lists, workers=workers, prefetch_factor=ahead)
     assert [piece.number for piece in pieces] == sorted(piece.number for piece in pieces)
     for number, paths in enumerate(lists):
-        own = [piece for piece in pieces if piece.number == number]
-        assert [piece.last for piece in own] == [False] * (len(own) - 1) + [True]
-        assert sorted(row for piece in own for row in piece.batch.rows) == list(range(len(paths)))
-        for piece in own:
+        own_pieces = [piece for piece in pieces if piece.number == number]
+        assert [piece.last for piece in own_pieces] == [False] * (len(own_pieces) - 1) + [True]
+        assert sorted(row for piece in own_pieces for row in piece.batch.rows) == list(range(len(paths)))
+        for piece in own_pieces:
             assert not piece.bad
             for row, pixels in zip(piece.batch.rows, piece.pixels, strict=True):
                 wanted = np.empty_like(pixels)
@@ -55,7 +55,7 @@ def test_every_image_comes_once_with_its_own_pixels(data: Path, workers: int, ah
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_changes_no_other_batch(data: Path, workers: int) -> None:
-    paths = [f"{at}.jpg" for at in range(7)]
+    paths = [f"{place}.jpg" for place in range(7)]
     whole = read(data, [paths], workers=workers)
     raw = (data / "3.jpg").read_bytes()
     (data / "3.jpg").write_bytes(raw[: len(raw) // 2])  # the header is there, the pixels are not
@@ -68,7 +68,9 @@ def test_an_unreadable_image_changes_no_other_batch(data: Path, workers: int) ->
     assert pieces[-1].batch is None
     assert pieces[-1].last
     # The truncated image keeps its place, so what is computed for the others does not move by a bit.
-    assert [piece.batch for piece in whole if 6 not in piece.batch.rows] == [one.batch for one in pieces if one.batch]
+    assert [piece.batch for piece in whole if 6 not in piece.batch.rows] == [
+        item.batch for item in pieces if item.batch
+    ]
     zeroed = next(piece for piece in pieces if piece.batch and 3 in piece.batch.rows)
     assert not zeroed.pixels[zeroed.batch.rows.index(3)].any()
 
@@ -120,7 +122,7 @@ def test_processes_that_cannot_be_started_are_one_line(data: Path, monkeypatch, 
 @pytest.mark.parametrize("what", ["images", "headers"])
 def test_a_worker_that_is_killed_is_one_line(data: Path, what: str) -> None:
     def kill_all(reader: ImageReader) -> None:
-        paths = [f"{at % 7}.jpg" for at in range(2000)]
+        paths = [f"{place % 7}.jpg" for place in range(2000)]
         for _ in reader.read([paths]) if what == "images" else reader.headers(paths):
             for process in multiprocessing.active_children():
                 process.kill()

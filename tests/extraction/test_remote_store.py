@@ -35,12 +35,12 @@ def test_every_command_takes_a_url_for_a_store(mmcli, miniature, tmp_path) -> No
         "--on-error",
         "skip",
     )
-    found = {}
+    result = {}
     for out in (url, str(tmp_path / "local")):
         code, said, errors = mmcli(*words, "--out", out)
         assert code == 0, errors
-        found[out] = json.loads(said)
-        assert (found[out]["store"], found[out]["n_encoded"], len(found[out]["skipped"])) == (out, 59, 1)
+        result[out] = json.loads(said)
+        assert (result[out]["store"], result[out]["n_encoded"], len(result[out]["skipped"])) == (out, 59, 1)
     for path in (tmp_path / "local").glob("*.[hp]*"):
         assert (place(url) / path.name).read_bytes() == path.read_bytes()
     assert Store.open(place(url)).skipped == Store.open(tmp_path / "local").skipped

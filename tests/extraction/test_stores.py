@@ -8,7 +8,7 @@ from mmcli import InputError
 from mmcli.cache import StoreKey, StoreWriter
 from mmcli.pipeline.core.config import Config
 from mmcli.pipeline.data.manifest import Manifest
-from mmcli.pipeline.extraction.stores import _compacted, read_store
+from mmcli.pipeline.extraction.stores import read_store
 
 N = 2600
 
@@ -17,10 +17,10 @@ def columns(**changes):
     rng = np.random.default_rng(1)
     given = {
         "image_ids": rng.permutation(N).astype(np.int64),
-        "paths": [f"{at}.jpg" for at in range(N)],
-        "splits": [("train", "val", "test")[at % 3] for at in range(N)],
-        "captions": [[f"caption of {at}"] * (1 + at % 3) for at in range(N)],
-        "labels": [[at % 4] if at % 5 else [] for at in range(N)],
+        "paths": [f"{place}.jpg" for place in range(N)],
+        "splits": [("train", "val", "test")[place % 3] for place in range(N)],
+        "captions": [[f"caption of {place}"] * (1 + place % 3) for place in range(N)],
+        "labels": [[place % 4] if place % 5 else [] for place in range(N)],
         "category_names": ["a", "b", "c", "d"],
     }
     return given | changes
@@ -70,16 +70,6 @@ def test_skipped_rows_are_left_out_of_everything(tmp_path, skipped):
     assert read.listing.name == listing.name
 
 
-@pytest.mark.parametrize(
-    "kept", [[0], [5], list(range(1, 5000)), list(range(0, 5000, 3)), [*range(1500), *range(1501, 5000)]]
-)
-def test_rows_move_up_in_place(kept):
-    values = np.arange(10_000, dtype=np.int64).reshape(5000, 2)
-    wanted, got = values[kept].copy(), _compacted(values, np.array(kept))
-    np.testing.assert_array_equal(got, wanted)
-    assert np.shares_memory(got, values)
-
-
 def test_what_training_reads_is_checked_when_the_store_is_read(tmp_path):
     table = Manifest.from_columns(**columns()).table
     bad = table.set_column(table.column_names.index("split"), "split", pa.array(["trian"] * N))
@@ -94,8 +84,8 @@ def test_what_training_reads_is_checked_when_the_store_is_read(tmp_path):
 def test_captions_and_paths_are_checked_when_they_are_asked_for(tmp_path):
     table = Manifest.from_columns(**columns()).table
     for name, values in (("captions", [[" "]] * N), ("path", ["../../etc/passwd"] * N)):
-        at = table.column_names.index(name)
-        write(tmp_path / name, table.set_column(at, name, pa.array(values)))
+        place = table.column_names.index(name)
+        write(tmp_path / name, table.set_column(place, name, pa.array(values)))
         listing = read_store(tmp_path / name, Config()).listing
         assert listing.labels_matrix().shape == (N, 4)
         for use in ("captions", "paths", "table", "sha256"):

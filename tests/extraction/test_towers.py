@@ -65,7 +65,7 @@ def images(n: int, width: int, height: int) -> list[Image.Image]:
 
 
 def patches_of(pictures, grid: Grid, spec: PatchSpec) -> torch.Tensor:
-    return torch.from_numpy(np.stack([cut(resize(np.asarray(one), grid, spec), grid, spec.side) for one in pictures]))
+    return torch.from_numpy(np.stack([cut(resize(np.asarray(item), grid, spec), grid, spec.side) for item in pictures]))
 
 
 def relative(ours: torch.Tensor, plain: torch.Tensor) -> float:
@@ -169,7 +169,7 @@ def test_an_image_does_not_see_the_others_of_its_batch() -> None:
     spec = PatchSpec(side=8, budget=40, fixed=None, resample=2)
     patches = patches_of(images(4, 60, 40), Grid(5, 8), spec)
     together = tower(patches, Grid(5, 8))
-    alone = torch.cat([tower(one[None], Grid(5, 8)) for one in patches])
+    alone = torch.cat([tower(item[None], Grid(5, 8)) for item in patches])
     assert relative(together, alone) < 1e-5
 
 
@@ -182,7 +182,7 @@ def test_position_embeddings_of_few_grids_are_kept() -> None:
 
 @pytest.mark.parametrize(("cache", "wanted"), [(512 << 10, 1024), (2 << 20, 2048), (None, 1024)])
 def test_a_cpu_takes_as_many_tokens_as_its_caches_hold(monkeypatch: pytest.MonkeyPatch, cache, wanted: int) -> None:
-    known = {} if cache is None else {"l2_cache_size": cache}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    defaults = {} if cache is None else {"l2_cache_size": cache}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: defaults)
     assert tokens_of_a_pass(torch.device("cpu")) == wanted
     assert tokens_of_a_pass(torch.device("cuda")) == 32768

@@ -114,12 +114,12 @@ def test_what_is_trained_by_name(miniature) -> None:
     def names(**section: object) -> set[str]:
         parts = parts_of(miniature.model)
         trained = Towers(parts, FinetuneConfig(**section)).trained
-        assert set(trained) == {name for name, one in parts.model.named_parameters() if one.requires_grad}
+        assert set(trained) == {name for name, value in parts.model.named_parameters() if value.requires_grad}
         return set(trained)
 
-    known = dict(parts_of(miniature.model).model.named_parameters())
+    every = dict(parts_of(miniature.model).model.named_parameters())
     assert names(unfreeze="none") == set()
-    assert names(unfreeze="all") == {name for name in known if not name.startswith("logit_")}
+    assert names(unfreeze="all") == {name for name in every if not name.startswith("logit_")}
     last = names(unfreeze="last-1")
     wanted = (
         "vision_model.encoder.layers.1.",
@@ -129,7 +129,7 @@ def test_what_is_trained_by_name(miniature) -> None:
         "text_model.final_layer_norm.",
         "text_model.head.",
     )
-    assert last == {name for name in known if name.startswith(wanted)}
+    assert last == {name for name in every if name.startswith(wanted)}
     assert names(unfreeze="last-1", towers="image") == {name for name in last if name.startswith("vision_model.")}
     assert names(unfreeze="last-1", towers="text") == {name for name in last if name.startswith("text_model.")}
     assert names(unfreeze="last-2") > last
@@ -168,8 +168,8 @@ def test_embeddings_and_gradients_are_those_of_transformers(miniature, unfreeze:
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in towers.trained)
     each = [torch.from_numpy(image).float() * towers.parts.scale.factor for patches in pieces for image in patches]
-    padded = torch.stack([torch.nn.functional.pad((one - 0.5) / 0.5, (0, 0, 0, 64 - len(one))) for one in each])
-    mask = torch.tensor([[1] * len(one) + [0] * (64 - len(one)) for one in each])
+    padded = torch.stack([torch.nn.functional.pad((image - 0.5) / 0.5, (0, 0, 0, 64 - len(image))) for image in each])
+    mask = torch.tensor([[1] * len(image) + [0] * (64 - len(image)) for image in each])
     theirs = (
         plain.get_image_features(
             pixel_values=padded,
@@ -187,7 +187,9 @@ def test_embeddings_and_gradients_are_those_of_transformers(miniature, unfreeze:
         slope = reference[name].grad
         assert slope.abs().max() > 0, name
         torch.testing.assert_close(parameter.grad, slope, atol=1e-5 + 1e-3 * float(slope.abs().max()), rtol=1e-3)
-    assert all(one.grad is None for name, one in towers.parts.model.named_parameters() if name not in towers.trained)
+    assert all(
+        value.grad is None for name, value in towers.parts.model.named_parameters() if name not in towers.trained
+    )
 
 
 @pytest.mark.parametrize("towers", ["both", "image", "text"])
@@ -258,7 +260,7 @@ def test_the_run_is_one_like_any_other(mmcli, miniature, tmp_path: Path) -> None
     tagger = Tagger.load(tmp_path / "runs" / "tuned", device="cpu")
     coded = tagger.encoder.encode(files, [image["sentences"][0]["raw"] for image in test])
     codes = read_codes(tmp_path / "runs" / "tuned", "test")
-    by_id = {int(one): row for row, one in enumerate(codes.image_id)}
+    by_id = {int(image_id): row for row, image_id in enumerate(codes.image_id)}
     order = [by_id[image["cocoid"]] for image in test]
     np.testing.assert_allclose(coded.soft, codes.soft[order], atol=1e-5)
     assert not np.allclose(coded.soft, read_codes(tmp_path / "runs" / "frozen", "test").soft[order], atol=1e-3)

@@ -83,8 +83,8 @@ def test_the_plan_counts_parameters_and_activations(miniature) -> None:
     planned = plan_memory(resolve_finetune(config, unfreeze="last-1", towers="both", start=None), data=miniature.data)
     parts = Encoder.parts(str(miniature.model), patches=64, device=torch.device("cpu"))
     towers = Towers(parts, FinetuneConfig(unfreeze="last-1"))
-    trained = sum(one.numel() for one in towers.trained.values())
-    head = planned.n_parameters - sum(one.numel() for one in parts.model.parameters())
+    trained = sum(value.numel() for value in towers.trained.values())
+    head = planned.n_parameters - sum(value.numel() for value in parts.model.parameters())
     assert planned.n_trained == head + trained
     off, on = planned.needs
     assert 0 < on.image_bytes < off.image_bytes
@@ -150,12 +150,12 @@ def test_a_sharded_block_is_whole_only_while_it_computes(miniature) -> None:
         towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
         shards = Shards(towers, ProcessGroup(cpu), sharded=True)
         side = towers.sides["image"]
-        made = side(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))
+        features = side(torch.zeros((2, 16, 768), dtype=torch.uint8), Grid(4, 4))
         blocks = {name for name in towers.trained if name.startswith("vision_model.encoder.")}
         now = dict(towers.parts.model.named_parameters())
         assert blocks
         assert all(isinstance(now[name], DTensor) for name in blocks)
-        made.sum().backward()
+        features.sum().backward()
         shards.take_gradients()
         assert all(shards.local[name].grad is not None for name in blocks)
     finally:
@@ -194,14 +194,14 @@ def test_a_step_has_the_gradient_of_one_graph(miniature, parts: int) -> None:
     towers = Towers(Encoder.parts(str(miniature.model), patches=64, device=cpu), config.finetune)
     head = draw_head(config, width=64, device=cpu).train()
     plain_head = copy.deepcopy(head)
-    at, caption = torch.arange(16), torch.arange(16) % 2
+    places, caption = torch.arange(16), torch.arange(16) % 2
     with LiveStore(
         listing, miniature.data, towers.parts, config, captions=1, group=ProcessGroup(cpu), progress=Progress()
     ) as store:
         train, batches = store.splits["train"], TowerBatches(towers, store, config)
-        rows = train.rows[at].numpy()
+        rows = train.rows[places].numpy()
         batches.begin(1, [rows])
-        v_img, v_txt, y = batches.embed(train, at, caption)
+        v_img, v_txt, y = batches.embed(train, places, caption)
         total_loss(config.loss, head(v_img, v_txt), y).loss.backward()
         batches.backward()
     plain = Encoder.parts(str(miniature.model), patches=64, device=cpu).model
@@ -212,8 +212,8 @@ def test_a_step_has_the_gradient_of_one_graph(miniature, parts: int) -> None:
     pixels = processor(images=images, return_tensors="pt", max_num_patches=64)
     assert len({tuple(shape) for shape in pixels["spatial_shapes"].tolist()}) > 1
     ids = store.encoder.tokenize([listing.captions[row][which] for row, which in zip(rows, caption, strict=True)])
-    made = plain.get_image_features(**pixels).pooler_output, plain.get_text_features(input_ids=ids).pooler_output
-    total_loss(config.loss, plain_head(*made), y).loss.backward()
+    features = plain.get_image_features(**pixels).pooler_output, plain.get_text_features(input_ids=ids).pooler_output
+    total_loss(config.loss, plain_head(*features), y).loss.backward()
     reference = dict(plain.named_parameters())
     for name, parameter in towers.trained.items():
         slope = reference[name].grad

@@ -83,7 +83,9 @@ def test_what_the_run_itself_began_with_has_seen_images_too(here) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_broken_image_is_met_before_anything_is_trained(mmcli, miniature, tmp_path: Path, split: str) -> None:
     data = shutil.copytree(miniature.data, tmp_path / "data")
-    image = next(one for one in json.loads((data / "dataset_coco.json").read_text())["images"] if one["split"] == split)
+    image = next(
+        image for image in json.loads((data / "dataset_coco.json").read_text())["images"] if image["split"] == split
+    )
     file = data / image["filepath"] / image["filename"]
     file.write_bytes(b"no image")
     words = ("finetune", "--quiet", "--data", data, "--model", miniature.model, *WORDS, "--unfreeze", "last-1")
@@ -198,17 +200,17 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
 
     def inner(head) -> dict[str, float]:
         assert head is looked_at
-        assert all((one == 0.25).all() for one in head.parameters())
+        assert all((value == 0.25).all() for value in head.parameters())
         return {"val_mAP": 0.9, "dead_bits": 3.0}
 
     inner.rows, inner.prior = np.arange(4), 0.1
-    found = LiveMonitor(live, trained, inner, Progress())(looked_at)
-    assert set(found.values()) == {0.25}
-    assert list(found)[:2] == ["val_mAP", "dead_bits"]
-    assert len(found) == (4 if sides else 2)
+    figures = LiveMonitor(live, trained, inner, Progress())(looked_at)
+    assert set(figures.values()) == {0.25}
+    assert list(figures)[:2] == ["val_mAP", "dead_bits"]
+    assert len(figures) == (4 if sides else 2)
     assert all(
-        (one.detach().double() == (0.25 if one.is_floating_point() else 0)).all()
-        for one in trained.state_dict().values()
+        (value.detach().double() == (0.25 if value.is_floating_point() else 0)).all()
+        for value in trained.state_dict().values()
     )
     assert (local["whole"].tolist(), local["part"].tolist()) == ([0.25, 0.25], [1.0, 1.0])
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kit.search import hamming_reference as reference
 from mmcli import InputError
 from mmcli.heads import fastscan, knn, neighbours, torch_index
 from mmcli.heads.gpu_index import GpuIndex
@@ -16,17 +17,6 @@ from mmcli.heads.knn import HammingIndex, build_index
 from mmcli.heads.neighbours import Neighbours
 
 EXACT = ("auto", "flat", "fastscan", "torch")
-
-
-def reference(queries: np.ndarray, codes: np.ndarray, K: int, exclude: np.ndarray | None = None) -> tuple:
-    """Index and distance, sorted by one composite key."""
-    distance = np.bitwise_count(queries[:, None] ^ codes[None]).sum(-1).astype(np.int64)
-    key = distance * len(codes) + np.arange(len(codes))
-    if exclude is not None:
-        rows = np.flatnonzero(exclude >= 0)
-        key[rows, exclude[rows]] = np.iinfo(np.int64).max
-    index = np.argsort(key, axis=1)[:, :K]
-    return index, np.take_along_axis(distance, index, axis=1)
 
 
 def assert_same(found: Neighbours, wanted: tuple) -> None:

@@ -8,25 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.search import hamming_reference
 from mmcli import InputError
 from mmcli.heads import knn, neighbours
 from mmcli.heads.cosine import normalise
 from mmcli.heads.knn import Neighbours, build_index
 
 EXACT = ("flat", "fastscan", "torch")
-
-
-def hamming_reference(
-    queries: np.ndarray, codes: np.ndarray, K: int, exclude: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted by distance, then by index: one composite key."""
-    distance = np.bitwise_count(queries[:, None] ^ codes[None]).sum(-1).astype(np.int64)
-    key = distance * len(codes) + np.arange(len(codes))
-    if exclude is not None:
-        rows = np.flatnonzero(exclude >= 0)
-        key[rows, exclude[rows]] = np.iinfo(np.int64).max
-    index = np.argsort(key, axis=1)[:, :K]
-    return index, np.take_along_axis(distance, index, axis=1)
 
 
 def cosine_reference(

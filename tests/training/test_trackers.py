@@ -64,15 +64,15 @@ class FakeRun:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A ``wandb`` that writes down what it is told; ``logged_in`` says what its login answers."""
-    told = SimpleNamespace(runs=[], logged_in=False, prompts=[])
+    recorded = SimpleNamespace(runs=[], logged_in=False, prompts=[])
 
     def init(**words: object) -> FakeRun:
-        told.runs.append(FakeRun(**words))
-        return told.runs[-1]
+        recorded.runs.append(FakeRun(**words))
+        return recorded.runs[-1]
 
     def login(*, prompt: bool = True, verify: bool = True) -> bool:
-        told.prompts.append(prompt)
-        return told.logged_in
+        recorded.prompts.append(prompt)
+        return recorded.logged_in
 
     module = ModuleType("wandb")
     module.__spec__ = ModuleSpec("wandb", None)
@@ -80,7 +80,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    return told
+    return recorded
 
 
 def test_wandb_gets_configuration_epochs_and_metrics(fake: SimpleNamespace, tmp_path: Path) -> None:

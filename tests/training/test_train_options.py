@@ -64,19 +64,19 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(stores, "find_store", lambda folder: folder)
     monkeypatch.setattr(stores, "Reading", lambda folder, config: ("read ahead", folder))
-    told = SimpleNamespace(name=None, given=None, words={})
+    recorded = SimpleNamespace(name=None, given=None, words={})
 
     def take(name: str):
         def call(given: object, **words: object) -> SimpleNamespace:
-            told.name, told.given = name, given
-            told.words = {key: value for key, value in words.items() if key != "progress"}
+            recorded.name, recorded.given = name, given
+            recorded.words = {key: value for key, value in words.items() if key != "progress"}
             return SimpleNamespace(to_json=lambda: {"run": "x"}, summary=lambda: ["done"])
 
         return call
 
     for name in ("train_head", "train_replicas", "resume_training"):
         monkeypatch.setattr(train_head, name, take(name))
-    return told
+    return recorded
 
 
 def test_what_is_no_key_reaches_the_stage(mmcli, stage: SimpleNamespace) -> None:
