@@ -245,7 +245,7 @@ def _explain(config: Config, run: Run, data: Path, progress: Progress) -> None:
     loss = np.logaddexp(0, query.logits).sum(1) - (query.logits * query.labels).sum(1)
     row = int(np.argmin(np.where(query.labels.sum(1) >= 2, loss, np.inf)))
     listed = manifest.image_ids.tolist().index(query.image_id[row])
-    image, caption = str(data / manifest.paths[listed]), manifest.captions[listed][0]
+    image, caption = str(data / manifest.paths[listed]), manifest.first_captions[listed]
     words = command("predict", image, "--caption", caption, "--run", run.folder, "--data", data)
     _step(progress, 7, "ask why: one test image and the neighbours that voted", words)
     (tagging,) = Tagger.load(run.folder, device=config.hardware.device).predict([image], [caption])

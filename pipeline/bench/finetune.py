@@ -211,7 +211,7 @@ def _plain(setting: Setting) -> Callable[[], None]:
     processor = parts.source.load("the processor", transformers.AutoProcessor)
     labels = listing.labels_matrix()
     items = [
-        (str(setting.data / path), listing.captions[row][0], labels[row]) for row, path in enumerate(listing.paths)
+        (str(setting.data / path), listing.first_captions[row], labels[row]) for row, path in enumerate(listing.paths)
     ]
     collate = partial(_collate, processor, budget_of(model, config.model.max_num_patches))
     loader = make_loader(items, config.training.batch_size, collate_fn=collate)

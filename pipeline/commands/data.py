@@ -24,19 +24,106 @@ def demo(
     output.finish(run_demo(config, out=out, force=force, progress=output.progress))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableColumns:
+    """Columns of a table; those that are not named are guessed."""
+
+    path_column: Annotated[str | None, option("--path-column NAME", "Column of image paths.", "Columns")] = None
+    caption_column: Annotated[str | None, option("--caption-column NAME", "Column of captions.", "Columns")] = None
+    tag_column: Annotated[str | None, option("--tag-column NAME", "Column of tags.", "Columns")] = None
+    split_column: Annotated[str | None, option("--split-column NAME", "Column of splits.", "Columns")] = None
+    id_column: Annotated[str | None, option("--id-column NAME", "Column of image ids.", "Columns")] = None
+    delimiter: Annotated[str | None, option("--delimiter TEXT", "Between the tags of one text.", "Columns")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitting:
+    """How images are split, and which tags count."""
+
+    split_file: Annotated[
+        Path | None, option("--split-file FILE", "Table with the columns path (or image_id) and split.", "Splits")
+    ] = None
+    val_share: Annotated[float, option("--val-share", "Share of val where splits are drawn.", "Splits")] = 0.1
+    test_share: Annotated[float, option("--test-share", "Share of test where splits are drawn.", "Splits")] = 0.1
+    split_seed: Annotated[int, option("--split-seed", "Seed of splits that are drawn.", "Splits")] = 42
+    stratify: Annotated[bool, option("--stratify", "Keep these shares for every tag, as far as can be.", "Splits")] = (
+        False
+    )
+    categories: Annotated[
+        Path | None, option("--categories FILE", "Category names in label order, one a line.", "Tags")
+    ] = None
+    min_images: Annotated[int, option("--min-images N", "Leave out tags of fewer images.", "Tags", min=1)] = 1
+
+
 @command()
 def prepare(
     images: Images,
+    columns: TableColumns,
+    splitting: Splitting,
     output: Output,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SOURCE]",
+            help="Data set: a table (csv, tsv, jsonl, parquet), a folder, an instances JSON, an archive (tar, zip), or a"
+            " Hugging Face hub id [default: the folder of --data].",
+            show_default=False,
+        ),
+    ] = None,
+    format_: Annotated[
+        str | None,
+        option(
+            "--format KIND",
+            "Kind of SOURCE where it is not recognised: coco, instances, table, folder, archive, huggingface, openimages"
+            " or visualgenome.",
+        ),
+    ] = None,
     out: Annotated[Path | None, option("--out DIR", "Folder for manifest.parquet [default: the data folder].")] = None,
-    check_images: Annotated[bool, option("--check-images/--no-check-images", "Look for every image file.")] = True,
+    name: Annotated[str | None, option("--name NAME", "Name of the data set [default: that of SOURCE].")] = None,
+    check_images: Annotated[
+        bool, option("--check-images/--no-check-images", "Look for every image file of COCO.")
+    ] = True,
 ) -> None:
-    """COCO and the Karpathy split to one checked manifest, with a table of statistics."""
-    from ..data.prepare import prepare as stage
-    from ..data.prepare import statistics_tables
+    """Turn a data set into one checked manifest, with a table of statistics.
 
-    result = stage(images.folder, out, check_images=check_images)
-    output.show(result.to_json(), *statistics_tables(result.statistics), f"wrote {result.path}")
+    SOURCE is recognised by what lies there, and its kind is printed. Without SOURCE it is COCO 2014 with Karpathy's split.
+
+    Examples: mmcli prepare photos.csv; mmcli prepare pictures/ --stratify; mmcli prepare annotations/instances_val2017.json
+    """
+    from ..data.prepare import prepare as stage
+    from ..data.prepare import prepare_source, statistics_tables
+    from ..data.sources.recognise import SourceOptions, recognise
+    from ..data.sources.samples import SplitRule
+    from ..data.sources.tables import Columns
+
+    dataset = None if source is None and format_ is None else recognise(source or str(images.folder), format_)
+    if dataset is None or dataset.kind == "coco":
+        folder = images.folder if source is None else Path(source)
+        result = stage(folder, out, check_images=check_images)
+    else:
+        options = SourceOptions(
+            out=out,
+            columns=Columns(
+                path=columns.path_column,
+                captions=columns.caption_column,
+                tags=columns.tag_column,
+                split=columns.split_column,
+                image_id=columns.id_column,
+                delimiter=columns.delimiter,
+            ),
+            split_file=splitting.split_file,
+            rule=SplitRule(
+                val=splitting.val_share,
+                test=splitting.test_share,
+                seed=splitting.split_seed,
+                stratify=splitting.stratify,
+            ),
+            categories=splitting.categories,
+            least_images=splitting.min_images,
+            name=name,
+        )
+        result = prepare_source(dataset, options)
+    output.show(result.to_json(), *result.notes, *statistics_tables(result.statistics), f"wrote {result.path}")
 
 
 @dataclass(frozen=True, kw_only=True)

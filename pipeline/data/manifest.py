@@ -138,8 +138,13 @@ class Manifest:
 
     @cached_property
     def captions(self) -> tuple[tuple[str, ...], ...]:
-        """The captions of N images, at least one each."""
+        """The captions of N images; none for an image without."""
         return tuple(tuple(texts) for texts in self.table.column("captions").to_pylist())
+
+    @cached_property
+    def first_captions(self) -> tuple[str, ...]:
+        """The first caption of N images; an empty text for an image without."""
+        return tuple(texts[0] if texts else "" for texts in self.captions)
 
     def labels_matrix(self) -> npt.NDArray[np.uint8]:
         """Multi-hot labels ``(N, C)`` uint8; images without a label are rows of zeros."""

@@ -138,7 +138,6 @@ class _Checker:
 
     def _captions(self) -> pa.Array:
         captions = self._columns["captions"]
-        self._none("captions", pc.equal(pc.list_value_length(captions), 0), "no caption", "at least one")
         texts, rows = captions.flatten(), pc.list_parent_indices(captions)
         self._none("captions", texts.is_null(), "a null among the captions", rows=rows)
         blank = pc.match_substring_regex(texts.cast(pa.large_string()), r"^\s*$")

@@ -3,21 +3,24 @@
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.table import Table
 
-from ...errors import InputError, cannot_read
+from ...errors import InputError, cannot_read, read_text
 from ..core.console import FittingTable
 from ..core.files import refuse_existing, resolve_image
 from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_instances, read_karpathy
 from .manifest import SPLITS, Manifest, says_it_is_of, write_manifest
 from .manifest_checks import label_lists
+from .sources.recognise import DESCRIPTIONS, Source, SourceOptions, read_source
+from .sources.samples import to_manifest
 
 MANIFEST_FILE = "manifest.parquet"
 NAME = "coco"
@@ -29,6 +32,8 @@ GET_SPLIT = (
 )
 GET_IMAGES = "unpack train2014.zip and val2014.zip from https://cocodataset.org/#download there"
 SHOWN = 3
+# Categories in the table of a person; a data set may have thousands.
+MOST_CLASSES = 100
 
 
 def place_images(data: Path, folders: Sequence[str], filenames: Sequence[str]) -> list[str]:
@@ -170,23 +175,38 @@ class Statistics:
         return asdict(self) | {"classes": [asdict(row) for row in self.classes]}
 
 
-def count(listing: Manifest, split: KarpathySplit, instances: Instances) -> Statistics:
-    """Count a manifest that was made of a split file and instances."""
-    labels, rows = listing.labels_matrix(), {name: listing.rows(name) for name in SPLITS}
+def count(
+    listing: Manifest,
+    *,
+    annotations: npt.NDArray[np.int64] | None = None,
+    restval: int = 0,
+    captions_left_out: int = 0,
+    images_left_out: int = 0,
+) -> Statistics:
+    """Count a manifest.
+
+    Args:
+        listing: The manifest.
+        annotations: Annotations of each category ``(C,)``; one an image that shows it by default.
+        restval: Images of train that come from restval.
+        captions_left_out: Captions beyond the fifth of their image.
+        images_left_out: Images of the data set that are in no split.
+    """
+    labels, rows = listing.labels_matrix(), {name: np.flatnonzero(listing.splits == name) for name in SPLITS}
     n_captions = np.array([len(texts) for texts in listing.captions])
     of_class = {name: labels[chosen].sum(axis=0, dtype=np.int64) for name, chosen in rows.items()}
     positives = {name: int(counts.sum()) for name, counts in of_class.items()}
-    in_split = np.isin(instances.annotation_image, split.image_id)
-    annotations = np.bincount(instances.annotation_label[in_split], minlength=len(listing.category_names))
+    if annotations is None:
+        annotations = labels.sum(axis=0, dtype=np.int64)
     return Statistics(
         images={name: len(chosen) for name, chosen in rows.items()},
-        restval=int((split.origin == "restval").sum()),
+        restval=restval,
         captions={name: int(n_captions[chosen].sum()) for name, chosen in rows.items()},
-        captions_left_out=split.n_captions_found - int(n_captions.sum()),
-        images_left_out=len(instances.image_id) - len(listing),
+        captions_left_out=captions_left_out,
+        images_left_out=images_left_out,
         unlabelled={name: int((~labels[chosen].any(axis=1)).sum()) for name, chosen in rows.items()},
         positives=positives,
-        tags_per_image={name: positives[name] / len(chosen) for name, chosen in rows.items()}
+        tags_per_image={name: positives[name] / max(len(chosen), 1) for name, chosen in rows.items()}
         | {"all": sum(positives.values()) / len(listing)},
         classes=tuple(
             ClassCount(name=name, images={s: int(of_class[s][c]) for s in SPLITS}, annotations=int(annotations[c]))
@@ -204,7 +224,7 @@ def statistics_tables(statistics: Statistics) -> list[Table]:
 
 
 def _split_table(statistics: Statistics) -> Table:
-    notes = [f"train holds {statistics.restval:,} images of restval"]
+    notes = [f"train holds {statistics.restval:,} images of restval"] if statistics.restval else []
     if statistics.captions_left_out:
         notes.append(f"{statistics.captions_left_out:,} captions beyond five an image were left out")
     if statistics.images_left_out:
@@ -228,7 +248,10 @@ def _class_table(statistics: Statistics) -> Table:
     table.add_column("category", style="bold")
     for name in (*SPLITS, "annotations"):
         table.add_column(name, justify="right")
-    for label, row in enumerate(statistics.classes):
+    shown = statistics.classes[:MOST_CLASSES]
+    if len(shown) < len(statistics.classes):
+        table.caption = f"the first {len(shown)} of {len(statistics.classes):,} categories; --json has all"
+    for label, row in enumerate(shown):
         table.add_row(str(label), row.name, *(f"{row.images[split]:,}" for split in SPLITS), f"{row.annotations:,}")
     return table
 
@@ -241,15 +264,17 @@ class PrepareResult:
         path: The manifest.
         sha256: Hash of its content.
         statistics: What it holds.
+        notes: What was recognised and decided, a line each.
     """
 
     path: Path
     sha256: str
     statistics: Statistics
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
-        return {"manifest": str(self.path), "sha256": self.sha256, **self.statistics.to_json()}
+        return {"manifest": str(self.path), "sha256": self.sha256, "notes": self.notes, **self.statistics.to_json()}
 
 
 def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -> PrepareResult:
@@ -285,7 +310,49 @@ def prepare(data: Path, out: Path | None = None, *, check_images: bool = True) -
         paths = check_files(data, paths)
     listing = _merge(split, instances, paths)
     write_manifest(path, listing)
-    return PrepareResult(path=path, sha256=listing.sha256, statistics=count(listing, split, instances))
+    in_split = np.isin(instances.annotation_image, split.image_id)
+    statistics = count(
+        listing,
+        annotations=np.bincount(instances.annotation_label[in_split], minlength=len(listing.category_names)),
+        restval=int((split.origin == "restval").sum()),
+        captions_left_out=split.n_captions_found - sum(map(len, listing.captions)),
+        images_left_out=len(instances.image_id) - len(listing),
+    )
+    return PrepareResult(path=path, sha256=listing.sha256, statistics=statistics)
+
+
+def prepare_source(source: Source, options: SourceOptions) -> PrepareResult:
+    """Read a data set of any kind, and write its manifest; COCO with Karpathy's split is read by :func:`prepare`.
+
+    Args:
+        source: The data set, as :func:`~mmcli.pipeline.data.sources.recognise.recognise` knows it.
+        options: How it is read.
+
+    Raises:
+        InputError: It cannot be read, an image is missing, or the manifest cannot be written; everything that is wrong
+            with its rows is listed at once.
+    """
+    if source.kind == "coco":
+        return prepare(source.root, options.out)
+    name = options.name or Path(source.name).stem
+    samples = read_source(source, options.columns, options.split_file)
+    path = (options.out or samples.root) / MANIFEST_FILE
+    refuse_existing(
+        path,
+        lambda existing: says_it_is_of(existing, name),
+        force=True,
+        what=f"the manifest of {name}",
+        option="--out",
+    )
+    if options.categories is not None:
+        lines = read_text(options.categories, "cannot read the categories", wanted="one name a line").splitlines()
+        samples = replace(samples, category_names=[line.strip() for line in lines if line.strip()])
+    listing, notes = to_manifest(
+        samples, name=name, rule=options.rule, least_images=options.least_images, where=source.name
+    )
+    write_manifest(path, listing)
+    notes = (f"{source.name} is {DESCRIPTIONS[source.kind]}", *notes)
+    return PrepareResult(path=path, sha256=listing.sha256, statistics=count(listing), notes=notes)
 
 
 def _look_for_files(data: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from ..core.archives import open_binary
+
 ORIENTATION = ExifTags.Base.Orientation
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What a decoder of pixels reads of a PNG; every other chunk is metadata or animation.
@@ -73,7 +75,7 @@ def strip_metadata(path: Path) -> tuple[bytes, int | None] | None:
     Raises:
         OSError: The file cannot be read.
     """
-    with path.open("rb") as stream:
+    with open_binary(path) as stream:
         head = stream.read(16)
         strip = _stripper(head)
         if strip is None:

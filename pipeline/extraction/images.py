@@ -25,6 +25,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from ...errors import NOT_THERE, InputError, cannot_read, file_kind
+from ..core.archives import open_binary, split_archive
 from .image_metadata import limit_to_orientation, read_orientation, strip_metadata
 from .native_output import without_native_output
 
@@ -116,14 +117,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _read(path: Path, use: Callable[[Image.Image, int, IO[bytes]], T]) -> T:
     """Open an image and return the result of ``use``, called with the image, its orientation and the opened file."""
     try:
-        kind = file_kind(path)
+        kind = None if split_archive(path) else file_kind(path)
         if kind is not None:
             raise _unreadable(path, kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about metadata, which is not read here
             try:
                 # Opened here, since Pillow leaves a file open whose first bytes it cannot read.
-                with path.open("rb") as stream, Image.open(stream) as image:
+                with open_binary(path) as stream, Image.open(stream) as image:
                     return use(image, _orientation(image), stream)
             except Exception as error:
                 stripped = strip_metadata(path) if _may_be_metadata(error) else None

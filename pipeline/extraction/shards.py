@@ -228,7 +228,9 @@ class ShardJobs:
                 real = counts[shard.start : shard.stop]
                 texts = [text for row in captions[shard.start : shard.stop] for text in row[:CAPTIONS]]
                 v_txt = np.zeros((shard.n_rows, CAPTIONS, self._encoder.width), np.float32)
-                v_txt[np.arange(CAPTIONS) < real[:, None]] = self._encoder.encode_texts(texts, advance=task.advance)
+                if texts:
+                    encoded = self._encoder.encode_texts(texts, advance=task.advance)
+                    v_txt[np.arange(CAPTIONS) < real[:, None]] = encoded
                 self.clock.lap("compute_s")
                 behind.begin(self._writer.write_text, shard, v_txt=v_txt, n_captions=real)
                 self.clock.lap("write_s")

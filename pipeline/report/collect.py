@@ -86,7 +86,7 @@ class Pictures:
     def caption(self, image_id: int) -> str:
         """The first caption, by which val and test are tagged; empty for an unknown image."""
         row = self._row.get(image_id)
-        return "" if row is None or self._manifest is None else self._manifest.captions[row][0]
+        return "" if row is None or self._manifest is None else self._manifest.first_captions[row]
 
     def picture(self, image_id: int, side: int) -> Picture | None:
         """The picture, its longer side at most ``side`` pixels; None where it cannot be read."""

@@ -86,7 +86,7 @@ def samples(
             tags = ", ".join(plain(manifest.category_names[c]) for c in np.flatnonzero(labels[row]))
             title = f"{manifest.image_ids[row]} · {manifest.splits[row]}\n{_wrap(tags or 'no tag', TAG_LINES)}"
             axis.set_title(title, fontsize=8, loc="left")
-            caption = _wrap(plain(manifest.captions[row][0]), CAPTION_LINES)
+            caption = _wrap(plain(manifest.first_captions[row]), CAPTION_LINES)
             axis.set_xlabel(caption, fontsize=8, color=MUTED, loc="left")
             try:
                 _draw_image(axis, data, manifest, row)

@@ -306,7 +306,7 @@ def encode_samples(
         InputError: An image cannot be read, or none can, or a path or a link leaves the data folder.
     """
     unreadable: dict[int, str] | None = None if on_error == "stop" else {}
-    captions = [texts[0] for texts in listing.captions]
+    captions = list(listing.first_captions)
     files = [resolve_image(data, path) for path in listing.paths]
     coded = encoder.encode(files, captions, unreadable=unreadable, progress=progress)
     kept = keep_readable(len(files), unreadable)

@@ -194,5 +194,5 @@ def _texts_of_manifest(run: Run, image_id: npt.NDArray[np.int64]) -> Texts:
     if listing.sha256 != run.info.manifest_sha256:
         return None, None
     rows = rows_of(listing.image_ids, image_id).tolist()
-    paths, captions = [listing.paths[row] for row in rows], [listing.captions[row][0] for row in rows]
+    paths, captions = [listing.paths[row] for row in rows], [listing.first_captions[row] for row in rows]
     return pa.array(paths, pa.string()), pa.array(captions, pa.string())

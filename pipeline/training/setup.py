@@ -116,8 +116,17 @@ def check_splits(splits: dict[str, Split], config: Config, folder: Path) -> None
     """Refuse what would only show after the first epoch.
 
     Raises:
-        InputError: No label in train or val, or fewer train images than a batch or a vote needs.
+        InputError: No label in train or val, an image without a caption where the head reads captions, or fewer train
+            images than a batch or a vote needs.
     """
+    missing = sum(int((split.captions_of == 0).sum()) for split in splits.values())
+    if missing and config.fusion.inputs != "image":
+        raise InputError(
+            f"{missing:,} of {sum(map(len, splits.values())):,} images have no caption",
+            where=folder,
+            wanted=f"a caption for every image, because the head reads {config.fusion.inputs}",
+            do="give --inputs image, or add captions",
+        )
     for name in ("train", "val"):
         if not splits[name].own_labels.any():
             raise InputError(
