@@ -174,7 +174,7 @@ class LossConfig(Section):
 
 
 class KnnConfig(Section):
-    """Neighbours and votes."""
+    """How neighbours are searched, and how they vote."""
 
     K: PositiveInt = Field(default=20, description="neighbours that vote")
     distance_metric: Metric = Field(default="hamming", description="distance; cosine where there is no hash layer")

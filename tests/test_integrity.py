@@ -58,7 +58,7 @@ def test_an_index_is_never_built_from_damaged_codes(mmcli, evaluated: Path) -> N
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_flipped_bit_of_a_checkpoint_or_of_the_hub_folder_is_refused(made: Path, tmp_path: Path, seed: int) -> None:
+def test_a_flipped_bit_of_a_checkpoint_is_refused(made: Path, tmp_path: Path, seed: int) -> None:
     run = shutil.copytree(run_of(made), tmp_path / "run")
     best = run / "checkpoints" / "checkpoints.json"
     for path in (run / "checkpoints").glob("*.safetensors"):
@@ -120,7 +120,7 @@ def test_files_from_before_there_were_checksums_are_read(evaluated: Path) -> Non
     assert len(read_codes(evaluated, "test")) == len(read_scores(evaluated, "knn", "test")["scores"])
 
 
-def test_a_checksum_covers_every_bit_of_the_file_and_the_same_content_has_one(tmp_path: Path) -> None:
+def test_a_checksum_covers_every_bit_of_the_file(tmp_path: Path) -> None:
     path, arrays = tmp_path / "a.safetensors", {"a": np.arange(5, dtype=np.int16), "b": np.zeros((0, 3), np.float32)}
     write_tensors(path, save_file, arrays, {"x": "é\n", "b": "2"})
     whole = path.read_bytes()

@@ -193,9 +193,7 @@ def test_a_report_replaces_its_own_files_alone(plan: ReportPlan, tmp_path: Path)
     assert snapshot(out) == before
 
 
-def test_a_report_with_foreign_files_is_not_replaced_and_loses_nothing(
-    plan: ReportPlan, written: Path, tmp_path: Path
-) -> None:
+def test_a_report_with_foreign_files_is_not_replaced(plan: ReportPlan, written: Path, tmp_path: Path) -> None:
     out = shutil.copytree(written, tmp_path / "report")
     for name in ("figures/mine.png", "tables/mine.tex", "notes.txt"):
         write_files(out, name)
@@ -286,9 +284,7 @@ def test_a_killed_report_leaves_pages_that_are_whole(
     assert {*snapshot(out)} == {*fewer, ".report.json"}  # and nothing is left of those that were killed
 
 
-def test_a_killed_replacement_of_a_run_leaves_no_run_that_passes_for_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_replacement_of_a_run_is_no_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
 
     def fill() -> None:
@@ -622,7 +618,7 @@ def test_every_file_of_a_run_has_the_permissions_of_a_new_file(mmcli, here: Path
             assert stat.S_IMODE(path.stat().st_mode) == wanted, path
 
 
-def test_a_writer_that_makes_its_file_private_does_not_leave_it_so(tmp_path: Path) -> None:
+def test_a_written_file_is_readable_by_colleagues(tmp_path: Path) -> None:
     def private(path: Path) -> None:
         path.unlink(missing_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -642,7 +638,7 @@ def test_the_longest_name_that_a_file_may_have_is_written(tmp_path: Path, name: 
     assert (tmp_path / name).read_text() == "text"
 
 
-def test_leftovers_of_live_processes_stay_unless_nobody_else_can_be_there(tmp_path: Path) -> None:
+def test_leftovers_of_live_processes_stay(tmp_path: Path) -> None:
     from mmcli.cache.layout import this_host
 
     alive, elsewhere = f".a.0a1b2c3d.{this_host()}-{os.getpid()}.tmp", ".a.0a1b2c3d.other-1.tmp"

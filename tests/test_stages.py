@@ -144,7 +144,7 @@ def test_thresholds_are_tuned_on_val_alone() -> None:
     assert "threshold_tuned" not in metrics_row("m", "val", *val, tuned_on=None)
 
 
-def test_spec10_13_codes_are_of_eval_mode_first_caption_manifest_order(here: Path) -> None:
+def test_codes_are_of_eval_mode_and_the_first_caption(here: Path) -> None:
     store, run = Store.open(store_of(here)), run_of(here)
     arrays, head = store.load(), load_head(best_checkpoint(run_of(here)), torch.device("cpu"))
     splits, ids = np.array(store.index["split"].to_pylist()), store.index["image_id"].to_numpy()
@@ -410,7 +410,7 @@ def test_speeds_are_of_the_size_that_a_clock_says(mmcli, here: Path) -> None:
         ([[1]] * 2, [[1]], {"training.monitor": "classifier"}, None),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused_before_the_first_epoch(train, val, options, said: str | None) -> None:
+def test_what_cannot_be_trained_on_is_refused_at_once(train, val, options, said: str | None) -> None:
     def split(rows) -> Split:
         v, n = np.zeros((len(rows), 4), np.float32), np.ones(len(rows))
         return Split.place(v, v[:, None], n, np.array(rows, np.uint8), torch.device("cpu"))

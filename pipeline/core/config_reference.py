@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from functools import reduce
 from typing import Any
 
@@ -53,7 +52,6 @@ def _sections(schema: dict[str, Any], section: dict[str, Any], path: str) -> lis
     rows = [_row(path + name, field) for name, field in fields.items()]
     title = f"`{path.rstrip('.')}`" if path else "At the top"
     text = " ".join(section["description"].split()).replace("``", "`") if path else "Beside the sections."
-    text = re.sub(r" \(SPEC section \d+\)", "", text)
     table = "\n".join(["| key | type | default | range | what |", "|---|---|---|---|---|", *rows])
     parts = [f"## {title}\n\n{text}\n\n{table}\n"]
     for name, field in section["properties"].items():

@@ -87,7 +87,7 @@ def test_what_the_disk_gives_back_is_compared(kit, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [".lock", "key.json"]
 
 
-def test_a_sound_shard_with_other_numbers_is_not_what_was_written(kit, tmp_path, monkeypatch):
+def test_a_shard_with_other_numbers_is_not_what_was_written(kit, tmp_path, monkeypatch):
     other = (kit.Data(seed=1).write(tmp_path / "other", kit.key()) / "image-00000.h5").read_bytes()
     with kit.Data().writer(tmp_path / "s", kit.key()) as writer:
         monkeypatch.setattr(cache_files, "_fill", lambda stream, _: stream.write(other))

@@ -131,7 +131,7 @@ def import_here(mmcli, here: Path, miniature, name: str, width: int | None = Non
     return here / "imported"
 
 
-def test_an_imported_store_is_scored_with_the_checkpoint_that_is_named(mmcli, here: Path, miniature) -> None:
+def test_an_imported_store_is_scored_with_the_named_checkpoint(mmcli, here: Path, miniature) -> None:
     imported = import_here(mmcli, here, miniature, "some-siglip")
     code, _, err = mmcli("zero-shot", "--store", imported, "--quiet")
     assert (code, err.count("\n")) == (2, 1)

@@ -70,15 +70,15 @@ def samples_of_names(
         split = split_name(folders[0]) if folders else None
         splits.append(split)
         try:
-            found = beside(name)
+            description = beside(name)
         except InputError as error:
             problems.add(name, str(error), "mend or remove the file beside the image")
-            found = None
-        texts, names_of_tags = found or ([], [])
-        described += found is not None
+            description = None
+        texts, names_of_tags = description or ([], [])
+        described += description is not None
         classes = folders[1:] if split else folders
         captions.append(texts)
-        tags.append(names_of_tags or ([] if found is not None else list(classes[:1])))
+        tags.append(names_of_tags or ([] if description is not None else list(classes[:1])))
     problems.check()
     partly = any(splits) and not all(splits)
     if partly:
