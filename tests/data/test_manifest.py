@@ -326,7 +326,7 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pyt
         raise OSError("disk full")
 
     monkeypatch.setattr(
-        *{"write_table": (pq, "write_table", half), "fsync": (os, "fsync", fail), "replace": (Path, "replace", fail)}[
+        *{"write_table": (pq, "write_table", half), "fsync": (os, "fsync", fail), "replace": (os, "replace", fail)}[
             step
         ]
     )
