@@ -51,8 +51,8 @@ def check_name(path: str | Path) -> None:
         InputError: It is not.
     """
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
+        os.fsencode(path).decode("utf-8")  # also where the locale knows no such letters
+    except UnicodeError:
         raise InputError("a name that is not UTF-8", where=path, wanted="a folder with another name") from None
 
 
