@@ -187,7 +187,7 @@ def reason(error: Exception) -> str:
 def refuse_pickle(where: object, name: str) -> InputError:
     """The error for a pickle file: opening one may run any code, so none is ever opened."""
     return InputError(
-        "pickle files are not supported",
+        "pickle files are refused",
         where=where,
         got=name,
         wanted="safetensors",
