@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import signal
+import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ from mmcli.pipeline.core.metrics_file import read_history, read_metrics
 from mmcli.pipeline.core.run import open_run, read_info
 from mmcli.pipeline.data.coco import read_instances, read_karpathy
 from mmcli.pipeline.data.manifest import read_manifest
+from mmcli.pipeline.data.sources.recognise import read_source, recognise
+from mmcli.pipeline.data.sources.samples import SplitRule, to_manifest
+from mmcli.pipeline.data.sources.tables import Columns
 from mmcli.pipeline.evaluation.compare import compare
 from mmcli.pipeline.evaluation.metrics import read_scores
 from mmcli.pipeline.evaluation.prompts import read_prompts
@@ -96,6 +101,11 @@ def _index(path: Path) -> list[Any]:
     return [index.image_id, index.soft, index.packed, index.labels, index.category_names, index.paths, index.captions]
 
 
+def _source(path: Path) -> Any:
+    samples = read_source(recognise(str(path)), Columns())
+    return to_manifest(samples, name="x", rule=SplitRule(), where=path)[0].sha256
+
+
 READERS = {
     "store manifest": Reader("store/manifest.json", lambda f: _whole(f / "store"), is_exact=True, is_text=True),
     "store index": Reader("store/index.parquet", lambda f: _whole(f / "store"), is_exact=True),
@@ -149,6 +159,18 @@ READERS = {
     "captions in JSON": Reader("c.jsonl", lambda f: read_requests([], None, f / "c.jsonl"), is_text=True),
     "captions in CSV": Reader("c.csv", lambda f: read_requests([], None, f / "c.csv")),
     "prompts": Reader("prompts.txt", lambda f: read_prompts(f / "prompts.txt")),
+    "data set in CSV": Reader("set/t.csv", lambda f: _source(f / "set" / "t.csv")),
+    "data set in JSON lines": Reader("set/t.jsonl", lambda f: _source(f / "set" / "t.jsonl"), is_text=True),
+    "data set in parquet": Reader("set/t.parquet", lambda f: _source(f / "set" / "t.parquet")),
+    "images in a zip file": Reader("set/z.zip", lambda f: _source(f / "set" / "z.zip")),
+    "images in a tar file": Reader("set/z.tar", lambda f: _source(f / "set" / "z.tar")),
+    "image in a zip file": Reader("set/z.zip", lambda f: load_image(f / "set" / "z.zip" / "a.png") is None),
+    "image in a tar file": Reader("set/z.tar", lambda f: load_image(f / "set" / "z.tar" / "a.png") is None),
+    "instances of any COCO": Reader(
+        "coco/instances_val.json", lambda f: _source(f / "coco" / "instances_val.json"), is_text=True
+    ),
+    "objects of Visual Genome": Reader("genome/objects.json", lambda f: _source(f / "genome"), is_text=True),
+    "labels of Open Images": Reader("open/val-annotations-bbox.csv", lambda f: _source(f / "open")),
     "JPEG": Reader("a.jpg", lambda f: load_image(f / "a.jpg") is None),
     "PNG": Reader("a.png", lambda f: load_image(f / "a.png") is None),
 }
@@ -196,7 +218,37 @@ def folder(made: Path, miniature, tmp_path_factory: pytest.TempPathFactory) -> P
     picture = Image.open(next((miniature.data / "val2014").glob("*.jpg")))
     picture.save(folder / "a.jpg")
     picture.resize((40, 30)).save(folder / "a.png")
+    _make_sources(folder)
     return folder
+
+
+def _make_sources(folder: Path) -> None:
+    """Small data sets of other forms."""
+    for name in ("set", "coco", "genome/VG_100K", "open/val"):
+        (folder / name).mkdir(parents=True)
+    picture = (folder / "a.png").read_bytes()
+    for name in ("set/a.png", "coco/a.png", "genome/VG_100K/1.jpg", "open/val/a.jpg"):
+        (folder / name).write_bytes(picture)
+    (folder / "set" / "t.csv").write_text('path,caption,tags\na.png,"a, b",x|y\na.png,c,x\n')
+    record = {"path": "a.png", "caption": "c", "tags": ["x"], "split": "train", "id": 7}
+    (folder / "set" / "t.jsonl").write_text(json.dumps(record) + "\n")
+    pq.write_table(pa.table({key: [value] for key, value in record.items()}), folder / "set" / "t.parquet")
+    with zipfile.ZipFile(folder / "set" / "z.zip", "w") as archive:
+        archive.writestr("a.png", picture)
+        archive.writestr("a.json", json.dumps({"caption": "c", "tags": ["x"]}))
+    with tarfile.open(folder / "set" / "z.tar", "w") as archive_of_tar:
+        archive_of_tar.add(folder / "a.png", "a.png")
+        archive_of_tar.add(folder / "c.csv", "c.csv")
+        archive_of_tar.add(folder / "set" / "t.jsonl", "a.json")
+    instances = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2}],
+        "categories": [{"id": 2, "name": "x"}],
+    }
+    (folder / "coco" / "instances_val.json").write_text(json.dumps(instances))
+    (folder / "genome" / "objects.json").write_text('[{"image_id": 1, "objects": [{"names": ["x"]}]}]')
+    (folder / "open" / "class-descriptions.csv").write_text("LabelName,DisplayName\n/m/1,X\n")
+    (folder / "open" / "val-annotations-bbox.csv").write_text("ImageID,LabelName,Confidence\na,/m/1,1\n")
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:

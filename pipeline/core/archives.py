@@ -7,11 +7,16 @@ import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, NamedTuple
 
 SUFFIXES = (".tar", ".zip")
 _zip_lock = threading.Lock()
+
+
+class UnreadableArchive(ValueError):  # noqa: N818 - what it is
+    """An archive that is damaged, or packed in a way that is not read."""
 
 
 class _Archive(NamedTuple):
@@ -33,7 +38,8 @@ def open_binary(path: Path) -> IO[bytes]:
     """Open a file for reading, or a member of an archive.
 
     Raises:
-        OSError: There is no such file, or the archive has no such member or cannot be read.
+        OSError: There is no such file, or the archive has no such member.
+        UnreadableArchive: The archive is damaged, or packed in a way that is not read.
     """
     archive = split_archive(path)
     if archive is None:
@@ -46,8 +52,8 @@ def open_binary(path: Path) -> IO[bytes]:
         offset, size = _tar_members(file, file.stat().st_mtime_ns)[archive.member]
     except KeyError:
         raise FileNotFoundError(errno.ENOENT, "no such member of the archive", str(path)) from None
-    except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, RuntimeError) as error:
-        raise OSError(errno.EINVAL, f"an archive that cannot be read: {error}", str(file)) from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+        raise UnreadableArchive(f"an archive that cannot be read: {error}") from None
     with file.open("rb") as stream:
         stream.seek(offset)
         return io.BytesIO(stream.read(size))

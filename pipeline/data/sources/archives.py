@@ -1,8 +1,10 @@
 """Images in tar or zip files, such as webdataset's shards, listed without unpacking them."""
 
 import re
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,18 @@ from .folders import UNREADABLE, Described, image_suffixes, parse_description, s
 from .samples import Samples, split_name
 
 Reader = Callable[[], bytes]
+# What the libraries raise for a damaged archive, one with a password, or an unknown compression.
+BAD_ARCHIVE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+)
 
 
 def read_archives(files: list[Path], root: Path) -> Samples:
@@ -85,7 +99,7 @@ def _members(file: Path) -> dict[str, Reader]:
         with tarfile.open(file) as listing:
             members = [member for member in listing.getmembers() if member.isfile() and _is_safe(member.name)]
         return {member.name: _tar_reader(file, member) for member in members}
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+    except BAD_ARCHIVE as error:
         raise cannot_read("cannot read the archive", file, error, wanted="a whole tar or zip file") from None
 
 
@@ -106,5 +120,5 @@ def _is_safe(name: str) -> bool:
 def _decoded(read: Reader, file: Path, member: str) -> str:
     try:
         return read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except BAD_ARCHIVE as error:
         raise cannot_read(UNREADABLE, f"{file}/{member}", error) from None

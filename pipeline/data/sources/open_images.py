@@ -111,8 +111,8 @@ def _csv(file: Path, names: list[str]) -> list[tuple[str, str]]:
 def _table(file: Path, options: pyarrow.csv.ReadOptions | None = None) -> pa.Table:
     texts = dict.fromkeys(("ImageID", "LabelName", "code", "name"), pa.string())
     try:
-        return pyarrow.csv.read_csv(
-            file, read_options=options, convert_options=pyarrow.csv.ConvertOptions(column_types=texts)
-        )
-    except (pa.ArrowException, OSError) as error:
+        options_of_columns = pyarrow.csv.ConvertOptions(column_types=texts)
+        table = pyarrow.csv.read_csv(file, read_options=options, convert_options=options_of_columns)
+        return table.rename_columns([str(name) for name in table.column_names])  # a name may not be UTF-8
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise cannot_read("cannot read a table of Open Images", file, error, wanted="a CSV file") from None

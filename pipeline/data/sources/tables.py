@@ -133,10 +133,13 @@ def load_table(path: Path) -> pa.Table:
     suffix = path.suffix.casefold()
     try:
         if suffix == ".parquet":
-            return pq.read_table(path)
-        if suffix in {".jsonl", ".ndjson"}:
-            return _json_lines(path)
-        return _separated(path, "\t" if suffix == ".tsv" else ",")
+            table = pq.read_table(path)
+        elif suffix in {".jsonl", ".ndjson"}:
+            table = _json_lines(path)
+        else:
+            table = _separated(path, "\t" if suffix == ".tsv" else ",")
+        table.validate(full=True)  # texts of parquet are not checked when they are read
+        return table.rename_columns([str(name) for name in table.column_names])  # a name may not be UTF-8
     except (pa.ArrowException, OSError, ValueError) as error:
         raise cannot_read("cannot read the table", path, error, wanted="a whole table in UTF-8") from None
 

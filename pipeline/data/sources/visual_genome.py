@@ -30,7 +30,9 @@ def read_visual_genome(root: Path) -> Samples:
     captions: dict[int, list[str]] = {}
     if (root / REGIONS).is_file():
         for record in _records(root / REGIONS):
-            phrases = [" ".join(str(region.get("phrase", "")).split()) for region in record.get("regions", [])]
+            phrases = [
+                " ".join(str(region["phrase"]).split()) for region in _list(record, "regions") if "phrase" in region
+            ]
             captions[_image_id(record, root / REGIONS)] = [phrase for phrase in phrases if phrase]
     paths = [_path(root, image) for image in tags]
     return Samples(
@@ -44,8 +46,14 @@ def read_visual_genome(root: Path) -> Samples:
 
 
 def _object_names(record: dict[str, Any]) -> set[str]:
-    names = (name.strip().casefold() for item in record.get("objects", []) for name in item.get("names", []))
-    return {name for name in names if name}
+    names = (name for item in _list(record, "objects") for name in _list(item, "names"))
+    return {text for name in names if (text := str(name).strip().casefold())}
+
+
+def _list(record: Any, key: str) -> list[Any]:  # noqa: ANN401 - JSON
+    """The list under a key; an empty one where there is none."""
+    value = record.get(key) if isinstance(record, dict) else None
+    return value if isinstance(value, list) else []
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
