@@ -1,4 +1,4 @@
-"""The right to write a store: all of it, alone, or one stripe of its shards beside the writers of other stripes."""
+"""Locks for writing a store: all of it, or one stripe (every n-th shard) beside writers of the other stripes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -105,7 +105,7 @@ def put(path: Path, data: bytes) -> None:
             "cannot write",
             where=path,
             got=got,
-            wanted="room, and leave to write",
+            wanted="free disk space and permission to write",
             do="free some room, or name another --out; then export again with --force",
         ) from error
 

@@ -105,7 +105,7 @@ def read_checked(folder: Path, entry: FileEntry) -> bytes:
 
 
 def identify(folder: Path, key: StoreKey, *, cleared: bool = False) -> FolderState:
-    """Whose folder is it? Refuses one that is another store's, or nobody's.
+    """Check that a folder belongs to a store of this key.
 
     Args:
         folder: An existing folder.
@@ -206,7 +206,7 @@ def index_is(folder: Path, manifest: StoreManifest | None, table: pa.Table) -> b
 
 
 def discard(folder: Path) -> bool:
-    """Remove a store's own files and nothing else: a folder that was named by mistake loses nothing.
+    """Remove the files of a store, and nothing else in its folder.
 
     Returns:
         Whether there was a store.

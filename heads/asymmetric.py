@@ -19,8 +19,8 @@ class AsymmetricIndex(Index):
     """Exhaustive search of packed codes by the cosine of the query's soft code with each hard code.
 
     ``s = h . b / (|h| sqrt(B))``: the query is not binarised, the index is (Gordo, Perronnin, Gong and Lazebnik 2014,
-    "Asymmetric Distances for Binary Embeddings"). It costs no byte of the index and takes back a part of what hard
-    queries lose.
+    "Asymmetric Distances for Binary Embeddings"). The index does not grow, and a part of the accuracy
+    that binarising the query loses is recovered.
 
     FAISS's product quantiser scans the codes: its 256 centroids of eight dimensions are the patterns of a byte, so its
     table of a byte holds the share of the sum that each pattern has. A query's weights are rounded to whole numbers

@@ -154,16 +154,15 @@ def draw(N: int, n: int, *, seed: int | tuple[int, ...]) -> Weights:
 
 
 def interval(values: Floats, *, figure: float | None = None) -> Interval:
-    """The percentile interval of Efron and Tibshirani 1993, section 13.3, about the figure itself.
+    """The bias-corrected percentile interval (Efron and Tibshirani 1993, sections 10.2 and 13.3).
 
-    Its ends are the 2.5% and 97.5% quantiles of the resampled figures, those that are
-    undefined left out, after the estimate of the bootstrap's bias (their section 10.2) has been taken from them: with a
-    handful of positives a class, an image that is drawn twice raises AP, and the plain percentiles may lie wholly
-    above the figure.
+    Its ends are the 2.5% and 97.5% quantiles of the defined resampled values, after the bootstrap's estimate of its own
+    bias was subtracted: with a handful of positives a class, an image that is drawn twice raises AP, and the plain
+    percentiles may lie wholly above the metric.
 
     Args:
-        values: A figure of every resample ``(R,)``.
-        figure: That of the images as they are; None moves nothing.
+        values: The metric on every resample ``(R,)``.
+        figure: The metric on the original images; without it no bias is subtracted.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):
@@ -173,21 +172,21 @@ def interval(values: Floats, *, figure: float | None = None) -> Interval:
 
 
 def _moved(values: Floats, figure: float | None) -> Floats:
-    """Resampled figures whose mean is the figure."""
+    """The resampled values, shifted so that their mean is the metric on the original images."""
     return values if figure is None else values - (values.mean() - figure)
 
 
 def difference(a: Floats, b: Floats, *, figure: float | None = None) -> Difference:
     """Paired bootstrap of ``A - B`` over resamples that both were computed from.
 
-    ``p = min(1, 2 (1 + min(#{d <= 0}, #{d >= 0})) / (R + 1))`` inverts the percentile interval (Efron and Tibshirani
-    1993, section 15.4), with the one that keeps it above 0 (Davison and Hinkley 1997, section 4.2). Below
-    0.05 the interval leaves out 0.
+    ``p = min(1, 2 (1 + min(#{d <= 0}, #{d >= 0})) / (R + 1))`` is the two-sided p-value of the percentile
+    interval (Efron and Tibshirani 1993, section 15.4); the added 1 keeps it above 0 (Davison and Hinkley 1997, section
+    4.2). Where it is below 0.05 the 95% interval excludes 0.
 
     Args:
-        a: A figure of A in every resample ``(R,)``.
-        b: The same of B, of the same resamples.
-        figure: ``A - B`` of the images as they are, as of :func:`interval`; None moves nothing.
+        a: The metric of A on every resample ``(R,)``.
+        b: The metric of B on the same resamples.
+        figure: ``A - B`` on the original images; without it no bias is subtracted.
 
     Raises:
         ValueError: Other numbers of resamples.

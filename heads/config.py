@@ -27,7 +27,7 @@ Predictor = Literal["knn", "classifier", "hybrid"]
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-# Wider or deeper than any head; what lies beyond is a slip of the keyboard, and would only show as memory that ran out.
+# Upper limits catch typos before they become a shortage of memory.
 Width = Annotated[int, Field(gt=0, le=65536)]
 MAX_LAYERS = 32
 Bits = Annotated[int, Field(gt=0, le=4096)]
@@ -161,14 +161,17 @@ class LossConfig(Section):
     nested_weight: NonNegative = Field(default=1.0, description="weight of the classifiers that read hard prefixes")
     focal_loss: bool = Field(default=False, description="focal loss in the place of cross-entropy")
     focal_alpha: float = Field(default=0.25, ge=0.0, le=1.0, description="focal loss: weight of positives")
-    focal_gamma: NonNegative = Field(default=2.0, description="focal loss: how much easy pairs are turned down")
+    focal_gamma: NonNegative = Field(default=2.0, description="focal loss: how strongly easy pairs are down-weighted")
     asymmetric_loss: bool = Field(
         default=False, description="asymmetric loss in the place of cross-entropy, unless focal"
     )
     asymmetric_gamma_pos: NonNegative = Field(default=0.0, description="asymmetric loss: focusing of positives")
     asymmetric_gamma_neg: NonNegative = Field(default=4.0, description="asymmetric loss: focusing of negatives")
     asymmetric_shift: float = Field(
-        default=0.05, ge=0.0, lt=1.0, description="asymmetric loss: negatives below this probability count nothing"
+        default=0.05,
+        ge=0.0,
+        lt=1.0,
+        description="asymmetric loss: negatives less probable than this are ignored",
     )
     class_weights: Literal["none", "balanced"] = Field(
         default="none", description="balanced weighs positives of rare classes more"

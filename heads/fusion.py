@@ -159,6 +159,6 @@ class Fusion(nn.Module):
 
 
 def _note_fitted(fusion: nn.Module, _: object) -> None:
-    """After a checkpoint was loaded, statistics are there unless it was saved before they were."""
+    """Mark the module as fitted if the loaded checkpoint has finite statistics."""
     assert isinstance(fusion, Fusion)
     fusion._fitted = not bool(fusion.m_std.isnan().any())  # noqa: SLF001

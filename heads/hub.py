@@ -185,9 +185,13 @@ def reason(error: Exception) -> str:
 
 
 def refuse_pickle(where: object, name: str) -> InputError:
-    """The one line for a pickle, which may run anything when it is opened."""
+    """The error for a pickle file: opening one may run any code, so none is ever opened."""
     return InputError(
-        "will not open a pickle", where=where, got=name, wanted="safetensors", do=f"ask for a folder with {WEIGHTS}"
+        "pickle files are refused",
+        where=where,
+        got=name,
+        wanted="safetensors",
+        do=f"ask for a folder with {WEIGHTS}",
     )
 
 

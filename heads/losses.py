@@ -109,7 +109,7 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
             (config.hash_weight, hashed),
             (config.cosine_weight, cosine if output.both else None),
         )
-        # Not zero times a term: one that is no number would make the sum none.
+        # A term of weight 0 is left out, not multiplied: 0 * NaN is NaN.
         loss = sum(
             (weight * term for weight, term in weighted if term is not None and weight > 0), config.bce_weight * bce
         )

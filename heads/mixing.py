@@ -28,9 +28,10 @@ def mix_batch(batch: Batch, share: Tensor) -> Batch:
 
 
 def shares(order: Tensor, n: int) -> Tensor:
-    """Numbers in [0, 1) as good as drawn: for every image the place in the split, over n, of the image two before it.
+    """Pseudo-random shares in [0, 1), taken from the shuffled order, so that a repeated training has the same.
 
-    A shuffled order holds every place once, so they are uniform, and a training that is repeated has them again.
+    The share of an image is the place in the split, over n, of the image two before it in the batch. A shuffled order
+    holds every place once, so shares are uniform.
 
     Args:
         order: Places of a batch's images in the split ``(N,)``, shuffled.

@@ -79,10 +79,10 @@ class Boundary(NamedTuple):
 
 
 def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: Boundary | None = None) -> Scores:
-    """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1], w as of :func:`vote_weights`.
+    """Scores of every class: ``score_c = sum_i w_i y_ic`` in [0, 1], with the weights w of :func:`vote_weights`.
 
     Args:
-        neighbours: Those of a search for at least K; the ones beyond K are dropped before weights are made.
+        neighbours: The result of a search for at least K neighbours; only the first K vote.
         labels: Labels of the index ``(N, C)`` of 0 and 1.
         config: K, strategy, tau and theta.
         boundary: As for :func:`vote_weights`; with it the scores do not depend on the order of the index.
@@ -124,10 +124,10 @@ def vote_weights(neighbours: Neighbours, config: KnnConfig, boundary: Boundary |
     K, searched = config.K, neighbours.index.shape[1]
     if searched < K:
         raise InputError(
-            "more votes than neighbours",
+            "K is larger than the number of neighbours that were searched for",
             got=f"K {K}",
-            wanted=f"1 to {searched}, the neighbours searched for",
-            do="search with the largest K",
+            wanted=f"1 to {searched}",
+            do=f"search again with K {K} or more",
         )
     w = weights(neighbours.similarity[:, :K], config.voting_strategy, tau=config.tau, theta=config.theta)
     if boundary is None:

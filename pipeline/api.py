@@ -4,6 +4,7 @@
 the defaults count, and what a run or a store knows. Progress is shown as the command line shows it.
 """
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,24 +26,37 @@ if TYPE_CHECKING:
 Folder = str | PathLike[str]
 
 
-def prepare(data: Folder = DATA, out: Folder | None = None, *, check_images: bool = True) -> "PrepareResult":
+def prepare(
+    source: Folder = DATA,
+    out: Folder | None = None,
+    *,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> "PrepareResult":
     """Turn a data set into a manifest, as ``mmcli prepare`` does.
 
     Args:
-        data: The data set's folder.
+        source: A table, a folder, an instances JSON, an archive or a hub id; the folder of COCO 2014 by default.
         out: The folder that gets ``manifest.parquet``; the data folder by default.
-        check_images: Look for every image file.
+        kind: What ``source`` is, where that is not recognised: the values of ``--format``.
+        columns: Columns of a table by what they hold: ``path``, ``captions``, ``tags``, ``split``, ``image_id``.
+        **options: Further fields of :class:`~mmcli.pipeline.data.sources.recognise.SourceOptions`, such as
+            ``split_file`` or ``least_images``.
 
     Raises:
         InputError: Something is missing or wrong; the error says what to do.
 
     Example:
-        >>> mmcli.prepare("data/coco").path  # doctest: +SKIP
-        PosixPath('data/coco/manifest.parquet')
+        >>> mmcli.prepare("photos.csv", columns={"tags": "keywords"}).path  # doctest: +SKIP
+        PosixPath('manifest.parquet')
     """
-    from .data.prepare import prepare as stage
+    from .data.prepare import prepare_source
+    from .data.sources.recognise import SourceOptions, recognise
+    from .data.sources.tables import Columns
 
-    return stage(Path(data), None if out is None else Path(out), check_images=check_images)
+    chosen = Columns(**(columns or {}))
+    return prepare_source(recognise(str(source), kind), SourceOptions(out=_path(out), columns=chosen, **options))
 
 
 def extract(

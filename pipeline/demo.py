@@ -101,13 +101,17 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
     _step(progress, 3, "run the frozen towers once, store raw embeddings", words)
     config = config.model_copy(update={"model": ModelConfig(siglip2_variant=str(model), max_num_patches=PATCHES)})
     extract(config, ExtractPlan(data=data, out=store), progress)
-    _step(progress, 4, "tag by the categories' names alone", command("zero-shot", "--store", store))
+    words = command("zero-shot", "--store", store, "--out", runs / "zero-shot")
+    _step(progress, 4, "tag by the categories' names alone", words)
     shot = zero_shot(config, store=store, out=runs / "zero-shot", force=True, progress=progress)
     _step(
         progress,
         5,
         "train a 64-bit head from the store",
-        command("train-head", "--store", store, "--preset", "small", "--bits", 64, "--epochs", EPOCHS, "--patience", 0),
+        command(
+            *("train-head", "--store", store, "--preset", "small", "--bits", 64, "--epochs", EPOCHS, "--patience", 0),
+            *("--out", runs / "head-64"),
+        ),
     )
     training = {"training.num_epochs": EPOCHS, "training.early_stopping_patience": 0}
     kept = {"model": config.model, "hardware": config.hardware}

@@ -90,6 +90,7 @@ def prepare(
 
     Examples: mmcli prepare photos.csv; mmcli prepare pictures/ --stratify; mmcli prepare annotations/instances_val2017.json
     """
+    from ..core.files import command as command_line
     from ..data.prepare import prepare as stage
     from ..data.prepare import prepare_source, statistics_tables
     from ..data.sources.recognise import SourceOptions, recognise
@@ -123,7 +124,9 @@ def prepare(
             name=name,
         )
         result = prepare_source(dataset, options)
-    output.show(result.to_json(), *result.notes, *statistics_tables(result.statistics), f"wrote {result.path}")
+    step = command_line("extract", "--data", result.path.parent)
+    lines = (f"wrote {result.path}", f"next: {step}") if result.path.parent != DATA else (f"wrote {result.path}",)
+    output.show(result.to_json(), *result.notes, *statistics_tables(result.statistics), *lines)
 
 
 @dataclass(frozen=True, kw_only=True)

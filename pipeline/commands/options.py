@@ -94,7 +94,7 @@ RunDir = Annotated[Path | None, option("--run DIR", "Run to read [default: the n
 RunOut = Annotated[Path | None, option("--out DIR", "Run folder to write [default: runs/TIME-NAME].", _STORE_AND_RUN)]
 Force = Annotated[bool, option("--force", "Replace what is already there.", _STORE_AND_RUN)]
 Split = Annotated[Literal["train", "val", "test"], option("--split", "Split whose images are tagged.")]
-OnError = Annotated[Literal["stop", "skip"], option("--on-error", "What an image that cannot be read does.")]
+OnError = Annotated[Literal["stop", "skip"], option("--on-error", "What to do when an image cannot be read.")]
 Repeats = Annotated[int, option("--repeats", "Rounds; the best of each way counts.", min=1)]
 PrintConfig = Annotated[
     bool, option("--print-config", "Print the resolved configuration as YAML, train nothing.", "Configuration")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..core.config import KeyOption, ProtocolName, resolve
+from ..core.defaults import RUNS
 from .options import (
     Force,
     Output,
@@ -225,3 +226,15 @@ def compare(
     from ..evaluation.compare import compare as stage
 
     output.finish(stage(run_a, run_b, method_a=method_a or method, method_b=method_b or method, split=split))
+
+
+@command()
+def runs(
+    output: Output,
+    folder: Annotated[Path, option("--runs DIR", "Folder of all runs.")] = RUNS,
+    sort: Annotated[str, option("--sort", "created, name, knn, classifier or bits.")] = "created",
+) -> None:
+    """List runs with their data, preset, bits and mAP, and mark the one that other commands take by default."""
+    from ..evaluation.run_list import list_runs
+
+    output.finish(list_runs(folder, order=sort))

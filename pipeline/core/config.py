@@ -206,7 +206,10 @@ class HardwareConfig(Section):
 
     device: str = Field(default="auto", description="device: auto, cpu, cuda, cuda:N or mps")
     seed: int = Field(default=42, ge=0, lt=2**32, description="seed of every random draw")
-    deterministic: bool = Field(default=False, description="give the same bits twice, at some cost")
+    deterministic: bool = Field(
+        default=False,
+        description="use deterministic algorithms: exactly repeatable, but slower",
+    )
 
 
 class GridConfig(Section):
@@ -367,12 +370,12 @@ def _resolve_mlp(config: Config) -> Config:
     for key in ("type", "adapter", "magnitude"):  # the other keys of the section it shares with the head
         value, plain = getattr(config.fusion, key), getattr(default, key)
         if value != plain:
-            raise _no_room(f"fusion.{key}", value, f"{plain} with --head mlp, which reads raw embeddings")
+            raise _conflict(f"fusion.{key}", value, f"{plain} with --head mlp, which reads raw embeddings")
     if "bits" in config.hash.model_fields_set and config.hash.bits:
-        raise _no_room("hash.bits", config.hash.bits, "0 with --head mlp, which has no hash layer")
+        raise _conflict("hash.bits", config.hash.bits, "0 with --head mlp, which has no hash layer")
     monitor = config.training.monitor
     if "monitor" in config.training.model_fields_set and monitor != "classifier":
-        raise _no_room("training.monitor", monitor, "classifier with --head mlp, which has no neighbours")
+        raise _conflict("training.monitor", monitor, "classifier with --head mlp, which has no neighbours")
     return _with(_with(config, "hash", bits=0), "training", monitor="classifier")
 
 
@@ -382,7 +385,7 @@ def _resolve_metric(config: Config) -> Config:
         return config
     if "distance_metric" in config.knn.model_fields_set:
         reason, other = ("--head mlp", "--head fusion") if config.head == "mlp" else ("--bits 0", "--bits 64")
-        raise _no_room("knn.distance_metric", metric, f"cosine with {reason}", other)
+        raise _conflict("knn.distance_metric", metric, f"cosine with {reason}", other)
     return _with(config, "knn", distance_metric="cosine")
 
 
@@ -391,8 +394,8 @@ def _with(config: Config, section: str, **values: Any) -> Config:  # noqa: ANN40
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def _no_room(key: str, got: object, wanted: str, other: str = "--head fusion") -> InputError:
-    what = "no hash layer" if key in {"hash.bits", "knn.distance_metric"} else "keys that do not go together"
+def _conflict(key: str, got: object, wanted: str, other: str = "--head fusion") -> InputError:
+    what = "no hash layer" if key in {"hash.bits", "knn.distance_metric"} else "keys that conflict"
     return InputError(what, where=key, got=got, wanted=wanted, do=f"leave it out, or give {other}")
 
 

@@ -186,8 +186,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], names: tuple[str, str]) 
     for row in rows:
         ends = "-" if row["ci"] is None else "[{:+.4f}, {:+.4f}]".format(*row["ci"])
         figures = [_shown(row["A"], "{:.4f}"), _shown(row["B"], "{:.4f}"), _shown(row["difference"], "{:+.4f}")]
-        table.add_row(row["figure"], *figures, ends, _shown(row["p"], "{:.3f}"), row["verdict"])
+        table.add_row(row["figure"], *figures, ends, _shown(row["p"], "{:.3f}"), _short(row["verdict"]))
     return table
+
+
+def _short(verdict: str) -> str:
+    """The verdict in one word; it is written out below the table."""
+    return verdict if verdict in {"better", "worse", "undefined"} else "unclear"
 
 
 def _shown(value: float | None, form: str) -> str:

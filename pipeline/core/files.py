@@ -51,8 +51,8 @@ def check_name(path: str | Path) -> None:
         InputError: It is not.
     """
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
+        os.fsencode(path).decode("utf-8")  # also where the locale knows no such letters
+    except UnicodeError:
         raise InputError("a name that is not UTF-8", where=path, wanted="a folder with another name") from None
 
 
@@ -221,7 +221,7 @@ def unwritable(path: Path, error: Exception) -> InputError:
     advice = {
         errno.ENOSPC: "free some room, or write to another disk",
         errno.EDQUOT: "free some room, or write elsewhere",
-        errno.EACCES: "ask for leave to write, or write elsewhere",
+        errno.EACCES: "check the permissions of the folder, or write elsewhere",
         errno.EROFS: "work on a copy that can be written",
         errno.EEXIST: "move away what is there, or write elsewhere",
         errno.ENOTDIR: "move away what is there, or write elsewhere",

@@ -1,4 +1,4 @@
-"""What a command that was interrupted says: what is kept, and the command line that resumes it."""
+"""The message after Ctrl-C: what was kept, and the command line that resumes it."""
 
 import shlex
 from collections.abc import Iterator, Sequence

@@ -178,7 +178,12 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: It is missing, not a parquet file, or something in it is wrong; the row is named.
     """
-    check_input(path, "manifest", wanted="a parquet file", do="run `mmcli prepare` first, or name the manifest")
+    check_input(
+        path,
+        "manifest",
+        wanted="a parquet file",
+        do="run `mmcli prepare` first, or name the folder that it wrote to with --data",
+    )
     try:
         table = read_parquet(path)
     except (ValueError, OSError) as error:

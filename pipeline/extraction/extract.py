@@ -26,7 +26,7 @@ from ..core.config import Config
 from ..core.cores import count_cores
 from ..core.device import pick_device, reader_count
 from ..core.interrupts import interruptible
-from ..core.processes import end_children, end_with_parent
+from ..core.processes import end_children, end_with_parent, without_main_module
 from ..core.progress import ConsoleProgress, Progress
 from ..data.manifest import Manifest, read_manifest
 from .encoder import Encoder, EncoderFacts
@@ -375,10 +375,11 @@ def _run(config: Config, parts: list[ExtractPlan], devices: list[str], *, quiet:
     context = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
     with ProcessPoolExecutor(len(devices), mp_context=context, initializer=end_with_parent) as pool:
-        futures = [
-            pool.submit(_stripe, config, part, device, len(devices), quiet)
-            for part, device in zip(parts, devices, strict=True)
-        ]
+        with without_main_module():
+            futures = [
+                pool.submit(_stripe, config, part, device, len(devices), quiet)
+                for part, device in zip(parts, devices, strict=True)
+            ]
         try:
             return [future.result() for future in as_completed(futures)]
         except BrokenProcessPool:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import InputError
 from ..core.files import resolve_image
-from ..core.processes import end_with_parent
+from ..core.processes import end_with_parent, without_main_module
 from .images import Box, Grid, PatchSpec, Pixels, UnreadableImage, image_size, read_patches
 
 HEADERS_A_TASK = 64
@@ -276,7 +276,8 @@ class ImageReader:
                     generator=torch.Generator(),  # its own: a training draws from the default one
                     **parallel,
                 )
-                results = iter(loader)
+                with without_main_module():
+                    results = iter(loader)
             for result in results:
                 if isinstance(result, InputError):
                     raise result

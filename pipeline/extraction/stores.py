@@ -224,7 +224,7 @@ def check_store(
     """
     if not leaks and (threshold is not None or most is not None):
         got = "--threshold" if threshold is not None else "--most"
-        raise InputError("an option without its use", got=got, wanted="--leaks beside it", do="add --leaks")
+        raise InputError(f"{got} needs --leaks", got=f"{got} alone", wanted="--leaks too", do="add --leaks")
     report = verify(folder)
     if report.problems or not leaks:
         return Checked(store=folder, problems=report.problems, leaks=None)
@@ -256,7 +256,7 @@ def export(
     """
     if captions is not None and format == "parquet":
         raise InputError(
-            "an option without its use", got="--captions", wanted="--format npy", do="parquet has all captions"
+            "--captions needs --format npy", got="--format parquet", do="leave it out: parquet always has all captions"
         )
     store = Store.open(folder)
     with progress.task("images exported", store.n_images) as task:

@@ -184,7 +184,7 @@ class TowerBatches:
         self.shards.take_gradients()
 
     def _in_step(self, side: str, packs: list[_Pack]) -> list[_Pack]:
-        """As many packs as any process has: who has none left computes what goes nowhere, or shards would wait."""
+        """The packs, with idle ones added until every process has equally many, as sharded parameters require."""
         if not self.shards.sharded or side not in self.towers.sides:
             return packs
         spec = self._store.encoder.spec

@@ -305,9 +305,9 @@ class LiveMonitor:
             if collapsed and self._setup.config.loss.cosine_weight and not self._warned:
                 self._warned = True
                 self._progress.say(
-                    f"warning: the directions of any two of val have a mean cosine of {figures[name]:.2f} ({name}), at"
-                    f" first {first:.2f}: the cosine term has no negatives and draws all of them together; lower"
-                    " --alpha, 0 leaves it out"
+                    f"warning: embeddings are collapsing: the mean cosine between any two images of val is"
+                    f" {figures[name]:.2f} ({name}; {first:.2f} at the start); the cosine term has no negatives: lower"
+                    " --alpha, or set it to 0"
                 )
 
 

@@ -99,21 +99,21 @@ def resolve_finetune(
 
 
 def _check_live(config: Config) -> None:
-    """Refuse what only embeddings that stay the same can have."""
+    """Refuse options that need frozen towers: a running average of the head, and shuffled magnitudes."""
     if config.training.ema_decay is not None:
         raise InputError(
-            "a running average of a head alone",
+            "no running average while the towers are trained",
             where="training.ema_decay",
             got=config.training.ema_decay,
-            wanted="none while towers are trained, because the head would be averaged without them",
+            wanted="none, because the head would be averaged without the towers",
             do="leave it out, or give --unfreeze none",
         )
     if config.fusion.magnitude != "own":
         raise InputError(
-            "magnitudes of other images",
+            "no shuffled magnitudes while the towers are trained",
             where="fusion.magnitude",
             got=config.fusion.magnitude,
-            wanted="own while embeddings change",
+            wanted="own",
             do="leave it out, or give --unfreeze none",
         )
 

@@ -86,8 +86,8 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
     with writing(path):
         refuse_existing(path, is_index, force=force, what="an index, which may have grown", option="--out")
         checksum = write_index(path, index)
-    lost = f"the store {run.info.store} is not there: captions and paths are not known, and ids are shown"
-    notes = () if _count(index.captions) else (lost,)
+    lost = f"images are shown by their ids: the store {run.info.store} was moved or changed"
+    notes = () if _count(index.captions) or _count(index.paths) else (lost,)
     return _result(path, "built", index, checksum, changed=len(index), notes=notes, run=run.folder)
 
 

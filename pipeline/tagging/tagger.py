@@ -40,7 +40,7 @@ class Tagger:
         self.notes = encoder.notes
         if not any(pc.any(pc.not_equal(column, "")).as_py() for column in (voters.index.paths, voters.index.captions)):
             where = run.info.store
-            self.notes += (f"no captions or paths of neighbours, only their ids: the store {where} is not there",)
+            self.notes += (f"neighbours are shown by their ids: the store {where} was moved or changed",)
 
     @classmethod
     def load(
@@ -177,9 +177,9 @@ def _texts_of_store(store: Store, image_id: npt.NDArray[np.int64]) -> Texts:
         return None, None
     try:
         table = store.columns(["path", "captions"]).take(pa.array(rows))
-        first = pc.list_element(table.column("captions"), 0)
-        columns = (column.combine_chunks().cast(pa.string()) for column in (table.column("path"), first))
-        paths, captions = (pc.fill_null(column, "") for column in columns)
+        paths = pc.fill_null(table.column("path").combine_chunks().cast(pa.string()), "")
+        texts = table.column("captions").to_pylist()
+        captions = pa.array([captions[0] if captions else "" for captions in texts], pa.string())
     except (StoreError, KeyError, pa.ArrowException):
         return None, None
     return paths, captions

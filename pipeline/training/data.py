@@ -163,7 +163,7 @@ def _norms(v: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _others(norms: Tensor, generator: torch.Generator) -> Tensor:
-    """What each vector is multiplied with to get the norm of another; zero vectors take no part."""
+    """Factors that give each vector the norm of another one, drawn at random; zero vectors stay as they are."""
     some = norms.nonzero()[:, 0]
     order = torch.randperm(len(some), generator=generator).to(norms.device)
     factors = torch.ones_like(norms)
@@ -179,7 +179,7 @@ def encode_split(head: BaseHead, split: Split, *, batch_size: int = CHUNK_ROWS) 
         Soft codes h ``(n, B)``, or z without hash layer, and logits ``(n, C)``, both float32 on the split's device.
 
     Raises:
-        InputError: One of them is not finite: large parameters may still be numbers where what they give is none.
+        InputError: An output is NaN or infinite, which finite but large parameters can produce.
     """
     head.eval()
     features, logits = [], []

@@ -262,13 +262,13 @@ def test_killed_before_the_rename_an_older_manifest_stays(data: Path, monkeypatc
     path = prepare(data).path
     old = path.read_bytes()
     edit(data / SPLIT_FILE, lambda content: content["images"].pop())
-    real = Path.replace
+    real = os.replace
 
-    def killed(self: Path, target: Path) -> Path:
-        assert self.stat().st_size > 0
+    def killed(source: Path, target: Path) -> None:
+        assert Path(source).stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(data)
     assert path.read_bytes() == old
@@ -276,7 +276,7 @@ def test_killed_before_the_rename_an_older_manifest_stays(data: Path, monkeypatc
         [SPLIT_FILE, "manifest.parquet"],
         ["manifest.parquet", SPLIT_FILE],
     )
-    monkeypatch.setattr(Path, "replace", real)
+    monkeypatch.setattr(os, "replace", real)
     assert prepare(data).path.read_bytes() != old
 
 

@@ -251,6 +251,12 @@ def test_tags_of_few_images_are_left_out_and_said(tmp_path: Path) -> None:
     assert "1 tags of fewer than 2 images were left out" in notes
 
 
+def test_columns_of_what_has_none_are_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "a.jpg")
+    with pytest.raises(InputError, match=r"columns are for tables.*--tag-column"):
+        read(tmp_path, Columns(tags="things"))
+
+
 @pytest.mark.parametrize("name", ["http://x/y.csv", "no/such/folder/at/all", "notes.docx"])
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -282,4 +288,6 @@ def test_an_own_table_goes_all_the_way_to_tags(miniature, mmcli, tmp_path: Path)
     Image.new("RGB", (50, 40), "red").save(tmp_path / "new.png")
     code, out, err = mmcli("predict", "new.png", "--run", "run", "--data", ".", "--json")
     assert code == 0, err
-    assert {tag["tag"] for tag in json.loads(out)["images"][0]["tags"]} <= {"red", "green", "blue"}
+    tags = json.loads(out)["images"][0]["tags"]
+    assert {tag["tag"] for tag in tags} <= {"red", "green", "blue"}
+    assert tags[0]["neighbours"][0]["path"].startswith("photos.zip/train/")

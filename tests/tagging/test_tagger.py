@@ -154,7 +154,7 @@ def test_without_the_store_ids_are_shown_and_that_is_said(here, miniature, monke
     store.rename(store.with_name("elsewhere"))
     tagger = Tagger.load(run, device="cpu")
     assert len(tagger.notes) == 1
-    assert "no captions or paths" in tagger.notes[0]
+    assert "shown by their ids" in tagger.notes[0]
     images, captions, _ = pairs(miniature, "test")
     (one,) = tagger.predict(images[:1], captions[:1])
     assert {near.path for near in one.neighbours} == {near.caption for near in one.neighbours} == {None}

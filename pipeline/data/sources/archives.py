@@ -29,6 +29,7 @@ def read_archives(files: list[Path], root: Path) -> Samples:
     """
     suffixes = image_suffixes()
     names: list[str] = []
+    others: list[str] = []
     texts: dict[str, str] = {}
     prefixes = [file.relative_to(root).as_posix() for file in files]
     for file, prefix in zip(files, prefixes, strict=True):
@@ -38,6 +39,8 @@ def read_archives(files: list[Path], root: Path) -> Samples:
                 names.append(f"{prefix}/{member}")
             elif suffix in {".txt", ".json"}:
                 texts[f"{prefix}/{member}"] = _decoded(read, file, member)
+            else:
+                others.append(member)
     if not names:
         raise InputError("no images in the archive", where=files[0], wanted=f"{', '.join(sorted(suffixes)[:6])}, ...")
 
@@ -56,7 +59,11 @@ def read_archives(files: list[Path], root: Path) -> Samples:
 
     samples = samples_of_names(root, names, beside, lambda name: _folders(name, prefixes))
     shown = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-    return replace(samples, notes=(*samples.notes, f"images are read in place from {shown}"))
+    notes = [*samples.notes, f"images are read in place from {shown}"]
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        notes.append(f"{len(others):,} files of other kinds are not read: {', '.join(others[:3])}{more}")
+    return replace(samples, notes=tuple(notes))
 
 
 def _folders(name: str, prefixes: list[str]) -> tuple[str, ...]:

@@ -127,6 +127,14 @@ def read_source(source: Source, columns: Columns, split_file: Path | None = None
         InputError: It cannot be read, or an image is missing; all of these are listed.
     """
     path = Path(source.name)
+    named = [f"--{option}" for option, column in columns.options().items() if column is not None]
+    if named and source.kind not in {"table", "huggingface"}:
+        raise InputError(
+            "columns are for tables",
+            where=source.name,
+            got=f"{', '.join(named)} with {DESCRIPTIONS[source.kind]}",
+            do="leave them out, or name the table itself",
+        )
     match source.kind:
         case "table":
             samples = _found_images(read_table(path if path.is_file() else _table_in(path), columns))

@@ -204,7 +204,13 @@ def _category_names(samples: Samples, least: int, where: object, notes: list[str
     if dropped := len(names) - len(kept):
         notes.append(f"{dropped:,} tags of fewer than {least:,} images were left out")
     if not kept:
-        raise InputError("no tags in the data set", where=where, got="nothing", wanted="at least one tag")
+        raise InputError(
+            "no tags in the data set",
+            where=where,
+            got="; ".join(samples.notes) or "nothing",
+            wanted="at least one tag",
+            do="name their column with --tag-column; of a folder, use class/x.jpg, or x.json beside each image",
+        )
     return kept
 
 

@@ -49,6 +49,17 @@ class Columns:
     image_id: str | None = None
     delimiter: str | None = None
 
+    def options(self) -> dict[str, str | None]:
+        """The names of the command line's options, to what they give."""
+        return {
+            "path-column": self.path,
+            "caption-column": self.captions,
+            "tag-column": self.tags,
+            "split-column": self.split,
+            "id-column": self.image_id,
+            "delimiter": self.delimiter,
+        }
+
     def resolve(self, names: Sequence[str], where: Path) -> dict[str, str]:
         """The column of every role that the table has.
 
