@@ -186,7 +186,9 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], names: tuple[str, str]) 
     for row in rows:
         ends = "-" if row["ci"] is None else "[{:+.4f}, {:+.4f}]".format(*row["ci"])
         figures = [_shown(row["A"], "{:.4f}"), _shown(row["B"], "{:.4f}"), _shown(row["difference"], "{:+.4f}")]
-        table.add_row(row["figure"], *figures, ends, _shown(row["p"], "{:.3f}"), _short(row["verdict"]))
+        table.add_row(
+            row["figure"].replace("_tuned", "*"), *figures, ends, _shown(row["p"], "{:.3f}"), _short(row["verdict"])
+        )
     return table
 
 

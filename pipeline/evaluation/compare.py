@@ -292,8 +292,8 @@ class Comparison(JsonResult):
             *(["note: A and B were computed in different precisions; their difference is of that as well"] * mixed),
             comparison_table([asdict(figure) for figure in self.figures], ("A", "B")),
             f"{self.n_images:,} {self.split} images; paired bootstrap, {self.n_resamples:,} resamples; two-sided p."
-            f" F1 and Hamming loss at thresholds {t[0]:.3g} (A) and {t[1]:.3g} (B). unclear: {EQUAL}. Each line is"
-            " a test of its own: of twenty between equal methods, one says better or worse; decide before which one counts.",
+            f" * at thresholds {t[0]:.3g} (A) and {t[1]:.3g} (B), tuned on val. unclear: {EQUAL}. Each line is a test"
+            " of its own: of twenty between equal methods, one says better or worse; decide before which one counts.",
         ]
 
 
