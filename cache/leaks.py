@@ -7,7 +7,7 @@ Symbols: ``Q`` held-out images of a block, ``n`` rows of one shard, ``D`` width.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,10 +54,6 @@ class LeakReport:
     n_pairs: dict[str, int]
     n_images: dict[str, int]
     pairs: tuple[Leak, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as one JSON object, its pairs as a list."""
-        return asdict(self) | {"pairs": [asdict(pair) for pair in self.pairs]}
 
 
 def find_leaks(

@@ -7,11 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .cosine import normalise
-from .neighbours import Index, Neighbours, Packed, Ranked, Rows, Soft, load_faiss, settle_ties
+from .neighbours import Index, Neighbours, Packed, Ranked, Rows, Soft, compare_with_all, load_faiss, settle_ties
 
 # float32 holds every whole number up to here, so sums of whole weights come out the same in any order.
 EXACT = 1 << 24
-CHUNK_BYTES = 1 << 26
 
 Weights = npt.NDArray[np.float32]
 
@@ -52,30 +51,19 @@ class AsymmetricIndex(Index):
     def _nearest(self, queries: Soft, K: int) -> Neighbours:
         weights = whole_weights(queries)
 
-        def propose(rows: Rows, M: int) -> tuple[Ranked, npt.NDArray[np.bool_]]:
-            rough, candidates = self._index.search(weights[rows], M)
-            order = np.lexsort((candidates, -rough), axis=-1)[:, :K]
-            best = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(rough, order, axis=1)
-            # Every row that FAISS left out scores at most as much as its last candidate.
-            return best, (rough[:, -1] < best[1][:, -1]) | (len(self) == M)
+        def propose(rows: Rows, M: int) -> tuple[Rows, Soft, Soft]:
+            scores, candidates = self._index.search(weights[rows], M)
+            return candidates, scores, scores[:, -1]
 
-        def every_row(rows: Rows) -> Ranked:
-            best = [self._exhaustive(weights[row], K) for row in rows]
-            return np.stack([index for index, _ in best]), np.stack([score for _, score in best])
+        def score(part: Weights, rows: slice) -> Weights:
+            return part @ (2.0 * np.unpackbits(self._packed[rows], axis=1).astype(np.float32) - 1.0).T
 
-        index, score = settle_ties(len(queries), K, len(self), propose, every_row)
+        def exhaustive(rows: Rows) -> Ranked:
+            return compare_with_all(weights[rows], K, len(self), score)
+
+        index, scores = settle_ties(len(queries), K, len(self), propose, exhaustive)
         n = np.sqrt(np.square(weights.astype(np.float64)).sum(axis=1, keepdims=True) * self.bits)
-        return Neighbours.from_similarity(index, (score / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32))
-
-    def _exhaustive(self, weights: Weights, K: int) -> Ranked:
-        """The K best of all rows for one query ``(B,)``, where ties reach beyond the candidates."""
-        scores = np.empty(len(self), np.float32)
-        step = max(1, CHUNK_BYTES // (4 * self.bits))
-        for start in range(0, len(self), step):
-            rows = slice(start, start + step)
-            scores[rows] = (2.0 * np.unpackbits(self._packed[rows], axis=1).astype(np.float32) - 1.0) @ weights
-        chosen = np.argsort(-scores, kind="stable")[:K]
-        return chosen, scores[chosen]
+        return Neighbours.from_similarity(index, (scores / np.where(n > 0, n, 1.0)).clip(-1.0, 1.0).astype(np.float32))
 
 
 def whole_weights(soft: Soft) -> Weights:

@@ -17,6 +17,8 @@ Adapter = Literal["none", "linear"]
 Magnitude = Literal["own", "shuffled"]
 Metric = Literal["hamming", "cosine", "hybrid", "asymmetric"]
 Vote = Literal["softmax", "uniform", "rank", "threshold"]
+# The key of the knn section that each vote reads; the others read none.
+VOTE_PARAMETER: Mapping[str, str] = {"softmax": "tau", "threshold": "theta"}
 IndexKind = Literal["auto", "flat", "fastscan", "torch", "gpu"]
 # Hamming neighbours that a hybrid search reranks, K where that is more.
 HYBRID_CANDIDATES = 100

@@ -6,9 +6,7 @@ Symbols: N codes of the index, Q queries, K neighbours, M candidates, F features
 import numpy as np
 import numpy.typing as npt
 
-from .neighbours import Index, Neighbours, Ranked, Rows, Soft, load_faiss, settle_ties
-
-CHUNK_BYTES = 1 << 26
+from .neighbours import CHUNK_BYTES, Index, Neighbours, Ranked, Rows, Soft, compare_with_all, load_faiss, settle_ties
 
 
 class CosineIndex(Index):
@@ -40,17 +38,17 @@ class CosineIndex(Index):
         # float32 inner product of unit vectors is off by less than this, in whatever order it is summed.
         slack = self.width * 2.0**-23
 
-        def propose(rows: Rows, M: int) -> tuple[Ranked, npt.NDArray[np.bool_]]:
+        def propose(rows: Rows, M: int) -> tuple[Rows, Soft, Soft]:
             rough, candidates = self._index.search(queries[rows], M)
-            best = rerank(queries[rows], self._unit, candidates, K)
-            return best, (rough[:, -1] < best[1][:, -1] - slack) | (len(self) == M)
+            return candidates, cosines(queries[rows], self._unit, candidates), rough[:, -1] + slack
 
-        def every_row(rows: Rows) -> Ranked:
-            step = max(1, CHUNK_BYTES // (4 * len(self)))
-            parts = [exhaustive(queries[rows[i : i + step]], self._unit, K) for i in range(0, len(rows), step)]
-            return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        def score(part: Soft, rows: slice) -> npt.NDArray[np.float64]:
+            return (part.astype(np.float64) @ self._unit[rows].astype(np.float64).T).clip(-1.0, 1.0)
 
-        return Neighbours.from_similarity(*settle_ties(len(queries), K, len(self), propose, every_row))
+        def exhaustive(rows: Rows) -> Ranked:
+            return compare_with_all(queries[rows], K, len(self), score)
+
+        return Neighbours.from_similarity(*settle_ties(len(queries), K, len(self), propose, exhaustive))
 
 
 def normalise(soft: Soft) -> Soft:
@@ -71,15 +69,8 @@ def normalise(soft: Soft) -> Soft:
     return unit
 
 
-def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Ranked:
-    """The K best candidates by cosine, ties by index: rows and similarities ``(Q, K)``.
-
-    Args:
-        queries: Unit vectors ``(Q, F)``.
-        unit: Unit vectors of the index ``(N, F)``.
-        candidates: Rows of the index ``(Q, M)``, M >= K.
-        K: Neighbours to keep.
-    """
+def cosines(queries: Soft, unit: Soft, candidates: Rows) -> Soft:
+    """The cosines of unit vectors ``(Q, F)`` with their candidates ``(Q, M)`` among the rows of ``unit (N, F)``."""
     Q, M = candidates.shape
     similarity = np.empty((Q, M), np.float32)
     step = max(1, CHUNK_BYTES // (8 * M * unit.shape[1]))
@@ -88,22 +79,4 @@ def rerank(queries: Soft, unit: Soft, candidates: Rows, K: int) -> Ranked:
         # einsum sums the features of each pair alone, in one order; a matrix product does not promise that.
         near, query = unit[candidates[rows]].astype(np.float64), queries[rows].astype(np.float64)
         similarity[rows] = np.einsum("qmf,qf->qm", near, query).clip(-1.0, 1.0)
-    order = np.lexsort((candidates, -similarity), axis=-1)[:, :K]
-    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(similarity, order, axis=1)
-
-
-def exhaustive(queries: Soft, unit: Soft, K: int) -> Ranked:
-    """The K best of all N rows, for queries with more ties than candidates; takes ``4 Q N`` bytes."""
-    similarity = np.empty((len(queries), len(unit)), np.float32)
-    wide = queries.astype(np.float64)
-    step = max(1, CHUNK_BYTES // (8 * unit.shape[1] + 8 * len(queries)))
-    for start in range(0, len(unit), step):
-        rows = slice(start, start + step)
-        similarity[:, rows] = (wide @ unit[rows].astype(np.float64).T).clip(-1.0, 1.0)
-    index = np.empty((len(queries), K), np.int64)
-    for row, s in enumerate(similarity):
-        last = np.partition(s, len(s) - K)[len(s) - K]
-        above, equal = np.flatnonzero(s > last), np.flatnonzero(s == last)
-        chosen = np.concatenate([above, equal[: K - len(above)]])
-        index[row] = chosen[np.argsort(-s[chosen], kind="stable")]
-    return index, np.take_along_axis(similarity, index, axis=1)
+    return similarity

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import InputError
 from .knn import HammingIndex
-from .neighbours import Index, Neighbours, Packed, Ranked, Rows, load_faiss, settle_ties
+from .neighbours import Index, Neighbours, Packed, Ranked, Rows, Values, load_faiss, settle_ties
 
 GPU_MOST = 2048  # FAISS's own limit of neighbours on a GPU
 
@@ -46,15 +46,13 @@ class GpuIndex(Index):
         return 2 * self._exact.n_bytes
 
     def _nearest(self, queries: Packed, K: int) -> Neighbours:
-        def propose(rows: Rows, M: int) -> tuple[Ranked, np.ndarray]:
+        def propose(rows: Rows, M: int) -> tuple[Rows, Values, Values]:
             distance, index = self._index.search(np.ascontiguousarray(queries[rows]), M)
-            order = np.lexsort((index, distance), axis=-1)[:, :K]
-            best = np.take_along_axis(index, order, axis=1), np.take_along_axis(distance, order, axis=1)
-            return best, (best[1][:, -1] < distance.max(axis=1, initial=0)) | (len(self) == M)
+            return index, -distance, -distance.max(axis=1)
 
         def exhaustive(rows: Rows) -> Ranked:
             nearest = self._exact.search(packed=queries[rows], K=K)
-            return nearest.index, nearest.distance
+            return nearest.index, -nearest.distance
 
-        index, distance = settle_ties(len(queries), K, min(GPU_MOST, len(self)), propose, exhaustive)
-        return Neighbours.from_distance(index, distance.astype(np.int32), 8 * self.width)
+        index, closeness = settle_ties(len(queries), K, len(self), propose, exhaustive, most=GPU_MOST)
+        return Neighbours.from_distance(index, (-closeness).astype(np.int32), 8 * self.width)

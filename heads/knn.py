@@ -11,9 +11,9 @@ import numpy.typing as npt
 from ..errors import InputError
 from .asymmetric import AsymmetricIndex
 from .config import HYBRID_CANDIDATES, IndexKind, Metric
-from .cosine import CosineIndex, normalise, rerank
+from .cosine import CosineIndex, cosines, normalise
 from .fastscan import MAX_BITS, FastScanIndex, keeps_order
-from .neighbours import Index, Neighbours, Packed, Rows, Soft, check_queries, check_search, load_faiss
+from .neighbours import Index, Neighbours, Packed, Rows, Soft, check_queries, check_search, load_faiss, nearest_first
 
 __all__ = ["HammingIndex", "HybridIndex", "Index", "Neighbours", "build_index"]
 
@@ -154,7 +154,7 @@ class HybridIndex(Index):
         exclude = check_search(K, len(self), len(queries), exclude)
         wide = max(K, min(HYBRID_CANDIDATES, len(self) - (exclude is not None)))
         candidates = self._hamming.search(K=wide, packed=packed, exclude=exclude).index
-        return Neighbours.from_similarity(*rerank(queries, self._unit, candidates, K))
+        return Neighbours.from_similarity(*nearest_first(candidates, cosines(queries, self._unit, candidates), K))
 
     def _nearest(self, queries: Packed, K: int) -> Neighbours:
         raise NotImplementedError("a hybrid search reads two codes of a query")

@@ -4,6 +4,7 @@ Symbols: N images of a batch, C classes, B bits, y labels, d direction, h soft c
 gamma weight of the hash terms. :func:`total_loss` computes every term in float32, also under autocast.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,14 @@ def decorrelation_loss(h: Tensor) -> Tensor:
     return (covariance - covariance.diagonal().diag()).square().sum() / B**2
 
 
+# The terms of ``loss.hash_reg``, each with a ``lambda_NAME`` there and a field of :class:`LossTerms`.
+HASH_TERMS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "quant": quantisation_loss,
+    "balance": balance_loss,
+    "decorr": decorrelation_loss,
+}
+
+
 class LossTerms(NamedTuple):
     """The loss and its terms, scalars float32; terms that do not apply are ``None``.
 
@@ -62,11 +71,11 @@ class LossTerms(NamedTuple):
 
     loss: Tensor
     bce: Tensor
-    cosine: Tensor | None
-    quant: Tensor | None
-    balance: Tensor | None
-    decorr: Tensor | None
-    hash: Tensor | None
+    cosine: Tensor | None = None
+    quant: Tensor | None = None
+    balance: Tensor | None = None
+    decorr: Tensor | None = None
+    hash: Tensor | None = None
     fused: Tensor | None = None
     nested: Tensor | None = None
 
@@ -85,12 +94,13 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
     """
     with torch.autocast(output.logits.device.type, enabled=False):
         bce, fused, nested = _label_losses(config, output, y, pos_weight)
-        quant = balance = decorr = hashed = cosine = None
+        hashed = cosine = None
+        terms: dict[str, Tensor] = {}
         if output.h is not None and output.hash_reg:
-            reg = config.hash_reg
-            quant, balance, decorr = (loss(output.h) for loss in (quantisation_loss, balance_loss, decorrelation_loss))
-            parts = ((reg.lambda_quant, quant), (reg.lambda_balance, balance), (reg.lambda_decorr, decorr))
-            hashed = sum((weight * part for weight, part in parts if weight > 0), torch.zeros_like(quant))
+            terms = {name: term(output.h) for name, term in HASH_TERMS.items()}
+            lambdas = {name: getattr(config.hash_reg, f"lambda_{name}") for name in terms}
+            parts = (lambdas[name] * term for name, term in terms.items() if lambdas[name] > 0)
+            hashed = sum(parts, torch.zeros_like(bce))
         if output.d_img is not None and output.d_txt is not None:
             cosine = cosine_loss(output.d_img, output.d_txt)
         weighted = (
@@ -103,7 +113,7 @@ def total_loss(config: LossConfig, output: HeadOutput, y: Tensor, pos_weight: Te
         loss = sum(
             (weight * term for weight, term in weighted if term is not None and weight > 0), config.bce_weight * bce
         )
-        return LossTerms(loss, bce, cosine, quant, balance, decorr, hashed, fused, nested)
+        return LossTerms(loss=loss, bce=bce, fused=fused, nested=nested, cosine=cosine, hash=hashed, **terms)
 
 
 def _label_losses(

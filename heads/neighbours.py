@@ -19,6 +19,7 @@ Rows = npt.NDArray[np.int64]
 
 # Candidates beyond K that FAISS is asked for, first for every query, then for those whose ties reach beyond.
 MARGINS = (32, 1024)
+CHUNK_BYTES = 1 << 26
 
 
 class Neighbours(NamedTuple):
@@ -127,33 +128,44 @@ def check_search(K: int, N: int, Q: int, exclude: Rows | None) -> Rows | None:
     return exclude
 
 
-Ranked = tuple[Rows, npt.NDArray[Any]]  # rows of the index and their values, ``(n, K)`` each
+Values = npt.NDArray[Any]
+Ranked = tuple[Rows, Values]  # rows of the index and their similarities, ``(n, K)`` each
 
 
 def settle_ties(
     Q: int,
     K: int,
-    most: int,
-    propose: Callable[[Rows, int], tuple[Ranked, npt.NDArray[np.bool_]]],
+    N: int,
+    propose: Callable[[Rows, int], tuple[Rows, Values, Values]],
     exhaustive: Callable[[Rows], Ranked],
+    *,
+    most: int | None = None,
 ) -> Ranked:
     """Exact order from a search that is fast and breaks ties as it likes.
 
-    The fast search proposes more candidates than K. A query is settled where the last of them is farther than
+    The fast search proposes more candidates than K. A query is settled where every code beyond them is farther than
     neighbour K, because then no tie at K's distance is missing. The others are asked for more candidates, and in the
     end compared with every code.
 
     Args:
         Q: Number of queries.
         K: Neighbours a query.
-        most: Candidates that the fast search can be asked for.
-        propose: From rows of the queries and M to their K best of M candidates, and which of them are settled.
+        N: Codes of the index.
+        propose: From rows of the queries and M to their M candidates and the similarity of each, ``(n, M)``, and the
+            most that any other code can have ``(n,)``.
         exhaustive: From rows of the queries to their K best of all codes.
+        most: Candidates that the fast search can be asked for; all codes when not given.
+
+    Returns:
+        Rows of the index and their similarities.
     """
+    most = N if most is None else min(most, N)
     pending, parts = np.arange(Q), []
     for M in sorted({min(K + margin, most) for margin in MARGINS}) if most >= K else ():
-        best, settled = propose(pending, M)
-        parts.append((pending[settled], best[0][settled], best[1][settled]))
+        candidates, similarity, beyond = propose(pending, M)
+        index, values = nearest_first(candidates, similarity, K)
+        settled = (beyond < values[:, -1]) | (M == N)
+        parts.append((pending[settled], index[settled], values[settled]))
         pending = pending[~settled]
         if not len(pending):
             break
@@ -162,6 +174,38 @@ def settle_ties(
     rows, index, values = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(rows)
     return index[order], values[order]
+
+
+def nearest_first(candidates: Rows, similarity: Values, K: int) -> Ranked:
+    """The K most similar of the candidates ``(Q, M)`` of each query, ties by index."""
+    order = np.lexsort((candidates, -similarity), axis=-1)[:, :K]
+    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(similarity, order, axis=1)
+
+
+def compare_with_all(queries: Soft, K: int, N: int, score: Callable[[Soft, slice], Values]) -> Ranked:
+    """The K best of all N rows, ties by index, for queries with more ties than candidates.
+
+    Args:
+        queries: Vectors ``(Q, F)``.
+        K: Neighbours a query.
+        N: Codes of the index.
+        score: From some queries and rows of the index to their similarities.
+    """
+    index, values = np.empty((len(queries), K), np.int64), np.empty((len(queries), K), np.float32)
+    step = max(1, CHUNK_BYTES // (4 * N))
+    for start in range(0, len(queries), step):
+        part = queries[start : start + step]
+        similarity = np.empty((len(part), N), np.float32)
+        width = max(1, CHUNK_BYTES // (8 * queries.shape[1] + 8 * len(part)))
+        for rows in (slice(first, first + width) for first in range(0, N, width)):
+            similarity[:, rows] = score(part, rows)
+        for query, s in enumerate(similarity, start):
+            last = np.partition(s, N - K)[N - K]
+            above, equal = np.flatnonzero(s > last), np.flatnonzero(s == last)
+            chosen = np.concatenate([above, equal[: K - len(above)]])
+            index[query] = chosen[np.argsort(-s[chosen], kind="stable")]
+            values[query] = s[index[query]]
+    return index, values
 
 
 def load_faiss() -> Any:  # noqa: ANN401

@@ -6,7 +6,7 @@ a group of equal distance.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -49,16 +49,19 @@ def weights(similarity: npt.NDArray[np.floating[Any]], strategy: Vote, *, tau: f
     s = np.asarray(similarity, dtype=np.float64)
     if s.ndim != 2 or not s.shape[1] or not np.isfinite(s).all():
         raise ValueError(f"similarities must be finite and (Q, K) with K at least 1, got shape {s.shape}")
-    if strategy == "softmax":
-        # The largest exponent is 0: nothing overflows, and the sum is at least 1.
-        w = np.exp((s - s.max(axis=1, keepdims=True)) / tau)
-    elif strategy == "uniform":
-        w = np.ones_like(s)
-    elif strategy == "rank":
-        w = np.broadcast_to(1.0 / np.arange(1, s.shape[1] + 1), s.shape)
-    else:
-        w = (s >= theta).astype(np.float64)
-        w[w.sum(axis=1) == 0, 0] = 1.0
+    match strategy:
+        case "softmax":
+            # The largest exponent is 0: nothing overflows, and the sum is at least 1.
+            w = np.exp((s - s.max(axis=1, keepdims=True)) / tau)
+        case "uniform":
+            w = np.ones_like(s)
+        case "rank":
+            w = np.broadcast_to(1.0 / np.arange(1, s.shape[1] + 1), s.shape)
+        case "threshold":
+            w = (s >= theta).astype(np.float64)
+            w[w.sum(axis=1) == 0, 0] = 1.0
+        case _:
+            assert_never(strategy)
     normalised: Weights = w / w.sum(axis=1, keepdims=True)
     return normalised
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ...cache.key import digest_of
-from ...heads.config import LossConfig
+from ...heads.config import VOTE_PARAMETER, LossConfig
 from ..core.config import Config
 from ..data.protocols import lists_digest
 from ..evaluation.prompts import TEMPLATES
@@ -213,12 +213,12 @@ def _cosine_idle(config: Config, towers: str) -> dict[str, str]:
 
 
 def _vote_idle(config: Config) -> dict[str, str]:
-    vote, idle = config.knn.voting_strategy, {}
-    if vote != "softmax":
-        idle["knn.tau"] = "tau matters to softmax votes alone"
-    if vote != "threshold":
-        idle["knn.theta"] = "theta matters to threshold votes alone"
-    return idle
+    used = VOTE_PARAMETER.get(config.knn.voting_strategy)
+    return {
+        f"knn.{parameter}": f"{parameter} matters to {vote} votes alone"
+        for vote, parameter in VOTE_PARAMETER.items()
+        if parameter != used
+    }
 
 
 def _below(key: str, roots: tuple[str, ...]) -> bool:

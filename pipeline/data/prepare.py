@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 from ...errors import InputError, cannot_read, read_text
 from ..core.console import FittingTable
 from ..core.files import refuse_existing, resolve_image
+from ..core.json_result import JsonResult
 from .coco import INSTANCES_FILES, SPLIT_FILE, Instances, KarpathySplit, read_instances, read_karpathy
 from .manifest import SPLITS, Manifest, says_it_is_of, write_manifest
 from .manifest_checks import label_lists
@@ -145,7 +146,7 @@ class ClassCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class Statistics(JsonResult):
     """Counts of a prepared data set.
 
     Attributes:
@@ -169,10 +170,6 @@ class Statistics:
     positives: dict[str, int]
     tags_per_image: dict[str, float]
     classes: tuple[ClassCount, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
-        return asdict(self) | {"classes": [asdict(row) for row in self.classes]}
 
 
 def count(

@@ -19,6 +19,7 @@ from ...heads.bootstrap import RESAMPLES, SEED, mean_difference, resample
 from ...heads.metrics import evaluate
 from ..core.console import comparison_table
 from ..core.files import command
+from ..core.json_result import JsonResult
 from ..core.metrics_file import read_metrics
 from ..core.results import codes_path, read_run_arrays
 from ..core.run import Run, open_run, read_info
@@ -265,7 +266,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(JsonResult):
     """Two runs, and every figure of both."""
 
     run_a: Path
@@ -280,10 +281,6 @@ class Comparison:
     precision_b: str = ""
     n_resamples: int = RESAMPLES
     seed: int = SEED
-
-    def to_json(self) -> dict[str, Any]:
-        """The attributes as a JSON object."""
-        return asdict(self) | {"run_a": str(self.run_a), "run_b": str(self.run_b)}
 
     def summary(self) -> list[RenderableType]:
         """The runs, the table and how to read it, as they are printed."""

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from ...cache import Store
 from ...errors import InputError
-from ...heads.config import KnnConfig
+from ...heads.config import VOTE_PARAMETER, KnnConfig
 from ...heads.voting import check_ties
 from ..core.config import Config
 from ..core.console import FittingTable, metrics_table
@@ -237,7 +237,8 @@ def _fitting(evaluations: Sequence[KnnConfig], knn: KnnConfig, codes: Evaluated,
 
 def _idle(key: str, strategy: str) -> bool:
     """Whether a key plays no part in a vote."""
-    return (key in ("tau", "tau_bits") and strategy != "softmax") or (key == "theta" and strategy != "threshold")
+    parameter = "tau" if key == "tau_bits" else key
+    return parameter in VOTE_PARAMETER.values() and parameter != VOTE_PARAMETER.get(strategy)
 
 
 def readable(rows: Sequence[Mapping[str, Any]], split: str) -> FittingTable:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import get_args
 
-from ...heads.config import HYBRID_CANDIDATES, KnnConfig, Metric, Vote
+from ...heads.config import HYBRID_CANDIDATES, VOTE_PARAMETER, KnnConfig, Metric, Vote
 
 # Keys of the knn section that take several values; and the choices that `all` stands for.
 LISTED = ("K", "distance_metric", "voting_strategy", "tau", "theta")
@@ -42,8 +42,8 @@ def sweep(values: Mapping[str, Sequence[KnnConfig]], base: KnnConfig) -> list[Kn
     return [
         base.model_copy(update={"K": k, "distance_metric": metric, "voting_strategy": vote, "tau": tau, "theta": theta})
         for metric, k, vote in product(metrics, K, votes)
-        for tau in (taus if vote == "softmax" else (base.tau,))
-        for theta in (thetas if vote == "threshold" else (base.theta,))
+        for tau in (taus if VOTE_PARAMETER.get(vote) == "tau" else (base.tau,))
+        for theta in (thetas if VOTE_PARAMETER.get(vote) == "theta" else (base.theta,))
     ]
 
 

@@ -21,6 +21,7 @@ from ...cache import StoreError, StoreKey, StoreWriter
 from ...cache.layout import StoredDtype
 from ...errors import InputError
 from ..core.interrupts import interruptible
+from ..core.json_result import JsonResult
 from ..core.progress import Progress
 from ..data.manifest import Manifest, read_manifest
 from .vectors import Counts, Vectors, VectorTable, find_files, open_npy
@@ -215,7 +216,7 @@ class ImportPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportResult:
+class ImportResult(JsonResult):
     """The store that an import has written."""
 
     store: Path
@@ -225,10 +226,6 @@ class ImportResult:
     width: int
     dtype: StoredDtype
     revision: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as one flat JSON object."""
-        return vars(self) | {"store": str(self.store)}
 
     def summary(self) -> list[RenderableType]:
         """Lines for a person at the end of the command."""

@@ -35,6 +35,7 @@ from ...cache.layout import StoredDtype
 from ...errors import InputError
 from ..core.config import Config, StoreFacts, resolve
 from ..core.console import FittingTable
+from ..core.json_result import JsonResult
 from ..core.progress import Progress
 from ..core.run import RunInfo, now
 from ..data.manifest import CORE, Manifest
@@ -192,17 +193,12 @@ _BAR = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class Checked(JsonResult):
     """The findings of ``mmcli cache verify``; leaks are no damage."""
 
     store: Path
     problems: tuple[str, ...]
     leaks: LeakReport | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The findings as one JSON object."""
-        leaks = None if self.leaks is None else self.leaks.to_json()
-        return {"store": str(self.store), "problems": list(self.problems), "leaks": leaks}
 
     def summary(self) -> list[RenderableType]:
         """Lines and tables for a person at the end of the command."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from ...heads.bootstrap import interval
+from ...heads.config import HashRegConfig
 from .analysis import RunAnalysis
 from .collect import Inputs
 from .document import Figure, Mark
@@ -23,8 +24,9 @@ History = Sequence[Mapping[str, Any]]
 BINS, RESAMPLES, SEED = 8, 1000, 42
 LEAST_TAGS = 10  # in a bin of the calibration
 MOST_LINES = 6
+HASH_TERMS = [name.removeprefix("lambda_") for name in HashRegConfig.model_fields]
 # The terms of the loss in the order of docs/method.md, with the names that a reader knows.
-TERMS = {
+NAMES = {
     "loss": "whole loss",
     "bce": "classification",
     "code": "classification of bits",
@@ -35,6 +37,7 @@ TERMS = {
     "balance": "balance",
     "decorr": "decorrelation",
 }
+TERMS = {**NAMES, **{name: NAMES.get(name, name) for name in HASH_TERMS}}
 
 
 class Axis(NamedTuple):

@@ -1,7 +1,7 @@
 """``mmcli samples``: a sheet of random images with their tags and captions, to look at before any training."""
 
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from rich.console import RenderableType
 
 from ...errors import InputError
 from ..core.files import DRAWN, is_drawn, refuse_existing, resolve_image, write_whole
+from ..core.json_result import JsonResult
 from ..data.manifest import SPLITS, Manifest, read_manifest
 from ..extraction.images import open_rgb
 from ..tagging.explain import plain
@@ -24,7 +25,7 @@ LETTERS, TAG_LINES, CAPTION_LINES = 36, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesResult:
+class SamplesResult(JsonResult):
     """The sheet, its images by id in order, those that could not be read, and of how many images they were drawn."""
 
     path: Path
@@ -32,10 +33,6 @@ class SamplesResult:
     unreadable: tuple[str, ...]
     n_images: int
     seed: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
-        return asdict(self) | {"path": str(self.path)}
 
     def summary(self) -> list[RenderableType]:
         """What the command prints at its end."""

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...heads.config import VOTE_PARAMETER
 from ..core.metrics_file import TWO_PRECISIONS
 from ..evaluation.compare import Pairs
 from .analysis import RunAnalysis, class_table, confusion_table, failures, queries
@@ -214,12 +215,13 @@ def _inside(analysis: RunAnalysis, _: Inputs) -> tuple[Block, ...]:
 
 def _queries(analysis: RunAnalysis, inputs: Inputs) -> tuple[Block, ...]:
     knn = analysis.knn
-    tau = f", tau {knn.tau:g}" if knn.voting_strategy == "softmax" else ""
+    parameter = VOTE_PARAMETER.get(knn.voting_strategy)
+    setting = "" if parameter is None else f", {parameter} {getattr(knn, parameter):g}"
     text = (
         "Test images at even steps from the best tagged to the worst, by AP of the image, with their nine nearest of"
-        f" the {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{tau}), and each one's share"
-        f" of the vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked by"
-        " whether the query has it."
+        f" the {knn.K} neighbours that vote ({knn.distance_metric}, {knn.voting_strategy}{setting}), and each one's"
+        f" share of the vote. A tag is predicted from {analysis.decision_threshold:.3f} on. A neighbour's tag is marked"
+        " by whether the query has it."
     )
     return _present(None if inputs.pictures else NO_PICTURES, Text(text=text), *queries(analysis))
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..core.console import FittingTable
 from ..core.files import command, refuse_existing
+from ..core.json_result import JsonResult
 from ..core.progress import Progress
 from ..core.run import Run
 from ..data.manifest import read_manifest
@@ -25,7 +26,7 @@ SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexResult:
+class IndexResult(JsonResult):
     """An index file that was written.
 
     Attributes:
@@ -53,11 +54,6 @@ class IndexResult:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     run: Path | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The attributes as one flat JSON object."""
-        lists = {name: list(getattr(self, name)) for name in ("new_names", "skipped", "notes")}
-        return {**vars(self), **lists, "path": str(self.path), "run": None if self.run is None else str(self.run)}
 
     def summary(self) -> list[RenderableType]:
         """The notes, the new tags, the size and how to use the file, as they are printed."""

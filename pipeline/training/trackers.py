@@ -7,11 +7,12 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...errors import InputError
 from ..core.config import Config, dump_config
@@ -20,17 +21,51 @@ from ..core.run_folders import MARK
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], object]
+Write = Callable[[dict[str, float], int, bool], object]  # of an epoch's values, its number, and whether it is the last
 INIT_TIMEOUT_S = 30
 
 
-class Tracker(Protocol):
-    """Logs every epoch and the end of a training."""
+class Tracker:
+    """Logs every epoch and the end of a training; a failure ends the tracker and nothing else.
+
+    Args:
+        name: The library, as a person knows it.
+        connect: Opens it, and returns its function that writes.
+        say: Shows a line.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], Write], say: Say) -> None:
+        self._name, self._say, self._epoch = name, say, 0
+        self._write: Write | None = None
+        with self._guard():
+            self._write = connect()
 
     def epoch(self, record: Mapping[str, float]) -> None:
         """Log one epoch: ``epoch``, loss terms, learning rate, val mAP, seconds."""
+        self._epoch = int(record["epoch"])
+        # By where a chart is looked for: val/mAP, train/loss.
+        names = {key: f"val/{key[4:]}" if key.startswith("val_") else f"train/{key}" for key in record}
+        self._log({names[key]: float(value) for key, value in record.items() if key != "epoch"})
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Log the metrics of the finished run, and close."""
+        """Log the numbers of the finished run's metrics by their split, as ``test/mAP``, and close."""
+        split = metrics.get("split", "test")
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        self._log({f"{split}/{k}": float(v) for k, v in numbers.items() if math.isfinite(v)}, last=True)
+
+    def _log(self, values: dict[str, float], *, last: bool = False) -> None:
+        if self._write is not None:
+            with self._guard():
+                self._write(values, self._epoch, last)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a library of others raises, the training goes on
+            self._write = None
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            self._say(f"warning: {self._name} failed and gets no more records; the training goes on: {reason}")
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
@@ -66,113 +101,60 @@ def open_trackers(
     check_trackers(tensorboard=tensorboard, wandb=wandb)
     trackers: list[Tracker] = []
     if tensorboard:
-        trackers.append(_Guarded("TensorBoard", lambda: _TensorBoard(folder, config, after), say))
+        trackers.append(Tracker("TensorBoard", lambda: _tensorboard(folder, config, after), say))
     if wandb:
-        trackers.append(_Guarded("Weights & Biases", lambda: _WeightsAndBiases(folder, config, say), say))
+        trackers.append(Tracker("Weights & Biases", lambda: _weights_and_biases(folder, config, say), say))
     return trackers
 
 
-class _Guarded:
-    """A tracker whose failures end it and nothing else."""
-
-    def __init__(self, name: str, make: Callable[[], Tracker], say: Say) -> None:
-        self._name, self._say = name, say
-        self._tracker: Tracker | None = None
-        self._try(lambda: setattr(self, "_tracker", make()))
-
-    def epoch(self, record: Mapping[str, float]) -> None:
-        if (tracker := self._tracker) is not None:
-            self._try(lambda: tracker.epoch(record))
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        if (tracker := self._tracker) is not None:
-            self._try(lambda: tracker.finish(metrics))
-
-    def _try(self, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except Exception as error:  # noqa: BLE001 - whatever a library of others raises, the training goes on
-            self._tracker = None
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            self._say(f"warning: {self._name} failed and gets no more records; the training goes on: {reason}")
-
-
-class _TensorBoard:
+def _tensorboard(folder: Path, config: Config, after: int | None) -> Write:
     """Event files in ``tensorboard/`` of the run: one scalar a figure, at the epoch's number."""
-
-    def __init__(self, folder: Path, config: Config, after: int | None) -> None:
-        writer = import_module("torch.utils.tensorboard").SummaryWriter
-        purge = None if after is None else after + 1
-        self._writer = writer(log_dir=str(folder / "tensorboard"), purge_step=purge)
-        self._writer.add_text("config", f"```yaml\n{dump_config(config)}```")
-        self._last = 0
-
-    def epoch(self, record: Mapping[str, float]) -> None:
-        self._last = int(record["epoch"])
-        for tag, value in _tagged(record).items():
-            self._writer.add_scalar(tag, value, self._last)
-        self._writer.flush()  # seen while it trains, and kept when it is killed
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        for tag, value in _figures(metrics).items():
-            self._writer.add_scalar(tag, value, self._last)
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    """A run of Weights & Biases, its files in ``wandb/`` of the run."""
-
-    def __init__(self, folder: Path, config: Config, say: Say) -> None:
-        wandb = import_module("wandb")
-        settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, save_code=False, init_timeout=INIT_TIMEOUT_S
-        )
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "mmcli"),
-            dir=str(folder),
-            name=folder.name,
-            id=_run_id(folder, config),
-            resume="allow",
-            reinit="create_new",
-            mode=_wandb_mode(wandb, folder, say),
-            config=config.model_dump(mode="json"),
-            settings=settings,
-        )
-
-    def epoch(self, record: Mapping[str, float]) -> None:
-        self._run.log(_tagged(record), step=int(record["epoch"]))
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        self._run.summary.update(_figures(metrics))
-        self._run.finish(exit_code=0)
-
-
-def _wandb_mode(wandb: Any, folder: Path, say: Say) -> str:  # noqa: ANN401
-    """What ``WANDB_MODE`` says; offline where a login would be needed and there is none."""
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode in {"offline", "dryrun", "disabled"} or wandb.login(prompt=False, verify=False):
-        return "offline" if mode == "dryrun" else mode
-    say(
-        f"note: not logged in to Weights & Biases, so it stays offline, in {folder / 'wandb'}"
-        " (`wandb login`, then `wandb sync`, sends it)"
+    writer = import_module("torch.utils.tensorboard").SummaryWriter(
+        log_dir=str(folder / "tensorboard"), purge_step=None if after is None else after + 1
     )
-    return "offline"
+    writer.add_text("config", f"```yaml\n{dump_config(config)}```")
+
+    def write(values: dict[str, float], epoch: int, last: bool) -> None:
+        for tag, value in values.items():
+            writer.add_scalar(tag, value, epoch)
+        writer.flush()  # seen while it trains, and kept when it is killed
+        if last:
+            writer.close()
+
+    return write
 
 
-def _run_id(folder: Path, config: Config) -> str:
-    """The same for a resumed run, another for every other run."""
+def _weights_and_biases(folder: Path, config: Config, say: Say) -> Write:
+    """A run of Weights & Biases, its files in ``wandb/`` of the run; offline where there is no login that it needs."""
+    wandb = import_module("wandb")
+    mode = os.environ.get("WANDB_MODE", "online").replace("dryrun", "offline")
+    if mode not in {"offline", "disabled"} and not wandb.login(prompt=False, verify=False):
+        mode = "offline"
+        say(
+            f"note: not logged in to Weights & Biases, so it stays offline, in {folder / 'wandb'}"
+            " (`wandb login`, then `wandb sync`, sends it)"
+        )
     created = read_info(folder).created if (folder / MARK).is_file() else ""
-    return hashlib.sha256(f"{folder.resolve()} {config.digest} {created}".encode()).hexdigest()[:12]
+    identity = f"{folder.resolve()} {config.digest} {created}"  # the same for a resumed run, another for every other
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "mmcli"),
+        dir=str(folder),
+        name=folder.name,
+        id=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        resume="allow",
+        reinit="create_new",
+        mode=mode,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(
+            silent=True, console="off", disable_git=True, save_code=False, init_timeout=INIT_TIMEOUT_S
+        ),
+    )
 
+    def write(values: dict[str, float], epoch: int, last: bool) -> None:
+        if last:
+            run.summary.update(values)
+            run.finish(exit_code=0)
+        else:
+            run.log(values, step=epoch)
 
-def _tagged(record: Mapping[str, float]) -> dict[str, float]:
-    """Figures of an epoch by where a chart is looked for: ``val/mAP``, ``train/loss``."""
-    names = {name: name.replace("val_", "val/", 1) if name.startswith("val_") else f"train/{name}" for name in record}
-    return {names[name]: float(value) for name, value in record.items() if name != "epoch"}
-
-
-def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a row of metrics, by their split: ``test/mAP``."""
-    split = metrics.get("split", "test")
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {f"{split}/{name}": float(value) for name, value in numbers.items() if math.isfinite(value)}
+    return write

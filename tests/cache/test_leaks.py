@@ -1,5 +1,6 @@
 """Near-duplicates across splits, against a plain loop over all pairs."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_what_a_pair_says_and_how_many_are_listed(kit, tmp_path):
     report = find_leaks(store, 1.0, most=2)
     assert report.n_pairs == {"test-train": 1, "val-train": 2, "val-test": 1}
     assert [(pair.image_id, pair.other_id) for pair in report.pairs] == [(ids[3], ids[0]), (ids[4], ids[1])]
-    first = report.to_json()["pairs"][0]
+    first = asdict(report.pairs[0])
     assert first == {
         "image_id": ids[3],
         "path": f"{ids[3]}.jpg",

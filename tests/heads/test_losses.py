@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from mmcli.heads.config import HashRegConfig, LossConfig
 from mmcli.heads.label_losses import asymmetric_loss, bce_loss, class_balanced_weights, focal_loss
-from mmcli.heads.losses import balance_loss, cosine_loss, decorrelation_loss, quantisation_loss, total_loss
+from mmcli.heads.losses import (
+    HASH_TERMS,
+    LossTerms,
+    balance_loss,
+    cosine_loss,
+    decorrelation_loss,
+    quantisation_loss,
+    total_loss,
+)
 from mmcli.heads.model import HeadOutput
 
 seeds = st.integers(0, 2**32 - 1)
@@ -314,3 +322,8 @@ def test_a_mixed_label_has_the_loss_of_both_in_its_shares(loss) -> None:
     x, y = make_batch(5)
     mixed = 0.3 * float(loss(x, y)) + 0.7 * float(loss(x, 1 - y))
     assert float(loss(x, 0.3 * y + 0.7 * (1 - y))) == pytest.approx(mixed, rel=1e-5)
+
+
+def test_every_hash_term_has_a_weight_and_a_field() -> None:
+    assert {f"lambda_{name}" for name in HASH_TERMS} == HashRegConfig.model_fields.keys()
+    assert HASH_TERMS.keys() <= set(LossTerms._fields)

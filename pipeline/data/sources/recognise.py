@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 from ....errors import InputError
 from ...core.archives import SUFFIXES as ARCHIVES
@@ -151,8 +151,12 @@ def read_source(source: Source, columns: Columns, split_file: Path | None = None
             samples = read_open_images(path)
         case "visualgenome":
             samples = read_visual_genome(path)
-        case _:
+        case "huggingface":
             samples = read_dataset(source.name, source.root, columns)
+        case "coco":
+            raise ValueError("COCO with Karpathy's split is read by prepare, not as samples")
+        case _:
+            assert_never(source.kind)
     return samples if split_file is None else _with_splits(samples, split_file)
 
 
