@@ -175,7 +175,7 @@ def _refusal(where: object, error: Exception) -> InputError:
             "cannot read an image", where=where, got="too little memory", do="free some, and try again"
         )
     elif isinstance(error, UnidentifiedImageError):
-        is_empty = isinstance(where, Path) and where.stat().st_size == 0
+        is_empty = isinstance(where, Path) and where.is_file() and where.stat().st_size == 0
         refusal = _unreadable(where, "an empty file" if is_empty else "a file that is not an image")
     elif isinstance(error, OSError) and error.errno in NOT_THERE:
         refusal = _unreadable(where, "no file", "check the path and the folder, or restore the file")

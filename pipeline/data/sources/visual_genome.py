@@ -30,9 +30,8 @@ def read_visual_genome(root: Path) -> Samples:
     captions: dict[int, list[str]] = {}
     if (root / REGIONS).is_file():
         for record in _records(root / REGIONS):
-            phrases = [
-                " ".join(str(region["phrase"]).split()) for region in _list(record, "regions") if "phrase" in region
-            ]
+            regions = [region for region in _list(record, "regions") if isinstance(region, dict)]
+            phrases = [" ".join(str(region.get("phrase", "")).split()) for region in regions]
             captions[_image_id(record, root / REGIONS)] = [phrase for phrase in phrases if phrase]
     paths = [_path(root, image) for image in tags]
     return Samples(
