@@ -42,10 +42,10 @@ def index_add(
 ) -> None:
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
     source = find_run(run)
-    from ..tagging.index import NAME, AddOptions, add
+    from ..tagging.index import AddOptions, add
 
     result = add(
-        index or source.folder / NAME,
+        index or source.paths.index,
         source,
         manifest=manifest,
         data=images.folder,
@@ -98,10 +98,7 @@ def find_run(run: Path | None) -> "Run":
 
 
 def _default(run: Path | None) -> Path:
-    folder = find_run(run).folder
-    from ..tagging.index import NAME
-
-    return folder / NAME
+    return find_run(run).paths.index
 
 
 def _parse_ids(text: str, where: object) -> list[int]:

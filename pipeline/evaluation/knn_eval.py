@@ -137,7 +137,6 @@ def _lines(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-FILE = "knn_table.json"
 VERSION = 1
 # Heading, key of a row and format of each column; the settings first.
 COLUMNS = (
@@ -216,7 +215,7 @@ def knn_table(
                 row = search.row("knn", search.vote(knn), knn) | search.boundary_facts(knn)
                 rows.append({key: value for key, value in row.items() if not _idle(key, knn.voting_strategy)})
                 task.advance(1)
-    path = run.folder / FILE
+    path = run.paths.knn_table
     record = {"version": VERSION, "split": split, "n_searches": len(groups), "rows": rows}
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return TableResult(run=run, path=path, split=split, rows=tuple(rows))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ...errors import InputError
 from ..core.config import Config, dump_config
 from ..core.run import read_info
-from ..core.run_folders import MARK
+from ..core.run_folders import RunPaths
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], object]
@@ -103,7 +103,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, config: Config, after: int | None) -> None:
         writer = import_module("torch.utils.tensorboard").SummaryWriter
         purge = None if after is None else after + 1
-        self._writer = writer(log_dir=str(folder / "tensorboard"), purge_step=purge)
+        self._writer = writer(log_dir=str(RunPaths(folder).tensorboard), purge_step=purge)
         self._writer.add_text("config", f"```yaml\n{dump_config(config)}```")
         self._last = 0
 
@@ -161,7 +161,7 @@ def _wandb_mode(wandb: Any, folder: Path, say: Say) -> str:  # noqa: ANN401
 
 def _run_id(folder: Path, config: Config) -> str:
     """The same for a resumed run, another for every other run."""
-    created = read_info(folder).created if (folder / MARK).is_file() else ""
+    created = read_info(folder).created if RunPaths(folder).mark.is_file() else ""
     return hashlib.sha256(f"{folder.resolve()} {config.digest} {created}".encode()).hexdigest()[:12]
 
 

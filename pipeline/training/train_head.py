@@ -26,7 +26,7 @@ from .loop import fit
 from .monitor import Monitor
 from .run import TrainingRun, TrainResult, read_result
 from .setup import Prepared, prepare_training
-from .state import STATE, TrainingState, check_precision, kept_epoch, read_state
+from .state import TrainingState, check_precision, kept_epoch, read_state
 from .trackers import Tracker, check_trackers, open_trackers
 
 KIND, RUNS = "train-head", Path("runs")
@@ -86,7 +86,7 @@ class RunSession:
 
     def _interruption(self, runs: Sequence[Run]) -> Interrupted:
         """Which epochs of interrupted runs are kept, and the commands that resume them, unless this was such a one."""
-        epochs = {run.folder: kept_epoch(run.folder / STATE) for run in runs}
+        epochs = {run.folder: kept_epoch(run.paths.state) for run in runs}
         kept = ", ".join(
             f"{folder} is kept up to epoch {epoch}" if epoch else f"no epoch of {folder} was kept"
             for folder, epoch in epochs.items()
@@ -123,7 +123,7 @@ class RunSession:
             InputError: A damaged state.
         """
         clean_up(run.folder)
-        state = read_state(run.folder / STATE)
+        state = read_state(run.paths.state)
         after = f"resuming after epoch {state.epoch}" if state else "no epoch was kept: from the start"
         self.progress.say(after + (f" and {state.batches} batches" if state and state.batches else ""))
         run = mark(run, "running")
