@@ -22,10 +22,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
+from ...cache import Store
 from ...cache.strict_json import parse_json
 from ...errors import NOT_THERE, InputError, cannot_read, check_file
 from .config import Config, dump_config
 from .cores import count_cores
+from .defaults import RUNS
 from .files import check_name, command, write_text
 from .metrics_file import write_metrics
 from .run_folders import REPLACED, RunPaths, claim_named, claim_new
@@ -282,6 +284,31 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
             do=f"run `mmcli {kind}` first, or name a run elsewhere with --run",
         )
     return newest
+
+
+def find_run(run: Path | None, runs: Path = RUNS, *, store: Path | None = None) -> Run:
+    """The run that was named, or the newest finished one of ``train-head``.
+
+    Args:
+        run: The run; the newest below ``runs`` when not given.
+        runs: The folder of all runs.
+        store: Where given, the run must come from the data set of this store.
+
+    Raises:
+        InputError: There is none, or it comes from another data set.
+    """
+    chosen = open_run(run) if run is not None else newest_run(runs)
+    if store is not None:
+        wanted = Store.open(store).key.manifest_sha256
+        if chosen.info.manifest_sha256 != wanted:
+            raise InputError(
+                "a run of another data set",
+                where=chosen.folder,
+                got=f"manifest {chosen.info.manifest_sha256[:12]}",
+                wanted=f"manifest {wanted[:12]}, as in {store}",
+                do="name another --run, or train from this store",
+            )
+    return chosen
 
 
 def _change_time(path: Path) -> float | None:

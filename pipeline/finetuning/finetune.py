@@ -18,6 +18,7 @@ import torch
 from ...errors import InputError
 from ...heads.model import BaseHead
 from ..core.config import Config, notices
+from ..core.defaults import RUNS
 from ..core.device import is_memory_shortage
 from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
@@ -41,7 +42,6 @@ from .setup import Setup, set_up
 ALIKE = 0.95
 # ... and so much of the first distance to 1 that is left is a collapse.
 LEFT = 0.5
-RUNS = Path("runs")
 # A state is as large as three times what is trained, and an epoch may take hours.
 KEEP_WITHIN_S = 300.0
 

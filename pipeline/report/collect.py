@@ -24,6 +24,7 @@ from ...heads.config import KnnConfig
 from ..ablation.experiments import DEFAULT, read_experiments
 from ..ablation.records import ROWS, read_rows
 from ..core.config import load_config
+from ..core.defaults import ABLATIONS, DATA, STORES
 from ..core.files import command, resolve_image
 from ..core.metrics_file import by_precision, read_history, read_metrics
 from ..core.results import read_codes
@@ -37,7 +38,6 @@ from ..extraction.images import UnreadableImage, open_rgb
 Row = Mapping[str, Any]
 
 SPLIT = "test"
-DEFAULT_DATA, DEFAULT_ABLATIONS, DEFAULT_CACHE = Path("data/coco"), Path("runs/ablations"), Path("data/cache")
 DEFAULT_PRESET, MINIATURE = "recommended", "miniature"
 ABLATE_SETTINGS = ("--set", "--config")
 FULL_METHOD = ("base", "full")
@@ -68,7 +68,7 @@ class Pictures:
         manifest: Its manifest; without one there is no picture and no caption.
     """
 
-    def __init__(self, data: Path = DEFAULT_DATA, manifest: Manifest | None = None) -> None:
+    def __init__(self, data: Path = DATA, manifest: Manifest | None = None) -> None:
         self._data, self._manifest = data, manifest
         ids = [] if manifest is None else manifest.image_ids.tolist()
         self._row = {image_id: row for row, image_id in enumerate(ids)}
@@ -216,7 +216,7 @@ class Inputs:
         """The command that runs experiments with the store, the preset and the settings of the runs that exist."""
         words = ["mmcli", "ablate", *experiments, "--seeds", str(seeds)]
         info = next((run.info for run in self.runs.values() if run.info.kind in TRAINED), None)
-        if info is not None and info.kind == "train-head" and Path(info.store).parent != DEFAULT_CACHE:
+        if info is not None and info.kind == "train-head" and Path(info.store).parent != STORES:
             words += ["--store", _relative(Path(info.store))]
         if info is not None and info.preset != DEFAULT_PRESET:
             words += ["--preset", info.preset]
@@ -224,7 +224,7 @@ class Inputs:
         pairs = {(row["experiment"], row["value"]) for row in self.rows if row["experiment"] in experiments}
         if pairs and pairs & (_shipped_values(MINIATURE) - _shipped_values(DEFAULT)):
             words += ["--experiments", MINIATURE]
-        if self.ablations != DEFAULT_ABLATIONS:
+        if self.ablations != ABLATIONS:
             words += ["--out", _relative(self.ablations)]
         return shlex.join(words)
 
@@ -251,7 +251,7 @@ def collect(runs: Path, ablations: Path, data: Path | None) -> Inputs:
             wanted="at least one",
             do="run `mmcli train-head` and `mmcli knn-eval` first, or name --runs",
         )
-    folder = DEFAULT_DATA if data is None else data
+    folder = DATA if data is None else data
     path = folder / "manifest.parquet"
     manifest = None if data is None and not path.is_file() else read_manifest(path)
     return Inputs(

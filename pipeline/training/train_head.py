@@ -15,6 +15,7 @@ from ...errors import InputError
 from ..core.config import Config, load_config, notices
 from ..core.console import spread_table
 from ..core.cores import PROCESSES
+from ..core.defaults import RUNS
 from ..core.interrupts import Interrupted
 from ..core.progress import Progress
 from ..core.run import Run, RunInfo, begun_config, mark, read_info, start_run
@@ -29,7 +30,7 @@ from .setup import Prepared, prepare_training
 from .state import TrainingState, check_precision, kept_epoch, read_state
 from .trackers import Tracker, check_trackers, open_trackers
 
-KIND, RUNS = "train-head", Path("runs")
+KIND = "train-head"
 MOST_SEEDS = 2**32
 
 
