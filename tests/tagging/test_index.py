@@ -187,7 +187,7 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch, step) -> None
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, step) if step == "fsync" else (Path, step)), fail)
+        patch.setattr(Path if step == "write_bytes" else os, step, fail)
         with pytest.raises(InputError, match="No space left"):
             write_index(path, make(seed=3))
     assert same(read_index(path)[0], make())
