@@ -98,5 +98,5 @@ def _origin(folder: Path, info: RunInfo) -> tuple[str, str]:
     """Which part of the towers a run trained, and the digest of the store that it, or its towers, began with."""
     if info.kind != RUN_KINDS["finetune"]:
         return FROZEN, info.store_digest
-    record = parse_json((RunPaths(folder).finetuned).read_bytes())
+    record = parse_json(RunPaths(folder).finetuned.read_bytes())
     return str(record["unfreeze"]), str(record["base"]["store_digest"])

@@ -57,7 +57,7 @@ class RunPaths:
         checkpoints: The folder of the best heads.
         best: The list of these heads, the best first.
         towers: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it.
-        finetuned: What was trained of which checkpoint; likewise of ``finetune`` alone.
+        finetuned: What was trained of which checkpoint; only a run of ``finetune`` has it.
         model: The best head as a folder for the hub.
         index: The index file, which may have grown and stays when the run is replaced.
         tensorboard: What TensorBoard keeps.
@@ -232,7 +232,8 @@ def clean_up(folder: Path) -> None:
 def is_run(folder: Path) -> bool:
     """Whether a folder's ``run.json`` is one of ours, by its content."""
     try:
-        record = parse_json((RunPaths(folder).mark).read_bytes()) if (RunPaths(folder).mark).is_file() else None
+        mark = RunPaths(folder).mark
+        record = parse_json(mark.read_bytes()) if mark.is_file() else None
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "status", "config_digest", "store_digest", "version"} <= record.keys()
@@ -244,7 +245,8 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
     inside = _contents(folder)
     # Of a process that was killed at the very start, an empty mark may be all that there is.
     others = [name for name in (*inside.ours, *inside.foreign) if name != MARK and not _passes(name)]
-    begun = (RunPaths(folder).mark).is_file() and (RunPaths(folder).mark).stat().st_size == 0 and not others
+    mark = RunPaths(folder).mark
+    begun = mark.is_file() and mark.stat().st_size == 0 and not others
     if not is_run(folder) and not begun:
         raise InputError(
             "will not replace a folder that is no run",
@@ -266,8 +268,9 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
 def _empty(folder: Path) -> None:
     """Remove what a run wrote, but for its mark, which says first that the run is no whole one any more."""
     if is_run(folder):
-        record = parse_json((RunPaths(folder).mark).read_bytes())
-        write_text(RunPaths(folder).mark, json.dumps({**record, "status": REPLACED}, indent=1))
+        mark = RunPaths(folder).mark
+        record = parse_json(mark.read_bytes())
+        write_text(mark, json.dumps({**record, "status": REPLACED}, indent=1))
     clean_up(folder)
     remove_files(folder, [name for name in _contents(folder).ours if name not in {MARK, LOCK, LOCK + SOFT}])
 

@@ -115,7 +115,7 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
 def read_base(run: Path, info: RunInfo) -> dict[str, Any]:
     """The checkpoint that a run began with: its ``model``, ``revision`` and ``store_digest``."""
     try:
-        base: dict[str, Any] = parse_json((RunPaths(run).finetuned).read_bytes())["base"]
+        base: dict[str, Any] = parse_json(RunPaths(run).finetuned.read_bytes())["base"]
     except (OSError, ValueError, LookupError, TypeError):  # interrupted before it was written
         return {"model": info.model, "store_digest": info.store_digest}
     return base
