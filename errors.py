@@ -39,6 +39,11 @@ def quoted(text: object, most: int = MOST_QUOTED) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
+def first_line(error: object) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 class InputError(ValueError):
     """The user's input is wrong; the command line prints it as one line and exits with 2.
 

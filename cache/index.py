@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..errors import first_line
 from .errors import StoreError
 from .layout import Layout
 from .parquet import open_parquet, read_parquet
@@ -83,7 +84,7 @@ def parse_index(data: bytes, layout: Layout, columns: Sequence[str] | None = Non
         table = read_parquet(data, wanted)
         ids = check_index(table.drop_columns(list(PLACE)))
     except (StoreError, KeyError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error
     if len(ids) != layout.n_images:
         raise ValueError(f"it has {len(ids)} rows, not {layout.n_images}")
     placed = place_rows(table.select([ID]), layout)

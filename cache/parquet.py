@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import first_line
+
 # A byte of a file holds at most so many rows: each has an image id or a path of its own.
 MOST_ROWS_A_BYTE = 64
 
@@ -60,4 +62,4 @@ def unreadable(error: Exception) -> OSError | ValueError:
     """What arrow says of a file in one line; it raises errors of many kinds where the bytes make no sense."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    return ValueError((next(iter(str(error).splitlines()), "") or type(error).__name__)[:200])
+    return ValueError(first_line(error)[:200])

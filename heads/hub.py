@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .card import CARD, card_fields
 from .config import HeadKind, Section
 from .tensor_files import load_tensors, write_tensors
@@ -180,8 +180,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{error.title}, {'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}"
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"no {text}" if isinstance(error, KeyError) else text or type(error).__name__
+    text = first_line(error)
+    return f"no {text}" if isinstance(error, KeyError) else text
 
 
 def refuse_pickle(where: object, name: str) -> InputError:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from ..errors import first_line
+
 if TYPE_CHECKING:
     from torch import Tensor  # what reads arrays alone loads no torch
 
@@ -65,7 +67,7 @@ def read_about(path: Path) -> dict[str, str]:
         with safe_open(path, framework="np") as file:
             about: dict[str, str] = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     digits = about.pop(CHECKSUM, None)
     if digits is not None and (len(digits) != len(_UNSET) or _sha256(path, _place_of(path, digits)) != digits):
         raise ValueError("content that is not what its checksum says")
@@ -100,7 +102,7 @@ def _load(path: Path, framework: str, device: str) -> tuple[dict[str, Any], dict
     except OSError:
         raise
     except Exception as error:  # a dtype that the framework lacks raises whatever it raises
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _sort_metadata(path: Path) -> None:
@@ -139,7 +141,3 @@ def _sha256(path: Path, place: int) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

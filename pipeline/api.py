@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.config import Config, load_config
-from .core.defaults import DATA, RUNS
+from .core.defaults import DATA
 from .core.progress import ConsoleProgress, Progress
-from .core.run import Run, newest_run, open_run
-from .core.run_folders import RunPaths
+from .core.run import Run, find_run
 
 if TYPE_CHECKING:
     from .data.prepare import PrepareResult
@@ -142,7 +141,7 @@ def knn_eval(
     from .evaluation.knn_eval import knn_eval as stage
 
     chosen = _run(run)
-    config = config or load_config(RunPaths(chosen.folder).config)
+    config = config or load_config(chosen.paths.config)
     return stage(config, run=chosen, split=split, progress=_progress(quiet))
 
 
@@ -228,8 +227,6 @@ def _path(folder: Folder | None) -> Path | None:
 
 def _run(run: "Run | TrainResult | Folder | None") -> Run:
     """The run that somebody means."""
-    if run is None:
-        return newest_run(RUNS)
     if isinstance(run, Run):
         return run
-    return open_run(Path(run)) if isinstance(run, str | PathLike) else run.run
+    return find_run(_path(run)) if run is None or isinstance(run, str | PathLike) else run.run

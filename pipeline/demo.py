@@ -127,7 +127,7 @@ def _run(config: Config, out: Path, *, force: bool, progress: Progress) -> DemoR
     files = (
         (page, "one page of all of it, for any browser"),
         (voted.metrics_path, "every metric of the head: neighbours and classifier"),
-        (trained.run.folder / "history.jsonl", "losses and val mAP of every epoch"),
+        (trained.run.paths.history, "losses and val mAP of every epoch"),
         (out / "legend.png", "how the 80 categories are drawn"),
         (data / "val2014", "the pictures"),
     )

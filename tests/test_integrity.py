@@ -9,9 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from mmcli import InputError, load_head
 from mmcli.heads.tensor_files import load_arrays, read_about, write_tensors
-from mmcli.pipeline.core.results import codes_path, read_codes
+from mmcli.pipeline.core.results import read_codes
+from mmcli.pipeline.core.run_folders import RunPaths
 from mmcli.pipeline.evaluation.compare import compare
-from mmcli.pipeline.evaluation.metrics import read_scores, scores_path
+from mmcli.pipeline.evaluation.metrics import read_scores
 
 
 def run_of(here: Path) -> Path:
@@ -39,7 +40,7 @@ def evaluated(mmcli, here: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["labels", "soft", "packed", "logits", "image_id"])
 def test_one_flipped_bit_of_codes_is_refused(mmcli, evaluated: Path, name: str) -> None:
-    flip(codes_path(evaluated, "test"), name)
+    flip(RunPaths(evaluated).codes("test"), name)
     before = (evaluated / "metrics.json").read_bytes()
     for words in (("knn-eval",), ("compare", evaluated, evaluated), ("report", "--runs", evaluated.parent)):
         code, _, err = mmcli(*words, "-q")
@@ -50,7 +51,7 @@ def test_one_flipped_bit_of_codes_is_refused(mmcli, evaluated: Path, name: str) 
 
 
 def test_an_index_is_never_built_from_damaged_codes(mmcli, evaluated: Path) -> None:
-    flip(codes_path(evaluated, "train"), "soft")
+    flip(RunPaths(evaluated).codes("train"), "soft")
     code, _, err = mmcli("index", "build", "-q")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "damaged codes" in err
@@ -71,7 +72,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_refused(made: Path, tmp_path: Path, se
 
 
 def test_one_flipped_bit_of_scores_is_refused(evaluated: Path) -> None:
-    flip(scores_path(evaluated, "knn", "test"), "scores")
+    flip(RunPaths(evaluated).scores("knn", "test"), "scores")
     with pytest.raises(InputError, match=r"damaged scores.*knn-eval --run"):
         compare(evaluated, evaluated, method_a="classifier", method_b="knn")
 
@@ -87,10 +88,10 @@ def test_predict_and_report_refuse_damage_in_one_line(mmcli, evaluated: Path, mi
 
 
 def test_codes_and_scores_under_another_name_are_refused(evaluated: Path) -> None:
-    shutil.copy(codes_path(evaluated, "train"), codes_path(evaluated, "test"))
+    shutil.copy(RunPaths(evaluated).codes("train"), RunPaths(evaluated).codes("test"))
     with pytest.raises(InputError, match=r"codes of another split.*got train, wanted test"):
         read_codes(evaluated, "test")
-    shutil.copy(scores_path(evaluated, "classifier", "test"), scores_path(evaluated, "knn", "test"))
+    shutil.copy(RunPaths(evaluated).scores("classifier", "test"), RunPaths(evaluated).scores("knn", "test"))
     with pytest.raises(InputError, match=r"scores of another method.*got classifier, wanted knn"):
         read_scores(evaluated, "knn", "test")
 
@@ -99,7 +100,7 @@ def test_codes_and_checkpoints_of_another_run_are_refused(mmcli, here: Path) -> 
     mine, other = run_of(here), here / "runs" / "other"
     words = ("--set", "fusion.mlp_dims=[64, 32]", "--set", "knn.K=5", "--epochs", 1, "--device", "cpu", "--seed", 7)
     assert mmcli("train-head", *words, "--out", other, "-q")[0] == 0
-    shutil.copy(codes_path(other, "train"), codes_path(mine, "train"))
+    shutil.copy(RunPaths(other).codes("train"), RunPaths(mine).codes("train"))
     with pytest.raises(InputError, match="codes of another run"):
         read_codes(mine, "train")
     for path in (mine / "checkpoints").glob("*.safetensors"):
@@ -115,7 +116,7 @@ def test_a_run_that_was_copied_or_moved_is_the_same_run(evaluated: Path, tmp_pat
 
 
 def test_files_from_before_there_were_checksums_are_read(evaluated: Path) -> None:
-    for path in (codes_path(evaluated, "test"), scores_path(evaluated, "knn", "test")):
+    for path in (RunPaths(evaluated).codes("test"), RunPaths(evaluated).scores("knn", "test")):
         save_file(load_file(path), path)
     assert len(read_codes(evaluated, "test")) == len(read_scores(evaluated, "knn", "test")["scores"])
 

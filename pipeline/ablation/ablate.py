@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...cache import Store, is_remote
+from ..core import defaults
 from ..core.files import make_folder
 from ..core.interrupts import interruptible
 from ..core.progress import NoteOf, Progress
 from ..core.run_folders import hold
-from ..extraction.stores import DEFAULT_CACHE
 from .plan import Evaluation, Plan, Training
 from .records import ROWS, Record, merge, read_record, read_rows, rows_of, write_rows
 from .request import Planned, Request, plan_request
@@ -105,7 +105,7 @@ def read_state(plan: Plan, request: Request) -> State:
         records = {key: record for key, record in kept if record is not None and record.finished}
         runs = find_runs(plan.trainings, (out / RUNS, request.runs))
     beside = () if is_remote(store) else (store.parent,)
-    stores = find_stores(plan.stores, (out / STORES, *beside, DEFAULT_CACHE))
+    stores = find_stores(plan.stores, (out / STORES, *beside, defaults.STORES))
     stores[Store.open(store).key.digest] = store
     evaluations = tuple(item for key, item in plan.evaluations.items() if key not in records)
     needed = {item.training for item in evaluations}

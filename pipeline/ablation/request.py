@@ -17,11 +17,11 @@ import yaml
 from ...cache import FORMAT_VERSION, Store
 from ...errors import InputError
 from ..core.config import Config, load_config, read_sections
+from ..core.defaults import ABLATIONS, DATA, RUNS
 from ..core.strict_yaml import parse_yaml
 from .experiments import DEFAULT, Experiment, check_row_count, read_experiments, read_grid, with_values
 from .plan import Base, Plan, Row, make_plan, restrict
 
-OUT, RUNS = Path("runs/ablations"), Path("runs")
 MOST_SEEDS = 2**32
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 Engine = Literal["local", "ray"]
@@ -94,9 +94,9 @@ class Request:
     values: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     seeds: int = 1
-    out: Path = OUT
+    out: Path = ABLATIONS
     runs: Path = RUNS
-    data: Path = Path("data/coco")
+    data: Path = DATA
     force: bool = False
     max_time: float | None = None
     workers: int = 1

@@ -7,9 +7,9 @@ from ...cache import Store, list_stores
 from ...cache.strict_json import parse_json
 from ...errors import InputError
 from ..core.config import load_config
-from ..core.results import SPLITS, codes_path
+from ..core.results import SPLITS
 from ..core.run import RunInfo, open_run, read_info
-from ..core.run_folders import MARK
+from ..core.run_folders import MARK, RunPaths
 from .identity import FROZEN, Kind, training_key
 from .plan import Training
 
@@ -86,17 +86,17 @@ def _key_of_run(folder: Path, stores: Collection[str]) -> str:
     if info.status != "finished" or info.kind not in _TRAINED or store not in stores:
         return ""
     open_run(folder, kind=info.kind)
-    return _trained_key(folder, info) if all(codes_path(folder, split).is_file() for split in SPLITS) else ""
+    return _trained_key(folder, info) if all(RunPaths(folder).codes(split).is_file() for split in SPLITS) else ""
 
 
 def _trained_key(folder: Path, info: RunInfo) -> str:
     towers, store = _origin(folder, info)
-    return training_key(load_config(folder / "config.yaml"), store, towers, info.lists_digest)
+    return training_key(load_config(RunPaths(folder).config), store, towers, info.lists_digest)
 
 
 def _origin(folder: Path, info: RunInfo) -> tuple[str, str]:
     """Which part of the towers a run trained, and the digest of the store that it, or its towers, began with."""
     if info.kind != RUN_KINDS["finetune"]:
         return FROZEN, info.store_digest
-    record = parse_json((folder / "finetune.json").read_bytes())
+    record = parse_json(RunPaths(folder).finetuned.read_bytes())
     return str(record["unfreeze"]), str(record["base"]["store_digest"])

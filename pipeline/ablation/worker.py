@@ -365,7 +365,7 @@ def facts_of(training: Training, folder: Path | None) -> dict[str, Any]:
     }
     if folder is not None and training.kind in {"head", "finetune"}:
         run = open_run(folder, kind=RUN_KINDS[training.kind])
-        fit = read_fit(run, load_config(folder / "config.yaml"))
+        fit = read_fit(run, load_config(run.paths.config))
         facts |= {"precision": run.info.precision} if run.info.precision else {}
         facts |= {
             "train_s": fit.seconds,

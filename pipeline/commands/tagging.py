@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ...errors import InputError, read_text
-from ..core.defaults import RUNS
 from .options import Force, Images, OnError, Output, RunDir, Settings, command, option
-
-if TYPE_CHECKING:
-    from ..core.run import Run
 
 IndexFile = Annotated[Path | None, option("--index FILE", "Index file [default: index.safetensors of the run].")]
 
@@ -24,6 +20,7 @@ def index_build(
     force: Force = False,
 ) -> None:
     """Write a run's train codes with labels, captions and paths to one file; no towers, no images."""
+    from ..core.run import find_run
     from ..tagging.index import build
 
     output.finish(build(find_run(run), out, force=force))
@@ -41,11 +38,12 @@ def index_add(
     force: Force = False,
 ) -> None:
     """Embed and encode new samples and add them; their tags are predicted at once, nothing is trained."""
-    source = find_run(run)
-    from ..tagging.index import NAME, AddOptions, add
+    from ..core.run import find_run
+    from ..tagging.index import AddOptions, add
 
+    source = find_run(run)
     result = add(
-        index or source.folder / NAME,
+        index or source.paths.index,
         source,
         manifest=manifest,
         data=images.folder,
@@ -90,18 +88,10 @@ def index_info(output: Output, index: IndexFile = None, run: RunDir = None) -> N
     output.show(facts, *info_summary(facts))
 
 
-def find_run(run: Path | None) -> "Run":
-    """The run that was named, or the newest finished one of ``train-head``."""
-    from ..core.run import newest_run, open_run
-
-    return newest_run(RUNS) if run is None else open_run(run)
-
-
 def _default(run: Path | None) -> Path:
-    folder = find_run(run).folder
-    from ..tagging.index import NAME
+    from ..core.run import find_run
 
-    return folder / NAME
+    return find_run(run).paths.index
 
 
 def _parse_ids(text: str, where: object) -> list[int]:
@@ -162,24 +152,24 @@ class Answer:
 )
 def predict(question: Question, settings: Settings, answer: Answer, files: Images, output: Output) -> None:
     """Tag images with their captions, and show the neighbours that voted for every tag."""
-    from ..core.run_folders import RunPaths
+    from ..core.run import find_run
     from ..tagging.requests import read_requests
 
     notes: list[str] = []
     asked = (question.images or [], question.caption, question.captions)
     requests = read_requests(*asked, follow_links=files.follow_links, notes=notes)
-    source = find_run(question.run).folder
+    source = find_run(question.run)
     votes = {key: value for key, value in settings.options.items() if key.startswith("knn.")}
-    config = Settings(options=votes).load(file=RunPaths(source).config)
+    config = Settings(options=votes).load(file=source.paths.config)
     from ..tagging.explain import check_panel
     from ..tagging.predict import PredictOptions
     from ..tagging.predict import predict as stage
     from ..tagging.tagger import Tagger
 
     check_panel(answer.panel, force=answer.force)
-    output.progress.say(f"tagging with {source}")
+    output.progress.say(f"tagging with {source.folder}")
     tagger = Tagger.load(
-        source,
+        source.folder,
         index=question.index,
         device=settings.options.get("hardware.device", "auto"),
         model=settings.options.get("model.siglip2_variant"),

@@ -128,12 +128,11 @@ def knn_eval(
     from one search a metric, into knn_table.json.
     """
     from ..core.config import load_config
-    from ..core.run_folders import RunPaths
+    from ..core.run import find_run
     from ..data.protocols import check_protocol
-    from ..evaluation.knn_eval import find_run
 
     source = find_run(run, store=store)
-    file = RunPaths(source.folder).config
+    file = source.paths.config
     if protocol is not None:
         check_protocol(protocol, load_config(file).data.split_type, where=source.folder)
     if settings.file is None:  # a run may have been trained on a device that this machine does not have

@@ -21,9 +21,9 @@ from .config import Config
 from .device import pick_device
 from .files import write_folder, write_text, write_whole
 from .run import read_info, run_identity
-from .run_folders import MARK, RunPaths
+from .run_folders import HEAD_OF_EPOCH, RunPaths
 
-INDEX = "checkpoints.json"
+LIST = RunPaths(Path()).best.name
 TRAIN_AGAIN = "train the head again with `mmcli train-head`"
 
 
@@ -49,13 +49,13 @@ class CheckpointKeeper:
         keep = self._config.training.save_top_k
         if len(self.kept) >= keep and val_mAP <= self.kept[-1].val_mAP:
             return False
-        new = Kept(file=checkpoint_name(epoch), epoch=epoch, val_mAP=val_mAP)
+        new = Kept(file=HEAD_OF_EPOCH.format(epoch), epoch=epoch, val_mAP=val_mAP)
         save_head(self._folder / new.file, head, self._config, width=self._width, epoch=epoch, val_mAP=val_mAP)
         # A later epoch that is no better than an earlier one stays behind it.
         self.kept = sorted([*self.kept, new], key=_rank)
         self._gone += self.kept[keep:]
         self.kept = self.kept[:keep]
-        write_text(self._folder / INDEX, json.dumps([vars(kept) for kept in self.kept], indent=1))
+        write_text(self._folder / LIST, json.dumps([vars(kept) for kept in self.kept], indent=1))
         return True
 
     def sweep(self) -> None:
@@ -73,7 +73,7 @@ class CheckpointKeeper:
             InputError: A checkpoint is damaged.
         """
         earlier = []
-        for path in sorted(self._folder.glob("epoch-*.safetensors")):
+        for path in sorted(self._folder.glob(HEAD_OF_EPOCH.replace("{:03d}", "*"))):
             try:
                 note = read_about(path)
                 kept = Kept(file=path.name, epoch=int(note["epoch"]), val_mAP=float(note["val_mAP"]))
@@ -126,7 +126,7 @@ def load_head(path: str | Path, device: str | torch.device = "cpu") -> Head | Ml
         InputError: Nothing is there, it is damaged or a pickle, or there is no such device.
     """
     path, place = Path(path), device if isinstance(device, torch.device) else pick_device(device)
-    if path.is_dir() and (path / MARK).is_file():
+    if path.is_dir() and RunPaths(path).mark.is_file():
         head = _read_checkpoint(best_checkpoint(path), place, path)
         head.about = describe_head(path)
         return head
@@ -187,11 +187,11 @@ def best_checkpoint(run: Path) -> Path:
     Raises:
         InputError: The run keeps none.
     """
-    path = RunPaths(run).checkpoints / INDEX
+    path = RunPaths(run).best
     try:
         kept = [Kept(**record) for record in parse_json(path.read_bytes())]
         first = kept[0]
-        if first.file != checkpoint_name(first.epoch) or any(other.val_mAP > first.val_mAP for other in kept):
+        if first.file != HEAD_OF_EPOCH.format(first.epoch) or any(other.val_mAP > first.val_mAP for other in kept):
             raise ValueError("a list that does not begin with the best")
     except OSError as error:
         what = "no checkpoint" if error.errno in NOT_THERE else "cannot read the list of checkpoints"
@@ -203,11 +203,6 @@ def best_checkpoint(run: Path) -> Path:
 
 def _unusable(what: str, path: Path, got: object, wanted: str) -> InputError:
     return InputError(what, where=path, got=got, wanted=wanted, do=TRAIN_AGAIN)
-
-
-def checkpoint_name(epoch: int) -> str:
-    """The file of an epoch's checkpoint."""
-    return f"epoch-{epoch:03d}.safetensors"
 
 
 def write_model_folder(run: Path, head: BaseHead, config: Config, metrics: Mapping[str, Any] | None = None) -> Path:

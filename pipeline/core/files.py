@@ -83,18 +83,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         InputError: No folder can be made there, no room is left, or writing is not allowed.
     """
     make_folder(path.parent)
-    scratch = path.with_name(_temporary_name(path.name))
-    try:
-        try:
-            scratch.mkdir()
-            mode = _create(scratch / "new")
-            write(scratch / "new")
-            _set_mode(scratch / "new", mode)
-            publish(scratch / "new", path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from error
+    with _scratch(path, path.parent) as (scratch, mode):
+        write(scratch / "new")
+        _set_mode(scratch / "new", mode)
+        publish(scratch / "new", path)
 
 
 def write_new(path: Path, text: str) -> None:
@@ -157,31 +149,21 @@ def write_folder(
     make_folder(folder.parent)
     # Inside what is there: it may be a mount of its own, or a link.
     place = folder if folder.is_dir() else folder.parent
-    name = folder.name or "folder"
-    remove_leftovers(place, lambda left: left == _short(name), alone=alone)
-    scratch = place / _temporary_name(name)
-    try:
-        try:
-            scratch.mkdir()
-            mode = _create(scratch / "mode")
-            (scratch / "mode").unlink()
-            fill(scratch)
-            names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
+    remove_leftovers(place, lambda left: left == _short(folder.name or "folder"), alone=alone)
+    with _scratch(folder, place) as (scratch, mode):
+        fill(scratch)
+        names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
+        for name in names:
+            _set_mode(scratch / name, mode)
+        if not folder.exists():
             for name in names:
-                _set_mode(scratch / name, mode)
-            if not folder.exists():
-                for name in names:
-                    with (scratch / name).open("rb") as stream:
-                        sync_file(stream.fileno())
-                scratch.rename(folder)
-                return
-            for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                publish(scratch / name, folder / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except (OSError, SafetensorError, shutil.Error) as error:
-        raise unwritable(folder, error) from error
+                with (scratch / name).open("rb") as stream:
+                    sync_file(stream.fileno())
+            scratch.rename(folder)
+            return
+        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            publish(scratch / name, folder / name)
 
 
 def refuse_existing(path: Path, is_ours: Callable[[Path], bool], *, force: bool, what: str, option: str) -> None:
@@ -241,6 +223,22 @@ def one_line(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(Path(error.filename or path), error) from None
+
+
+@contextmanager
+def _scratch(path: Path, place: Path) -> Iterator[tuple[Path, int]]:
+    """A folder in ``place`` to write ``path`` in, gone at the end; and the permissions that a new file has there."""
+    scratch = place / _temporary_name(path.name or "folder")
+    try:
+        try:
+            scratch.mkdir()
+            mode = _create(scratch / "new")
+            (scratch / "new").unlink()
+            yield scratch, mode
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
 
 
 def _temporary_name(name: str) -> str:

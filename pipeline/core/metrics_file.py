@@ -15,7 +15,6 @@ from ...errors import InputError
 from .files import write_text
 from .run_folders import RunPaths, hold
 
-METRICS, HISTORY = RunPaths(Path()).metrics.name, RunPaths(Path()).history.name
 TWO_PRECISIONS = (
     "Trainings in two precisions are not seeds of one method: each precision has a line of its own. To train in float32"
     " everywhere, give --set training.mixed_precision=false."

@@ -57,15 +57,10 @@ class Codes:
         return None if self.logits is None else sigmoid(self.logits)
 
 
-def codes_path(run: Path, split: str) -> Path:
-    """Where a run keeps the codes of a split."""
-    return RunPaths(run).codes(split)
-
-
 def write_codes(run: Path, split: str, codes: Codes) -> Path:
     """Write the codes of a split into a run, with a checksum, the split's name and which run they are of."""
     arrays = {name: np.ascontiguousarray(value) for name, value in vars(codes).items() if value is not None}
-    path, about = codes_path(run, split), {"split": split, **run_identity(run)}
+    path, about = RunPaths(run).codes(split), {"split": split, **run_identity(run)}
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, arrays, about))
     return path
 
@@ -77,7 +72,7 @@ def read_codes(run: Path, split: str) -> Codes:
         InputError: The file is missing, is not what its checksum says, is of another split or run, or its arrays do
             not fit each other.
     """
-    path = codes_path(run, split)
+    path = RunPaths(run).codes(split)
     arrays = read_run_arrays(path, "codes", about={"split": split}, do="train the head again with `mmcli train-head`")
     return Codes(
         image_id=arrays["image_id"],
@@ -159,11 +154,6 @@ FIGURES = ("precision", "recall", "F1", "n_predicted")
 COUNTS = ("n_positive", "n_predicted")
 
 
-def per_class_path(run: Path, method: str, split: str) -> Path:
-    """Where a run keeps the rows of the classes."""
-    return RunPaths(run).per_class(method, split)
-
-
 def write_per_class(
     run: Path,
     method: str,
@@ -209,7 +199,7 @@ def write_per_class(
         {"category": name, "index": c} | {key: _plain(key, float(values[c])) for key, values in columns.items()}
         for c, name in enumerate(category_names)
     ]
-    path = per_class_path(run, method, split)
+    path = RunPaths(run).per_class(method, split)
     record = {"method": method, "split": split, "n_images": len(labels), "classes": rows}
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return path

@@ -22,17 +22,17 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ... import __version__
+from ...cache import Store
 from ...cache.strict_json import parse_json
 from ...errors import NOT_THERE, InputError, cannot_read, check_file
 from .config import Config, dump_config
 from .cores import count_cores
+from .defaults import RUNS
 from .files import check_name, command, write_text
 from .metrics_file import write_metrics
-from .run_folders import MARK, REPLACED, RunPaths, claim_named, claim_new
+from .run_folders import REPLACED, RunPaths, claim_named, claim_new
 
 RUN_VERSION = 1
-# Where a run keeps towers that it trained.
-TOWERS = "towers"
 # In a run.json of before config.yaml was written: its text, so that a run that was killed then can begin again.
 BEGUN_WITH = "begun_with"
 # Runs with a head and codes: where one of train-head is asked for, any of them will do.
@@ -147,7 +147,7 @@ def begun_config(folder: Path, *, kind: str = "train-head") -> Path:
     Raises:
         InputError: No run, or one that was interrupted before it said how it was configured.
     """
-    path, mark_path = RunPaths(folder).config, folder / MARK
+    path, mark_path = RunPaths(folder).config, RunPaths(folder).mark
     if path.is_file() and not mark_path.exists():
         return path  # whoever needs a run says that there is none
     if mark_path.is_file() and mark_path.stat().st_size == 0:
@@ -208,7 +208,7 @@ def read_info(folder: Path, *, kind: str = "train-head") -> RunInfo:
     Raises:
         InputError: No such folder, or no run.
     """
-    path = folder / MARK
+    path = RunPaths(folder).mark
     try:
         if path.exists():
             check_file(path, "cannot read a run", wanted="what mmcli wrote")
@@ -259,7 +259,7 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
         try:
             info = read_info(folder, kind=kind)
         except InputError as error:
-            if (changed := _change_time(folder / MARK)) is not None:
+            if (changed := _change_time(RunPaths(folder).mark)) is not None:
                 unreadable.append((changed, error))
         else:
             if _why_unusable(info, kind) is None:
@@ -284,6 +284,31 @@ def newest_run(runs: Path, *, kind: str = "train-head") -> Run:
             do=f"run `mmcli {kind}` first, or name a run elsewhere with --run",
         )
     return newest
+
+
+def find_run(run: Path | None, runs: Path = RUNS, *, store: Path | None = None) -> Run:
+    """The run that was named, or the newest finished one of ``train-head``.
+
+    Args:
+        run: The run; the newest below ``runs`` when not given.
+        runs: The folder of all runs.
+        store: Where given, the run must come from the data set of this store.
+
+    Raises:
+        InputError: There is none, or it comes from another data set.
+    """
+    chosen = open_run(run) if run is not None else newest_run(runs)
+    if store is not None:
+        wanted = Store.open(store).key.manifest_sha256
+        if chosen.info.manifest_sha256 != wanted:
+            raise InputError(
+                "a run of another data set",
+                where=chosen.folder,
+                got=f"manifest {chosen.info.manifest_sha256[:12]}",
+                wanted=f"manifest {wanted[:12]}, as in {store}",
+                do="name another --run, or train from this store",
+            )
+    return chosen
 
 
 def _change_time(path: Path) -> float | None:
@@ -352,4 +377,4 @@ def mark(run: Run, status: str) -> Run:
 
 def write_info(run: Run) -> None:
     """Write what a run says of itself to its ``run.json``."""
-    write_text(run.folder / MARK, json.dumps(asdict(run.info), indent=1))
+    write_text(run.paths.mark, json.dumps(asdict(run.info), indent=1))

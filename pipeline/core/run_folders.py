@@ -18,43 +18,70 @@ from ...cache.strict_json import parse_json
 from ...errors import InputError
 from .files import final_name, make_folder, one_line, remove_leftovers, unwritable, write_new, write_text
 
-MARK, LOCK = "run.json", ".lock"
+# Splits and methods whose files a run may keep; ``database`` is what a protocol searches where it has one.
+_SPLITS = ("train", "val", "test", "database")
+_METHODS = ("classifier", "hybrid", "knn", "zero-shot")
+# Heads, and the towers below them, of an epoch, in the folder of the checkpoints.
+HEAD_OF_EPOCH, TOWERS_OF_EPOCH = "epoch-{:03d}.safetensors", "towers-{:03d}.safetensors"
 
 
 class _Inside:
-    """A path inside a run's folder."""
+    """A path inside a run's folder; that of a folder ends in a slash.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Args:
+        name: The path.
+        stays: It outlives the run, which may be replaced by another one.
+    """
+
+    def __init__(self, name: str, *, stays: bool = False) -> None:
+        self.name, self.stays = name, stays
 
     def __get__(self, paths: "RunPaths", _owner: type) -> Path:
-        return paths.folder / self._name
+        return paths.folder / self.name
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where everything lies in the folder of a run.
+    """Where everything lies in the folder of a run; what ``--force`` may delete follows from it.
 
     Attributes:
         folder: The folder.
+        mark: What the run is, and whether it is finished.
+        lock: Held by the process that works in the folder.
         config: The resolved configuration.
         environment: Versions, device, seed and git state.
         metrics: The figures.
+        knn_table: The figures of every combination of a sweep of ``knn-eval``.
         history: One record an epoch.
-        checkpoints: The folder of the best heads, with ``checkpoints.json``, which lists them.
+        state: What an interrupted training resumes from; gone at its end.
+        checkpoints: The folder of the best heads.
+        best: The list of these heads, the best first.
         towers: SigLIP2 as it was trained with the head; only a run of ``finetune`` has it.
+        finetuned: What was trained of which checkpoint; only a run of ``finetune`` has it.
         model: The best head as a folder for the hub.
+        index: The index file, which may have grown and stays when the run is replaced.
+        tensorboard: What TensorBoard keeps.
+        wandb: What Weights & Biases keeps.
     """
 
     folder: Path
 
+    mark = _Inside("run.json")
+    lock = _Inside(".lock")
     config = _Inside("config.yaml")
     environment = _Inside("environment.json")
     metrics = _Inside("metrics.json")
+    knn_table = _Inside("knn_table.json")
     history = _Inside("history.jsonl")
-    checkpoints = _Inside("checkpoints")
-    towers = _Inside("towers")
-    model = _Inside("model")
+    state = _Inside("training.safetensors")
+    checkpoints = _Inside("checkpoints/")
+    best = _Inside("checkpoints/checkpoints.json")
+    towers = _Inside("towers/")
+    finetuned = _Inside("finetune.json")
+    model = _Inside("model/")
+    index = _Inside("index.safetensors", stays=True)
+    tensorboard = _Inside("tensorboard/")
+    wandb = _Inside("wandb/")
 
     def codes(self, split: str) -> Path:
         """The codes of a split."""
@@ -69,17 +96,23 @@ class RunPaths:
         return self.folder / "per_class" / f"{method}-{split}.json"
 
 
+_NAMES = RunPaths(Path())
+MARK, LOCK = _NAMES.mark.name, _NAMES.lock.name
 # A run that was being thrown away when its process was killed.
 REPLACED = "replaced"
 # Every file that stages write into a run folder, by its exact name; whatever else lies there is somebody's own.
-FILES = re.compile(
+_INSIDE = [inside for inside in vars(RunPaths).values() if isinstance(inside, _Inside) and not inside.stays]
+_OF_METHODS = [(method, split) for method in _METHODS for split in _SPLITS]
+_OF_SPLITS = [
+    *(_NAMES.codes(split).as_posix() for split in _SPLITS),
+    *(place(*of).as_posix() for place in (_NAMES.scores, _NAMES.per_class) for of in _OF_METHODS),
+]
+FILES = frozenset({inside.name for inside in _INSIDE if not inside.name.endswith("/")} | {LOCK + SOFT, *_OF_SPLITS})
+FOLDERS = frozenset(name.partition("/")[0] for name in (*_OF_SPLITS, *(i.name for i in _INSIDE)) if "/" in name)
+# Those of an epoch, and those that libraries name.
+MORE_FILES = re.compile(
     r"""
-    run\.json | config\.yaml | environment\.json | metrics\.json | knn_table\.json | history\.jsonl | finetune\.json
-    | training\.safetensors | \.lock(\.holder)?
-    | checkpoints/(checkpoints\.json | (epoch|towers)-[0-9]{3,}\.safetensors)
-    | codes/(train|val|test)\.safetensors
-    | scores/(classifier|hybrid|knn|zero-shot)-(train|val|test)\.safetensors
-    | per_class/(classifier|hybrid|knn|zero-shot)-(train|val|test)\.json
+    checkpoints/(epoch|towers)-[0-9]{3,}\.safetensors
     | model/(config\.json | model\.safetensors | README\.md)
     | towers/(
         config\.json | model(-[0-9]{5}-of-[0-9]{5})?\.safetensors | model\.safetensors\.index\.json
@@ -92,7 +125,6 @@ FILES = re.compile(
     re.VERBOSE,
 )
 LINKS = re.compile(r"wandb/.+")
-FOLDERS = frozenset({"checkpoints", "codes", "scores", "per_class", "model", "towers", "tensorboard", "wandb"})
 
 
 def claim_new(folder: Path, record: str, locks: ExitStack) -> Path:
@@ -109,7 +141,7 @@ def claim_new(folder: Path, record: str, locks: ExitStack) -> Path:
         try:
             free.mkdir()
             locks.enter_context(hold(free, keep=False))
-            write_new(free / MARK, record)
+            write_new(RunPaths(free).mark, record)
         except FileExistsError:
             number += 1
             free = folder.with_name(f"{folder.name}-{number}")
@@ -143,13 +175,13 @@ def claim_named(folder: Path, record: str, locks: ExitStack, *, force: bool) -> 
                 locks.enter_context(hold(folder, keep=False))
                 _check_replaceable(folder, force=force)  # another run may have begun and ended meanwhile
                 _empty(folder)
-                write_text(folder / MARK, record)
+                write_text(RunPaths(folder).mark, record)
                 return folder
         try:
-            locks.enter_context(locked(folder / LOCK, keep=False))
+            locks.enter_context(locked(RunPaths(folder).lock, keep=False))
         except LockHeld:
             raise FileExistsError from None
-        write_new(folder / MARK, record)
+        write_new(RunPaths(folder).mark, record)
     except (FileExistsError, FileNotFoundError):
         raise _in_use(folder, "a run that another process has just started") from None
     except OSError as error:
@@ -170,7 +202,7 @@ def hold(folder: Path, *, what: str = "trains in it", wait_s: float = 0.0, keep:
     Raises:
         InputError: Another process works there, or the folder cannot be written.
     """
-    lock = locked(folder / LOCK, wait_s=wait_s, keep=keep)
+    lock = locked(RunPaths(folder).lock, wait_s=wait_s, keep=keep)
     try:
         lock.__enter__()
     except LockHeld as error:
@@ -200,7 +232,8 @@ def clean_up(folder: Path) -> None:
 def is_run(folder: Path) -> bool:
     """Whether a folder's ``run.json`` is one of ours, by its content."""
     try:
-        record = parse_json((folder / MARK).read_bytes()) if (folder / MARK).is_file() else None
+        mark = RunPaths(folder).mark
+        record = parse_json(mark.read_bytes()) if mark.is_file() else None
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "status", "config_digest", "store_digest", "version"} <= record.keys()
@@ -212,7 +245,8 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
     inside = _contents(folder)
     # Of a process that was killed at the very start, an empty mark may be all that there is.
     others = [name for name in (*inside.ours, *inside.foreign) if name != MARK and not _passes(name)]
-    begun = (folder / MARK).is_file() and (folder / MARK).stat().st_size == 0 and not others
+    mark = RunPaths(folder).mark
+    begun = mark.is_file() and mark.stat().st_size == 0 and not others
     if not is_run(folder) and not begun:
         raise InputError(
             "will not replace a folder that is no run",
@@ -234,8 +268,9 @@ def _check_replaceable(folder: Path, *, force: bool) -> None:
 def _empty(folder: Path) -> None:
     """Remove what a run wrote, but for its mark, which says first that the run is no whole one any more."""
     if is_run(folder):
-        record = parse_json((folder / MARK).read_bytes())
-        write_text(folder / MARK, json.dumps({**record, "status": REPLACED}, indent=1))
+        mark = RunPaths(folder).mark
+        record = parse_json(mark.read_bytes())
+        write_text(mark, json.dumps({**record, "status": REPLACED}, indent=1))
     clean_up(folder)
     remove_files(folder, [name for name in _contents(folder).ours if name not in {MARK, LOCK, LOCK + SOFT}])
 
@@ -250,7 +285,7 @@ def _passes(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return FILES.fullmatch(name) is not None
+    return name in FILES or MORE_FILES.fullmatch(name) is not None
 
 
 def _is_written(prefix: str, name: str) -> bool:

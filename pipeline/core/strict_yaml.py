@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ...errors import InputError, cannot_read, check_file
+from ...errors import InputError, cannot_read, check_file, first_line
 
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES = 1 << 18, 20, 10
 _LARGEST = 2**63
@@ -80,7 +80,7 @@ def parse_yaml(text: str) -> Any:  # noqa: ANN401 - YAML
         _check_size(text)
         return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
     except (ValueError, OverflowError) as error:  # what PyYAML lets through
-        raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0]) from None
+        raise yaml.MarkedYAMLError(problem=first_line(error)) from None
 
 
 def _check_size(text: str) -> None:
@@ -114,7 +114,7 @@ def yaml_problem(error: yaml.YAMLError, where: object) -> tuple[str, str]:
     """What is wrong with a text, and where in it."""
     mark = getattr(error, "problem_mark", None)
     place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(where)
-    return getattr(error, "problem", None) or str(error).splitlines()[0], place
+    return getattr(error, "problem", None) or first_line(error), place
 
 
 def read_yaml(path: Path, what: str, *, wanted: str, do: str | None = None) -> Any:  # noqa: ANN401 - YAML

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...cache.parquet import read_parquet
-from ...errors import InputError, cannot_read
+from ...errors import InputError, cannot_read, first_line
 from ..core.files import check_input, is_inside, resolve_image, write_whole
 from .manifest_checks import DATA_KEY, NAMES_KEY, SCHEMA, SPLITS, VERSION, VERSION_KEY, check_table
 
@@ -217,8 +217,7 @@ def _column(name: str, values: object, where: object) -> pa.Array:
     try:
         return values if isinstance(values, pa.Array) else pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        got = str(error).splitlines()[0]
-        raise InputError(f"bad {name} in a manifest", where=where, got=got, wanted=kind) from None
+        raise InputError(f"bad {name} in a manifest", where=where, got=first_line(error), wanted=kind) from None
 
 
 def _frozen(array: Array) -> Array:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...cache.strict_json import parse_json
-from ...errors import InputError
+from ...errors import InputError, first_line
 from ..core.files import SAFE_PATH, UNSAFE_PATH
 
 SPLITS = ("train", "val", "test")
@@ -180,7 +180,7 @@ class _Checker:
         return InputError(
             "a manifest's column cannot be read",
             where=f"{self._where}, column {name}",
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             wanted=SCHEMA.field(name).type,
         )
 

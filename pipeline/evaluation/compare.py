@@ -21,9 +21,9 @@ from ..core.console import comparison_table
 from ..core.files import command
 from ..core.json_result import JsonResult
 from ..core.metrics_file import read_metrics
-from ..core.results import codes_path, read_run_arrays
+from ..core.results import read_run_arrays
 from ..core.run import Run, open_run, read_info
-from .metrics import OVERALL, scores_path
+from .metrics import OVERALL
 
 FIGURES = ("mAP", "mAP_sample", "F1_micro", "F1_macro", "CF1", "P@1", "P@5", "R@1", "R@5", "hamming_loss")
 # These are compared at the threshold that each method tuned on val, where both have one.
@@ -338,13 +338,13 @@ def compare(
 
 def _sample(run: Run, method: str, split: str) -> Sample:
     """The scores of a method as those of one seed."""
-    labels = codes_path(run.folder, split)
+    labels = run.paths.codes(split)
     rows = [row for row in read_metrics(run.folder) if (row["method"], row["split"]) == (method, split)]
     stage = command("knn-eval", "--run", run.folder) if method == "knn" else f"mmcli {run.info.kind}"
     return Sample(
         seed=run.info.seed,
         row=rows[0] if rows else {"method": method, "split": split},
-        scores=scores_path(run.folder, method, split),
+        scores=run.paths.scores(method, split),
         labels=labels if labels.is_file() else None,
         again=f"run the command that scores this split again (`{stage}`)",
     )
@@ -371,8 +371,8 @@ def _methods(runs: Sequence[Run], named: tuple[str | None, str | None], split: s
 
 def _scored_methods(run: Run, split: str) -> list[str]:
     """Methods whose scores of a split a run has, the preferred ones first."""
-    ending = f"-{split}.safetensors"
-    methods = {path.name.removesuffix(ending) for path in (run.folder / "scores").glob(f"*{ending}")}
+    pattern = run.paths.scores("*", split)
+    methods = {path.name.removesuffix(pattern.name[1:]) for path in pattern.parent.glob(pattern.name)}
     return [method for method in PREFERRED if method in methods] + sorted(methods - set(PREFERRED))
 
 

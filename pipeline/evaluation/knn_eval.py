@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ...cache import Store
 from ...errors import InputError
 from ...heads.config import VOTE_PARAMETER, KnnConfig
 from ...heads.voting import check_ties
@@ -18,7 +17,7 @@ from ..core.device import pick_device
 from ..core.files import write_text
 from ..core.metrics_file import add_metrics, read_metrics
 from ..core.progress import Progress
-from ..core.run import Run, newest_run, open_run
+from ..core.run import Run
 from .metrics import check_predictor, classifier_row, write_scores
 from .search import Evaluated, NeighbourSearch, fitting_metric
 from .sweep import ALL, searches
@@ -44,31 +43,6 @@ class KnnResult:
         described = ", ".join(f"{name} {self.metrics[name]}" for name in SHOWN if name in self.metrics)
         table = metrics_table([self.metrics, *self.others], described)
         return [table, *_lines(self.metrics), f"wrote {self.metrics_path}"]
-
-
-def find_run(run: Path | None, runs: Path = Path("runs"), *, store: Path | None = None) -> Run:
-    """The run that was named, or the newest finished one of ``train-head``.
-
-    Args:
-        run: The run; the newest below ``runs`` when not given.
-        runs: The folder of all runs.
-        store: Where given, the run must come from the data set of this store.
-
-    Raises:
-        InputError: There is none, or it comes from another data set.
-    """
-    chosen = open_run(run) if run is not None else newest_run(runs)
-    if store is not None:
-        wanted = Store.open(store).key.manifest_sha256
-        if chosen.info.manifest_sha256 != wanted:
-            raise InputError(
-                "a run of another data set",
-                where=chosen.folder,
-                got=f"manifest {chosen.info.manifest_sha256[:12]}",
-                wanted=f"manifest {wanted[:12]}, as in {store}",
-                do="name another --run, or train from this store",
-            )
-    return chosen
 
 
 def knn_eval(config: Config, *, run: Run, split: str = "test", progress: Progress | None = None) -> KnnResult:
@@ -137,7 +111,6 @@ def _lines(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-FILE = "knn_table.json"
 VERSION = 1
 # Heading, key of a row and format of each column; the settings first.
 COLUMNS = (
@@ -216,7 +189,7 @@ def knn_table(
                 row = search.row("knn", search.vote(knn), knn) | search.boundary_facts(knn)
                 rows.append({key: value for key, value in row.items() if not _idle(key, knn.voting_strategy)})
                 task.advance(1)
-    path = run.folder / FILE
+    path = run.paths.knn_table
     record = {"version": VERSION, "split": split, "n_searches": len(groups), "rows": rows}
     write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return TableResult(run=run, path=path, split=split, rows=tuple(rows))

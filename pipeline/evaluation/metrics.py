@@ -17,6 +17,7 @@ from ...heads.tensor_files import write_tensors
 from ..core.files import command, write_whole
 from ..core.results import Codes, read_run_arrays, write_per_class
 from ..core.run import Run, run_identity
+from ..core.run_folders import RunPaths
 
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.uint8]
@@ -144,15 +145,10 @@ def write_scores(
     """
     arrays = {"image_id": image_id, "scores": scores} | ({} if labels is None else {"labels": labels})
     whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    path = scores_path(run, method, split)
+    path = RunPaths(run).scores(method, split)
     about = {"method": method, "split": split, **run_identity(run)}
     write_whole(path, lambda temporary: write_tensors(temporary, save_file, whole, about))
     return path
-
-
-def scores_path(run: Path, method: str, split: str) -> Path:
-    """Where a run keeps the scores of a method on a split."""
-    return run / "scores" / f"{method}-{split}.safetensors"
 
 
 def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any]]:
@@ -163,7 +159,7 @@ def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any
     """
     again = f" (`{command('knn-eval', '--run', run)}`)" if method == "knn" else ""
     return read_run_arrays(
-        scores_path(run, method, split),
+        RunPaths(run).scores(method, split),
         "scores",
         about={"method": method, "split": split},
         do=f"run the command that scores this split again{again}",

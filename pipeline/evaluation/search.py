@@ -12,7 +12,7 @@ from ...heads.config import KnnConfig, Metric
 from ...heads.neighbours import Rows
 from ...heads.retrieval import retrieval_row
 from ...heads.voting import QueryNeighbours, VotingIndex, Weights
-from ..core.results import Codes, codes_path, read_codes
+from ..core.results import Codes, read_codes
 from ..core.run import Run
 from .metrics import Scores, metrics_row, mix_with_classifier
 
@@ -43,7 +43,7 @@ class Evaluated:
         Raises:
             InputError: Damaged codes, or a split without images.
         """
-        voters = "database" if codes_path(run.folder, "database").is_file() else "train"
+        voters = "database" if run.paths.codes("database").is_file() else "train"
         base, val = read_codes(run.folder, voters), read_codes(run.folder, "val")
         query = {voters: base, "val": val}.get(split) or read_codes(run.folder, split)
         if not len(query):

@@ -18,6 +18,7 @@ from ...heads.prototypes import class_prototypes, mean_logits, zero_shot_scores
 from ...heads.sigmoid import sigmoid
 from ..core.config import Config, ModelConfig
 from ..core.console import metrics_table
+from ..core.defaults import RUNS
 from ..core.device import device_line, pick_device
 from ..core.interrupts import interruptible
 from ..core.progress import Progress
@@ -99,7 +100,7 @@ def zero_shot(
     score = _Scorer(labelled, prototypes, encoder, inputs)
     info = describe_run("zero-shot", config, labelled, precision=precision)
     device = str(encoder.device)
-    run = start_run(info, config, label="zero-shot", out=out, runs=Path("runs"), device=device, force=force)
+    run = start_run(info, config, label="zero-shot", out=out, runs=RUNS, device=device, force=force)
     with interruptible(f"{run.folder} is not finished", also=[] if out is None else ["--force"]):
         logits = {name: score(chosen_rows) for name, chosen_rows in rows.items()}
         labels = {name: listing.labels_matrix()[chosen_rows] for name, chosen_rows in rows.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InputError
-from .model_source import ModelSource, first_line
+from .model_source import ModelSource, reason
 from .native_output import without_native_output
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def load_tokenizer(source: ModelSource, tokenizer: Any, config: Any, length: int
         raise
     # Whatever its files made of it: parsers in Rust panic outside Exception.
     except BaseException as error:
-        raise _refusal(source, first_line(error), length) from error
+        raise _refusal(source, reason(error), length) from error
     if fault is not None:
         raise _refusal(source, fault, length)
     return captions

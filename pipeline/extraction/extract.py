@@ -24,6 +24,7 @@ from ...cache.metadata import read_key
 from ...errors import InputError
 from ..core.config import Config
 from ..core.cores import count_cores
+from ..core.defaults import STORES
 from ..core.device import pick_device, reader_count
 from ..core.interrupts import interruptible
 from ..core.processes import end_children, end_with_parent, without_main_module
@@ -37,7 +38,6 @@ from .siglip import model_path
 
 __all__ = ["ExtractPlan", "ExtractResult", "extract", "extract_here", "parse_stripe"]
 
-DEFAULT_CACHE = Path("data/cache")
 # Smaller shards lose less when an extraction is killed; larger ones fill the batches of rare grids, which a GPU wants.
 SHARD_ROWS = {"cpu": 1024, "mps": 1024, "cuda": 4096}
 SHOWN_REASONS = 10
@@ -64,7 +64,7 @@ class ExtractPlan:
     data: Path
     manifest: Path | None = None
     out: Path | None = None
-    cache: Path = DEFAULT_CACHE
+    cache: Path = STORES
     dtype: Literal["float16", "float32"] = "float16"
     on_error: OnError = "stop"
     resizer: Resizer = "pillow"

@@ -20,6 +20,7 @@ from ... import __version__
 from ...cache import StoreError, StoreKey, StoreWriter
 from ...cache.layout import StoredDtype
 from ...errors import InputError
+from ..core.defaults import STORES
 from ..core.interrupts import interruptible
 from ..core.json_result import JsonResult
 from ..core.progress import Progress
@@ -209,7 +210,7 @@ class ImportPlan:
     name: str
     revision: str | None = None
     out: Path | None = None
-    cache: Path = Path("data/cache")
+    cache: Path = STORES
     dtype: StoredDtype | None = None
     shard_rows: int = SHARD_ROWS
     force: bool = False

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from ...cache.strict_json import parse_json
-from ...errors import InputError
+from ...errors import InputError, first_line
 from ..core.config import DEFAULT_MODEL, ModelConfig
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -97,7 +97,7 @@ class ModelSource:
         except BaseException as error:
             library = _MISSING_LIBRARY.search(str(error)) if isinstance(error, ImportError) else None
             advice = None if library is None else f"install it: pip install {library[1].lower()}"
-            raise self.refusal(f"cannot load {part} of the checkpoint", got=first_line(error), do=advice) from error
+            raise self.refusal(f"cannot load {part} of the checkpoint", got=reason(error), do=advice) from error
 
     def load_weights(self, config: Any) -> Any:  # noqa: ANN401
         """Load the towers in float32; every tensor of theirs comes from the checkpoint.
@@ -207,7 +207,7 @@ class ModelSource:
             for names, what in ((missing, "missing"), (extra, "unknown"), (other, "of another shape"))
             if names
         ]
-        problems += [first_line(error) for error in report.get("error_msgs", ())[:1]]
+        problems += [reason(error) for error in report.get("error_msgs", ())[:1]]
         if not problems:
             return
         prefix = next((prefix for prefix in _PREFIXES if extra and all(n.startswith(prefix) for n in extra)), None)
@@ -294,10 +294,9 @@ def silence_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
-def first_line(error: object) -> str:
-    """The first line of an error, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return _printable((lines[0] if lines else type(error).__name__)[:200].rstrip(". "))
+def reason(error: object) -> str:
+    """The first line of an error as it stands inside a line of ours."""
+    return _printable(first_line(error)[:200].rstrip(". "))
 
 
 def _snapshot(name: str, commit: str) -> Path:
@@ -354,7 +353,7 @@ def _commit_in_cache(name: str, start: str) -> str | None:
 def _unavailable(name: str, revision: str | None, error: Exception) -> InputError:
     """The one line for a checkpoint that the hub, or its cache, does not give."""
     asked = name if revision is None else f"{name} at {revision}"
-    got, do = f"no such folder, and from the hub: {first_line(error)}", "check --model, --revision and the network"
+    got, do = f"no such folder, and from the hub: {reason(error)}", "check --model, --revision and the network"
     if isinstance(error, GatedRepoError):
         got = "a gated repository that your account may not read"
         do = f"accept its terms at {constants.ENDPOINT}/{name} and log in with `hf auth login`"
@@ -364,7 +363,7 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> InputErro
     elif isinstance(error, RevisionNotFoundError):
         got, do = "no such revision on the hub", "give --revision a branch, a tag or a commit of this repository"
     elif isinstance(error, IncompleteSnapshotError):
-        got = f"a download that was interrupted, and no network: {first_line(error)}"
+        got = f"a download that was interrupted, and no network: {reason(error)}"
         do = "run again with network access, or give --model a folder"
     elif isinstance(error, RevisionResolutionError | LocalEntryNotFoundError):
         got = f"no such folder, not in the hub's cache {constants.HF_HUB_CACHE}, and the hub cannot be reached"
@@ -387,7 +386,7 @@ def _is_folder(name: str) -> bool:
             do="rename the folder, or make a link with another name",
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError("no checkpoint", where=_printable(name), got=first_line(error)) from None
+        raise InputError("no checkpoint", where=_printable(name), got=reason(error)) from None
     return True
 
 
@@ -402,7 +401,7 @@ def _damage(path: Path, error: BaseException) -> str:
         return "an empty file"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the weights: run `git lfs pull`"
-    return f"a damaged or partial file ({first_line(error)})"
+    return f"a damaged or partial file ({reason(error)})"
 
 
 def _some(names: Sequence[str]) -> str:

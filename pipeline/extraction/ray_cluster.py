@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, first_line
 from ..core.config import Config
 from ..core.cores import count_cores
 from .native_output import without_native_output
@@ -144,7 +144,7 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     return InputError(
         "no Ray cluster",
         where=address,
-        got=(str(error).splitlines() or [type(error).__name__])[0],
+        got=first_line(error),
         wanted="the address of a running one",
         do="start one with `ray start --head`, and name its RAY_AUTH_MODE; or leave --ray-address out",
     )

@@ -35,6 +35,7 @@ from ...cache.layout import StoredDtype
 from ...errors import InputError
 from ..core.config import Config, StoreFacts, resolve
 from ..core.console import FittingTable
+from ..core.defaults import STORES
 from ..core.json_result import JsonResult
 from ..core.progress import Progress
 from ..core.run import RunInfo, now
@@ -45,7 +46,6 @@ from ..data.protocols import lists_digest
 if TYPE_CHECKING:
     from .siglip import Identity
 
-DEFAULT_CACHE = Path("data/cache")
 _DIGITS = re.compile("[0-9a-f]{7,40}")
 
 
@@ -58,7 +58,7 @@ class LabelledStore:
     listing: Manifest
 
 
-def find_store(folder: Path | None, cache: Path = DEFAULT_CACHE) -> Path:
+def find_store(folder: Path | None, cache: Path = STORES) -> Path:
     """The store that the user names, or else the newest finished one.
 
     Raises:

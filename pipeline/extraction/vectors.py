@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...cache.parquet import open_parquet, read_parquet, unreadable
-from ...errors import InputError
+from ...errors import InputError, first_line
 from ..data.manifest import Manifest
 
 ALLOWED = "float16 or float32"
@@ -127,9 +127,11 @@ def open_npy(path: Path, files: Sequence[Path], ndims: tuple[int, ...]) -> Vecto
         try:
             array: npt.NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
         except Exception as error:  # noqa: BLE001 - numpy raises whatever it raises on a header that makes no sense
-            got = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise InputError(
-                "cannot read embeddings", where=file, got=got[:200], wanted=f"a whole .npy file of {ALLOWED}"
+                "cannot read embeddings",
+                where=file,
+                got=first_line(error)[:200],
+                wanted=f"a whole .npy file of {ALLOWED}",
             ) from None
         if array.dtype.kind != "f" or array.dtype.itemsize not in {2, 4}:
             raise InputError(

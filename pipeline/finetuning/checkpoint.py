@@ -14,11 +14,10 @@ from ...heads.hub import reason
 from ...heads.tensor_files import load_tensors, write_tensors
 from ..core.config import Config
 from ..core.files import write_folder, write_text, write_whole
-from ..core.run import TOWERS, RunInfo
+from ..core.run import RunInfo
+from ..core.run_folders import TOWERS_OF_EPOCH, RunPaths
 from .distributed import Shards
 from .towers import Towers
-
-RECORD = "finetune.json"
 
 
 class TowerKeeper:
@@ -80,12 +79,12 @@ class TowerKeeper:
         return tensors
 
     def _remove(self, keep: Path | None) -> None:
-        for path in self._folder.glob("towers-*.safetensors"):
+        for path in self._folder.glob(TOWERS_OF_EPOCH.replace("{:03d}", "*")):
             if path != keep:
                 path.unlink()
 
     def _path(self, epoch: int) -> Path:
-        return self._folder / f"towers-{epoch:03d}.safetensors"
+        return self._folder / TOWERS_OF_EPOCH.format(epoch)
 
 
 def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Path:
@@ -102,7 +101,7 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
     Raises:
         InputError: The folder cannot be written.
     """
-    folder, parts = run / TOWERS, towers.parts
+    folder, parts = RunPaths(run).towers, towers.parts
 
     def save(scratch: Path) -> None:
         parts.model.save_pretrained(scratch, state_dict={**parts.model.state_dict(), **trained})
@@ -116,7 +115,7 @@ def save_towers(run: Path, towers: Towers, trained: Mapping[str, Tensor]) -> Pat
 def read_base(run: Path, info: RunInfo) -> dict[str, Any]:
     """The checkpoint that a run began with: its ``model``, ``revision`` and ``store_digest``."""
     try:
-        base: dict[str, Any] = parse_json((run / RECORD).read_bytes())["base"]
+        base: dict[str, Any] = parse_json(RunPaths(run).finetuned.read_bytes())["base"]
     except (OSError, ValueError, LookupError, TypeError):  # interrupted before it was written
         return {"model": info.model, "store_digest": info.store_digest}
     return base
@@ -140,4 +139,4 @@ def write_record(run: Path, config: Config, towers: Towers, base: Mapping[str, A
         "trained": list(towers.trained),
         "n_trained": sum(parameter.numel() for parameter in towers.trained.values()),
     }
-    write_text(run / RECORD, json.dumps(record, indent=1))
+    write_text(RunPaths(run).finetuned, json.dumps(record, indent=1))

@@ -18,15 +18,17 @@ import torch
 from ...errors import InputError
 from ...heads.model import BaseHead
 from ..core.config import Config, notices
+from ..core.defaults import RUNS
 from ..core.device import is_memory_shortage
 from ..core.progress import Progress
 from ..core.run import Run, mark, open_run, write_info
+from ..core.run_folders import RunPaths
 from ..extraction.siglip import local_digest
 from ..training.data import Diverged, Split
 from ..training.loop import FitResult, Hooks, Record, fit
 from ..training.monitor import Monitor
 from ..training.run import TrainingRun, TrainResult, read_result
-from ..training.state import STATE, TrainingState, check_precision, read_state
+from ..training.state import TrainingState, check_precision, read_state
 from ..training.step import Step
 from ..training.train_head import Place, RunSession
 from .batches import TowerBatches, TowerStep
@@ -40,7 +42,6 @@ from .setup import Setup, set_up
 ALIKE = 0.95
 # ... and so much of the first distance to 1 that is left is a collapse.
 LEFT = 0.5
-RUNS = Path("runs")
 # A state is as large as three times what is trained, and an epoch may take hours.
 KEEP_WITHIN_S = 300.0
 
@@ -124,7 +125,7 @@ def resume_finetuning(
                 do="name the data set's folder with --data, or train again",
             )
         check_precision(info.precision, setup.precision)
-        state = read_state(folder / STATE)
+        state = read_state(RunPaths(folder).state)
         setup.group.barrier()  # nobody reads it while the first process writes it anew
         if run is not None and setup.group.is_first:
             run, state = session.resume(run)
@@ -163,7 +164,7 @@ class _Training:
         self._folder = Path(setup.group.broadcast_text("" if run is None else str(run.folder)))
         history = () if state is None else state.history
         self._keeper = TowerKeeper(
-            self._folder / "checkpoints", setup.shards, writes=setup.group.is_first, history=history
+            RunPaths(self._folder).checkpoints, setup.shards, writes=setup.group.is_first, history=history
         )
         self._writer: TrainingRun | None = None
 

@@ -8,6 +8,7 @@ from ...errors import InputError
 from ..core.config import Config, FinetuneConfig, load_config, resolve
 from ..core.progress import Progress
 from ..core.run import TRAINED, RunInfo, begun_config, open_run, read_info
+from ..core.run_folders import RunPaths
 
 WhichTowers = Literal["both", "image", "text"]
 KIND = "finetune"
@@ -168,7 +169,7 @@ def start_config(start: Path) -> dict[str, Any]:
         InputError: No finished run of a head.
     """
     open_run(start, kind=TRAINED[0])
-    tree = load_config(start / "config.yaml").model_dump(mode="json")
+    tree = load_config(RunPaths(start).config).model_dump(mode="json")
     kept = {name: tree[name] for name in ("preset", "head", "fusion", "hash", "loss", "classifier", "knn")}
     model = {key: tree["model"][key] for key in ("siglip2_variant", "revision", "max_num_patches", "text_max_length")}
     data = {key: tree["data"][key] for key in ("split_type", "protocol_lists")}

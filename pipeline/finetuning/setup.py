@@ -15,8 +15,9 @@ from ..core.checkpoint import load_head
 from ..core.config import Config, DataConfig, load_config
 from ..core.device import autocast, device_line
 from ..core.progress import Progress
-from ..core.results import codes_path, read_codes
-from ..core.run import TOWERS, RunInfo, now, open_run, read_info
+from ..core.results import read_codes
+from ..core.run import RunInfo, now, open_run, read_info
+from ..core.run_folders import RunPaths
 from ..data.manifest import Manifest, read_manifest
 from ..data.protocols import lists_digest
 from ..extraction.encoder import Encoder, EncoderParts
@@ -69,7 +70,7 @@ def refuse_seen(start: Path, data: DataConfig, manifest_sha256: str, image_ids: 
 
 
 def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> None:
-    info, theirs = read_info(start), load_config(start / "config.yaml").data
+    info, theirs = read_info(start), load_config(RunPaths(start).config).data
     digests = (info.lists_digest or lists_digest(theirs), lists_digest(data))
     protocols = [
         " of ".join(filter(None, (section.split_type, digest[:12])))
@@ -80,7 +81,7 @@ def _refuse_other_data(start: Path, data: DataConfig, manifest_sha256: str) -> N
         if wanted != got:
             raise InputError(
                 f"another {name} than the run's, and it does not say which images it was trained on",
-                where=codes_path(start, "train"),
+                where=RunPaths(start).codes("train"),
                 got=got,
                 wanted=wanted,
                 do="bring its codes back, or start from another run",
@@ -94,11 +95,11 @@ def _seen(start: Path) -> Ids | None:
     following: Path | None = start
     while following is not None and following.resolve() not in passed:
         passed.add(following.resolve())
-        if not codes_path(following, "train").is_file():
+        if not RunPaths(following).codes("train").is_file():
             return None
         ids.append(read_codes(following, "train").image_id)
         try:
-            before = load_config(following / "config.yaml").finetune.start
+            before = load_config(RunPaths(following).config).finetune.start
         except InputError:
             return None
         following = None if before is None else Path(before)
@@ -270,7 +271,8 @@ def with_classes(config: Config, listing: Manifest) -> Config:
 def _load(config: Config, start: Path | None, listing: Manifest, group: ProcessGroup) -> EncoderParts:
     """The checkpoint; that of the run to start from has to be the one that its head was trained on."""
     model = config.model
-    name = str(start / TOWERS) if start is not None and (start / TOWERS).is_dir() else model.siglip2_variant
+    trained = None if start is None else RunPaths(start).towers
+    name = str(trained) if trained is not None and trained.is_dir() else model.siglip2_variant
     revision = model.revision if name == model.siglip2_variant else None
     # A branch may move between the first process that asks for it and the last one.
     commit = group.broadcast_text(str(find_commit(name, revision)) if group.is_first else "")

@@ -24,21 +24,20 @@ from ...heads.config import KnnConfig
 from ..ablation.experiments import DEFAULT, read_experiments
 from ..ablation.records import ROWS, read_rows
 from ..core.config import load_config
+from ..core.defaults import ABLATIONS, DATA, STORES
 from ..core.files import command, resolve_image
-from ..core.metrics_file import METRICS, by_precision, read_history, read_metrics
-from ..core.results import codes_path, read_codes
+from ..core.metrics_file import by_precision, read_history, read_metrics
+from ..core.results import read_codes
 from ..core.run import TRAINED, Run, RunInfo, read_info
-from ..core.run_folders import MARK
+from ..core.run_folders import MARK, RunPaths
 from ..data.manifest import Manifest, read_manifest
 from ..evaluation.compare import Arm, Sample
-from ..evaluation.metrics import scores_path
 from ..evaluation.search import Evaluated
 from ..extraction.images import UnreadableImage, open_rgb
 
 Row = Mapping[str, Any]
 
 SPLIT = "test"
-DEFAULT_DATA, DEFAULT_ABLATIONS, DEFAULT_CACHE = Path("data/coco"), Path("runs/ablations"), Path("data/cache")
 DEFAULT_PRESET, MINIATURE = "recommended", "miniature"
 ABLATE_SETTINGS = ("--set", "--config")
 FULL_METHOD = ("base", "full")
@@ -69,7 +68,7 @@ class Pictures:
         manifest: Its manifest; without one there is no picture and no caption.
     """
 
-    def __init__(self, data: Path = DEFAULT_DATA, manifest: Manifest | None = None) -> None:
+    def __init__(self, data: Path = DATA, manifest: Manifest | None = None) -> None:
         self._data, self._manifest = data, manifest
         ids = [] if manifest is None else manifest.image_ids.tolist()
         self._row = {image_id: row for row, image_id in enumerate(ids)}
@@ -132,16 +131,16 @@ class FinishedRun:
     @property
     def has_codes(self) -> bool:
         """Whether it keeps codes in which neighbours can be searched."""
-        voters = any(codes_path(self.folder, split).is_file() for split in ("database", "train"))
-        return self.info.kind in TRAINED and voters and codes_path(self.folder, SPLIT).is_file()
+        voters = any(RunPaths(self.folder).codes(split).is_file() for split in ("database", "train"))
+        return self.info.kind in TRAINED and voters and RunPaths(self.folder).codes(SPLIT).is_file()
 
     def arm(self, row: Row, name: str) -> Arm:
         """One method of the run as an arm of one seed."""
-        labels = codes_path(self.folder, SPLIT)
+        labels = RunPaths(self.folder).codes(SPLIT)
         sample = Sample(
             seed=self.info.seed,
             row=row,
-            scores=scores_path(self.folder, str(row["method"]), SPLIT),
+            scores=RunPaths(self.folder).scores(str(row["method"]), SPLIT),
             labels=labels if labels.is_file() else None,
         )
         return Arm(value=name, samples=(sample,))
@@ -217,7 +216,7 @@ class Inputs:
         """The command that runs experiments with the store, the preset and the settings of the runs that exist."""
         words = ["mmcli", "ablate", *experiments, "--seeds", str(seeds)]
         info = next((run.info for run in self.runs.values() if run.info.kind in TRAINED), None)
-        if info is not None and info.kind == "train-head" and Path(info.store).parent != DEFAULT_CACHE:
+        if info is not None and info.kind == "train-head" and Path(info.store).parent != STORES:
             words += ["--store", _relative(Path(info.store))]
         if info is not None and info.preset != DEFAULT_PRESET:
             words += ["--preset", info.preset]
@@ -225,7 +224,7 @@ class Inputs:
         pairs = {(row["experiment"], row["value"]) for row in self.rows if row["experiment"] in experiments}
         if pairs and pairs & (_shipped_values(MINIATURE) - _shipped_values(DEFAULT)):
             words += ["--experiments", MINIATURE]
-        if self.ablations != DEFAULT_ABLATIONS:
+        if self.ablations != ABLATIONS:
             words += ["--out", _relative(self.ablations)]
         return shlex.join(words)
 
@@ -252,7 +251,7 @@ def collect(runs: Path, ablations: Path, data: Path | None) -> Inputs:
             wanted="at least one",
             do="run `mmcli train-head` and `mmcli knn-eval` first, or name --runs",
         )
-    folder = DEFAULT_DATA if data is None else data
+    folder = DATA if data is None else data
     path = folder / "manifest.parquet"
     manifest = None if data is None and not path.is_file() else read_manifest(path)
     return Inputs(
@@ -283,7 +282,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
             do=f"finish it with `{command(info.kind, '--resume', folder)}`, or name another --run",
         )
     try:
-        environment = parse_json(_text(folder / "environment.json"))
+        environment = parse_json(_text(RunPaths(folder).environment))
     except ValueError:
         environment = None
     return FinishedRun(
@@ -292,7 +291,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
         rows=tuple(row for row in read_metrics(folder) if row["split"] == SPLIT),
         history=tuple(read_history(folder)),
         environment=environment if isinstance(environment, dict) else {},
-        config=_text(folder / "config.yaml"),
+        config=_text(RunPaths(folder).config),
     )
 
 
@@ -334,14 +333,14 @@ def read_codes_of(run: FinishedRun, reason: str) -> ChosenRun:
         InputError: Damaged codes or metrics.
     """
     settings = next((row for row in run.rows if row["method"] == "knn"), {})
-    config = load_config(run.folder / "config.yaml").knn.model_dump()
+    config = load_config(RunPaths(run.folder).config).knn.model_dump()
     try:
         knn = KnnConfig(**config | {key: settings[key] for key in VOTE_KEYS if settings.get(key) is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
             "damaged metrics",
-            where=run.folder / METRICS,
+            where=RunPaths(run.folder).metrics,
             got=f"{first['loc'][0]} {first['input']!r:.60}",
             wanted="what mmcli wrote",
             do="remove the file, and `mmcli knn-eval` writes it again",

@@ -24,6 +24,7 @@ from ...cache.locks import SOFT, LockHeld, locked
 from ...cache.ownership import Contents, contents, remove_files
 from ...cache.strict_json import parse_json
 from ...errors import InputError
+from ..core.defaults import REPORT, RUNS
 from ..core.files import (
     command,
     final_name,
@@ -47,7 +48,6 @@ from .sections import TITLE, build
 Ids = npt.NDArray[np.int64]
 
 PAGE, MARKDOWN = "report.html", "report.md"
-RUNS, OUT = Path("runs"), Path("report")
 # The list of the files of a report, in its folder: what it does not list is somebody's own.
 INVENTORY, LOCK = ".report.json", ".lock"
 FORMAT = "mmcli-report"
@@ -76,7 +76,7 @@ class ReportPlan:
     ablations: Path | None = None
     data: Path | None = None
     run: Path | None = None
-    out: Path = OUT
+    out: Path = REPORT
     latex: bool = False
     force: bool = False
     markdown_only: Path | None = None
@@ -90,7 +90,7 @@ class ReportPlan:
             "--data": self.data,
             "--run": self.run,
             "--markdown-only": self.markdown_only,
-            "--out": self.out if self.out != OUT and self.markdown_only is None else None,
+            "--out": self.out if self.out != REPORT and self.markdown_only is None else None,
         }
         return {option: path for option, path in paths.items() if path is not None}
 

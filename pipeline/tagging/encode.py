@@ -25,7 +25,7 @@ from ..core.checkpoint import load_head
 from ..core.config import load_config
 from ..core.device import pick_device
 from ..core.progress import Progress
-from ..core.run import TOWERS, Run, RunInfo
+from ..core.run import Run, RunInfo
 from ..data.manifest import Manifest, resolve_image
 from ..extraction.encoder import Encoder
 from ..extraction.images import UnreadableImage, cut, open_rgb, resize, upright_rgb
@@ -121,7 +121,7 @@ class RunEncoder:
         Raises:
             InputError: No checkpoint, or another one than the run's store was made with; a damaged head.
         """
-        config = load_config(run.folder / "config.yaml")
+        config = load_config(run.paths.config)
         if config.model.text_max_length == 1:
             raise InputError(
                 "embeddings from elsewhere",
@@ -132,7 +132,7 @@ class RunEncoder:
             )
         torch_device = pick_device(device)
         head = load_head(run.folder, torch_device)
-        trained = run.folder / TOWERS
+        trained = run.paths.towers
         name = model or (str(trained) if trained.is_dir() else config.model.siglip2_variant)
         encoder = Encoder.load(
             name,

@@ -21,7 +21,6 @@ from ..core.run import Run
 from ..data.manifest import read_manifest
 from .index_file import TagIndex, check_origin, is_index, read_index, write_index, writing
 
-NAME = "index.safetensors"
 SHOWN_CLASSES = 10
 
 
@@ -81,7 +80,7 @@ def build(run: Run, out: Path | None = None, *, force: bool = False) -> IndexRes
     """
     from .tagger import run_index
 
-    path = out or run.folder / NAME
+    path = out or run.paths.index
     index = run_index(run)
     with writing(path):
         refuse_existing(path, is_index, force=force, what="an index, which may have grown", option="--out")

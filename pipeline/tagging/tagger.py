@@ -128,7 +128,7 @@ class Tagger:
 
 def run_knn(run: Run, index: TagIndex) -> KnnConfig:
     """The knn section of a run's configuration; without hash layer the metric is cosine."""
-    knn = load_config(run.folder / "config.yaml").knn
+    knn = load_config(run.paths.config).knn
     return knn if index.bits else knn.model_copy(update={"distance_metric": "cosine"})
 
 

@@ -17,15 +17,16 @@ from ..core.checkpoint import CheckpointKeeper, load_head, write_model_folder
 from ..core.config import Config
 from ..core.console import metrics_table
 from ..core.files import append_text, write_text
-from ..core.metrics_file import HISTORY, read_history, read_metrics
+from ..core.metrics_file import read_history, read_metrics
 from ..core.progress import Progress
 from ..core.results import Codes, write_codes
 from ..core.run import Run, finish_run
+from ..core.run_folders import RunPaths
 from ..evaluation.metrics import classifier_row, write_scores
 from .data import Split, encode_split
 from .loop import FitResult, Hooks, summarise
 from .monitor import CollapseWarnings
-from .state import STATE, TrainingState, write_state
+from .state import TrainingState, write_state
 from .trackers import Tracker
 
 LATENCY_QUERIES = 100
@@ -104,11 +105,11 @@ class TrainingRun:
         self.run, self.splits, self._config, self._monitor = run, splits, config, monitor
         self._trackers, self._progress = trackers, progress
         width = splits["train"].v_img.shape[-1]
-        self._keeper = CheckpointKeeper(run.folder / "checkpoints", config, width=width)
+        self._keeper = CheckpointKeeper(run.paths.checkpoints, config, width=width)
         self._warnings = CollapseWarnings(config, prior=monitor.prior, n_val=len(splits["val"]))
         # Epochs after the state are done again.
         self._keeper.resume(0 if state is None else state.epoch)
-        write_text(run.folder / HISTORY, "".join(map(_line, () if state is None else state.history)))
+        write_text(run.paths.history, "".join(map(_line, () if state is None else state.history)))
 
     @property
     def hooks(self) -> Hooks:
@@ -116,11 +117,11 @@ class TrainingRun:
         return Hooks(monitor=self._monitor, on_epoch=self._record, keep=self._keep)
 
     def _keep(self, state: TrainingState) -> None:
-        write_state(self.run.folder / STATE, state)
+        write_state(self.run.paths.state, state)
         self._keeper.sweep()
 
     def _record(self, head: BaseHead, record: Mapping[str, float]) -> None:
-        append_text(self.run.folder / HISTORY, _line(record))
+        append_text(self.run.paths.history, _line(record))
         self._keeper.offer(head, epoch=int(record["epoch"]), val_mAP=record["val_mAP"])
         for tracker in self._trackers:
             tracker.epoch(record)
@@ -143,7 +144,7 @@ class TrainingRun:
         run = finish_run(self.run, [row])
         for tracker in self._trackers:
             tracker.finish(row)
-        (folder / STATE).unlink(missing_ok=True)
+        RunPaths(folder).state.unlink(missing_ok=True)
         return TrainResult(run=run, fit=fit, monitor=config.training.monitor, metrics=row)
 
     def _write_codes(self, head: BaseHead, split: str, image_id: Any) -> Codes:  # noqa: ANN401

@@ -22,7 +22,6 @@ from ..core.files import write_whole
 if TYPE_CHECKING:
     from .step import Step
 
-STATE = "training.safetensors"
 _HEAD, _OTHER, _MOMENTS, _AVERAGE, _SUM, _GENERATOR = "head.", "other.", "adam.", "average.", "sum.", "generator."
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, first_line
 from ..core.config import Config, dump_config
 from ..core.run import read_info
 from ..core.run_folders import MARK
@@ -64,8 +64,8 @@ class Tracker:
             yield
         except Exception as error:  # noqa: BLE001 - whatever a library of others raises, the training goes on
             self._write = None
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            self._say(f"warning: {self._name} failed and gets no more records; the training goes on: {reason}")
+            what = f"{self._name} failed and gets no more records; the training goes on"
+            self._say(f"warning: {what}: {first_line(error)}")
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:

@@ -15,6 +15,7 @@ from ...errors import InputError
 from ..core.config import Config, load_config, notices
 from ..core.console import spread_table
 from ..core.cores import PROCESSES
+from ..core.defaults import RUNS
 from ..core.interrupts import Interrupted
 from ..core.progress import Progress
 from ..core.run import Run, RunInfo, begun_config, mark, read_info, start_run
@@ -26,10 +27,10 @@ from .loop import fit
 from .monitor import Monitor
 from .run import TrainingRun, TrainResult, read_result
 from .setup import Prepared, prepare_training
-from .state import STATE, TrainingState, check_precision, kept_epoch, read_state
+from .state import TrainingState, check_precision, kept_epoch, read_state
 from .trackers import Tracker, check_trackers, open_trackers
 
-KIND, RUNS = "train-head", Path("runs")
+KIND = "train-head"
 MOST_SEEDS = 2**32
 
 
@@ -86,7 +87,7 @@ class RunSession:
 
     def _interruption(self, runs: Sequence[Run]) -> Interrupted:
         """Which epochs of interrupted runs are kept, and the commands that resume them, unless this was such a one."""
-        epochs = {run.folder: kept_epoch(run.folder / STATE) for run in runs}
+        epochs = {run.folder: kept_epoch(run.paths.state) for run in runs}
         kept = ", ".join(
             f"{folder} is kept up to epoch {epoch}" if epoch else f"no epoch of {folder} was kept"
             for folder, epoch in epochs.items()
@@ -123,7 +124,7 @@ class RunSession:
             InputError: A damaged state.
         """
         clean_up(run.folder)
-        state = read_state(run.folder / STATE)
+        state = read_state(run.paths.state)
         after = f"resuming after epoch {state.epoch}" if state else "no epoch was kept: from the start"
         self.progress.say(after + (f" and {state.batches} batches" if state and state.batches else ""))
         run = mark(run, "running")

@@ -18,8 +18,9 @@ from mmcli import InputError
 from mmcli.pipeline.core import run_folders
 from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.files import write_text, write_whole
-from mmcli.pipeline.core.results import Codes, codes_path, read_codes, write_codes
+from mmcli.pipeline.core.results import Codes, read_codes, write_codes
 from mmcli.pipeline.core.run import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
+from mmcli.pipeline.core.run_folders import RunPaths
 
 
 def make_info(kind: str = "train-head") -> RunInfo:
@@ -316,7 +317,7 @@ def test_damaged_codes_are_one_line(tmp_path: Path) -> None:
     write_codes(tmp_path, "test", replace(codes, labels=codes.labels[:-1]))
     with pytest.raises(InputError, match="lengths"):
         read_codes(tmp_path, "test")
-    path = codes_path(tmp_path, "test")
+    path = RunPaths(tmp_path).codes("test")
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(InputError, match="damaged codes"):
         read_codes(tmp_path, "test")

@@ -14,9 +14,10 @@ from mmcli.heads.metrics import evaluate
 from mmcli.heads.sigmoid import sigmoid
 from mmcli.pipeline.core.config import Config
 from mmcli.pipeline.core.console import cells, metrics_table
-from mmcli.pipeline.core.results import per_class_path, write_per_class
+from mmcli.pipeline.core.results import write_per_class
 from mmcli.pipeline.core.run import Run, start_run
-from mmcli.pipeline.evaluation.metrics import metrics_row, read_scores, scores_path, with_intervals, write_scores
+from mmcli.pipeline.core.run_folders import RunPaths
+from mmcli.pipeline.evaluation.metrics import metrics_row, read_scores, with_intervals, write_scores
 
 C = 5
 
@@ -108,7 +109,7 @@ def test_rows_of_the_classes_are_scikit_learns(run: Run, logits: bool) -> None:
     labels[:, 1], val[:, 3] = 0, 0
     shift = 0.5 if logits else 0.0
     row = metrics_row("m", "test", scores - shift, labels, tuned_on=(on_val - shift, val), logits=logits, run=run)
-    record = json.loads(per_class_path(run.folder, "m", "test").read_text())
+    record = json.loads(run.paths.per_class("m", "test").read_text())
     assert (record["method"], record["split"], record["n_images"]) == ("m", "test", 60)
     assert [line["category"] for line in record["classes"]] == list("abcde")
     for c, line in enumerate(record["classes"]):
@@ -158,7 +159,7 @@ def test_damaged_scores_are_one_line(tmp_path: Path) -> None:
     write_scores(tmp_path, "m", "test", np.arange(60), scores, labels)
     with pytest.raises(InputError, match=r"row 7.*NaN"):
         read_scores(tmp_path, "m", "test")
-    path = scores_path(tmp_path, "m", "test")
+    path = RunPaths(tmp_path).scores("m", "test")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="damaged scores"):
         read_scores(tmp_path, "m", "test")

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from mmcli import InputError
 from mmcli.pipeline.core.config import DataConfig, load_config
 from mmcli.pipeline.core.progress import Progress
-from mmcli.pipeline.core.results import codes_path
 from mmcli.pipeline.core.run import read_info
+from mmcli.pipeline.core.run_folders import RunPaths
 from mmcli.pipeline.finetuning.distributed import Launch, ProcessGroup, device_here, open_group
 from mmcli.pipeline.finetuning.embeddings import refuse_unreadable
 from mmcli.pipeline.finetuning.finetune import LiveMonitor
@@ -28,7 +28,7 @@ WORDS = ("--patches", 64, "--device", "cpu", "--set", "fusion.mlp_dims=[64, 32]"
 
 
 def ids_of(run: Path) -> dict[str, np.ndarray]:
-    return {split: load_file(codes_path(run, split))["image_id"] for split in ("train", "val", "test")}
+    return {split: load_file(RunPaths(run).codes(split))["image_id"] for split in ("train", "val", "test")}
 
 
 def change_record(run: Path, **changes: str) -> None:
@@ -50,7 +50,7 @@ def test_a_head_is_not_tested_on_its_train_images(mmcli, miniature, here) -> Non
     assert mmcli("prepare", "--data", moved)[0] == 0
     code, _, err = mmcli(*words, "--data", moved)
     assert (code, err.count("\n"), "test images that the run was trained on" in err) == (2, 1, True), err
-    codes_path(run, "train").unlink()
+    RunPaths(run).codes("train").unlink()
     code, _, err = mmcli(*words, "--data", miniature.data, "--protocol", "coco14")
     assert (code, err.count("\n"), "another protocol" in err) == (2, 1, True), err
     assert not (here / "runs" / "no").exists()
@@ -63,8 +63,8 @@ def test_what_the_run_itself_began_with_has_seen_images_too(here) -> None:
     refuse_seen(run, karpathy, sha, ids)
     refuse_seen(run, karpathy, "another manifest", ids)
     later = shutil.copytree(run, here / "runs" / "later")
-    arrays = load_file(codes_path(later, "train"))
-    save_file({name: value[1:] for name, value in arrays.items()}, codes_path(later, "train"))
+    arrays = load_file(RunPaths(later).codes("train"))
+    save_file({name: value[1:] for name, value in arrays.items()}, RunPaths(later).codes("train"))
     free = {"val": ids["val"], "test": ids["train"][:1]}
     refuse_seen(later, karpathy, sha, free)
     text = (later / "config.yaml").read_text()
@@ -219,6 +219,7 @@ def test_all_processes_take_the_weights_and_figures_of_the_first(sides) -> None:
 UNLIKE = """
 import os
 from mmcli.pipeline.training import loop, monitor
+from mmcli.pipeline.core.run_folders import RunPaths
 loop.PATIENT_STEPS, rank, calls = 0, int(os.environ["RANK"]), []
 def look(self, head):
     calls.append(head)

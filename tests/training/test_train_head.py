@@ -321,6 +321,11 @@ def test_a_database_of_its_own_is_searched(mmcli, here) -> None:
     code, out, err = mmcli("knn-eval", "--run", "runs/hashnet", "--json")
     assert code == 0, err
     assert json.loads(out)["n_images"] == 12 if "n_images" in json.loads(out) else True
+    # A run that replaces it under a protocol without a database does not search the old one.
+    code, _, err = mmcli("train-head", *TINY, "--out", "runs/hashnet", "--force")
+    assert code == 0, err
+    code, _, err = mmcli("knn-eval", "--run", "runs/hashnet")
+    assert code == 0, err
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:

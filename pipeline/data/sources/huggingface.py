@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ....errors import InputError
+from ....errors import InputError, first_line
 from .samples import Samples, split_name
 from .tables import GUESSES, Columns, texts_of_cell, write_image
 
@@ -29,9 +29,7 @@ def read_dataset(source: str, root: Path, columns: Columns) -> Samples:
     try:
         loaded = datasets.load_from_disk(source) if Path(source).is_dir() else datasets.load_dataset(source)
     except Exception as error:  # noqa: BLE001 - the library raises whatever its readers raise
-        raise InputError(
-            "cannot load the data set", where=source, got=next(iter(str(error).splitlines()), type(error).__name__)
-        ) from None
+        raise InputError("cannot load the data set", where=source, got=first_line(error)) from None
     parts = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     paths: list[str] = []
     captions: list[list[str]] = []
