@@ -13,7 +13,7 @@ from ..core.config import load_config
 from ..core.console import FittingTable
 from ..core.metrics_file import read_metrics
 from ..core.run import newest_run, read_info
-from ..core.run_folders import MARK, RunPaths
+from ..core.run_folders import RunPaths
 
 # What a list may be sorted by, with whether the largest comes first.
 ORDERS = {"created": True, "name": False, "knn": True, "classifier": True, "bits": True}
@@ -100,7 +100,7 @@ def list_runs(folder: Path, *, order: str = "created") -> RunList:
         raise InputError("no such order", where="--sort", got=order, wanted=", ".join(ORDERS))
     runs, unreadable = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if (path / MARK).is_file():
+        if RunPaths(path).mark.is_file():
             try:
                 runs.append(_read(path))
             except InputError as error:

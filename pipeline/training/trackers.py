@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import InputError, first_line
 from ..core.config import Config, dump_config
 from ..core.run import read_info
-from ..core.run_folders import MARK
+from ..core.run_folders import RunPaths
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], object]
@@ -134,7 +134,7 @@ def _weights_and_biases(folder: Path, config: Config, say: Say) -> Write:
             f"note: not logged in to Weights & Biases, so it stays offline, in {folder / 'wandb'}"
             " (`wandb login`, then `wandb sync`, sends it)"
         )
-    created = read_info(folder).created if (folder / MARK).is_file() else ""
+    created = read_info(folder).created if RunPaths(folder).mark.is_file() else ""
     identity = f"{folder.resolve()} {config.digest} {created}"  # the same for a resumed run, another for every other
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "mmcli"),
