@@ -85,6 +85,10 @@ def test_parquet_may_hold_the_images_themselves(tmp_path: Path) -> None:
     pq.write_table(table, folder / "train.parquet")
     samples = read(folder / "train.parquet")
     assert (folder / samples.paths[0]).read_bytes() == data
+    (folder / samples.paths[0]).write_bytes(b"somebody's own")
+    with pytest.raises(InputError, match="of another content"):
+        read(folder / "train.parquet")
+    assert (folder / samples.paths[0]).read_bytes() == b"somebody's own"
 
 
 def test_all_problems_of_a_table_are_listed_at_once(tmp_path: Path) -> None:

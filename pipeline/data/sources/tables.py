@@ -243,6 +243,13 @@ def write_image(image: Mapping[str, Any], root: Path, stem: str) -> str:
     relative = f"{IMAGES}/{stem}{suffix}"
     path = root / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.read_bytes() != data:
+    if path.exists() and path.read_bytes() != data:
+        raise InputError(
+            "a file of another content has the name of an image",
+            where=path,
+            wanted="nothing there, or the same image",
+            do="move it away",
+        )
+    if not path.exists():
         path.write_bytes(data)
     return relative
