@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let this process and all that it starts see another machine, where one is asked for."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a shell's command in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     machine = config.getoption("--fake-machine")
     if machine:
         folder = str(REPO / "tests" / "machines")
