@@ -182,7 +182,7 @@ def read_manifest(path: Path) -> Manifest:
         path,
         "manifest",
         wanted="a parquet file",
-        do="run `mmcli prepare` first, or name the folder that it wrote to with --data",
+        do="run `mmcli prepare` first, or name the manifest or the folder that it is in",
     )
     try:
         table = read_parquet(path)
