@@ -12,6 +12,7 @@ from ....errors import InputError, cannot_read, read_text
 from .samples import SPLITS, Samples, split_name
 
 DESCRIPTIONS = "*class-descriptions*.csv"
+UNREADABLE = "cannot read a table of Open Images"
 
 
 def is_open_images(root: Path) -> bool:
@@ -83,7 +84,11 @@ def _labels(file: Path) -> list[tuple[str, str]]:
     if missing:
         raise InputError("not labels of Open Images", where=file, got=f"no column {', '.join(sorted(missing))}")
     if "Confidence" in table.column_names:
-        table = table.filter(pc.greater(pc.cast(table.column("Confidence"), pa.float64()), 0.0))
+        try:
+            confidence = pc.cast(table.column("Confidence"), pa.float64())
+        except pa.ArrowException as error:
+            raise cannot_read(UNREADABLE, file, error, wanted="numbers in the column Confidence") from None
+        table = table.filter(pc.greater(confidence, 0.0))
     return list(zip(table.column("ImageID").to_pylist(), table.column("LabelName").to_pylist(), strict=True))
 
 
@@ -115,4 +120,4 @@ def _table(file: Path, options: pyarrow.csv.ReadOptions | None = None) -> pa.Tab
         table = pyarrow.csv.read_csv(file, read_options=options, convert_options=options_of_columns)
         return table.rename_columns([str(name) for name in table.column_names])  # a name may not be UTF-8
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise cannot_read("cannot read a table of Open Images", file, error, wanted="a CSV file") from None
+        raise cannot_read(UNREADABLE, file, error, wanted="a CSV file") from None

@@ -157,6 +157,10 @@ def to_manifest(
     notes = list(samples.notes)
     if not samples.paths:
         raise InputError("no images in the data set", where=where, got="nothing", wanted="at least one image")
+    for what, rows in (("caption", samples.captions), ("tag", samples.tags)):
+        for path, texts in zip(samples.paths, rows, strict=True):
+            if not all(map(_is_unicode, texts)):
+                raise InputError(f"a {what} that is not Unicode", where=f"{where}, {path}", do="mend or remove it")
     splits = samples.splits
     if splits is None:
         splits = rule.draw(samples.paths, samples.tags)
@@ -212,6 +216,15 @@ def _category_names(samples: Samples, least: int, where: object, notes: list[str
             do="name their column with --tag-column; of a folder, use class/x.jpg, or x.json beside each image",
         )
     return kept
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON can spell half a pair of surrogates, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fraction(path: str, seed: int) -> float:
