@@ -146,7 +146,7 @@ def read_text(path: Path, what: str, *, wanted: object = None, do: str | None = 
     """The text of a file in UTF-8, or in UTF-16 where it begins with that encoding's mark.
 
     Raises:
-        InputError: As for :func:`check_file`, or it cannot be read, or is in another encoding.
+        InputError: See :func:`check_file`, or it cannot be read, or is in another encoding.
     """
     check_file(path, what, wanted=wanted, do=do)
     try:

@@ -42,7 +42,7 @@ class Claim:
         self._locks = ExitStack()
 
     def take(self) -> None:
-        """Take the locks.
+        """Take the locks of this writer.
 
         Raises:
             StoreBusy: Another writer holds one of them.

@@ -65,7 +65,7 @@ def text_arrays(
     ``n_captions`` are the real captions of each image, ``(n,)`` integers.
 
     Raises:
-        StoreError: As for :func:`image_arrays`, or a count out of range, or a missing caption that is not zero.
+        StoreError: See :func:`image_arrays`, or a count out of range, or a missing caption that is not zero.
     """
     most = layout.n_captions_max
     _check_floats("v_txt", v_txt, shard, (shard.n_rows, most, layout.width))

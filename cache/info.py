@@ -20,7 +20,7 @@ def describe(folder: Path) -> dict[str, Any]:
         norms of images and of real captions, and their histograms (None where there are none); the skipped images.
 
     Raises:
-        StoreError: As for :meth:`Store.open` and :meth:`Store.load`.
+        StoreError: See :meth:`Store.open` and :meth:`Store.load`.
     """
     store = Store.open(folder)
     key, manifest = store.key, store.manifest

@@ -92,7 +92,7 @@ def find_leaks(
 
 
 def passes(store: Store, block_bytes: int = _BLOCK_BYTES) -> int:
-    """How often :func:`find_leaks` reads the store."""
+    """The number of times that :func:`find_leaks` reads the store."""
     return len(_blocks(store, _splits(store), block_bytes))
 
 

@@ -50,7 +50,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """What ``manifest.json`` says.
+    """The content of a store's ``manifest.json``.
 
     Attributes:
         key: The store's key.
@@ -140,7 +140,7 @@ def _entry(kind: type[Entry], record: Mapping[str, Any]) -> Entry:
 
 
 def manifest_bytes(manifest: StoreManifest) -> bytes:
-    """What is written to ``manifest.json``."""
+    """The bytes of ``manifest.json``."""
     return _seal(manifest.to_dict())
 
 
@@ -150,7 +150,7 @@ def key_bytes(key: StoreKey, layout: Layout) -> bytes:
 
 
 def read_manifest(folder: Path) -> StoreManifest:
-    """Read ``manifest.json``.
+    """Read and check the ``manifest.json`` of a store.
 
     Raises:
         FileNotFoundError: There is none.

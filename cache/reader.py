@@ -53,7 +53,7 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Store:
-    """A finished store.
+    """A store whose extraction is finished, opened for reading.
 
     Attributes:
         folder: Where it is.
@@ -125,7 +125,7 @@ class Store:
 
     @property
     def key(self) -> StoreKey:
-        """What its numbers depend on."""
+        """The key: everything that its numbers depend on."""
         return self.manifest.key
 
     @property
@@ -206,7 +206,7 @@ class Store:
             Which rows, and the datasets of the shard by name, ``(n, ...)``, read-only.
 
         Raises:
-            StoreDamaged: As for :meth:`load`.
+            StoreDamaged: See :meth:`load`.
         """
         entries = [entry for entry in self.manifest.shards if entry.part == part]
         ahead = min(2, READERS)

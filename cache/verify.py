@@ -25,7 +25,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What :func:`verify` found.
+    """The problems that :func:`verify` found in a store.
 
     Attributes:
         folder: The store.

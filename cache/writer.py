@@ -164,7 +164,7 @@ class StoreWriter:
             n_captions: Real captions of each image, ``(n,)`` integers; they come first.
 
         Raises:
-            StoreError: As for :meth:`write_image`.
+            StoreError: See :meth:`write_image`.
         """
         self._put(shard, "text", text_arrays(shard, self.layout, self._ids, v_txt, n_captions))
 

@@ -238,7 +238,7 @@ def mean_difference(a: Sequence[Floats], b: Sequence[Floats], *, figure: float) 
 
     Args:
         a: A figure of A in every resample, ``(R,)`` for each seed.
-        b: The same of B, of the same resamples; its seeds may be others, or of another number.
+        b: The metric of every seed of B on the same resamples; its seeds may be others, or of another number.
         figure: ``A - B`` of the images as they are, means over seeds.
 
     Raises:

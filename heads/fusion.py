@@ -103,7 +103,7 @@ class Fusion(nn.Module):
         return self._uses_m and self.config.block_norm == "rms"
 
     def forward(self, v_img: Tensor, v_txt: Tensor) -> FusionOutput:
-        """Fuse raw embeddings.
+        """Fuse raw embeddings of images and captions into z.
 
         Args:
             v_img: Raw image embeddings ``(N, D)``.

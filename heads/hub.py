@@ -71,7 +71,7 @@ class HubModule(
         Args:
             save_directory: The folder; made when absent.
             config: More to say about the head, over :attr:`about`.
-            kwargs: As in ``huggingface_hub.ModelHubMixin.save_pretrained``.
+            kwargs: Further arguments of ``huggingface_hub.ModelHubMixin.save_pretrained``.
         """
         about = {**self.about, **(config or {})}
         kwargs["model_card_kwargs"] = {**about, **(kwargs.get("model_card_kwargs") or {})}
@@ -95,7 +95,7 @@ class HubModule(
 
         Args:
             pretrained_model_name_or_path: A folder written by :meth:`save_pretrained`, or a repository of the hub.
-            kwargs: As in ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``; ``map_location`` is the device.
+            kwargs: Further arguments of ``PyTorchModelHubMixin.from_pretrained``; ``map_location`` is the device.
 
         Raises:
             InputError: Nothing there, a pickle, a file that is damaged, or another kind of head.

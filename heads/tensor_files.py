@@ -78,7 +78,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """Every array of a file, and the entries of its header.
 
     Raises:
-        OSError, ValueError: As for :func:`read_about`.
+        OSError, ValueError: See :func:`read_about`.
     """
     return _load(path, "np", "cpu")
 
@@ -87,7 +87,7 @@ def load_tensors(path: Path, device: str) -> tuple[dict[str, "Tensor"], dict[str
     """Every tensor of a file, on a device, and the entries of its header.
 
     Raises:
-        OSError, ValueError: As for :func:`read_about`.
+        OSError, ValueError: See :func:`read_about`.
     """
     tensors, about = _load(path, "pt", device)
     # A copy, because what safetensors gives may be the mapped file itself, which others may cut short.

@@ -85,7 +85,8 @@ def vote(neighbours: Neighbours, labels: Labels, config: KnnConfig, boundary: Bo
         neighbours: The result of a search for at least K neighbours; only the first K vote.
         labels: Labels of the index ``(N, C)`` of 0 and 1.
         config: K, strategy, tau and theta.
-        boundary: As for :func:`vote_weights`; with it the scores do not depend on the order of the index.
+        boundary: The groups of codes at the distance of neighbour K; with them the scores do not depend on the order
+            of the index.
 
     Returns:
         ``(Q, C)`` float32, in class order. The scores of an image do not depend on the others of the batch.

@@ -226,7 +226,7 @@ def _path(folder: Folder | None) -> Path | None:
 
 
 def _run(run: "Run | TrainResult | Folder | None") -> Run:
-    """The run that somebody means."""
+    """The run that was given, by its folder or as a result; the newest one by default."""
     if isinstance(run, Run):
         return run
     return find_run(_path(run)) if run is None or isinstance(run, str | PathLike) else run.run

@@ -23,7 +23,7 @@ Scores = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What an evaluation gave.
+    """The figures, scores and costs of one evaluation.
 
     Attributes:
         evaluation: The evaluation.

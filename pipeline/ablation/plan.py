@@ -38,7 +38,7 @@ class Training:
 
     Attributes:
         key: Hex digest of everything that a figure of it depends on.
-        group: The same without the seed.
+        group: The key without the seed; seeds of one method share it.
         kind: Which stage makes it.
         store: Digest of the store's key.
         patches: The store's patch budget.
@@ -181,7 +181,7 @@ class Base:
     Attributes:
         resolve: The checked base configuration with some dotted keys over it.
         store_digest: Digest of the store for a patch budget.
-        images_digest: The same for what is trained from the images themselves.
+        images_digest: The digest of the images and the model, for what is trained from the images themselves.
         patches: Budget of the store that was named.
     """
 

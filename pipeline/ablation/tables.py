@@ -181,7 +181,7 @@ class AblateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What would be done.
+    """The trainings and evaluations that a command would do.
 
     Attributes:
         plan: The plan.
@@ -271,7 +271,7 @@ class DryRun:
         return table
 
     def _lines(self) -> list[str]:
-        """What the plan comes to."""
+        """The lines that sum up a plan."""
         plan, n = self.plan, self.counted
         collapsed = n["n_asked"] - n["n_rows"]
         refused = [row for row in plan.rows if row.status == "failed"]

@@ -69,7 +69,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is searched.
+    """The codes, queries and indexes that are timed.
 
     Attributes:
         sizes: N of each index.
@@ -265,7 +265,7 @@ def sklearn_search(packed: Packed, K: int) -> Callable[[Packed], Rows]:
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """``113287,1M,10M`` as numbers.
+    """Parse a list of numbers such as ``113287,1M,10M``.
 
     Raises:
         InputError: A part is not a number.
@@ -282,7 +282,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def parse_kinds(text: str) -> tuple[IndexKind, ...]:
-    """Names of indexes.
+    """Parse a list of names of indexes.
 
     Raises:
         InputError: A name is unknown.

@@ -76,7 +76,7 @@ def bench_train(
         A case for each batch size; as facts how long an epoch takes, and validation after it.
 
     Raises:
-        InputError: As in :func:`~mmcli.pipeline.training.train_head.train_head`.
+        InputError: See :func:`~mmcli.pipeline.training.train_head.train_head`.
     """
     progress = progress or Progress()
     with tempfile.TemporaryDirectory() as scratch:

@@ -68,7 +68,7 @@ def bench_train(
 
 @dataclass(frozen=True, kw_only=True)
 class Searches:
-    """What is searched, and how."""
+    """Options of a benchmark of searches."""
 
     sizes: Annotated[str, option("--sizes N,..", "Codes of each index; 1M is a million.")] = "113287,1M"
     bits: Annotated[str, option("--bits B,..", "Bits of a code.")] = "64,128"

@@ -131,7 +131,7 @@ def prepare(
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What an extraction writes, and how."""
+    """Options of an extraction beside the configuration."""
 
     manifest: Annotated[Path | None, option("--manifest FILE", "Manifest [default: DATA/manifest.parquet].")] = None
     out: StoreOut = None

@@ -12,7 +12,7 @@ from .options import Engine, Force, Images, Output, Settings, Store, command, op
 
 @dataclass(frozen=True, kw_only=True)
 class Experiments:
-    """Which rows are asked for."""
+    """Options that choose experiments and their rows."""
 
     names: Annotated[
         list[str] | None,

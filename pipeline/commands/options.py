@@ -241,7 +241,7 @@ class Settings:
         file: Path | None = None,
         under: Mapping[str, Any] | None = None,
     ) -> Config:
-        """The checked configuration.
+        """Load and check the configuration that the command line asks for.
 
         Args:
             options: Values of further keys, which have an option too.

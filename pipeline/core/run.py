@@ -42,7 +42,7 @@ PACKAGES = ("torch", "transformers", "numpy", "h5py", "pyarrow", "faiss-cpu", "f
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What ``run.json`` says.
+    """The content of a run's ``run.json``.
 
     Attributes:
         kind: The command that made the run: ``train-head``, ``finetune`` or ``zero-shot``.
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def paths(self) -> RunPaths:
-        """Where everything lies in the folder."""
+        """The paths of the files in the run's folder."""
         return RunPaths(self.folder)
 
 

@@ -232,7 +232,7 @@ class KarpathySplit:
 
 
 def read_instances(path: Path) -> Instances:
-    """Read ``instances_*.json``.
+    """Read and check one of COCO's instances files.
 
     Args:
         path: The file.

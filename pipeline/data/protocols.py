@@ -97,7 +97,7 @@ def chosen(data: DataConfig, listing: "Manifest") -> dict[str, Rows]:
     """The rows of :func:`select` for the protocol of a configuration, its lists read.
 
     Raises:
-        InputError: As for :func:`select` and :func:`read_lists`.
+        InputError: See :func:`select` and :func:`read_lists`.
     """
     lists = read_lists(Path(data.protocol_lists)) if data.protocol_lists is not None else None
     return select(data.split_type, listing, lists)

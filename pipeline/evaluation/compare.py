@@ -307,7 +307,7 @@ def compare(
         run_b: Another run, or the same with another method.
         method_a: The method whose scores of A are compared; where neither is named, ``knn`` where both have it, else
             ``classifier``, else whatever each has.
-        method_b: The same of B.
+        method_b: The method whose scores of B are compared.
         split: The split whose images are compared.
 
     Raises:

@@ -117,7 +117,7 @@ def classifier_row(split: str, codes: Codes, *, val: Codes, run: Run | None = No
         split: Name of the split.
         codes: Its codes, with logits.
         val: Codes of val, to tune the thresholds on; on val itself nothing is tuned.
-        run: As in :func:`metrics_row`.
+        run: Where given, the rows of the classes are written into it, and the row has its ``precision``.
     """
     assert codes.logits is not None
     assert val.logits is not None
@@ -155,7 +155,7 @@ def read_scores(run: Path, method: str, split: str) -> dict[str, npt.NDArray[Any
     """Read the arrays of :func:`write_scores`: ``image_id``, ``scores``, and ``labels`` where they were given.
 
     Raises:
-        InputError: As for :func:`~mmcli.pipeline.core.results.read_run_arrays`.
+        InputError: See :func:`~mmcli.pipeline.core.results.read_run_arrays`.
     """
     again = f" (`{command('knn-eval', '--run', run)}`)" if method == "knn" else ""
     return read_run_arrays(

@@ -252,7 +252,7 @@ def load_encoder(config: Config, plan: ExtractPlan, device: torch.device) -> Enc
     """The encoder that a configuration and a plan ask for.
 
     Raises:
-        InputError: As for :meth:`Encoder.load`.
+        InputError: See :meth:`Encoder.load`.
     """
     return Encoder.load(
         config.model.siglip2_variant,
@@ -343,13 +343,13 @@ def extract_here(
     """Run an extraction on every GPU of this machine, or in several processes.
 
     Args:
-        config: As for :func:`extract`; with the device ``auto`` or ``cuda`` all GPUs are used.
-        plan: As for :func:`extract`.
+        config: The model, hardware and data sections are used; with the device ``auto`` or ``cuda`` all GPUs are used.
+        plan: The options of the extraction.
         processes: Processes; one a GPU when not given, and one without a GPU.
         progress: Progress bars; silent when not given.
 
     Raises:
-        InputError: As for ``extract``, from whichever process meets it first.
+        InputError: See ``extract``, from whichever process meets it first.
     """
     devices = _devices(config, processes)
     if len(devices) == 1:

@@ -90,7 +90,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of what :func:`load_image` will give, from the file's header alone.
 
     Raises:
-        InputError: As for :func:`load_image`, as far as the header tells.
+        InputError: See :func:`load_image`, as far as the header tells.
     """
 
     def upright(image: Image.Image, orientation: int, _file: IO[bytes]) -> tuple[int, int]:

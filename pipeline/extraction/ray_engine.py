@@ -147,15 +147,15 @@ def extract_on_ray(
     """Encode every image and caption of a manifest into a store, on a cluster; resumes where a call was stopped.
 
     Args:
-        config: As for :func:`~mmcli.pipeline.extraction.extract.extract`; ``data.num_workers`` bounds the tasks
+        config: The model, hardware and data sections are used; ``data.num_workers`` bounds the tasks
             that read.
-        plan: As for :func:`~mmcli.pipeline.extraction.extract.extract`.
+        plan: The options of the extraction.
         processes: Actors that encode; one a GPU when not given, and one a machine on a cluster without.
         address: The cluster; see :func:`~mmcli.pipeline.extraction.ray_cluster.cluster`.
         progress: Progress bars; silent when not given.
 
     Raises:
-        InputError: As for ``extract``, or there is no Ray, no such cluster or no such device in it.
+        InputError: See ``extract``, or there is no Ray, no such cluster or no such device in it.
     """
     started = time.perf_counter()
     config, plan = _with_absolute_paths(config, plan)

@@ -166,7 +166,7 @@ def read_piece(work: Work, *, data: Path, spec: PatchSpec) -> Piece:
     """Read a batch of images.
 
     Raises:
-        InputError: As for :func:`read_headers`.
+        InputError: See :func:`read_headers`.
     """
     if work.batch is None:
         return Piece(work.number, None, np.empty((0, 0, spec.width), np.uint8), work.bad, work.last)

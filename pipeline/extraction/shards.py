@@ -56,7 +56,7 @@ class Unreadable:
         """Look at images that an earlier run skipped; a shard with one that can be read now is encoded again.
 
         Raises:
-            InputError: As for :meth:`record`.
+            InputError: See :meth:`record`.
         """
         mended = []
         for shard, rows in writer.skipped.items():
@@ -110,7 +110,7 @@ class Clock:
         self._last = now
 
     def add(self, other: "Clock") -> None:
-        """Book what another clock counted."""
+        """Add the seconds that another clock counted."""
         for part in CLOCK_PARTS:
             setattr(self, part, getattr(self, part) + getattr(other, part))
 

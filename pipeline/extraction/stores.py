@@ -252,7 +252,7 @@ def export(
     """Export a store, counting its images; see :func:`mmcli.cache.export_store`.
 
     Raises:
-        InputError: As there; or ``captions`` for parquet, where a row always has all of them.
+        InputError: See :func:`mmcli.cache.export_store`; or ``captions`` for parquet, which always has all of them.
     """
     if captions is not None and format == "parquet":
         raise InputError(

@@ -144,7 +144,7 @@ class _Block(nn.Module):
     Args:
         layer: The layer.
         dtype: What its frozen weights are computed in; None where they are trained.
-        checkpointing: As of :class:`TrainedPart`.
+        checkpointing: Compute activations again in the backward pass, to save memory.
         pools_last: Whether only the last token of every text is wanted.
     """
 

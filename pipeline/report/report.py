@@ -103,7 +103,7 @@ class ReportPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """What was written, and the answers."""
+    """The files of a report, and its answers."""
 
     files: tuple[Path, ...]
     run: Path | None

@@ -228,7 +228,7 @@ class RunEncoder:
         """The captions as texts.
 
         Raises:
-            InputError: As for :meth:`encode`.
+            InputError: See :meth:`encode`.
         """
         if len(images) != len(captions):
             raise InputError("one caption an image", got=f"{len(images)} images, {len(captions)} captions")

@@ -113,7 +113,7 @@ class Voters:
         knn: How to search and vote. Without hash layer the metric is cosine unless Hamming was asked for by name.
 
     Attributes:
-        knn: The same with the metric that is used.
+        knn: The configuration of the vote, with the metric that is used.
 
     Raises:
         InputError: Hamming distance, or ties that share their votes, were asked for, and the codes have no bits.
