@@ -140,7 +140,7 @@ def _entry(kind: type[Entry], record: Mapping[str, Any]) -> Entry:
 
 
 def manifest_bytes(manifest: StoreManifest) -> bytes:
-    """The bytes of ``manifest.json``."""
+    """The bytes that ``manifest.json`` is written as."""
     return _seal(manifest.to_dict())
 
 

@@ -14,34 +14,18 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from kit.runs import make_info
 from mmcli import InputError
 from mmcli.pipeline.core import run_folders
 from mmcli.pipeline.core.config import Config, load_config
 from mmcli.pipeline.core.files import write_text, write_whole
 from mmcli.pipeline.core.results import Codes, read_codes, write_codes
-from mmcli.pipeline.core.run import RunInfo, environment, finish_run, newest_run, now, open_run, read_info, start_run
+from mmcli.pipeline.core.run import environment, finish_run, newest_run, open_run, read_info, start_run
 from mmcli.pipeline.core.run_folders import RunPaths
 
 
-def make_info(kind: str = "train-head") -> RunInfo:
-    return RunInfo(
-        kind=kind,
-        status="running",
-        created=now(),
-        config_digest="0" * 8,
-        preset="plan",
-        seed=1,
-        store="s",
-        store_digest="d",
-        model="m",
-        patches=64,
-        manifest_sha256="f",
-        category_names=("a", "b"),
-    )
-
-
 def start(runs: Path, kind: str = "train-head", **options):
-    return start_run(make_info(kind), Config(), label="x", out=None, runs=runs, device="cpu", **options)
+    return start_run(make_info("ab", kind), Config(), label="x", out=None, runs=runs, device="cpu", **options)
 
 
 def test_newest_finished_run_of_the_kind(tmp_path: Path) -> None:
@@ -102,9 +86,9 @@ def test_a_name_that_is_not_utf8_is_refused_before_the_work(tmp_path: Path) -> N
     name = os.fsdecode(b"caf\xe9")
     options = {"label": "x", "runs": tmp_path, "device": "cpu"}
     with pytest.raises(InputError, match=r"a name that is not UTF-8: .*caf\\xe9"):
-        start_run(make_info(), Config(), out=tmp_path / name, **options)
+        start_run(make_info("ab", "train-head"), Config(), out=tmp_path / name, **options)
     with pytest.raises(InputError, match="a name that is not UTF-8"):
-        start_run(replace(make_info(), store=f"data/{name}"), Config(), out=None, **options)
+        start_run(replace(make_info("ab", "train-head"), store=f"data/{name}"), Config(), out=None, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,15 +123,15 @@ def test_force_replaces_a_folder_only_if_it_is_a_run(tmp_path: Path) -> None:
     options = {"label": "x", "runs": tmp_path, "device": "cpu"}
     for force in (False, True):
         with pytest.raises(InputError, match=str(out)):
-            start_run(make_info(), Config(), out=out, force=force, **options)
+            start_run(make_info("ab", "train-head"), Config(), out=out, force=force, **options)
     assert (out / "thesis.tex").read_text() == "years of work"
     with pytest.raises(InputError, match=r"cannot write: .*thesis\.tex.*File exists; move away"):
-        start_run(make_info(), Config(), out=out / "thesis.tex", **options)
+        start_run(make_info("ab", "train-head"), Config(), out=out / "thesis.tex", **options)
     mine = tmp_path / "run"
-    start_run(make_info(), Config(), out=mine, **options)
+    start_run(make_info("ab", "train-head"), Config(), out=mine, **options)
     with pytest.raises(InputError, match="--force"):
-        start_run(make_info(), Config(), out=mine, **options)
-    start_run(make_info(), Config(), out=mine, force=True, **options)
+        start_run(make_info("ab", "train-head"), Config(), out=mine, **options)
+    start_run(make_info("ab", "train-head"), Config(), out=mine, force=True, **options)
 
 
 def started_together(start: Callable[[], object], n: int = 8) -> list[object]:
@@ -182,7 +166,9 @@ def test_a_folder_that_many_ask_for_goes_to_one_of_them(
         out = tmp_path / str(number)
         if there == "empty":
             out.mkdir()
-        results = started_together(lambda out=out: start_run(make_info(), Config(), out=out, **options))
+        results = started_together(
+            lambda out=out: start_run(make_info("ab", "train-head"), Config(), out=out, **options)
+        )
         refused = [result for result in results if isinstance(result, InputError)]
         assert len(refused) == len(results) - 1
         assert all("the folder is in use" in str(error) and "\n" not in str(error) for error in refused)
@@ -191,18 +177,18 @@ def test_a_folder_that_many_ask_for_goes_to_one_of_them(
 def test_nobody_takes_a_folder_while_it_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, original = tmp_path / "run", run_folders._empty
     options = {"label": "x", "runs": tmp_path, "device": "cpu", "out": out}
-    first = start_run(make_info(), Config(), **options)
+    first = start_run(make_info("ab", "train-head"), Config(), **options)
     refused: list[str] = []
 
     def slow(folder: Path) -> None:
         for force in (False, True):
             with pytest.raises(InputError) as error:
-                start_run(make_info(), Config(), force=force, **options)
+                start_run(make_info("ab", "train-head"), Config(), force=force, **options)
             refused.append(error.value.what)
         original(folder)
 
     monkeypatch.setattr(run_folders, "_empty", slow)
-    second = start_run(make_info(), Config(), force=True, **options)
+    second = start_run(make_info("ab", "train-head"), Config(), force=True, **options)
     assert refused == ["the folder is in use", "the run is under way"]
     assert read_info(out) == second.info != first.info
 
@@ -216,14 +202,14 @@ def test_force_empties_a_run_behind_a_link_and_nothing_else(tmp_path: Path, monk
     real.mkdir()
     monkeypatch.chdir(real)
     for out in (real, link, Path(), Path("../link/.")):
-        old = start_run(make_info(), Config(), out=real, **options)
+        old = start_run(make_info("ab", "train-head"), Config(), out=real, **options)
         (old.folder / "codes").mkdir()
         (old.folder / "codes" / "test.safetensors").write_text("old")
         (old.folder / ".metrics.json.0a1b2c3d.host-1.tmp").write_text("half")
         if not (old.folder / "store").exists():
             (old.folder / "store").symlink_to(store, target_is_directory=True)
             (old.folder / "thesis.tex").write_text("years of work")
-        finish_run(start_run(make_info(), Config(), out=out, **options), [{"mAP": 0.5}])
+        finish_run(start_run(make_info("ab", "train-head"), Config(), out=out, **options), [{"mAP": 0.5}])
         kept = {"run.json", "config.yaml", "environment.json", "metrics.json", "store", "thesis.tex"}
         assert {path.name for path in real.iterdir()} == kept
         assert open_run(out).info.status == "finished"
@@ -246,7 +232,9 @@ def test_a_run_that_cannot_be_removed_stays_a_run(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(InputError, match=r"cannot write: .*test.safetensors: got Permission denied"):
-        start_run(make_info(), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True)
+        start_run(
+            make_info("ab", "train-head"), Config(), label="x", runs=tmp_path, device="cpu", out=run.folder, force=True
+        )
     assert (run.folder / "run.json").is_file()
 
 

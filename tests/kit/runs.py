@@ -3,10 +3,10 @@
 from mmcli.pipeline.core.run import RunInfo, now
 
 
-def make_info(names: str = "abcd") -> RunInfo:
-    """The record of a zero-shot run whose categories are named by letters."""
+def make_info(names: str = "abcd", kind: str = "zero-shot") -> RunInfo:
+    """The record of a run whose categories are named by letters."""
     return RunInfo(
-        kind="zero-shot",
+        kind=kind,
         status="running",
         created=now(),
         config_digest="0" * 8,
